@@ -1,0 +1,190 @@
+"""One protocol for whatever runs a model: hf (transformers), gguf (llama.cpp), http (a server).
+
+A backend generates text and reads log-probabilities; it knows nothing of prefixes, verdicts or grades.
+Batch shape moves the last bits of logits, so outputs of different batch plans are equal up to the first
+near-tie of two tokens; one sequence at a time (`parallel: 1`) is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kit.config import Engine, Sampling
+from kit.errors import KitError
+
+Finish = Literal["stop", "length", "loop", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """n samples of one prompt.
+
+    Args:
+        id: stable; returned with the result.
+        prompt: token ids, special tokens included, as `prompts.render` made them.
+        n: samples drawn; they share the prompt's prefill.
+        sampling: how they are drawn.
+        seed: sample j of this request draws from a generator seeded `sample_seed(seed, id, j)`, whatever runs beside it.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    n: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated sample. `ids` are its tokens without the end token; `text` is their decoding."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All samples of one request. `error` says why there are none (a prompt too long, a server gone)."""
+
+    id: str
+    completions: tuple[Completion, ...] = ()
+    prompt_tokens: int = 0
+    evaluated_tokens: int = 0  # prompt tokens that went through the model; fewer when a beginning was reused
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Log-probabilities to read along one sequence.
+
+    Args:
+        ids: the whole sequence shown, token ids (T,).
+        reads: pairs (position p in [0, T), candidate ids): what stands at p+1 after ids[:p+1]. Positions ascend.
+    """
+
+    ids: tuple[int, ...]
+    reads: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+Readings = list[list[float]]  # of one probe: natural-log probabilities, [read][candidate]
+
+
+@dataclass
+class Cost:
+    """Tokens that went through the model and tokens taken from a cache."""
+
+    evaluated_tokens: int = 0
+    reused_tokens: int = 0
+
+    def add(self, other: Cost) -> None:
+        """Add another cost to this one."""
+        self.evaluated_tokens += other.evaluated_tokens
+        self.reused_tokens += other.reused_tokens
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back, and the model's chat template.
+
+    `encode` adds no BOS or EOS of its own; with special=False a special token's name in the text stays text.
+    """
+
+    template: str | None  # Jinja chat template; None: the model has none
+    bos: str  # text of the BOS token, "" if none
+    eos: str
+    eos_ids: frozenset[int]  # every token that ends a turn
+    special: tuple[str, ...]  # the texts of all special tokens
+
+    def encode(self, text: str, special: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Session(Protocol):
+    """Reads of many probes that share a beginning: what one trace's judging is made of."""
+
+    cost: Cost  # of everything read so far
+
+    def read(self, probes: Sequence[Probe]) -> list[Readings]:
+        """Read probes, reusing the longest token prefix that is cached. One probe: the binary search's question;
+        many: a scan, their tails evaluated together, each seeing only its own prefix."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A loaded model."""
+
+    name: str  # for tables and files: letters, digits, dots and dashes
+    tokenizer: Tokenizer
+    context_tokens: int
+    concurrent: int  # sessions that may be open at once: 1 in process, many over HTTP
+    notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield each request's result as it finishes. An over-long prompt yields an error of its own at once."""
+        ...
+
+    def session(self, fresh: bool = False) -> Session:
+        """Open a session; fresh=True evaluates every probe from its first token, without any cache."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sample_seed(seed: int, request: str, sample: int) -> int:
+    """A 31-bit seed of one sample's own generator; does not depend on batch, order or machine."""
+    text = f"{seed}\0{request}\0{sample}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def looping(ids: Sequence[int], window: int = 256, longest: int = 64, repeats: int = 4) -> bool:
+    """Whether a sample ends in an n-gram (1 to `longest` tokens) repeated to no end.
+
+    True when the last `n * max(repeats, 24 // n)` tokens are one n-gram repeated, for some n. Cheap: each n fails at
+    its first differing token.
+    """
+    for n in range(1, min(longest, window // repeats) + 1):
+        span = n * max(repeats, -(-24 // n))
+        if len(ids) >= span and all(ids[-i] == ids[-i - n] for i in range(1, span - n + 1)):
+            return True
+    return False
+
+
+def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
+    """Load the model that an engine names.
+
+    Args:
+        engine: the config section.
+        adapter: a PEFT adapter's folder, applied to the model (hf only).
+
+    Raises:
+        KitError: no such model, no such file, a server that does not answer, a library that is missing.
+    """
+    if engine.backend == "hf":
+        from kit.backends.hf import HfBackend
+
+        return HfBackend(engine, adapter=adapter)
+    if adapter:
+        raise KitError(
+            f"An adapter runs on backend hf, not {engine.backend}.",
+            "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that.",
+        )
+    if engine.backend == "gguf":
+        from kit.backends.gguf import GgufBackend
+
+        return GgufBackend(engine)
+    if engine.backend == "http":
+        from kit.backends.http import HttpBackend
+
+        return HttpBackend(engine)
+    if engine.backend == "scripted":
+        from kit.backends.scripted import ScriptedBackend
+
+        return ScriptedBackend(engine)
+    raise KitError(f"backend {engine.backend} runs no model.", "Use hf, gguf or http.", 2)

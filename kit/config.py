@@ -1,0 +1,325 @@
+"""One typed config: YAML plus `key=value`, every mistake reported at once.
+
+Sections follow the way of the data (data, teacher, judge, align, train, eval). The resolved config is
+saved in the run. Nothing here loads a model or opens a data file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kit.errors import KitError
+
+STAGES = ("teach", "truncate", "align", "train", "eval", "report")
+METHODS = ("palign", "zero-shot", "label-only", "long-trace", "prefix-only", "continuation-only", "no-search")
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Where problems come from. A bare string is its `path`."""
+
+    path: str = "builtin"  # builtin | holdout (rows of data.train that training never sees) | a file | a hub id
+    format: Literal["auto", "gsm8k", "math", "aime", "s1k", "fields"] = "auto"
+    fields: dict[str, str] = {}  # for any JSONL: {question: ..., answer: ..., id: ..., trace: ...}
+    name: str | None = None  # the dataset's name in eval/ and in tables; default: from the path
+    subset: str | None = None  # a hub dataset's configuration, e.g. main
+    split: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
+    stratify: str | None = None  # level or subject: the subset keeps each stratum's share
+    verifier: Literal["math", "number", "choice", "text"] = "math"
+
+
+class Data(Section):
+    """Training problems and the held-out problems of the evaluation."""
+
+    train: Source = Source()
+    eval: tuple[Source, ...] = (Source(),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strings(cls, raw: Any) -> Any:
+        """A string is a source's path; a single source is a list of one."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        if isinstance(raw.get("train"), str):
+            raw["train"] = {"path": raw["train"]}
+        if "eval" in raw:
+            sources = raw["eval"] if isinstance(raw["eval"], (list, tuple)) else [raw["eval"]]
+            raw["eval"] = [{"path": s} if isinstance(s, str) else s for s in sources]
+        return raw
+
+
+class Sampling(Section):
+    """How text is drawn. temperature 0 is greedy."""
+
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    min_p: float = Field(0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(512, ge=1)
+    stop: tuple[str, ...] = ()
+    stop_loops: bool = False  # end a sample whose n-grams repeat to no end, as its own finish reason
+
+
+class Engine(Section):
+    """A model and what runs it. Swapping one backend for another changes one line."""
+
+    backend: Literal["hf", "gguf", "http", "scripted"] = "hf"
+    model: str = "smollm2-135m"  # an alias, a .gguf file, a folder, or a hub id; http: the server's name for it
+    dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"  # auto: bf16 with CUDA, fp32 without
+    context_tokens: int | None = Field(None, ge=64)  # None: what the model was trained for
+    parallel: int = Field(8, ge=1)  # sequences in flight: llama.cpp sequences, HF batch rows, HTTP requests
+    threads: int | None = Field(None, ge=1)
+    gpu_layers: int = -1  # llama.cpp: layers offloaded; -1 is all, where it was built for a GPU
+    flash_attention: bool = False  # llama.cpp: faster prefill, margins move by up to some tenths
+    memory_gib: float | None = Field(None, gt=0)  # HF: KV-cache budget of a batch; None: what is free
+    url: str | None = None  # http: the server's address up to and with /v1
+    tokenizer: str | None = None  # http: whose tokenizer and chat template; None: asked of the server
+    api_key_env: str = "OPENAI_API_KEY"  # the variable's name; its value is never written anywhere
+    timeout_seconds: float = Field(600.0, gt=0)
+    retries: int = Field(6, ge=0)
+    system: str | None = None  # a system message; None: none
+    thinking: bool = False  # for models whose template has the switch
+
+
+class Teacher(Engine):
+    """Who writes the traces: a model, a file of traces, or the built-in problems' own worked solutions."""
+
+    backend: Literal["hf", "gguf", "http", "scripted", "file", "worked"] = "gguf"  # type: ignore[assignment]
+    path: str | None = None  # backend file: JSONL of {id, question, answer, long_cot} or data.train's s1K rows
+    fields: dict[str, str] = {}
+    wordiness: float = Field(1.0, ge=0)  # backend worked: how much a trace wanders; 0 is the bare solution
+    samples: int = Field(1, ge=1)
+    keep: Literal["first", "shortest", "all"] = "first"  # among the right ones
+    sampling: Sampling = Sampling()
+
+
+class Judge(Section):
+    """How sufficiency of a prefix is asked (section 3.2 of the paper)."""
+
+    search: Literal["binary", "gallop", "scan", "fresh"] = "binary"
+    rule: Literal["binary", "first", "stable"] = "binary"  # which boundary a scan keeps
+    kind: Literal["verbal", "answer"] = "verbal"
+    decode: Literal["constrained", "generate"] = "constrained"
+    read: Literal["likelihood", "greedy"] = "likelihood"  # kind answer: gold's log-likelihood, or greedy and graded
+    max_new_tokens: int = Field(256, ge=1)  # decode generate, and read greedy
+    labels: tuple[str, str] = ("[ENOUGH]", "[NOT_ENOUGH]")
+    threshold: float | None = None  # a margin at or above it is ENOUGH; None: 0 verbal, -1.0 nats a token answer
+    calibration: Literal["none", "content-free", "share"] = "none"
+    share: float = Field(0.9, gt=0, le=1)  # calibration share: this share of full traces is to be sufficient
+    recheck: float = Field(0.0, ge=0)  # margins closer to the threshold than this are asked again uncached
+    chunk_tokens: int = Field(1024, ge=16)  # prefill chunk: bounds memory on long traces
+    limit_tokens: int | None = Field(None, ge=64)  # longest judging prompt; None: the model's context
+
+
+class Align(Section):
+    """The student continues from the kept prefix; right answers stay (section 3.3, Eq. 9)."""
+
+    mode: Literal["prompt", "prefill"] = "prompt"  # the draft in the user turn (paper), or as the answer's start
+    samples: int = Field(1, ge=1)
+    keep: Literal["first", "shortest", "all"] = "first"
+    lengthen: int = Field(0, ge=0)  # rounds that move the cut to a longer prefix where no sample is right
+    sampling: Sampling = Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.05, max_new_tokens=32768)
+
+
+class Train(Section):
+    """QLoRA (Here: NF4; Paper: LoRA on 16-bit weights)."""
+
+    dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "nf4"  # of the frozen base
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    batch_rows: int = Field(32, ge=1)  # rows an optimizer step
+    micro_rows: int = Field(1, ge=1)  # rows a forward pass; the rest is gradient accumulation
+    group_by_length: bool = True
+    cutoff_tokens: int = Field(32768, ge=16)
+    over_cutoff: Literal["drop", "cut"] = "drop"
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"  # auto: paged 8-bit with CUDA
+    checkpointing: bool = True
+    logits_bytes: int = Field(256 << 20, ge=1 << 16)  # largest slice of logits ever alive
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_steps: int = Field(50, ge=1)
+    overfit: Literal["ignore", "refuse"] = "refuse"  # rows that will not fit the card: refuse before starting
+
+
+class Eval(Engine):
+    """The student before and after, on problems it never saw. Engine keys left out follow `student`."""
+
+    samples: int = Field(1, ge=1)
+    before: bool = True
+    sampling: Sampling = Sampling(max_new_tokens=4096)
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class Prompts(Section):
+    """Our own words, each replaceable by text, or by `file:PATH`. None: the text in kit/prompts.py."""
+
+    instruction: str | None = None  # joined to the question by one newline: teaching, training, evaluation
+    judge: str | None = None  # holds {question} and {prefix}; the prefix comes last for the cache's sake
+    draft: str | None = None  # alignment; holds {instruction}, {question} and {prefix}
+    forced: str | None = None  # answer judge: what is put after a prefix to force the boxed answer
+    compare: str | None = None  # reasoning quality; holds {question}, {first} and {second}
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[\w][\w.-]*$")
+    out: str | None = None  # the run's folder; None: runs/NAME
+    seed: int = 0
+    method: str = "palign"  # palign, or a baseline: METHODS above or ratio-0.25
+    stop_after: Literal["teach", "truncate", "align", "train", "eval", "report"] = "report"
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    student: Engine = Engine()
+    judge: Judge = Judge()
+    align: Align = Align()
+    train: Train = Train()
+    eval: Eval = Eval()
+    prompts: Prompts = Prompts()
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        if value in METHODS or (re.fullmatch(r"ratio-(0?\.\d+|1(\.0+)?)", value) and float(value[6:]) > 0):
+            return value
+        raise ValueError(f"is none of {', '.join(METHODS)}, ratio-0.25 (any share of the sentences)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_follows_student(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("student"), dict) and isinstance(raw.get("eval", {}), dict):
+            raw = {**raw, "eval": {**raw["student"], **raw.get("eval", {})}}
+        return raw
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out) if self.out else Path("runs") / self.name
+
+    @property
+    def ratio(self) -> float | None:
+        """The fixed share of sentences kept, for the ratio-X baselines."""
+        return float(self.method[6:]) if self.method.startswith("ratio-") else None
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML config and apply `key=value` overrides.
+
+    Args:
+        path: a YAML file; an empty one is all defaults.
+        overrides: `a.b.c=value`, the value parsed as YAML. A string over a mapping that has a `path` sets that path.
+
+    Raises:
+        KitError: (exit 2) with every mistake and the nearest valid name of each unknown key.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
+        raise KitError(f"There is no config file {path}.", f"Configs that come along: {near}.", 2) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise KitError(f"{path} cannot be read as YAML: {error}", "Mend that line and run again.", 2) from None
+    if not isinstance(raw, dict):
+        raise KitError(f"{path} holds {type(raw).__name__}, not keys.", "See configs/smoke.yaml.", 2)
+    problems: list[str] = []
+    for text in overrides:
+        _override(raw, text, problems)
+    return resolve(raw, str(path), problems)
+
+
+def resolve(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
+    """Validate a mapping into a `Config`, all problems in one error (exit 2)."""
+    problems = list(problems or [])
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(item) for item in error.errors()]
+    if problems:
+        listed = "\n".join(f"  - {line}" for line in problems)
+        raise KitError(f"{where} has {len(problems)} problem(s):\n{listed}", code=2)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted key: leaf value}; how two configs are compared key by key."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
+    key, equals, value_text = text.partition("=")
+    if not equals or not key:
+        problems.append(f"{text!r} is not key=value")
+        return
+    try:
+        value = yaml.safe_load(value_text) if value_text else None
+    except yaml.YAMLError:
+        value = value_text
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            problems.append(f"{key}: {part} is not a section")
+            return
+        if isinstance(node.get(part), str):  # data.train: PATH in the file, data.train.limit=4 here
+            node[part] = {"path": node[part]}
+        node = node.setdefault(part, {})
+    if not isinstance(node, dict):
+        problems.append(f"{key}: {'.'.join(parents)} is not a section")
+    elif isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]:
+        node[last] = {**node[last], "path": value}
+    else:
+        node[last] = value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {item.get('input')!r}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = Source if part == "eval" and model is Data else annotation
+    return sorted(model.model_fields)

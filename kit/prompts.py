@@ -1,0 +1,168 @@
+"""The four prompts (solve, judge, continue, compare) and the one function that renders chat to token ids.
+
+Own words; every text is replaceable from the config, so that the paper's can stand here. Training,
+evaluation and generation all go through `render`, so their prompt ids are equal by construction.
+Text from data never becomes a special token: `<|im_end|>` in a trace stays text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kit.backends import Tokenizer
+from kit.config import Prompts
+from kit.errors import KitError
+
+BEGIN, END = "<Begin_of_Prefix>", "<End_of_Prefix>"  # plain text, no added tokens
+
+INSTRUCTION = "Solve the problem step by step and give the final answer inside \\boxed{}."
+JUDGE = (
+    "Below are a problem and the first part of a worked solution. Decide whether this part already holds every idea "
+    "and intermediate result that is needed, so that what is left to reach the final answer is routine. "
+    "Reply [ENOUGH] if it does and [NOT_ENOUGH] if an essential step is still missing. Reply with the label only.\n\n"
+    "Problem:\n{question}\n\nFirst part of the solution:\n{prefix}"
+)
+DRAFT = (
+    "{instruction}\n{question}\n\nHere is the beginning of a solution. Take up the thread where it stops, do not "
+    "repeat it, and carry it through to the final answer inside \\boxed{}.\n\n{prefix}"
+)
+FORCED = "\n\nThe final answer is \\boxed{"
+COMPARE = (
+    "Two solutions of one problem follow. Judge the reasoning alone: is each step justified, does it lead anywhere, "
+    "is it free of detours? Name the better one with A or B, or T if neither is better. Reply with that one letter.\n\n"
+    "Problem:\n{question}\n\nSolution A:\n{first}\n\nSolution B:\n{second}"
+)
+_NEEDED = {"judge": ("question", "prefix"), "draft": ("question", "prefix"), "compare": ("question", "first", "second")}
+
+
+def text_of(prompts: Prompts, name: str) -> str:
+    """A prompt's text: the config's (or the file it names), else ours.
+
+    Raises:
+        KitError: the file is missing, or a placeholder that the prompt needs does not occur.
+    """
+    text = getattr(prompts, name)
+    if text is None:
+        return {"instruction": INSTRUCTION, "judge": JUDGE, "draft": DRAFT, "forced": FORCED, "compare": COMPARE}[name]
+    if text.startswith("file:"):
+        try:
+            text = Path(text[5:]).read_text(encoding="utf-8")
+        except OSError as error:
+            raise KitError(
+                f"prompts.{name}: {text[5:]} cannot be read ({error.strerror}).", "Mend the path.", 2
+            ) from None
+    for field in _NEEDED.get(name, ()):
+        if "{" + field + "}" not in text:
+            raise KitError(f"prompts.{name} lacks {{{field}}}.", f"Put {{{field}}} where it belongs.", 2)
+    return text
+
+
+def fill(template: str, **fields: str) -> str:
+    """Put fields in their {places} in one pass: braces in data stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), template)
+
+
+def solve_text(prompts: Prompts, question: str) -> str:
+    """The user turn of teaching, training and evaluation: instruction, newline, question (as LLaMA-Factory joins)."""
+    return f"{text_of(prompts, 'instruction')}\n{question}"
+
+
+def draft_text(prompts: Prompts, question: str, prefix: str) -> str:
+    """The user turn of alignment, the kept prefix inside it."""
+    return fill(
+        text_of(prompts, "draft"), instruction=text_of(prompts, "instruction"), question=question, prefix=prefix
+    )
+
+
+def target_text(prefix: str, continuation: str) -> str:
+    """What the student learns to write."""
+    return f"{BEGIN}{prefix}{END}\n{continuation}"
+
+
+def render(
+    tokenizer: Tokenizer, user: str, system: str | None = None, answer: str = "", thinking: bool = False
+) -> tuple[int, ...]:
+    """Chat to token ids, up to where the assistant goes on writing.
+
+    Args:
+        tokenizer: the model's; without a chat template the user's text stands alone, with a newline after it.
+        user: the user turn.
+        system: a system message; folded into the user turn where the template refuses the role.
+        answer: the beginning of the assistant's answer, kept to the last space.
+        thinking: the template's switch, where it has one.
+
+    Returns:
+        ids (T,). Special tokens come from the template alone; their names inside `user`, `system` or `answer` are
+        tokenized as text.
+    """
+    hidden: dict[str, str] = {}
+    user, answer = _hide(tokenizer, user, hidden), _hide(tokenizer, answer, hidden)
+    system = _hide(tokenizer, system, hidden) if system else None
+    text = _chat(tokenizer, user, system, thinking) + answer
+    if not hidden:
+        return tuple(tokenizer.encode(text))
+    ids: list[int] = []
+    for piece in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text):
+        ids += tokenizer.encode(hidden[piece], special=False) if piece in hidden else tokenizer.encode(piece)
+    return tuple(ids)
+
+
+def render_text(tokenizer: Tokenizer, user: str, system: str | None = None, thinking: bool = False) -> str:
+    """The rendered chat as text, for a person to look at."""
+    return _chat(tokenizer, user, system, thinking)
+
+
+def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool) -> str:
+    """Hash of everything that shapes a solving prompt. Evaluation refuses an adapter trained under another."""
+    parts = [tokenizer.template, text_of(prompts, "instruction"), system, thinking, BEGIN, END]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str]) -> str:
+    """Replace special tokens' names by private-use marks that no template touches."""
+    found = [name for name in tokenizer.special if name and name in text]
+    for name in sorted(found, key=len, reverse=True):
+        mark = f"\ue000{len(hidden)}\ue001"
+        hidden[mark] = name
+        text = text.replace(name, mark)
+    return text
+
+
+def _chat(tokenizer: Tokenizer, user: str, system: str | None, thinking: bool) -> str:
+    if not tokenizer.template:
+        return f"{tokenizer.bos}{system + chr(10) if system else ''}{user}\n"
+    import jinja2
+
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+    fields: dict[str, Any] = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "enable_thinking": thinking}
+    fields |= {"add_generation_prompt": True, "tools": None}
+    try:
+        return _compiled(tokenizer.template).render(messages=messages, **fields)
+    except jinja2.TemplateError as error:
+        if system:  # Gemma's and Mistral's templates raise on the role: the words go before the question
+            return _chat(tokenizer, f"{system}\n\n{user}", None, thinking)
+        raise KitError(f"The model's chat template fails: {error}", "Use a model whose template works.") from None
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        import jinja2
+
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(_format: str) -> str:
+        return "2026-01-01"  # Here: fixed, so that prompts do not change with the day
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+    return environment.from_string(template)

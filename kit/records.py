@@ -1,0 +1,257 @@
+"""The typed rows that pass between stages, and their resumable JSONL files.
+
+Every unit of work leaves exactly one row in its stage's file, a rejected one too (with the reason), so
+the funnel adds up by construction. A line carries a digest of its fields: an edited row and a line cut
+off by a power failure are found when the file is read, set aside, and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kit.errors import KitError
+
+VERDICTS = ("correct", "wrong", "unparsed", "timeout")
+FINISHES = ("stop", "length", "loop", "error")
+VOLATILE = frozenset({"seconds", "tokens_per_second"})  # fields in which equal runs may differ
+
+Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
+
+
+class Row(BaseModel):
+    """A frozen record with a stable id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+
+    def digest_text(self) -> str:
+        """Canonical JSON without volatile fields: what two equal runs agree on."""
+        return json.dumps(_steady(self.model_dump(mode="json")), ensure_ascii=False, sort_keys=True)
+
+
+class Part(BaseModel):
+    """A frozen piece of a row."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(Row):
+    """A question with its gold answer."""
+
+    question: str
+    answer: str
+    solution: str | None = None  # a worked solution, where the data has one
+    trace: str | None = None  # a long chain of thought, where the data has one
+    level: str | None = None
+    subject: str | None = None
+
+
+class Sample(Part):
+    """One generated text and what became of it."""
+
+    text: str
+    verdict: Literal["correct", "wrong", "unparsed", "timeout"]
+    answer: str | None = None  # as extracted
+    finish: Literal["stop", "length", "loop", "error"] = "stop"
+    tokens: int = 0  # generated
+
+
+class TraceRow(Row):
+    """teach: one problem, its sampled traces, and which of them go on (`kept`: indices into `samples`)."""
+
+    question: str
+    answer: str
+    samples: tuple[Sample, ...]
+    kept: tuple[int, ...]
+    seconds: float = 0.0
+    rejected: str | None = None
+    detail: str | None = None
+
+
+class Verdict(Part):
+    """The judge's answer at one boundary: the first `sentences` sentences of the trace were shown."""
+
+    sentences: int
+    label: Label
+    margin: float | None  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
+
+
+class PrefixRow(Row):
+    """truncate: where one trace is cut. prefix == trace[:end], exactly."""
+
+    question: str
+    answer: str
+    trace: str
+    end: int  # characters
+    sentences: int  # kept
+    sentences_total: int
+    ratio: float  # sentences / sentences_total
+    sufficient: bool
+    verdicts: tuple[Verdict, ...] = ()
+    violations: int = 0  # NOT_ENOUGH at a boundary behind an ENOUGH one
+    prompt_tokens: int = 0  # of the longest judging prompt asked
+    evaluated_tokens: int = 0
+    reused_tokens: int = 0
+    seconds: float = 0.0
+    rejected: str | None = None
+    detail: str | None = None
+
+
+class AlignedRow(Row):
+    """align: the student's continuation from one prefix, graded."""
+
+    question: str
+    answer: str
+    prefix: str
+    continuation: str
+    samples: tuple[Sample, ...] = ()  # of the last round
+    pass_rate: float = 0.0  # over all rounds
+    kept_by: str | None = None  # first, shortest, all; with +N after N lengthening rounds
+    lengthened: int = 0
+    answer_in_prefix: bool = False
+    seconds: float = 0.0
+    rejected: str | None = None
+    detail: str | None = None
+
+
+class TrainRow(Part):
+    """One alpaca row; opens in LLaMA-Factory as it is."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+class EvalRow(Row):
+    """eval: one held-out problem and a model's graded samples."""
+
+    question: str
+    answer: str
+    level: str | None = None
+    subject: str | None = None
+    samples: tuple[Sample, ...] = ()
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    rejected: str | None = None
+    detail: str | None = None
+
+
+R = TypeVar("R", bound=Row)
+
+
+class RowFile(Generic[R]):
+    """Rows of one type in a JSONL file, appended one by one and flushed.
+
+    Args:
+        path: the file; it need not exist.
+        kind: the row type.
+    """
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path, self.kind = path, kind
+        self.damaged: list[str] = []  # what `read` set aside, in words
+
+    def read(self) -> list[R]:
+        """All sound rows, in file order; damaged lines are moved to `NAME.damaged` and named in `damaged`."""
+        if not self.path.exists():
+            return []
+        rows: dict[str, R] = {}
+        bad: list[bytes] = []
+        self.damaged = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = self._parse(line)
+            except ValueError as error:
+                self.damaged.append(f"{self.path.name} line {number}: {error}")
+                bad.append(line)
+                continue
+            rows.setdefault(row.id, row)
+        if bad:
+            with open(self.path.with_name(self.path.name + ".damaged"), "ab") as aside:
+                aside.write(b"\n".join(bad) + b"\n")
+            self.write_all(rows.values())
+        return list(rows.values())
+
+    def append(self, *new: R) -> None:
+        """Add rows in one write and flush them to the disk."""
+        data = "".join(line_of(row) for row in new).encode()
+        try:
+            with open(self.path, "ab") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+        except OSError as error:
+            raise KitError(
+                f"{self.path} could not be written: {error.strerror}.",
+                "Rows written before are safe. Make room or mend the folder, then run the same command again.",
+            ) from None
+
+    def write_all(self, rows: Iterable[R]) -> None:
+        """Replace the file's content at once (through a temporary file)."""
+        write_atomic(self.path, "".join(line_of(row) for row in rows))
+
+    def _parse(self, line: bytes) -> R:
+        try:
+            raw = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError("cut off or not JSON") from None
+        if not isinstance(raw, dict) or "sha" not in raw:
+            raise ValueError("has no digest")
+        if raw.pop("sha") != _sha(raw):
+            raise ValueError(f"row {raw.get('id')!r} was edited: its digest differs")
+        try:
+            return self.kind.model_validate(raw)
+        except ValidationError as error:
+            raise ValueError(f"row {raw.get('id')!r} is of another format ({error.errors()[0]['msg']})") from None
+
+
+def line_of(row: Row) -> str:
+    """A row as its JSON line, digest last."""
+    raw = row.model_dump(mode="json")
+    return json.dumps({**raw, "sha": _sha(raw)}, ensure_ascii=False) + "\n"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file through a neighbour and a rename, so that no reader ever sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8", newline="") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise KitError(
+            f"{path} could not be written: {error.strerror}.",
+            "Nothing already finished is lost. Make room or mend the folder, then run the same command again.",
+        ) from None
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """One hash over rows, volatile fields aside: equal for an interrupted and an uninterrupted run."""
+    total = hashlib.sha256()
+    for text in sorted(row.digest_text() for row in rows):
+        total.update(text.encode())
+    return total.hexdigest()[:16]
+
+
+def _sha(raw: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _steady(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _steady(v) for k, v in value.items() if k not in VOLATILE}
+    return [_steady(v) for v in value] if isinstance(value, list) else value
