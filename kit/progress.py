@@ -79,7 +79,8 @@ class Progress:
             yield bar
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Live, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Live
 
         columns = (
             TextColumn("{task.description}"),

@@ -1,0 +1,1 @@
+"""Measurements: side by side in one run, ratios against a named baseline, medians of repeats."""
