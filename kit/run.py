@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -93,6 +94,23 @@ class Run:
         for line in file.damaged:
             self.progress.warn(f"{line}; set aside in {name}.damaged, the row will be made again")
         return rows
+
+    @functools.cached_property
+    def data(self) -> Any:
+        """The problems (`kit.data.Loaded`), read once; their fingerprints go into the manifest."""
+        from kit.data import load_all
+
+        loaded = load_all(self.config)
+        self.record(data=loaded.facts)
+        return loaded
+
+    def require(self, stage: str) -> None:
+        """Raise unless a stage is done."""
+        if not self.manifest["stages"].get(stage, {}).get("done"):
+            raise KitError(
+                f"{self.folder} has no finished stage {stage} yet.",
+                f"Run `palign.py {stage}` with the same config first, or `palign.py run`.",
+            )
 
     def begin(self, stage: str, source: str, output: Callable[[], str]) -> bool:
         """Open a stage.

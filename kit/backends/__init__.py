@@ -27,7 +27,7 @@ class Request:
         prompt: token ids, special tokens included, as `prompts.render` made them.
         n: samples drawn; they share the prompt's prefill.
         sampling: how they are drawn.
-        seed: sample j of this request draws from a generator seeded `sample_seed(seed, id, j)`, whatever runs beside it.
+        seed: sample j draws from its own generator, seeded `sample_seed(seed, id, j)`, whatever runs beside it.
     """
 
     id: str
@@ -170,7 +170,7 @@ def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
         from kit.backends.hf import HfBackend
 
         return HfBackend(engine, adapter=adapter)
-    if adapter:
+    if adapter and engine.backend != "scripted":
         raise KitError(
             f"An adapter runs on backend hf, not {engine.backend}.",
             "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that.",

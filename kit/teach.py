@@ -1,0 +1,171 @@
+"""teach: a trace for every problem, from a model, a file, or the problem's own worked solution (section 3.1).
+
+Paper: one DeepSeek-R1 trace a question, taken as it is. Here: a teacher that we run is sampled, and only
+traces that reach the gold answer go on; traces from a file are graded for the record and all go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from kit.answers import Grader, Item
+from kit.backends import Backend, Generation, Request, open_backend
+from kit.prompts import render, solve_text
+from kit.records import Problem, RowFile, Sample, TraceRow, digest
+from kit.run import Run, file_digest, stopwatch, work_through
+
+NAME = "traces.jsonl"
+
+
+def teach(run: Run) -> None:
+    """The stage: one `TraceRow` a problem."""
+    from kit import data
+
+    teacher = run.config.teacher
+    problems = data.load_traces(run.config) if teacher.backend == "file" else run.data.train
+    if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
+        return
+    units = [(problem.id, problem) for problem in problems]
+    file = RowFile(run.path(NAME), TraceRow)
+    with stopwatch() as seconds, Grader() as grader, Teacher(run, grader) as writer:
+        rows = work_through(run, "teach", file, units, writer.batch_rows, writer.write)
+    kept = sum(len(row.kept) for row in rows)
+    run.finish(
+        "teach",
+        digest(rows),
+        rows_in=len(problems),
+        rows_out=kept,
+        seconds=seconds(),
+        samples=sum(len(row.samples) for row in rows),
+        verdicts=dict(Counter(sample.verdict for row in rows for sample in row.samples)),
+        tokens=sum(sample.tokens for row in rows for sample in row.samples),
+        rejected=dict(Counter(row.rejected for row in rows if row.rejected)),
+    )
+
+
+class Teacher:
+    """Writes traces for a batch of problems; loads a model only when one is needed."""
+
+    def __init__(self, run: Run, grader: Grader) -> None:
+        self.run, self.grader, self.config = run, grader, run.config.teacher
+        self.backend: Backend | None = None
+        self.batch_rows = 4 * self.config.parallel if self._samples else 64
+
+    @property
+    def _samples(self) -> bool:
+        return self.config.backend not in ("file", "worked")
+
+    def write(self, problems: list[Problem]) -> Iterator[TraceRow]:
+        """A row for each problem, as its traces are finished."""
+        if not self._samples:
+            yield from map(self._given, problems)
+            return
+        if self.backend is None:
+            self.backend = open_backend(self.config)
+        by_id = {problem.id: problem for problem in problems}
+        requests = [
+            Request(
+                id=problem.id,
+                prompt=render(
+                    self.backend.tokenizer,
+                    solve_text(self.run.config.prompts, problem.question),
+                    system=self.config.system,
+                    thinking=self.config.thinking,
+                ),
+                sampling=self.config.sampling,
+                n=self.config.samples,
+                seed=self.run.config.seed,
+            )
+            for problem in problems
+        ]
+        for generation in self.backend.generate(requests):
+            yield self._sampled(by_id[generation.id], generation)
+
+    def _given(self, problem: Problem) -> TraceRow:
+        begun = time.perf_counter()
+        if self.config.backend == "worked":
+            from kit.problems import wander
+
+            text = wander(problem, self.config.wordiness, self.run.config.seed)
+        else:
+            text = problem.trace or ""
+        generation = Generation(problem.id, completions=())
+        samples = graded_samples(self.grader, [(text, "stop", 0)], problem.answer, self._verifier)
+        return self._row(problem, samples, generation, keep_all=True, seconds=time.perf_counter() - begun)
+
+    def _sampled(self, problem: Problem, generation: Generation) -> TraceRow:
+        texts = [(c.text, c.finish, len(c.ids)) for c in generation.completions]
+        samples = graded_samples(self.grader, texts, problem.answer, self._verifier)
+        return self._row(problem, samples, generation, keep_all=False, seconds=generation.seconds)
+
+    def _row(
+        self, problem: Problem, samples: tuple[Sample, ...], generation: Generation, keep_all: bool, seconds: float
+    ) -> TraceRow:
+        if keep_all:
+            kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
+        else:
+            kept = choose(samples, self.config.keep)
+        rejected, detail = None, None
+        if not kept:
+            rejected = "generation failed" if generation.error else "empty trace" if keep_all else "no right trace"
+            detail = generation.error or tally(samples)
+        return TraceRow(
+            id=problem.id,
+            question=problem.question,
+            answer=problem.answer,
+            samples=samples,
+            kept=kept,
+            seconds=round(seconds, 3),
+            rejected=rejected,
+            detail=detail,
+        )
+
+    @property
+    def _verifier(self) -> str:
+        return self.run.config.data.train.verifier
+
+    def __enter__(self) -> Teacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.backend is not None:
+            self.backend.close()
+
+
+def graded_samples(
+    grader: Grader, texts: Sequence[tuple[str, str, int]], gold: str, verifier: str
+) -> tuple[Sample, ...]:
+    """Grade the samples of one problem.
+
+    Args:
+        texts: (text, finish, tokens) of each.
+    """
+    grades = grader.grade([Item(gold=gold, output=text, verifier=verifier) for text, _, _ in texts])
+    return tuple(
+        Sample(text=text, verdict=grade.verdict, answer=grade.answer, finish=finish, tokens=tokens)
+        for (text, finish, tokens), grade in zip(texts, grades, strict=True)
+    )
+
+
+def choose(samples: tuple[Sample, ...], keep: str) -> tuple[int, ...]:
+    """Indices of the right samples that are kept; one that ended by itself goes before one that was cut off.
+
+    Args:
+        keep: first, shortest (in characters), or all.
+    """
+    right = [i for i, sample in enumerate(samples) if sample.verdict == "correct" and sample.text.strip()]
+    if keep == "all":
+        return tuple(right)
+    length = (lambda i: len(samples[i].text)) if keep == "shortest" else (lambda i: i)
+    return tuple(sorted(right, key=lambda i: (samples[i].finish != "stop", length(i)))[:1])
+
+
+def tally(samples: tuple[Sample, ...]) -> str:
+    """What became of samples, in words: '0 of 4 right: 3 wrong, 1 unparsed; 2 cut off at the token limit'."""
+    counts = Counter(sample.verdict for sample in samples)
+    capped = sum(sample.finish == "length" for sample in samples)
+    parts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common() if verdict != "correct")
+    cut = f"; {capped} cut off at the token limit" if capped else ""
+    return f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}"

@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""palign: reproduce, study and teach P-ALIGN on one card. The command line: stages wired, nothing computed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from kit import __version__
+from kit.errors import KitError
+
+STAGES = ("teach", "truncate", "align", "train", "eval", "report")
+ABOUT = {
+    "run": "run all stages, skipping what is done",
+    "teach": "a trace for every problem, from a model, a file or the problem itself",
+    "truncate": "cut each trace at the shortest prefix that the student judges sufficient",
+    "align": "let the student continue from each prefix; keep the right ones as training rows",
+    "train": "QLoRA on the training rows",
+    "eval": "grade the student before and after, on problems it never saw",
+    "report": "metrics.json and report.html of a run",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; nothing heavy is imported for it."""
+    top = argparse.ArgumentParser(prog="palign.py", description=__doc__.split(".")[0] + ".", epilog=_epilog())
+    top.add_argument("--version", action="version", version=f"palign {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shared = _shared()
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", parents=[shared])
+
+    for name, about in ABOUT.items():
+        _config_arguments(command(name, about))
+    grade = command("grade", "grade the outputs in any JSONL: accuracy, pass@k, agreement with its labels")
+    grade.add_argument("file", metavar="FILE", help="rows with an answer and one or more outputs")
+    grade.add_argument("--verifier", choices=("math", "number", "choice", "text"), default="math")
+    _judge_arguments(command("judge", "look at verdicts along the traces of a JSONL"))
+    _bench_arguments(command("bench", "measure side by side in one run: judge, generate, train or grade"))
+    compare = command("compare", "put runs side by side: one table, paired tests, one page")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    compare.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: compare.html)")
+    compare.add_argument("--quality", metavar="CONFIG", help="compare two runs' reasoning with this config's teacher")
+    _config_arguments(command("plan", "will it fit, how long will it take; no weights are loaded"))
+    command("doctor", "check this machine; each finding with the command that mends it")
+    export = command("export", "merge a run's adapter, or turn it into a GGUF file")
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument("--to", choices=("merged", "gguf"), default="merged")
+    export.add_argument("--out", metavar="DIR", help="default: RUN/export")
+    prompt = command("prompt", "show a rendered prompt, as the model sees it, with its token count")
+    _config_arguments(prompt)
+    prompt.add_argument("--of", choices=("solve", "judge", "draft"), default="solve")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
+    args = parser().parse_args(argv)
+    from kit import interrupts
+    from kit.progress import Progress, tame_libraries
+
+    tame_libraries(args.verbose or args.debug)
+    interrupts.watch()
+    progress = Progress(quiet=args.quiet, verbose=args.verbose or args.debug)
+    try:
+        return globals()[f"_{args.command}"](args, progress) if args.command not in ABOUT else _stages(args, progress)
+    except KitError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"palign: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        interrupts.leave()
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        print(
+            f"palign: a defect, not your mistake: {type(error).__name__}: {error} (at {where}). "
+            "Finished rows are safe. Run again with --debug for the traceback, and please report it.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _stages(args: argparse.Namespace, progress: Any) -> int:
+    from kit import config as configs
+    from kit.run import Run
+
+    config = configs.load(args.config, args.overrides)
+    if args.command == "run":
+        wanted = STAGES[: STAGES.index(config.stop_after) + 1]
+        wanted = wanted if "report" in wanted else (*wanted, "report")  # a short run has a page too
+    else:
+        wanted = (args.command,)
+    with Run(config, progress, args.command) as run:
+        if args.command == "run":
+            run.prepare()
+        for stage in wanted:
+            _stage(stage)(run)
+        from kit import metrics, report
+
+        numbers = metrics.collect(run.folder)
+        if args.json:
+            print(json.dumps(numbers, ensure_ascii=False))
+        elif not args.quiet:
+            report.show(numbers)
+    return 0
+
+
+def _stage(name: str) -> Any:
+    if name == "teach":
+        from kit.teach import teach as stage
+    elif name == "truncate":
+        from kit.judge import truncate as stage
+    elif name == "align":
+        from kit.align import align as stage
+    elif name == "train":
+        from kit.train import train as stage
+    elif name == "eval":
+        from kit.evaluate import evaluate as stage
+    else:
+        from kit.report import report as stage
+    return stage
+
+
+def _grade(args: argparse.Namespace, progress: Any) -> int:
+    from kit import grade
+
+    return _print(args, grade.grade_file(Path(args.file), args.verifier), grade.show)
+
+
+def _judge(args: argparse.Namespace, progress: Any) -> int:
+    from kit import judge_file
+
+    return judge_file.command(args, progress)
+
+
+def _bench(args: argparse.Namespace, progress: Any) -> int:
+    from kit import bench
+
+    return _print(args, bench.run(args, progress), bench.show)
+
+
+def _compare(args: argparse.Namespace, progress: Any) -> int:
+    from kit import report
+
+    result = report.compare([Path(run) for run in args.runs], Path(args.out))
+    return _print(args, result, report.show_compare)
+
+
+def _plan(args: argparse.Namespace, progress: Any) -> int:
+    from kit import config as configs
+    from kit import plan
+
+    return _print(args, plan.plan(configs.load(args.config, args.overrides)), plan.show)
+
+
+def _doctor(args: argparse.Namespace, progress: Any) -> int:
+    from kit import doctor
+
+    result = doctor.examine()
+    _print(args, result, doctor.show)
+    return 0 if result["ok"] else 1
+
+
+def _export(args: argparse.Namespace, progress: Any) -> int:
+    from kit import export
+
+    return _print(args, export.export(Path(args.run), args.to, Path(args.out) if args.out else None), export.show)
+
+
+def _prompt(args: argparse.Namespace, progress: Any) -> int:
+    from kit import config as configs
+    from kit import looks
+
+    return _print(args, looks.prompt(configs.load(args.config, args.overrides), args.of), looks.show)
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], show: Any) -> int:
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        show(result)
+    return 0
+
+
+def _shared() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="one machine-readable object on standard output")
+    shared.add_argument("--quiet", action="store_true", help="say only what must be known")
+    shared.add_argument("--verbose", action="store_true", help="say more, the libraries' own messages included")
+    shared.add_argument("--debug", action="store_true", help="tracebacks instead of one clear paragraph")
+    return shared
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.train=PATH align.samples=4")
+
+
+def _judge_arguments(judge: argparse.ArgumentParser) -> None:
+    judge.add_argument("file", metavar="FILE", help="rows with a question, an answer and a trace")
+    judge.add_argument("--model", default="smollm2-135m", help="an alias, a GGUF file, a folder or a hub id")
+    judge.add_argument("--backend", choices=("hf", "gguf", "http"), default="hf")
+    judge.add_argument("--url", help="http: the server's address up to and with /v1")
+    judge.add_argument("--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), default="auto")
+    judge.add_argument("--search", choices=("binary", "gallop", "scan", "fresh"), default="binary")
+    judge.add_argument("--kind", choices=("verbal", "answer"), default="verbal")
+    judge.add_argument("--threshold", type=float, help="a margin at or above it is ENOUGH")
+    judge.add_argument("--limit", type=int, help="only the first N traces")
+    judge.add_argument("--step", action="store_true", help="step through one trace with a person")
+
+
+def _bench_arguments(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("subject", choices=("judge", "generate", "train", "grade"))
+    bench.add_argument("--traces", metavar="FILE", help="judge: rows with traces")
+    bench.add_argument("--limit", type=int, help="how many traces or prompts")
+    bench.add_argument("--backend", choices=("hf", "gguf"), default="hf")
+    bench.add_argument("--model", default="smollm2-135m")
+    bench.add_argument("--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path")
+    bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--tokens", type=int, default=4096, help="train: length of the row")
+    bench.add_argument("--new-tokens", type=int, default=128, help="generate: tokens a prompt")
+
+
+def _epilog() -> str:
+    return "palign.py COMMAND --help tells more. Start with: palign.py run configs/smoke.yaml"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
