@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
-    args = parser().parse_args(argv)
+    args = _parse(argv)
     from kit import interrupts
     from kit.progress import Progress, tame_libraries
 
@@ -90,6 +90,17 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse; key=value may stand before and after flags alike, which argparse alone does not take."""
+    top = parser()
+    args, extra = top.parse_known_args(argv)
+    if any(text.startswith("-") for text in extra) or (extra and not hasattr(args, "overrides")):
+        top.error(f"unrecognized: {' '.join(extra)}")
+    if extra:
+        args.overrides += extra
+    return args
 
 
 def _stages(args: argparse.Namespace, progress: Any) -> int:
@@ -140,9 +151,9 @@ def _grade(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:
-    from kit import judge_file
+    from kit import look
 
-    return judge_file.command(args, progress)
+    return look.command(args, progress)
 
 
 def _bench(args: argparse.Namespace, progress: Any) -> int:
@@ -181,9 +192,9 @@ def _export(args: argparse.Namespace, progress: Any) -> int:
 
 def _prompt(args: argparse.Namespace, progress: Any) -> int:
     from kit import config as configs
-    from kit import looks
+    from kit import look
 
-    return _print(args, looks.prompt(configs.load(args.config, args.overrides), args.of), looks.show)
+    return _print(args, look.prompt(configs.load(args.config, args.overrides), args.of), look.show_prompt)
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], show: Any) -> int:

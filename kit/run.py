@@ -25,7 +25,7 @@ from kit import __version__
 from kit.config import STAGES, Config, dump, flat
 from kit.errors import KitError
 from kit.progress import Progress
-from kit.records import Row, RowFile, digest, write_atomic
+from kit.records import AlignedRow, EvalRow, PrefixRow, Row, RowFile, TraceRow, digest, write_atomic
 
 FORMAT = 1  # of the run folder; a newer kit opens older formats or refuses them by this number
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "llama-cpp-python", "math-verify")
@@ -46,6 +46,12 @@ FILES = {
     "eval": ("eval",),
     "report": (),
 }
+ROWS: tuple[tuple[str, str, Any], ...] = (
+    ("teach", "traces.jsonl", TraceRow),
+    ("truncate", "prefixes.jsonl", PrefixRow),
+    ("align", "aligned.jsonl", AlignedRow),
+    ("eval", "eval/*.jsonl", EvalRow),
+)
 R = TypeVar("R", bound=Row)
 T = TypeVar("T")
 
@@ -101,8 +107,14 @@ class Run:
         from kit.data import load_all
 
         loaded = load_all(self.config)
-        self.record(data=loaded.facts)
+        self.record(data=loaded.facts, rejected=[vars(row) for row in loaded.rejected])
         return loaded
+
+    def prepare(self) -> None:
+        """Read the problems before any work, so that a mistake in the data shows at once and not after hours."""
+        evaluates = self.config.stop_after in ("eval", "report")
+        if self.config.teacher.backend != "file" or evaluates:
+            _ = self.data
 
     def require(self, stage: str) -> None:
         """Raise unless a stage is done."""
@@ -153,6 +165,7 @@ class Run:
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
         entry["summary"] = summary
         self.save()
+        self._write_rejections()
 
     def record(self, **facts: Any) -> None:
         """Put facts (fingerprints, hashes, devices) into the manifest."""
@@ -179,6 +192,17 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write_rejections(self) -> None:
+        """rejected.jsonl: every row that left, with its stage and reason, gathered from the stages' own files."""
+        lines = [json.dumps({"stage": "data", **row}, ensure_ascii=False) for row in self.manifest.get("rejected", ())]
+        for stage, name, kind in ROWS:
+            for path in sorted(self.folder.glob(name)):
+                for row in RowFile(path, kind).read():
+                    if row.rejected:
+                        gone = {"stage": stage, "id": row.id, "reason": row.rejected, "detail": row.detail}
+                        lines.append(json.dumps(gone, ensure_ascii=False))
+        write_atomic(self.folder / "rejected.jsonl", "".join(line + "\n" for line in lines))
 
     def _take_lock(self, command: str) -> None:
         try:
