@@ -7,6 +7,7 @@ off by a power failure are found when the file is read, set aside, and made agai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -185,12 +186,15 @@ class RowFile(Generic[R]):
     def append(self, *new: R) -> None:
         """Add rows in one write and flush them to the disk."""
         data = "".join(line_of(row) for row in new).encode()
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as out:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # a torn row would swallow the next one
             raise KitError(
                 f"{self.path} could not be written: {error.strerror}.",
                 "Rows written before are safe. Make room or mend the folder, then run the same command again.",

@@ -1,0 +1,58 @@
+"""The config: overrides, every mistake at once, and what a stage depends on."""
+
+from __future__ import annotations
+
+import pytest
+
+from kit import config as configs
+from kit.errors import KitError
+from tests.conftest import ROOT
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return configs.load(path, overrides)
+
+
+def test_overrides_reach_nested_keys_and_a_string_over_a_source_sets_its_path(tmp_path):
+    text = "data: {train: {path: a.jsonl, limit: 4}}"
+    config = load(tmp_path, text, "data.train=b.jsonl", "align.samples=4", "data.eval=c.jsonl", "out=x")
+    assert (config.data.train.path, config.data.train.limit) == ("b.jsonl", 4)
+    assert config.align.samples == 4 and config.data.eval[0].path == "c.jsonl" and str(config.folder) == "x"
+
+
+def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
+    with pytest.raises(KitError) as caught:
+        load(tmp_path, "jugde: {}\njudge: {serach: scan, kind: vocal}\nmethod: ratio-2", "nonsense", "train.rank=0")
+    text = str(caught.value)
+    assert caught.value.code == 2
+    for part in ("did you mean judge", "did you mean search", "judge.kind", "method", "'nonsense'", "train.rank"):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(KitError):
+        load(tmp_path, text)
+
+
+def test_a_missing_config_names_those_that_exist(tmp_path):
+    with pytest.raises(KitError, match=r"configs/smoke\.yaml"):
+        configs.load(tmp_path / "none.yaml")
+
+
+def test_eval_follows_the_student_where_it_says_nothing_else(tmp_path):
+    config = load(tmp_path, "student: {model: other, dtype: nf4}\neval: {samples: 3}")
+    assert (config.eval.model, config.eval.dtype, config.eval.samples) == ("other", "nf4", 3)
+
+
+def test_the_resolved_config_resolves_to_itself(tmp_path):
+    config = load(tmp_path, "method: ratio-0.25\ndata: {eval: [a.jsonl, {path: b.jsonl, stratify: level}]}")
+    (tmp_path / "again.yaml").write_text(configs.dump(config))
+    assert configs.load(tmp_path / "again.yaml") == config and config.ratio == 0.25
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_that_comes_along_is_valid(path):
+    assert configs.load(path).name

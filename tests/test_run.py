@@ -1,0 +1,132 @@
+"""The run's folder: what is skipped, resumed, redone and refused; with the scripted stand-in for a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kit import config as configs
+from kit.errors import KitError
+from kit.progress import Progress
+from kit.records import Problem, RowFile, TraceRow, digest
+from kit.run import Run, work_through
+from tests.conftest import ROOT
+
+
+def open_run(folder, **keys):
+    config = configs.resolve({"out": str(folder), **keys}, "test")
+    return Run(config, Progress(quiet=True))
+
+
+def trace_row(problem):
+    return TraceRow(id=problem.id, question=problem.question, answer=problem.answer, samples=(), kept=())
+
+
+PROBLEMS = [Problem(id=f"p{i}", question=f"q{i}", answer=str(i)) for i in range(7)]
+UNITS = [(p.id, p) for p in PROBLEMS]
+
+
+def sweep(run, calls, upto=None):
+    """A stage of batches of 3; `upto` rows then a crash."""
+    done = 0
+
+    def work(batch):
+        nonlocal done
+        calls.append([p.id for p in batch])
+        for problem in batch:
+            if upto is not None and done == upto:
+                raise RuntimeError("crash")
+            done += 1
+            yield trace_row(problem)
+
+    return work_through(run, "teach", RowFile(run.path("traces.jsonl"), TraceRow), UNITS, 3, work)
+
+
+@pytest.mark.parametrize("upto", range(7))
+def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upto):
+    calls: list[list[str]] = []
+    with open_run(tmp_path / "whole") as run:
+        whole = sweep(run, [])
+    with open_run(tmp_path / "torn") as run:
+        with pytest.raises(RuntimeError):
+            sweep(run, [], upto)
+        assert sweep(run, calls) == whole
+    assert (tmp_path / "torn/traces.jsonl").read_bytes() == (tmp_path / "whole/traces.jsonl").read_bytes()
+    planned = [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
+    assert calls == planned[upto // 3 :]
+
+
+def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_path, capsys):
+    def stage(**keys):
+        with open_run(tmp_path, **keys) as run:
+            run.progress.quiet = False
+            work = run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            if work:
+                run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+            return work, capsys.readouterr().err
+
+    assert stage()[0] is True
+    assert stage()[0] is False
+    work, said = stage(teacher={"samples": 3})
+    assert work and "teacher.samples: 1 -> 3" in said
+    assert list((tmp_path / "stale").glob("*-traces.jsonl")), "the rows made before are set aside, not lost"
+    assert stage(teacher={"samples": 3, "threads": 2})[0] is False, "a key that changes no row redoes nothing"
+
+
+def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
+    with open_run(tmp_path) as run:
+        run.begin("teach", "input", lambda: "")
+        run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+    path = tmp_path / "traces.jsonl"
+    for damage in (
+        path.unlink,
+        lambda: path.write_text(path.read_text().replace('"question": "q4"', '"question": "Q4"')),
+    ):
+        damage()
+        with open_run(tmp_path) as run:
+            assert run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            calls: list[list[str]] = []
+            rows = sweep(run, calls)
+            assert digest(rows) == run.manifest["stages"]["teach"]["output"]
+            run.finish("teach", digest(rows), 7, 7, 0.0)
+        assert "made again" in capsys.readouterr().err
+    assert calls == [["p3", "p4", "p5"]], "only the batch with the edited row ran again"
+
+
+def test_files_of_unknown_origin_never_mix_with_new_rows(tmp_path):
+    RowFile(tmp_path / "traces.jsonl", TraceRow).append(trace_row(Problem(id="old", question="", answer="")))
+    with open_run(tmp_path) as run:
+        assert run.begin("teach", "input", lambda: "") and not (tmp_path / "traces.jsonl").exists()
+
+
+def test_a_second_run_on_one_folder_is_refused_by_process(tmp_path):
+    with open_run(tmp_path), pytest.raises(KitError, match=rf"palign run, process {os.getpid()}"):
+        open_run(tmp_path)
+    open_run(tmp_path).close()
+
+
+def test_a_newer_format_is_refused_and_a_torn_manifest_is_survived(tmp_path):
+    open_run(tmp_path).close()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99, "palign": "9.9"}))
+    with pytest.raises(KitError, match=r"palign 9\.9"):
+        open_run(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"stages": ')
+    open_run(tmp_path).close()
+    assert (tmp_path / "manifest.json.damaged").exists()
+
+
+def test_an_unwritable_folder_is_an_error_with_a_next_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KitError, match="out=DIR"):
+        open_run(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("args", [["run"], ["run", "no.yaml"], ["run", "configs/smoke.yaml", "x=1"], ["nothing"]])
+def test_bad_usage_exits_with_2_and_no_traceback(args):
+    done = subprocess.run([sys.executable, "palign.py", *args], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip() and not done.stdout
