@@ -8,6 +8,7 @@ Text from data never becomes a special token: `<|im_end|>` in a trace stays text
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from functools import lru_cache
@@ -101,8 +102,9 @@ def render(
         tokenized as text.
     """
     hidden: dict[str, str] = {}
-    user, answer = _hide(tokenizer, user, hidden), _hide(tokenizer, answer, hidden)
-    system = _hide(tokenizer, system, hidden) if system else None
+    taken = f"{user}{system}{answer}"
+    user, answer = _hide(tokenizer, user, hidden, taken), _hide(tokenizer, answer, hidden, taken)
+    system = _hide(tokenizer, system, hidden, taken) if system else None
     text = _chat(tokenizer, user, system, thinking) + answer
     if not hidden:
         return tuple(tokenizer.encode(text))
@@ -123,11 +125,11 @@ def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, th
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str]) -> str:
-    """Replace special tokens' names by private-use marks that no template touches."""
+def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str], taken: str) -> str:
+    """Replace special tokens' names by private-use marks that no template touches and no data holds."""
     found = [name for name in tokenizer.special if name and name in text]
     for name in sorted(found, key=len, reverse=True):
-        mark = f"\ue000{len(hidden)}\ue001"
+        mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in taken and m not in hidden)
         hidden[mark] = name
         text = text.replace(name, mark)
     return text

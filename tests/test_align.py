@@ -1,0 +1,175 @@
+"""Continuing, keeping, lengthening and what each method trains on; stage logic on the scripted stand-in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kit import config as configs
+from kit.align import Aligner, Draft, align, holds_answer, target, train_file_rows
+from kit.answers import Grader
+from kit.backends import Completion, Generation
+from kit.backends.scripted import ScriptedBackend
+from kit.progress import Progress
+from kit.prompts import BEGIN, END
+from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow
+from kit.run import Run
+from kit.sentences import ends
+from kit.teach import choose
+
+TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
+
+
+def sample(verdict="correct", text="x", finish="stop"):
+    return Sample(text=text, verdict=verdict, finish=finish)
+
+
+def prefix_row(id="a", kept=1, trace=TRACE, answer="9"):
+    cuts = ends(trace)
+    return PrefixRow(
+        id=id,
+        question=f"Question {id}?",
+        answer=answer,
+        trace=trace,
+        end=cuts[kept - 1],
+        sentences=kept,
+        sentences_total=len(cuts),
+        ratio=kept / len(cuts),
+        sufficient=True,
+    )
+
+
+def make_run(folder, prefixes=(), **keys):
+    raw = {"out": str(folder), "student": {"backend": "scripted", "model": "none"}, **keys}
+    run = Run(configs.resolve(raw, "test"), Progress(quiet=True))
+    if prefixes:
+        run.begin("truncate", "input", lambda: "")
+        RowFile(run.path("prefixes.jsonl"), PrefixRow).append(*prefixes)
+        run.finish("truncate", "output", len(prefixes), len(prefixes), 0.0)
+    return run
+
+
+class Recorder(ScriptedBackend):
+    """Answers rightly from a given round on; keeps the prompts it was asked."""
+
+    def __init__(self, engine, right_from=0, gold="9"):
+        super().__init__(engine)
+        self.right_from, self.gold, self.prompts = right_from, gold, {}
+
+    def generate(self, requests):
+        for request in requests:
+            self.prompts[request.id] = self.tokenizer.decode(request.prompt)
+            number = int(request.id.split("+")[1]) if "+" in request.id else 0
+            said = self.gold if number >= self.right_from else "-1"
+            done = tuple(Completion(f" sample {j} \\boxed{{{said}}}", (1, 2), "stop") for j in range(request.n))
+            yield Generation(request.id, done, len(request.prompt), len(request.prompt))
+
+
+def test_only_right_samples_are_kept_and_a_finished_one_goes_first():
+    samples = (sample("wrong"), sample(text="long right", finish="length"), sample(text="right one"), sample(text="ok"))
+    assert choose(samples, "first") == (2,) and choose(samples, "shortest") == (3,)
+    assert choose(samples, "all") == (1, 2, 3) and choose(samples[:1], "all") == ()
+    assert choose((sample("unparsed"), sample("timeout")), "first") == ()
+
+
+def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
+    with make_run(tmp_path, align={"lengthen": 2, "samples": 3}) as run, Grader() as grader:
+        aligner = Aligner(run, grader)
+        aligner.backend = Recorder(run.config.student, right_from=2)
+        (row,) = aligner.extend([Draft(prefix_row(), 1)])
+    cuts = ends(TRACE)
+    assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
+    assert row.prefix == TRACE and [sorted(aligner.backend.prompts)] == [["a", "a+1", "a+2"]]
+    middle = aligner.backend.prompts["a+1"]
+    assert TRACE[: cuts[2]] in middle and TRACE[: cuts[3]] not in middle, "even steps"
+
+
+def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
+    with make_run(tmp_path, align={"lengthen": 1, "samples": 2}) as run, Grader() as grader:
+        aligner = Aligner(run, grader)
+        aligner.backend = Recorder(run.config.student, right_from=99)
+        rows = list(aligner.extend([Draft(prefix_row("a"), 1), Draft(prefix_row("b", kept=5), 5)]))
+    assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, "a whole trace cannot be lengthened"
+    assert all(
+        r.rejected == "no right continuation" and "0 of 2 right" in r.detail and not r.continuation for r in rows
+    )
+
+
+@pytest.mark.parametrize("mode", ["prompt", "prefill"])
+def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
+    with make_run(tmp_path, align={"mode": mode}) as run, Grader() as grader:
+        aligner = Aligner(run, grader)
+        aligner.backend = Recorder(run.config.student)
+        (row,) = aligner.extend([Draft(prefix_row(kept=3), 3)])
+    prompt = aligner.backend.prompts["a"]
+    assert TRACE.startswith(row.prefix) and row.prefix in prompt
+    assert prompt.endswith(row.prefix) == (mode == "prefill"), "prefilled to the last space; in the user turn otherwise"
+
+
+def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
+    answers = tmp_path / "answers.json"
+    prefixes = [prefix_row(f"p{i}") for i in range(12)]
+    answers.write_text(json.dumps({row.question: "9" for row in prefixes}))
+    student = {"backend": "scripted", "model": str(answers)}
+    with make_run(tmp_path / "run", prefixes, student=student) as run:
+        align(run)
+        rows = run.rows("aligned.jsonl", AlignedRow)
+        lines = train_file_rows(run)
+        stage = run.manifest["stages"]["align"]
+    kept = [row for row in rows if not row.rejected]
+    assert 0 < len(kept) < 12 and len(rows) == 12 and stage["rows_out"] == len(kept) == len(lines)
+    for row, line in zip(kept, lines, strict=True):
+        assert row.samples[0].verdict == "correct" and line.input == row.question
+        assert line.output == f"{BEGIN}{row.prefix}{END}\n{row.continuation}" and TRACE.startswith(row.prefix)
+    rejected = [json.loads(text) for text in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
+    assert {r["id"] for r in rejected} == {row.id for row in rows if row.rejected}
+    assert all(r["reason"] and r["stage"] == "align" for r in rejected)
+
+
+def test_keep_all_trains_on_each_right_continuation(tmp_path):
+    with make_run(tmp_path, [prefix_row()], align={"keep": "all", "samples": 3}) as run, Grader() as grader:
+        aligner = Aligner(run, grader)
+        aligner.backend = Recorder(run.config.student)
+        from kit.align import training_rows
+
+        lines = training_rows(run, list(aligner.extend([Draft(prefix_row(), 1)])))
+    assert [line.output.split("\n")[1] for line in lines] == [f" sample {j} \\boxed{{9}}" for j in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("palign", f"{BEGIN}pre{END}\ncont"),
+        ("ratio-0.5", f"{BEGIN}pre{END}\ncont"),
+        ("no-search", f"{BEGIN}pre{END}\ncont"),
+        ("continuation-only", "cont"),
+        ("prefix-only", f"{BEGIN}pre{END}\n\\boxed{{9}}"),
+        ("label-only", "\\boxed{9}"),
+        ("long-trace", "pre\n\n\\boxed{9}"),
+    ],
+)
+def test_each_method_has_its_own_target(method, wanted):
+    row = AlignedRow(id="a", question="q", answer="9", prefix="pre", continuation="cont")
+    assert target(method, row, "cont") == wanted
+
+
+@pytest.mark.parametrize("method", ["label-only", "long-trace"])
+def test_methods_without_a_cut_read_the_traces(tmp_path, method):
+    row = TraceRow(id="t", question="q", answer="9", samples=(sample(text=TRACE), sample("wrong")), kept=(0,))
+    with make_run(tmp_path, method=method) as run:
+        run.begin("teach", "input", lambda: "")
+        RowFile(run.path("traces.jsonl"), TraceRow).append(row)
+        run.finish("teach", "output", 1, 1, 0.0)
+        align(run)
+        (line,) = train_file_rows(run)
+    assert line.output == ("\\boxed{9}" if method == "label-only" else TRACE)
+
+
+def test_an_answer_in_the_prefix_is_a_word_of_its_own():
+    assert (
+        holds_answer("so 9.", "9")
+        and holds_answer("it is $9$", "9")
+        and holds_answer("x = \\frac{1}{2}!", "\\frac{1}{2}")
+    )
+    assert not holds_answer("19 and 9.5 and 90", "9") and not holds_answer("", "9") and not holds_answer("x", "")
