@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -82,7 +83,7 @@ class Run:
         progress.log = self.folder / "run.log"
         self.manifest = self._read_manifest()
         self.manifest |= {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
-        self.manifest |= {"versions": versions(), "machine": machine()}
+        self.manifest |= {"versions": versions(), "machine": {**self.manifest.get("machine", {}), **machine()}}
         self.manifest.setdefault("stages", {})
         write_atomic(self.folder / "config.yaml", dump(config))
         self.save()
@@ -164,6 +165,7 @@ class Run:
         entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out}
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
         entry["summary"] = summary
+        self.manifest["machine"] = {**self.manifest.get("machine", {}), **machine()}
         self.save()
         self._write_rejections()
 
@@ -312,8 +314,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on."""
+    """What the run ran on; the card's name once torch has been loaded for some stage."""
     facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
     return facts
 
 
