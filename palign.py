@@ -157,7 +157,7 @@ def _judge(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _bench(args: argparse.Namespace, progress: Any) -> int:
-    from kit import bench
+    from tests import bench
 
     return _print(args, bench.run(args, progress), bench.show)
 
