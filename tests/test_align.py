@@ -10,7 +10,7 @@ from kit import config as configs
 from kit.align import Aligner, Draft, align, holds_answer, target, train_file_rows
 from kit.answers import Grader
 from kit.backends import Completion, Generation
-from kit.backends.scripted import ScriptedBackend
+from tests.scripted import ScriptedBackend
 from kit.progress import Progress
 from kit.prompts import BEGIN, END
 from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow

@@ -184,7 +184,7 @@ def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
 
         return HttpBackend(engine)
     if engine.backend == "scripted":
-        from kit.backends.scripted import ScriptedBackend
+        from tests.scripted import ScriptedBackend
 
         return ScriptedBackend(engine)
     raise KitError(f"backend {engine.backend} runs no model.", "Use hf, gguf or http.", 2)
