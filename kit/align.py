@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -122,13 +121,9 @@ class Aligner:
                 draft = by_id[generation.id]
                 texts = [(c.text, c.finish, len(c.ids)) for c in generation.completions]
                 samples = graded_samples(self.grader, texts, draft.row.answer, self.run.config.data.train.verifier)
-                draft = replace(
-                    draft,
-                    samples=samples,
-                    drawn=draft.drawn + len(samples),
-                    right=draft.right + sum(sample.verdict == "correct" for sample in samples),
-                    seconds=draft.seconds + generation.seconds,
-                )
+                right = draft.right + sum(sample.verdict == "correct" for sample in samples)
+                drawn, spent = draft.drawn + len(samples), draft.seconds + generation.seconds
+                draft = replace(draft, samples=samples, drawn=drawn, right=right, seconds=spent)
                 if choose(samples, "first") or generation.error or not self._can_lengthen(draft):
                     yield self._row(draft, generation.error)
                 else:
@@ -138,9 +133,7 @@ class Aligner:
     def take_over(self, drafts: list[Draft]) -> Iterator[AlignedRow]:
         """Rows of the methods that need no continuation."""
         for draft in drafts:
-            begun = time.perf_counter()
-            row = self._row(replace(draft, samples=()), None)
-            yield row.model_copy(update={"seconds": round(time.perf_counter() - begun, 3)})
+            yield self._row(draft, None)
 
     def _request(self, draft: Draft) -> Request:
         assert self.backend is not None
@@ -219,11 +212,9 @@ def whole(row: TraceRow) -> list[PrefixRow]:
     for sample in row.kept:
         trace = row.samples[sample].text
         count = len(ends(trace))
-        id = row.id if len(row.kept) == 1 else f"{row.id}.{sample}"
-        fields = {"id": id, "question": row.question, "answer": row.answer, "trace": trace, "end": len(trace)}
-        found.append(
-            PrefixRow(**fields, sentences=count, sentences_total=count, ratio=1.0 if count else 0.0, sufficient=True)
-        )
+        fields = {"id": row.id if len(row.kept) == 1 else f"{row.id}.{sample}", "trace": trace, "end": len(trace)}
+        fields |= {"question": row.question, "answer": row.answer, "sentences": count, "sentences_total": count}
+        found.append(PrefixRow(**fields, ratio=1.0, sufficient=True))
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kit import __version__
-from kit.config import STAGES, Config, dump, flat
+from kit.config import Config, dump, flat
 from kit.errors import KitError
 from kit.progress import Progress
 from kit.records import AlignedRow, EvalRow, PrefixRow, Row, RowFile, TraceRow, digest, write_atomic
@@ -58,12 +58,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """An open, locked run folder.
-
-    Args:
-        config: the resolved config; saved as config.yaml.
-        progress: where to speak; its log becomes the run's `run.log`.
-        command: for the lock, so that a second run can say who holds the folder.
+    """An open, locked run folder. `command` is written into the lock, so that a second run can say who holds it.
 
     Raises:
         KitError: another process holds the folder, it cannot be written, or it is of a newer format.
@@ -126,12 +121,7 @@ class Run:
             )
 
     def begin(self, stage: str, source: str, output: Callable[[], str]) -> bool:
-        """Open a stage.
-
-        Args:
-            stage: one of STAGES.
-            source: digest of its input.
-            output: computes the digest of what the folder holds of it now.
+        """Open a stage whose input has the digest `source`; `output` computes the digest of what it has written.
 
         Returns:
             Whether there is work to do. False: it is done and whole.
@@ -176,13 +166,13 @@ class Run:
 
     def save(self) -> None:
         """Write manifest.json."""
-        write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
+        for name in ("manifest.json", ".manifest.json"):  # the second is read where the first is damaged
+            write_atomic(self.folder / name, text)
 
     def stage_keys(self, stage: str) -> dict[str, Any]:
         """The config keys that a stage depends on, with their values."""
-        keys = flat(self.config)
-        wanted = KEYS[stage]
-        chosen = {k: v for k, v in keys.items() if any(k == w or k.startswith(w + ".") for w in wanted)}
+        chosen = {k: v for k, v in flat(self.config).items() if f"{k}.".startswith(tuple(f"{w}." for w in KEYS[stage]))}
         return {k: v for k, v in chosen.items() if k.split(".")[-1] not in NEUTRAL}
 
     def close(self) -> None:
@@ -222,20 +212,21 @@ class Run:
         self._lock.flush()
 
     def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
-        if not path.exists():
-            return {}
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            aside = path.with_name("manifest.json.damaged")
-            path.rename(aside)
-            self.progress.warn(f"manifest.json is not JSON; kept as {aside.name}, the stages are checked anew")
-            return {}
+        manifest: dict[str, Any] = {}
+        for name in ("manifest.json", ".manifest.json"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                break
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                path.rename(path.with_name(f"{name}.damaged"))
+                self.progress.warn(f"{name} was not JSON; kept as {name}.damaged, its copy is used")
         if manifest.get("format", 0) > FORMAT:
             raise KitError(
-                f"{self.folder} was made by palign {manifest.get('palign')} (format {manifest['format']}; "
-                f"this one reads up to {FORMAT}).",
+                f"{self.folder} was made by palign {manifest.get('palign')} (run format {manifest['format']}; "
+                f"this palign reads up to {FORMAT}).",
                 "Upgrade palign, or choose another out=DIR.",
             )
         return manifest
@@ -320,11 +311,6 @@ def machine() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def after(stage: str) -> tuple[str, ...]:
-    """The stages behind one, itself included."""
-    return STAGES[STAGES.index(stage) :]
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from kit.answers import Grader, Item
-from kit.backends import Backend, Generation, Request, open_backend
+from kit.backends import Backend, Request, open_backend
 from kit.prompts import render, solve_text
 from kit.records import Problem, RowFile, Sample, TraceRow, digest
 from kit.run import Run, file_digest, stopwatch, work_through
@@ -50,81 +50,58 @@ class Teacher:
 
     def __init__(self, run: Run, grader: Grader) -> None:
         self.run, self.grader, self.config = run, grader, run.config.teacher
+        self.given = self.config.backend in ("file", "worked")
+        self.batch_rows = 64 if self.given else 4 * self.config.parallel
         self.backend: Backend | None = None
-        self.batch_rows = 4 * self.config.parallel if self._samples else 64
-
-    @property
-    def _samples(self) -> bool:
-        return self.config.backend not in ("file", "worked")
 
     def write(self, problems: list[Problem]) -> Iterator[TraceRow]:
         """A row for each problem, as its traces are finished."""
-        if not self._samples:
-            yield from map(self._given, problems)
+        if self.given:
+            for problem in problems:
+                begun = time.perf_counter()
+                samples = self._graded(problem, [(self._trace(problem), "stop", 0)])
+                kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
+                yield self._row(problem, samples, kept, "empty trace", None, time.perf_counter() - begun)
             return
         if self.backend is None:
             self.backend = open_backend(self.config)
         by_id = {problem.id: problem for problem in problems}
-        requests = [
-            Request(
-                id=problem.id,
-                prompt=render(
-                    self.backend.tokenizer,
-                    solve_text(self.run.config.prompts, problem.question),
-                    system=self.config.system,
-                    thinking=self.config.thinking,
-                ),
-                sampling=self.config.sampling,
-                n=self.config.samples,
-                seed=self.run.config.seed,
-            )
-            for problem in problems
-        ]
-        for generation in self.backend.generate(requests):
-            yield self._sampled(by_id[generation.id], generation)
+        for generation in self.backend.generate([self._request(problem) for problem in problems]):
+            problem = by_id[generation.id]
+            samples = self._graded(problem, [(c.text, c.finish, len(c.ids)) for c in generation.completions])
+            kept = choose(samples, self.config.keep)
+            reason = "generation failed" if generation.error else "no right trace"
+            yield self._row(problem, samples, kept, reason, generation.error, generation.seconds)
 
-    def _given(self, problem: Problem) -> TraceRow:
-        begun = time.perf_counter()
-        if self.config.backend == "worked":
-            from kit.problems import wander
+    def _trace(self, problem: Problem) -> str:
+        if self.config.backend == "file":
+            return problem.trace or ""
+        from kit.problems import wander
 
-            text = wander(problem, self.config.wordiness, self.run.config.seed)
-        else:
-            text = problem.trace or ""
-        generation = Generation(problem.id, completions=())
-        samples = graded_samples(self.grader, [(text, "stop", 0)], problem.answer, self._verifier)
-        return self._row(problem, samples, generation, keep_all=True, seconds=time.perf_counter() - begun)
+        return wander(problem, self.config.wordiness, self.run.config.seed)
 
-    def _sampled(self, problem: Problem, generation: Generation) -> TraceRow:
-        texts = [(c.text, c.finish, len(c.ids)) for c in generation.completions]
-        samples = graded_samples(self.grader, texts, problem.answer, self._verifier)
-        return self._row(problem, samples, generation, keep_all=False, seconds=generation.seconds)
+    def _request(self, problem: Problem) -> Request:
+        assert self.backend is not None
+        config, teacher = self.run.config, self.config
+        user = solve_text(config.prompts, problem.question)
+        prompt = render(self.backend.tokenizer, user, teacher.system, thinking=teacher.thinking)
+        return Request(problem.id, prompt, teacher.sampling, n=teacher.samples, seed=config.seed)
+
+    def _graded(self, problem: Problem, texts: Sequence[tuple[str, str, int]]) -> tuple[Sample, ...]:
+        return graded_samples(self.grader, texts, problem.answer, self.run.config.data.train.verifier)
 
     def _row(
-        self, problem: Problem, samples: tuple[Sample, ...], generation: Generation, keep_all: bool, seconds: float
+        self,
+        problem: Problem,
+        samples: tuple[Sample, ...],
+        kept: tuple[int, ...],
+        reason: str,
+        error: str | None,
+        s: float,
     ) -> TraceRow:
-        if keep_all:
-            kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
-        else:
-            kept = choose(samples, self.config.keep)
-        rejected, detail = None, None
-        if not kept:
-            rejected = "generation failed" if generation.error else "empty trace" if keep_all else "no right trace"
-            detail = generation.error or tally(samples)
-        return TraceRow(
-            id=problem.id,
-            question=problem.question,
-            answer=problem.answer,
-            samples=samples,
-            kept=kept,
-            seconds=round(seconds, 3),
-            rejected=rejected,
-            detail=detail,
-        )
-
-    @property
-    def _verifier(self) -> str:
-        return self.run.config.data.train.verifier
+        why = {} if kept else {"rejected": reason, "detail": error or tally(samples)}
+        fields = {"id": problem.id, "question": problem.question, "answer": problem.answer}
+        return TraceRow(**fields, samples=samples, kept=kept, seconds=round(s, 3), **why)
 
     def __enter__(self) -> Teacher:
         return self
@@ -137,11 +114,7 @@ class Teacher:
 def graded_samples(
     grader: Grader, texts: Sequence[tuple[str, str, int]], gold: str, verifier: str
 ) -> tuple[Sample, ...]:
-    """Grade the samples of one problem.
-
-    Args:
-        texts: (text, finish, tokens) of each.
-    """
+    """Grade the samples of one problem, given as (text, finish, tokens)."""
     grades = grader.grade([Item(gold=gold, output=text, verifier=verifier) for text, _, _ in texts])
     return tuple(
         Sample(text=text, verdict=grade.verdict, answer=grade.answer, finish=finish, tokens=tokens)

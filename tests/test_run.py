@@ -109,14 +109,21 @@ def test_a_second_run_on_one_folder_is_refused_by_process(tmp_path):
     open_run(tmp_path).close()
 
 
-def test_a_newer_format_is_refused_and_a_torn_manifest_is_survived(tmp_path):
+def test_a_newer_format_is_refused_by_version(tmp_path):
     open_run(tmp_path).close()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99, "palign": "9.9"}))
     with pytest.raises(KitError, match=r"palign 9\.9"):
         open_run(tmp_path)
+
+
+def test_a_damaged_manifest_loses_no_finished_stage(tmp_path):
+    with open_run(tmp_path) as run:
+        run.begin("teach", "input", lambda: "")
+        run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
     (tmp_path / "manifest.json").write_text('{"stages": ')
-    open_run(tmp_path).close()
+    with open_run(tmp_path) as run:
+        assert not run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
     assert (tmp_path / "manifest.json.damaged").exists()
 
 
