@@ -163,7 +163,7 @@ def load_tokenizer(name: str) -> HfTokenizer:
     ends: set[int] = set()
     for value in (inner.eos_token_id, getattr(config.get_text_config(), "eos_token_id", None), generation):
         ends |= {value} if isinstance(value, int) else set(value or ())
-    return HfTokenizer(inner, frozenset(ends | _turn_end(inner)))
+    return HfTokenizer(inner, frozenset(ends | turn_ends(inner)))
 
 
 def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False) -> Any:
@@ -295,7 +295,7 @@ def compare_ids(tokenizer: Any, gguf: Path, text: str = PROBE) -> None:
         )
 
 
-def _turn_end(tokenizer: Any) -> set[int]:
+def turn_ends(tokenizer: Any) -> set[int]:
     """The special token that the chat template writes after an assistant's turn."""
     import jinja2
 
