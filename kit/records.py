@@ -160,8 +160,8 @@ class RowFile(Generic[R]):
         self.path, self.kind = path, kind
         self.damaged: list[str] = []  # what `read` set aside, in words
 
-    def read(self) -> list[R]:
-        """All sound rows, in file order; damaged lines are moved to `NAME.damaged` and named in `damaged`."""
+    def read(self, mend: bool = True) -> list[R]:
+        """All sound rows, in file order; damaged lines are named in `damaged`, and with `mend` moved to NAME.damaged."""
         if not self.path.exists():
             return []
         rows: dict[str, R] = {}
@@ -177,7 +177,7 @@ class RowFile(Generic[R]):
                 bad.append(line)
                 continue
             rows.setdefault(row.id, row)
-        if bad:
+        if bad and mend:
             with open(self.path.with_name(self.path.name + ".damaged"), "ab") as aside:
                 aside.write(b"\n".join(bad) + b"\n")
             self.write_all(rows.values())
