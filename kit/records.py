@@ -161,7 +161,7 @@ class RowFile(Generic[R]):
         self.damaged: list[str] = []  # what `read` set aside, in words
 
     def read(self, mend: bool = True) -> list[R]:
-        """All sound rows, in file order; damaged lines are named in `damaged`, and with `mend` moved to NAME.damaged."""
+        """All sound rows, in file order. Damaged lines are named in `damaged`; `mend` moves them to NAME.damaged."""
         if not self.path.exists():
             return []
         rows: dict[str, R] = {}
