@@ -11,237 +11,151 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kit.errors import KitError
 from kit.records import Problem
 
 LARGEST = 5000  # of any number in a story
-_NAMES = (
-    *(f"{name} she her" for name in "Amara Bianca Chen Dalia Elif Freya Grace Hana Ingrid Jana Keiko Lucia".split()),
-    *(f"{name} she her" for name in "Mina Nadia Olga Priya Rosa Salma Tessa Yara Zoe Leila Marta Noor".split()),
-    *(f"{name} he his" for name in "Adam Bruno Carlos Deniz Emil Felix Goran Hugo Ivan Jonas Kofi Liam".split()),
-    *(f"{name} he his" for name in "Mateo Nils Omar Pavel Quinn Rafael Samir Tomas Viktor Wei Yusuf Andre".split()),
+_SHE = (
+    "Amara Bianca Chen Dalia Elif Freya Grace Hana Ingrid Jana Keiko Lucia Mina Nadia Olga Priya Rosa Salma Tessa Zoe"
 )
-
-_EQUATION = re.compile(r"(\d+) ?([+*/-]) ?(\d+) ?= ?\$?(\d+)(?![\d.]*\d)")
+_HE = (
+    "Adam Bruno Carlos Deniz Emil Felix Goran Hugo Ivan Jonas Kofi Liam Mateo Nils Omar Pavel Rafael Samir Tomas Viktor"
+)
+_EQUATION = re.compile(r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?(\d{1,9}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)")
 _AGAIN = (
-    "Hmm, let me make sure.",
-    "Wait.",
-    "Let me double-check this once more.",
-    "Alternatively, another look.",
-    "But hold on.",
-    "I want to be certain here.",
-    "Let me go over it again.",
+    *("Hmm, let me make sure.", "Wait.", "Let me double-check this once more.", "Alternatively, another look."),
+    *("But hold on.", "I want to be certain here.", "Let me go over it again."),
 )
+# A story: "= KIND: THINGS", then "BEGINNING | QUESTION", then its events, "OPERATION TELLING | WHAT THE SOLUTION SAYS".
+# An event with a third part, a question of its own, can only come last.
+_STORIES = """
+= harvest: apples, pears, plums, lemons, peaches, tomatoes, figs
+{name} picks {a} {things} in the garden. | How many {things} does {name} have now?
++ {They} finds {b} more behind the shed. | With those from behind the shed
+- {They} gives {b} of the {things} to {friend}. | After the gift
+- {They} throws away {b} {things} that went bad. | Without the bad ones
+* Then {they} goes on picking until {they} has {b} times as many. | After more picking
+/ {They} puts all of the {things} into {b} equal bags. | In one bag | How many {things} are in each bag?
+* {They} sells each of the {things} for {b} coins. | For all of them | How many coins does {name} get?
+= bakery: rolls, muffins, pies, buns, cookies, pretzels
+A bakery has {a} {things} on its shelf when it opens. | How many {things} are on the shelf now?
++ The oven brings out {b} fresh ones. | With the fresh ones
+- Before noon {b} of the {things} are sold. | After the morning's sales
+- {name} drops a tray, and {b} {things} are lost. | After the accident
+* For a feast the bakers raise the number of {things} to {b} times what it is. | For the feast
+/ All of the {things} are packed into {b} equal boxes. | In one box | How many {things} does each box hold?
+* At the end every one of the {things} is sold for {b} coins. | Coins earned | How many coins is that?
+= library: novels, comics, atlases, magazines, dictionaries
+A small library owns {a} {things}. | How many {things} stand in the library now?
++ {name} donates {b} {things} to it. | With the donation
+- Readers borrow {b} of the {things}. | After the borrowing
++ The postman brings {b} new {things}. | With the delivery
+* A larger library gives so many {things} that there are {b} times as many. | After the large gift
+/ The {things} are put on {b} shelves, the same number on each. | On one shelf | How many {things} stand on each shelf?
+= savings: coins, dollars, euros, francs
+{name} has saved {a} {things}. | How many {things} does {name} have in the end?
++ {They} earns {b} {things} by washing cars. | With the earnings
+- {They} spends {b} {things} on a book. | After buying the book
++ {Their} aunt sends {b} {things} for {their} birthday. | With the birthday money
+- {They} lends {friend} {b} {things}. | After the loan
+* {Their} parents raise {their} savings to {b} times what they are. | After the parents' help
+/ {They} spreads the money evenly over {b} weeks. | For one week | How many {things} is that a week?
+= walk: kilometers, miles, blocks
+On Monday {name} walks {a} {things}. | How many {things} is that in all?
++ On Tuesday {they} walks {b} {things} more and adds them to the sum. | With Tuesday
++ On Wednesday {friend} joins in and they add another {b} {things}. | With Wednesday
+- The counter was wrong, so {b} {things} have to be taken off again. | After the correction
+* By the end of the month the distance is {b} times as long. | By the end of the month
+/ {They} splits the whole distance evenly over {b} days. | On one day | How many {things} is that a day?
+= farm: hens, ducks, goats, sheep, geese, rabbits
+{name} keeps {a} {things} on a farm. | How many {things} are on the farm now?
++ In spring {b} young {things} are born. | With the young ones
+- {They} sells {b} of the {things} at the market. | After the market
++ {They} buys {b} {things} from {friend}. | With the bought ones
+- During a storm {b} of the {things} run away. | After the storm
+* After some years there are {b} times as many {things}. | After some years
+/ {They} divides the {things} equally among {b} pens. | In one pen | How many {things} live in each pen?
+* Each of the {things} needs {b} buckets of feed a month. | Buckets for all | How many buckets is that a month?
+= bus: passengers, tourists, students, hikers
+A train leaves the station with {a} {things} on board. | How many {things} are on the train now?
++ At the first stop {b} {things} get on. | After the first stop
+- At the bridge {b} {things} get off. | After the bridge
++ In the next town {name} gets on with a group, {b} {things} in all. | After the next town
+* In the capital the number of {things} on board becomes {b} times as large. | After the capital
+/ The {things} sit down in {b} cars, the same number in each. | In one car | How many {things} sit in each car?
+* Every one of the {things} on board pays {b} coins. | Coins paid | How many coins do they pay together?
+= collection: stamps, marbles, stickers, shells, postcards, buttons
+{name} has a collection of {a} {things}. | How many {things} are in the collection now?
++ {friend} gives {name} {b} {things}. | With those from {friend}
+- {They} trades away {b} {things} for a poster. | After the trade
++ At a fair {they} buys {b} {things}. | With those from the fair
+- {They} loses {b} {things} on the way home. | After the loss
+* Over the summer the collection grows to {b} times its size. | After the summer
+/ {They} puts the {things} on {b} pages, equally many on each. | On one page | How many {things} are on a page?
+= tank: liters, gallons, buckets
+A tank holds {a} {things} of water. | How many {things} of water are in the tank now?
++ Rain adds {b} {things}. | With the rain
+- {name} uses {b} {things} for the garden. | After the watering
+- A leak lets {b} {things} run out. | After the leak
++ {friend} pours in {b} {things}. | After the pouring
+* A pump then fills it up to {b} times as much water. | After the pump has run
+/ The water is poured into {b} equal barrels. | In one barrel | How many {things} does each barrel get?
+= workshop: chairs, lamps, kites, baskets, toys, clocks
+A workshop makes {a} {things} in its first week. | How many {things} are ready now?
++ In the second week it makes {b} more. | After the second week
+- A customer buys {b} of the {things}. | After the sale
+- {name} tests the {things} and throws away {b}. | After the test
++ {name} makes {b} {things} alone over the weekend. | After the weekend
+* With a new machine the stock of {things} grows to {b} times its size. | With the new machine
+* Painting one of the {things} takes {b} minutes. | Minutes for all | How many minutes does painting all of them take?
+= game: points, stars, gems, tokens
+{name} begins a game with {a} {things}. | How many {things} does {name} have at the end?
++ In the first round {they} wins {b} {things}. | After winning
+- A trap costs {them} {b} {things}. | After the trap
++ {friend} hands over {b} {things}. | With those from {friend}
+- {They} pays {b} {things} for a hint. | After paying for the hint
+* A lucky card leaves {name} with {b} times as many {things}. | After the lucky card
+/ The {b} players of the team share the {things} equally. | For one player | How many {things} does each get?
+= reading: pages, chapters, stories, poems
+{name} plans to read {a} {things} during the holidays. | How many {things} are left to read?
+- In the first week {they} reads {b} {things}. | After the first week
+- On a rainy day {they} reads {b} more {things}. | After the rainy day
++ Then {friend} puts {b} further {things} on the list. | With those from {friend}
+* A teacher makes the list {b} times as long. | After the teacher's change
+/ {They} spreads the rest evenly over {b} days. | On one day | How many {things} is that a day?
+* Each of the {things} takes {b} minutes to read. | Minutes for all | How many minutes will that take?
+"""
 
 
-@dataclass(frozen=True)
-class Event:
-    """One step: an operation on the quantity, how the story tells it, how the solution names the result.
+class Event(NamedTuple):
+    """One step: an operation (+ - * /), how the story tells it, how the solution names the result, its own question."""
 
-    An event with `ask` can only come last, for it asks the question itself.
-    """
-
-    op: str  # + - * /
+    op: str
     tell: str
     note: str
     ask: str = ""
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(NamedTuple):
     """A kind of story."""
 
     name: str
     things: tuple[str, ...]
     begin: str
-    events: tuple[Event, ...]
     ask: str
+    events: tuple[Event, ...]
 
 
-def _template(name: str, things: str, begin: str, ask: str, *events: str) -> Template:
-    """Each event is `op | tell | note`, with `| ask` where it asks its own question."""
-    parsed = (Event(*(part.strip() for part in event.split("|"))) for event in events)
-    return Template(name, tuple(things.split(", ")), begin, tuple(parsed), ask)
+def _template(block: str) -> Template:
+    head, frame, *lines = block.strip().splitlines()
+    name, _, things = head.partition(": ")
+    events = (Event(line[0], *(part.strip() for part in line[1:].split("|"))) for line in lines)
+    return Template(name, tuple(things.split(", ")), *frame.split(" | "), tuple(events))
 
 
-TEMPLATES = (
-    _template(
-        "harvest",
-        "apples, pears, plums, lemons, peaches, tomatoes, figs",
-        "{name} picks {a} {things} in the garden.",
-        "How many {things} does {name} have now?",
-        "+ | {They} finds {b} more behind the shed. | With those from behind the shed",
-        "- | {They} gives {b} of the {things} to {friend}. | After the gift",
-        "- | {They} throws away {b} {things} that went bad. | Without the bad ones",
-        "* | Then {they} goes on picking until {they} has {b} times as many. | After more picking",
-        "/ | {They} puts all of the {things} into {b} equal bags. | In one bag | How many {things} are in each bag?",
-        "* | {They} sells each of the {things} for {b} coins. | For all of them | How many coins does {name} get?",
-    ),
-    _template(
-        "bakery",
-        "rolls, muffins, pies, buns, cookies, pretzels",
-        "A bakery has {a} {things} on its shelf when it opens.",
-        "How many {things} are on the shelf now?",
-        "+ | The oven brings out {b} fresh ones. | With the fresh ones",
-        "- | Before noon {b} of the {things} are sold. | After the morning's sales",
-        "- | {name} drops a tray, and {b} {things} are lost. | After the accident",
-        "* | For a feast the bakers raise the number of {things} to {b} times what it is. | For the feast",
-        "/ | All of the {things} are packed into {b} equal boxes. | In one box | How many {things} does each box hold?",
-        "* | At the end every one of the {things} is sold for {b} coins. | Coins earned | How many coins is that?",
-    ),
-    _template(
-        "library",
-        "novels, comics, atlases, magazines, dictionaries",
-        "A small library owns {a} {things}.",
-        "How many {things} stand in the library now?",
-        "+ | {name} donates {b} {things} to it. | With the donation",
-        "- | Readers borrow {b} of the {things}. | After the borrowing",
-        "+ | The postman brings {b} new {things}. | With the delivery",
-        "* | A larger library gives so many {things} that there are {b} times as many. | After the large gift",
-        "/ | The {things} are put on {b} shelves, the same number on each. | On one shelf "
-        "| How many {things} stand on each shelf?",
-    ),
-    _template(
-        "savings",
-        "coins, dollars, euros, francs",
-        "{name} has saved {a} {things}.",
-        "How many {things} does {name} have in the end?",
-        "+ | {They} earns {b} {things} by washing cars. | With the earnings",
-        "- | {They} spends {b} {things} on a book. | After buying the book",
-        "+ | {Their} aunt sends {b} {things} for {their} birthday. | With the birthday money",
-        "- | {They} lends {friend} {b} {things}. | After the loan",
-        "* | {Their} parents raise {their} savings to {b} times what they are. | After the parents' help",
-        "/ | {They} spreads all of the money over {b} weeks, the same amount each week. | For one week "
-        "| How many {things} can {name} spend each week?",
-    ),
-    _template(
-        "walk",
-        "kilometers, miles, blocks",
-        "On Monday {name} walks {a} {things}.",
-        "How many {things} is that in all?",
-        "+ | On Tuesday {they} walks {b} {things} more and adds them to the sum. | With Tuesday",
-        "+ | On Wednesday {friend} joins in and they add another {b} {things}. | With Wednesday",
-        "- | The counter was wrong, so {b} {things} have to be taken off again. | After the correction",
-        "* | By the end of the month the distance is {b} times as long. | By the end of the month",
-        "/ | {They} splits the whole distance evenly over {b} days. | On one day | How many {things} is that a day?",
-    ),
-    _template(
-        "classroom",
-        "pencils, crayons, markers, erasers, notebooks",
-        "A classroom starts the year with {a} {things}.",
-        "How many {things} are in the classroom now?",
-        "+ | The teacher buys {b} more {things}. | With the new ones",
-        "- | In the first month {b} {things} get lost. | After the losses",
-        "+ | {name} brings {b} {things} from home. | With those from home",
-        "* | The school then sends enough for there to be {b} times as many {things}. | After the school's delivery",
-        "/ | All of the {things} are handed out equally to {b} groups. | For one group "
-        "| How many {things} does each group get?",
-    ),
-    _template(
-        "farm",
-        "hens, ducks, goats, sheep, geese, rabbits",
-        "{name} keeps {a} {things} on a farm.",
-        "How many {things} are on the farm now?",
-        "+ | In spring {b} young {things} are born. | With the young ones",
-        "- | {They} sells {b} of the {things} at the market. | After the market",
-        "+ | {They} buys {b} {things} from {friend}. | With the bought ones",
-        "- | During a storm {b} of the {things} run away. | After the storm",
-        "* | After some years there are {b} times as many {things}. | After some years",
-        "/ | {They} divides the {things} equally among {b} pens. | In one pen | How many {things} live in each pen?",
-        "* | Each of the {things} needs {b} buckets of feed a month. | Buckets for all "
-        "| How many buckets of feed does {name} need a month?",
-    ),
-    _template(
-        "bus",
-        "passengers, tourists, students, hikers",
-        "A train leaves the station with {a} {things} on board.",
-        "How many {things} are on the train now?",
-        "+ | At the first stop {b} {things} get on. | After the first stop",
-        "- | At the bridge {b} {things} get off. | After the bridge",
-        "+ | In the next town {name} gets on with a group, {b} {things} in all. | After the next town",
-        "* | In the capital the number of {things} on board becomes {b} times as large. | After the capital",
-        "/ | The {things} sit down in {b} cars, the same number in each. | In one car "
-        "| How many {things} sit in each car?",
-        "* | Every one of the {things} on board pays {b} coins. | Coins paid | How many coins do they pay together?",
-    ),
-    _template(
-        "collection",
-        "stamps, marbles, stickers, shells, postcards, buttons",
-        "{name} has a collection of {a} {things}.",
-        "How many {things} are in the collection now?",
-        "+ | {friend} gives {name} {b} {things}. | With those from {friend}",
-        "- | {They} trades away {b} {things} for a poster. | After the trade",
-        "+ | At a fair {they} buys {b} {things}. | With those from the fair",
-        "- | {They} loses {b} {things} on the way home. | After the loss",
-        "* | Over the summer the collection grows to {b} times its size. | After the summer",
-        "/ | {They} arranges all of the {things} on {b} pages, equally many on each. | On one page "
-        "| How many {things} are on each page?",
-    ),
-    _template(
-        "tank",
-        "liters, gallons, buckets",
-        "A tank holds {a} {things} of water.",
-        "How many {things} of water are in the tank now?",
-        "+ | Rain adds {b} {things}. | With the rain",
-        "- | {name} uses {b} {things} for the garden. | After the watering",
-        "- | A leak lets {b} {things} run out. | After the leak",
-        "+ | {friend} pours in {b} {things}. | After the pouring",
-        "* | A pump then fills it up to {b} times as much water. | After the pump has run",
-        "/ | The water is poured into {b} equal barrels. | In one barrel | How many {things} does each barrel get?",
-    ),
-    _template(
-        "theater",
-        "seats, chairs, stools",
-        "A hall has {a} {things} in it.",
-        "How many {things} are in the hall now?",
-        "+ | {name} carries in {b} {things}. | With those carried in",
-        "- | {friend} takes out {b} broken {things}. | Without the broken ones",
-        "- | For the stage {b} {things} have to go. | After making room for the stage",
-        "* | For the concert there have to be {b} times as many {things}, and they are brought. | For the concert",
-        "/ | All of the {things} are set up in {b} equal rows. | In one row | How many {things} are in each row?",
-    ),
-    _template(
-        "workshop",
-        "chairs, lamps, kites, baskets, toys, clocks",
-        "A workshop makes {a} {things} in its first week.",
-        "How many {things} are ready now?",
-        "+ | In the second week it makes {b} more. | After the second week",
-        "- | A customer buys {b} of the {things}. | After the sale",
-        "- | {name} tests the {things} and throws away {b}. | After the test",
-        "+ | {name} makes {b} {things} alone over the weekend. | After the weekend",
-        "* | With a new machine the stock of {things} grows to {b} times its size. | With the new machine",
-        "* | Painting one of the {things} takes {b} minutes, and all are painted. | Minutes for all "
-        "| How many minutes does the painting take?",
-    ),
-    _template(
-        "game",
-        "points, stars, gems, tokens",
-        "{name} begins a game with {a} {things}.",
-        "How many {things} does {name} have at the end?",
-        "+ | In the first round {they} wins {b} {things}. | After winning",
-        "- | A trap costs {them} {b} {things}. | After the trap",
-        "+ | {friend} hands over {b} {things}. | With those from {friend}",
-        "- | {They} pays {b} {things} for a hint. | After paying for the hint",
-        "* | A lucky card leaves {name} with {b} times as many {things}. | After the lucky card",
-        "/ | {They} and the others of the team, {b} players in all, share the {things} equally. | For one player "
-        "| How many {things} does each player get?",
-    ),
-    _template(
-        "reading",
-        "pages, chapters, stories, poems",
-        "{name} plans to read {a} {things} during the holidays.",
-        "How many {things} are left to read?",
-        "- | In the first week {they} reads {b} {things}. | After the first week",
-        "- | On a rainy day {they} reads {b} more {things}. | After the rainy day",
-        "+ | Then {friend} puts {b} further {things} on the list. | With those from {friend}",
-        "* | A teacher makes the list {b} times as long. | After the teacher's change",
-        "/ | {They} spreads the rest evenly over {b} days. | On one day | How many {things} is that a day?",
-        "* | Each of the {things} takes {b} minutes to read. | Minutes for all | How many minutes will that take?",
-    ),
-)
+TEMPLATES = tuple(_template(block) for block in _STORIES.split("\n= ")[1:])
 
 
 def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, int] = (1, 4)) -> list[Problem]:
@@ -278,10 +192,10 @@ def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, in
 
 def _story(rng: random.Random, template: Template, steps: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
-    hero, friend = (name.split() for name in rng.sample(_NAMES, 2))
-    words = {"name": hero[0], "they": hero[1], "their": hero[2], "them": "him" if hero[1] == "he" else "her"}
-    words |= {"They": words["they"].title(), "Their": words["their"].title(), "friend": friend[0]}
-    words["things"] = rng.choice(template.things)
+    hero, friend = rng.sample((_SHE + " " + _HE).split(), 2)
+    they, their, them = ("she", "her", "her") if hero in _SHE.split() else ("he", "his", "him")
+    words = {"name": hero, "friend": friend, "things": rng.choice(template.things), "they": they, "their": their}
+    words |= {"They": they.title(), "Their": their.title(), "them": them}
     inner = [event for event in template.events if not event.ask]
     events = rng.sample(inner, min(steps, len(inner)))
     if rng.random() < 0.5 or len(events) < steps:
@@ -335,70 +249,65 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
     if not problem.solution:
         raise KitError(
             f"Problem {problem.id} has no worked solution to make a trace from.",
-            "Use teacher.backend=worked with the built-in problems or GSM8K, or another teacher.",
+            "Use teacher.backend=worked with the built-in problems, GSM8K or MATH, or another teacher.",
         )
     if wordiness <= 0:
         return problem.solution
     rng = random.Random(f"wander {problem.id} {float(wordiness)} {seed}")
     steps = [line for line in problem.solution.splitlines() if line.strip() and "\\boxed" not in line]
-    lines = [*_restating(rng, problem, wordiness)]
+    asked = re.split(r"(?<=[.?!])\s+", problem.question.strip())
+    lines = [rng.choice(("Okay, let me see.", "Hmm, let me think about this.", "Alright, what do we have here?"))]
+    if len(asked) > 1 and rng.random() < 0.5 * wordiness:
+        lines.append(f"Let me say it in order. {' '.join(asked[:-1])}")
+    lines.append(f"The question is: {asked[-1]}")
     for step in steps:
         if rng.random() < min(0.9, 0.35 * wordiness):
-            lines += _false_start(rng, step)
-        lines.append(rng.choice(("{}", "So: {}", "Okay. {}", "Then: {}")).format(step))
+            lines += [_false_start(rng, *sum_) for sum_ in _sums(step)[:1]]
+        lines.append(rng.choice(("{}", "So: {}", "Okay. {}", "Then: {}")).replace("{}", step))
     lines.append(f"So the result is {problem.answer}.")
-    for check in range(round(wordiness * rng.randint(4, 6))):
-        lines += _check(rng, problem, steps, check)
+    for number in range(round(wordiness * rng.randint(4, 6))):
+        opening = rng.choice(_AGAIN) if number else "Wait, let me check that."
+        lines.append(f"{opening} {_check(rng, problem.answer, asked[-1], steps)}")
     lines.append(f"Okay, I have gone over it often enough. The final answer is \\boxed{{{problem.answer}}}.")
     return "\n\n".join(lines)
 
 
-def _restating(rng: random.Random, problem: Problem, wordiness: float) -> Iterator[str]:
-    told = re.findall(r"[^.?!]+[.?!]+", problem.question) or [problem.question]
-    yield rng.choice(("Okay, let me see.", "Hmm, let me think about this.", "Alright, what do we have here?"))
-    if rng.random() < 0.5 * wordiness:
-        yield f"Let me say it in order. {' '.join(part.strip() for part in told[:-1])}"
-    yield f"The question is: {told[-1].strip()}"
-    if rng.random() < 0.3 * wordiness:
-        yield "That should not be too hard, but I want to be careful, since the order of the events matters."
+def _sums(step: str) -> list[tuple[int, str, int, int]]:
+    """The true equations `a op b = c` of a step."""
+    found = [(int(m[1]), m[2], int(m[3]), int(m[4])) for m in _EQUATION.finditer(step)]
+    return [
+        (a, op, b, c)
+        for a, op, b, c in found
+        if {"+": a + b, "-": a - b, "*": a * b}.get(op, a) == (c if op != "/" else b * c)
+    ]
 
 
-def _false_start(rng: random.Random, step: str) -> Iterator[str]:
-    """A wrong operation or a slip, caught at once. Its number never stays."""
-    found = _EQUATION.search(step)
-    if not found:
-        return
-    a, op, b, right = int(found[1]), found[2], int(found[3]), int(found[4])
+def _false_start(rng: random.Random, a: int, op: str, b: int, right: int) -> str:
+    """A wrong operation or a slip, caught at once."""
     other = rng.choice([o for o in "+-*" if o != op])
     if rng.random() < 0.5:
         wrong = {"+": a + b, "-": a - b, "*": a * b}[other]
-        yield (
-            f"Maybe this is {a} {other} {b} = {wrong}? Wait, no. "
-            f"Reading it again, that is the wrong way to combine {a} and {b}, so {wrong} cannot be right."
+        return (
+            f"Maybe this is {a} {other} {b} = {wrong}? Wait, no. Reading it again, that is the wrong way to combine "
+            f"{a} and {b}, so {wrong} cannot be right."
         )
-    else:
-        slip = right + rng.choice((-10, -2, -1, 1, 2, 10))
-        yield f"Quickly, {a} {op} {b} should be {slip}. Hmm, wait. Let me do that slowly, {slip} looks off."
+    slip = right + rng.choice((-10, -2, -1, 1, 2, 10))
+    return f"Quickly, {a} {op} {b} should be {slip}. Hmm, wait. Let me do that slowly, {slip} looks off."
 
 
-def _check(rng: random.Random, problem: Problem, steps: list[str], number: int) -> Iterator[str]:
+def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str:
     """One of several ways to check again what is already known."""
-    sums = [found for step in steps if (found := _EQUATION.search(step))]
-    opening = "Wait, let me check that." if number == 0 else rng.choice(_AGAIN)
+    sums = [sum_ for step in steps for sum_ in _sums(step)]
     way = rng.randrange(5)
     if way == 0 and sums:
-        redone = " ".join(f"{m[1]} {m[2]} {m[3]} = {m[4]}, yes." for m in sums)
-        yield f"{opening} {redone} So {problem.answer} again."
-    elif way == 1 and sums:
+        return f"{' '.join(f'{a} {op} {b} = {c}, yes.' for a, op, b, c in sums)} So {answer} again."
+    if way == 1 and sums:
         back = {"+": "-", "-": "+", "*": "/", "/": "*"}
-        undone = ", ".join(f"{m[4]} {back[m[2]]} {m[3]} = {m[1]}" for m in reversed(sums))
-        yield f"{opening} Going backwards from the end: {undone}. That leads back to the start, so it fits."
-    elif way == 2 and sums:
-        m = rng.choice(sums)
-        yield f"{opening} Did I get {m[1]} {m[2]} {m[3]} right? It is {m[4]}. Yes, {m[4]}, I am sure of that."
-    elif way == 3:
-        asked = re.split(r"(?<=[.?!])\s+", problem.question.strip())[-1]
-        yield f'{opening} What was asked? "{asked}" That is {problem.answer}, not one of the numbers on the way.'
-    else:
-        step = rng.choice(steps or [f"The result is {problem.answer}."])
-        yield f"{opening} Is there anything I have overlooked? {step} No, I see nothing else, {problem.answer} stands."
+        undone = ", ".join(f"{c} {back[op]} {b} = {a}" for a, op, b, c in reversed(sums))
+        return f"Going backwards from the end: {undone}. That leads back to the start, so it fits."
+    if way == 2 and sums:
+        a, op, b, c = rng.choice(sums)
+        return f"Did I get {a} {op} {b} right? It is {c}. Yes, {c}, I am sure of that."
+    if way == 3 or not steps:
+        return f'What was asked? "{asked}" That is {answer}, not one of the numbers on the way.'
+    return f"Is there anything I have overlooked? {rng.choice(steps)} No, I see nothing else, {answer} stands."
