@@ -87,7 +87,7 @@ def render(template: str, **fields: Any) -> str:
     )
     environment.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
     environment.filters |= {"duration": duration, "tojson_plain": lambda value: json.dumps(value, ensure_ascii=False)}
-    environment.globals |= {"ticks": ticks, "scale": scale}
+    environment.globals |= {"ticks": ticks, "scale": scale, "upto": upto}
     return environment.get_template(template).render(**fields)
 
 
@@ -96,12 +96,15 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
-def clip(text: str, limit: int) -> str:
-    """A text's beginning and end, with the count of what was left out between."""
-    if len(text) <= limit:
-        return text
-    head, tail = limit * 2 // 3, limit // 3
-    return f"{text[:head]} [… {len(text) - head - tail:,} of {len(text):,} characters left out …] {text[-tail:]}"
+def clip(text: str, limit: int) -> Any:
+    """A text's beginning and end as markup, with the count of what was left out between."""
+    from markupsafe import Markup
+
+    if len(text) <= limit + 80:
+        return visible(text)
+    head, tail = text[: limit * 2 // 3], text[-(limit // 3) :]
+    gap = Markup('{} <span class="gap">… {:,} characters left out …</span> {}')
+    return gap.format(visible(head), len(text) - len(head) - len(tail), visible(tail))
 
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
@@ -146,6 +149,11 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     step = max(math.ceil(step), 1) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
+def upto(high: int) -> list[float]:
+    """Ticks of a count from 0, the last one `high` itself."""
+    return [tick for tick in ticks(0, high, whole=True) if tick < 0.9 * high] + [high]
 
 
 def scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
