@@ -127,12 +127,14 @@ def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, th
 
 def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str], taken: str) -> str:
     """Replace special tokens' names by private-use marks that no template touches and no data holds."""
-    found = [name for name in tokenizer.special if name and name in text]
-    for name in sorted(found, key=len, reverse=True):
-        mark = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in taken and m not in hidden)
-        hidden[mark] = name
-        text = text.replace(name, mark)
-    return text
+    found = sorted((name for name in tokenizer.special if name and name in text), key=len, reverse=True)
+    if not found:
+        return text
+    marks: dict[str, str] = {}
+    for name in found:
+        marks[name] = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in taken and m not in hidden)
+        hidden[marks[name]] = name
+    return re.sub("|".join(map(re.escape, found)), lambda m: marks[m[0]], text)  # one pass: no mark is searched again
 
 
 def _chat(tokenizer: Tokenizer, user: str, system: str | None, thinking: bool) -> str:
