@@ -1,0 +1,269 @@
+"""Hypothesis against everything that reads what people write: no crash that is not one of our errors.
+
+PALIGN_FUZZ=10000 sets the number of examples of each test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from kit import config, data, prompts
+from kit.answers import extract
+from kit.config import Config, Source
+from kit.errors import KitError
+from kit.records import Problem, RowFile, Sample, TraceRow, line_of
+from kit.sentences import ends, split
+
+EXAMPLES = int(os.environ.get("PALIGN_FUZZ", "150"))
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+ANY = st.text(st.characters(), max_size=120)  # lone surrogates and control characters included
+MATHS = st.lists(
+    st.sampled_from(
+        r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . ... ! ? 。 <<1+1=2>> "
+        r"#### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. <think> </think> <End_of_Prefix>".split(" ")
+    )
+    | ANY
+    | st.sampled_from(["\n", "\n\n", " ", "\\", "\x00", "\ud800"]),
+    max_size=40,
+).map("".join)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
+    max_leaves=8,
+)
+KEYS = sorted({key for keys in data.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
+
+
+@fuzz
+@given(MATHS)
+def test_splitter(text: str) -> None:
+    parts = split(text)
+    assert "".join(parts) == text and len(ends(text)) == len(parts)
+    assert all(part.strip() for part in parts) or parts == [text]
+    assert ends(text)[-1:] == ([len(text)] if text else [])
+
+
+@fuzz
+@given(MATHS, st.sampled_from(["math", "number", "choice", "text"]))
+def test_answer_extraction(text: str, verifier: str) -> None:
+    found = extract(text, verifier)
+    assert found is None or found.strip()
+
+
+LEAVES = sorted(config.flat(Config()))
+PATHS = st.sampled_from(LEAVES) | st.sampled_from([leaf.rsplit(".", 1)[0] for leaf in LEAVES]) | ANY
+VALUES = st.sampled_from(
+    ["1", "0", "-1", "true", "hf", "nf4", "null", "{}", "[]", "{path: x}", "[a, b]", "1e999", ".nan"]
+)
+OVERRIDES = st.lists(st.tuples(PATHS, VALUES | ANY).map("=".join) | ANY, max_size=5)
+
+
+@fuzz
+@given(JSON | st.dictionaries(st.sampled_from(list(Config.model_fields)), JSON, max_size=4), OVERRIDES)
+def test_config(tmp_path: Path, raw: Any, overrides: list[str]) -> None:
+    path = tmp_path / "config.yaml"
+    try:
+        text = yaml.safe_dump(raw, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
+    except (UnicodeEncodeError, yaml.YAMLError):
+        path.write_text(json.dumps(raw), encoding="utf-8")
+    check_config(path, overrides)
+
+
+@fuzz
+@given(st.binary(max_size=200) | ANY.map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_config_of_any_bytes(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    check_config(path, [])
+
+
+def check_config(path: Path, overrides: list[str]) -> None:
+    """A config that is accepted says the same when it is saved and read again."""
+    try:
+        loaded = config.load(path, overrides)
+    except KitError as error:
+        assert error.code == 2 and str(error)
+        return
+    assert config.resolve(yaml.safe_load(config.dump(loaded)), "again") == loaded
+
+
+ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), JSON | MATHS, max_size=6) | JSON, max_size=6)
+SOURCES = st.fixed_dictionaries(
+    {},
+    optional={
+        "format": st.sampled_from(["auto", "gsm8k", "math", "aime", "s1k", "fields"]),
+        "fields": st.dictionaries(st.sampled_from([*data.ROLES, "x"]), st.sampled_from(KEYS), max_size=3),
+        "limit": st.integers(1, 5),
+        "seed": st.integers(),
+        "stratify": st.sampled_from(["level", "subject", "id", "x"]),
+    },
+)
+
+
+def check_source(source: Source, traces: bool) -> None:
+    """What is read is whole: text without surrogates, ids of its own, everything else accounted for."""
+    try:
+        reading = data.subset(data.read(source, 0, traces=traces), 0)
+    except KitError as error:
+        assert str(error)
+        return
+    assert 0 < len(reading.problems) <= (source.limit or 10**9)
+    assert len({problem.id for problem in reading.problems}) == len(reading.problems)
+    for problem in reading.problems:
+        assert problem.question.strip() and problem.answer.strip()
+        assert line_of(problem).encode()
+        assert not traces or problem.trace
+    assert json.dumps(reading.facts()) and all(gone.id and gone.reason and gone.detail for gone in reading.rejected)
+
+
+@fuzz
+@given(ROWS, SOURCES, st.booleans(), st.sampled_from(["jsonl", "json"]))
+def test_rows_of_any_shape(tmp_path: Path, rows: list[Any], source: dict[str, Any], traces: bool, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    check_source(Source(path=str(path), **source), traces)
+
+
+@fuzz
+@given(st.binary(max_size=300), st.integers(0, 400), st.sampled_from(["jsonl", "json"]))
+def test_files_of_any_bytes(tmp_path: Path, junk: bytes, where: int, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    sound = b"".join(b'{"question": "How much is %d?", "answer": "%d"}\n' % (i, i) for i in range(8))
+    path.write_bytes(sound[:where] + junk + sound[where:])
+    check_source(Source(path=str(path)), False)
+
+
+@fuzz
+@given(ANY | st.text(string.printable, max_size=20))
+def test_paths_of_any_kind(tmp_path: Path, path: str) -> None:
+    assume(path not in ("builtin", "holdout"))
+    os.chdir(tmp_path)
+    with pytest.raises(KitError):
+        data.load(Source(path=path, format="aime"), 0)
+
+
+@fuzz
+@given(st.data())
+def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> None:
+    """Rows that are read back are rows that were written; whatever else was in the file is set aside and named."""
+    texts = draw.draw(
+        st.lists(MATHS.map(lambda text: text.encode("utf-8", "replace").decode()), min_size=1, max_size=4)
+    )
+    rows = [
+        TraceRow(id=f"r{i}", question=text, answer="1", samples=(Sample(text=text, verdict="wrong"),), kept=())
+        for i, text in enumerate(texts)
+    ]
+    path = tmp_path / "rows.jsonl"
+    for old in tmp_path.glob("rows*"):
+        old.unlink()
+    content = "".join(map(line_of, rows)).encode()
+    start = draw.draw(st.integers(0, len(content)))
+    end = draw.draw(st.integers(start, min(len(content), start + 50)))
+    path.write_bytes(content[:start] + draw.draw(st.binary(max_size=40)) + content[end:])
+    file = RowFile(path, TraceRow)
+    found = file.read()
+    assert all(row in rows for row in found)
+    assert file.damaged or len(found) == len(rows) or (start, end) != (end, start)
+    assert RowFile(path, TraceRow).read() == found  # mended: the second reading finds nothing damaged
+    file.append(*[row for row in rows if row not in found])
+    assert sorted(RowFile(path, TraceRow).read(), key=lambda row: row.id) == rows
+
+
+class Toy:
+    """Characters are tokens; a few names are special; the template is ChatML, or refuses the system role."""
+
+    bos, eos, eos_ids = "<s>", "<|im_end|>", frozenset({1})
+    special = ("<s>", "<|im_end|>", "<|im_start|>", "\ue000", "a")
+
+    def __init__(self, template: str | None) -> None:
+        self.template = template
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [ord(character) + (0 if special else 1 << 21) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i % (1 << 21)) for i in ids)
+
+
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'system' and no_system %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+NAMES = st.sampled_from(["<|im_end|>", "<|im_start|>", "<s>", "\ue000", "\ue0000\ue001", "{{ x }}", "{% y %}", "</s>"])
+TALK = st.lists(NAMES | MATHS, max_size=6).map("".join)
+
+
+@fuzz
+@given(TALK, st.none() | TALK, TALK, st.sampled_from([None, CHATML, REFUSING]))
+def test_rendering(user: str, system: str | None, answer: str, template: str | None) -> None:
+    """Everything said is in the prompt, character for character, and none of it is a special token."""
+    toy = Toy(template)
+    ids = prompts.render(toy, user, system, answer)
+    text = toy.decode(ids)
+    for said in (user, answer, system or ""):
+        assert said in text
+    frame = prompts.render(toy, "", "x" if system else None)
+    for name in toy.special:
+        assert as_special(ids).count(name) == as_special(frame).count(name)
+
+
+def as_special(ids: Sequence[int]) -> str:
+    """The part of a prompt in which special tokens count; a zero for what was tokenized as plain text."""
+    return "".join(chr(i) if i < 1 << 21 else "\0" for i in ids)
+
+
+@fuzz
+@given(TALK, st.none() | TALK, TALK)
+def test_rendering_for_the_packaged_model(tokenizer: Any, user: str, system: str | None, answer: str) -> None:
+    """However often special tokens are named in what is said, only the template's own are in the prompt."""
+    user, answer = (text.encode("utf-8", "replace").decode() for text in (user, answer))
+    system = system.encode("utf-8", "replace").decode() if system else None
+    special = {tokenizer.encode(name)[0] for name in tokenizer.special if len(tokenizer.encode(name)) == 1}
+    ids = prompts.render(tokenizer, user, system, answer)
+    plain = prompts.render(tokenizer, "x", "x" if system else None, "x" if answer else "")
+    assert sum(i in special for i in ids) == sum(i in special for i in plain)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from kit.models import load_tokenizer
+
+    return load_tokenizer("smollm2-135m")
+
+
+@fuzz
+@given(st.sampled_from(["judge", "draft", "compare", "instruction", "forced"]), TALK, TALK, TALK)
+def test_prompt_texts(name: str, text: str, question: str, prefix: str) -> None:
+    try:
+        template = prompts.text_of(config.Prompts(**{name: text}), name)
+    except KitError as error:
+        assert str(error)
+        return
+    filled = prompts.fill(template, question=question, prefix=prefix)
+    assert question in filled or "{question}" not in template
+
+
+@fuzz
+@given(st.lists(st.tuples(MATHS, MATHS), min_size=1, max_size=8))
+def test_overlap_is_found_or_absent(rows: list[tuple[str, str]]) -> None:
+    first = [Problem(id=f"a{i}", question=a, answer="1") for i, (a, _) in enumerate(rows)]
+    second = [Problem(id=f"b{i}", question=b, answer="1") for i, (_, b) in enumerate(rows)]
+    for a, b, ratio in data.near_duplicates(first, second):
+        assert a[0] == "a" and b[0] == "b" and data.NEAR_RATIO <= ratio <= 1
+    assert data.near_duplicates(first, first)
