@@ -67,7 +67,7 @@ def command(args: argparse.Namespace, progress: Progress) -> int:
     if args.step:
         from kit.step import step
 
-        return step(config, progress)
+        return step(config)
     result = judge_file(config, progress)
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
