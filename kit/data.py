@@ -1,81 +1,24 @@
-"""Problems from files, the hub, or the built-in generator, as typed rows with stable ids.
+"""The problems of a run: subsets, the holdout, and the check that training and evaluation share no question.
 
-Where they are (a hub id or a file of the same rows; `auto` tells the formats apart by their keys):
-- GSM8K, hub `openai/gsm8k` (main): {"question": "Natalia sold clips to 48 of her friends in April, ...", "answer":
-  "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\n ... #### 72"}
-- MATH, hub `HuggingFaceH4/MATH-500` (test): {"problem": "Convert the point $(0,3)$ ...", "solution": "We have ...",
-  "answer": "\\\\left( 3, \\\\frac{\\\\pi}{2} \\\\right)", "subject": "Precalculus", "level": 2}
-- AIME and AMC: {"problem" or "question": ..., "answer": "204"}, with an "id" where there is one
-- s1K, hub `simplescaling/s1K-1.1` (train): {"question", "solution", "deepseek_thinking_trajectory", ...}
-- any other JSONL: `fields: {question: KEY, answer: KEY, id: KEY, trace: KEY}`
-
-A damaged file stops the run, with file and line. A row that lacks something is set aside with its reason, and so is
-a question's second row. Questions are compared up to case and white space only; rewordings show as near-duplicates.
+Questions are compared up to case and white space only; rewordings show as near-duplicates, counted and named. How
+rows are read, and from where: kit/sources.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kit.config import STAGES, Config, Source
 from kit.errors import KitError
-from kit.records import Problem, digest
+from kit.records import Problem
+from kit.sources import Reading, Rejection, normal, read
 
-BUILTIN_ROWS = 100  # of a built-in source without a limit
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
-HUB = {  # dataset: (subset, split of training, split of evaluation), where the config names none
-    "openai/gsm8k": ("main", "train", "test"),
-    "HuggingFaceH4/MATH-500": (None, "test", "test"),
-    "simplescaling/s1K-1.1": (None, "train", "train"),
-}
-ROLES = {  # what a row may hold, and the keys it is known by, best first, in any case
-    "id": ("id", "unique_id", "problem_id"),
-    "question": ("question", "problem"),
-    "answer": ("answer",),
-    "solution": ("solution",),
-    "trace": ("trace", "long_cot", "deepseek_thinking_trajectory"),
-    "level": ("level",),
-    "subject": ("subject", "type"),
-}
-Keys = dict[str, tuple[str, ...]]  # role: keys of the source at hand
-Located = Iterator[tuple[str, dict[str, Any]]]  # a row with where it stands ("line 812")
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A row that was set aside while reading, and why."""
-
-    id: str
-    reason: str
-    detail: str
-
-
-@dataclass
-class Reading:
-    """What reading one source gave."""
-
-    name: str
-    source: Source
-    format: str
-    problems: list[Problem] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def facts(self) -> dict[str, Any]:
-        """For the manifest: where from, how many, and a fingerprint of the problems."""
-        counts = {"rows": len(self.problems), "rejected": len(self.rejected)}
-        return {"path": self.source.path, "format": self.format, **counts, "fingerprint": digest(self.problems)} | (
-            {"notes": self.notes} if self.notes else {}
-        )
 
 
 @dataclass(frozen=True)
@@ -136,53 +79,6 @@ def load_all(config: Config) -> Loaded:
     return Loaded(train.problems, evals, facts, rejected)
 
 
-def read(source: Source, seed: int, held_out: bool = False, traces: bool = False) -> Reading:
-    """All rows of a source, before any subset (built-in problems aside: they are as many as asked for).
-
-    Args:
-        traces: rows need a trace, and a question may come more than once.
-
-    Raises:
-        KitError: no such file or dataset, broken JSON (with its line), no key that is known for question or answer,
-            two rows of one id, or not one usable row.
-    """
-    if source.path == "builtin":
-        return _builtin(source, seed, held_out)
-    path = source.path
-    is_file = os.path.exists(path) or re.match(r"[./~]", path) or re.search(r"(?i)\.(jsonl?|ndjson|parquet|csv)$", path)
-    rows = [(where, _clean(row)) for where, row in (_file_rows(Path(path)) if is_file else _hub_rows(source, held_out))]
-    format_, keys = _keys(source, [row for _, (row, _) in rows])
-    stem = re.sub(r"(?i)\.(jsonl?|ndjson|parquet|csv)$", "", Path(path).name)
-    reading = Reading(source.name or re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data", source, format_)
-    if replaced := sum(count for _, (_, count) in rows):
-        reading.notes.append(f"{replaced} lone surrogates (broken characters) replaced")
-    ids: dict[str, str] = {}
-    known: dict[str, str] = {}
-    for where, (row, _) in rows:
-        own_id = _text(row, keys["id"])
-        try:
-            problem = _problem(row, keys, reading, traces)
-        except ValueError as error:
-            reading.rejected.append(Rejection(own_id or where, str(error), f"{path}, {where}"))
-            continue
-        if own_id and own_id in ids:
-            hint = "Give each row an id of its own, or none: ids are then made from the text."
-            raise KitError(f"{path}: {ids[own_id]} and {where} have the same id {own_id!r}.", hint)
-        text = problem.id if traces else normal(problem.question)
-        if text in known:
-            what = "duplicate row" if traces else "duplicate question"
-            reading.rejected.append(Rejection(problem.id, what, f"{path}, {where}: stands already in {known[text]}"))
-            continue
-        ids[problem.id] = known[text] = where
-        reading.problems.append(problem)
-    if not reading.problems:
-        first = next((f" The first: {gone.reason} ({gone.detail})." for gone in reading.rejected), "")
-        raise KitError(
-            f"{path}: none of {len(rows)} rows is usable.{first}", "Mend the file, or map its keys by fields."
-        )
-    return reading
-
-
 def subset(reading: Reading, seed: int) -> Reading:
     """Take the source's `limit` rows: the first, a seeded choice, or a stratified one; in the order of the file.
 
@@ -204,11 +100,6 @@ def subset(reading: Reading, seed: int) -> Reading:
     return replace(reading, problems=[problems[i] for i in sorted(order[: source.limit])])
 
 
-def normal(question: str) -> str:
-    """A question up to case and white space: what makes two questions the same."""
-    return " ".join(question.casefold().split())
-
-
 def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list[tuple[str, str, float]]:
     """Pairs (id in first, id in second, ratio) of questions whose word 5-grams overlap by NEAR_RATIO (Jaccard) or more.
 
@@ -223,9 +114,8 @@ def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list
     for problem in second:
         mine = _grams(problem.question)
         rarest = sorted(mine, key=lambda gram: (len(holders.get(gram, ())), gram))
-        for index in sorted(
-            {i for gram in rarest[: int((1 - NEAR_RATIO) * len(mine)) + 1] for i in holders.get(gram, ())}
-        ):
+        probes = rarest[: int((1 - NEAR_RATIO) * len(mine) + 1e-9) + 1]
+        for index in sorted({i for gram in probes for i in holders.get(gram, ())}):
             ratio = len(mine & grams[index]) / len(mine | grams[index])
             if ratio >= NEAR_RATIO:
                 pairs.append((first[index].id, problem.id, round(ratio, 3)))
@@ -250,7 +140,8 @@ def _holdout(train: Reading, whole: Reading, source: Source, seed: int) -> Readi
     update = {"name": source.name or "holdout", "seed": seed if source.seed is None else source.seed}
     source = source.model_copy(update=update)
     if whole.format == "builtin":
-        return _builtin(source.model_copy(update={"subset": source.subset or whole.source.subset}), seed, True)
+        update = {"path": "builtin", "subset": source.subset or whole.source.subset}
+        return read(source.model_copy(update=update), seed, held_out=True)
     taken = {normal(problem.question) for problem in train.problems}
     left = {normal(problem.question): problem for problem in reversed(whole.problems)}
     rest = [problem for text, problem in reversed(left.items()) if text not in taken]
@@ -274,142 +165,6 @@ def _compare(train: Reading, held_out: Reading) -> dict[str, Any]:
         )
     near = near_duplicates(train.problems, held_out.problems)
     return {"near_duplicates": len({b for _, b, _ in near}), "near_examples": [list(pair) for pair in near[:5]]}
-
-
-def _builtin(source: Source, seed: int, held_out: bool) -> Reading:
-    from kit.problems import generate
-
-    match = re.fullmatch(r"([1-4])(?:-([1-4]))?", source.subset or "1-4")
-    if not match:
-        raise KitError(f"subset {source.subset!r} of the built-in problems is no range of steps.", "Like 1-2.", 2)
-    steps = (int(match[1]), int(match[2] or match[1]))
-    chosen = seed if source.seed is None else source.seed
-    problems = generate(source.limit or BUILTIN_ROWS, chosen, held_out, steps)
-    return Reading(source.name or "builtin", source, "builtin", problems)
-
-
-def _file_rows(path: Path) -> Located:
-    if path.suffix.lower() in (".parquet", ".csv"):
-        yield from _dataset_rows(path.suffix.lower()[1:], str(path), data_files=str(path), split="train")
-        return
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise KitError(f"{path}, line {line}: not UTF-8 text.", "Save the file as UTF-8.") from None
-    except OSError as error:
-        raise KitError(f"{path} cannot be read: {error.strerror}.", "Mend the path.") from None
-    if not text.strip():
-        raise KitError(f"{path} is empty.", "It should hold one JSON object a line.")
-    if path.suffix.lower() == ".json":
-        whole = _json(text, str(path))
-        lists = [value for value in whole.values() if isinstance(value, list)] if isinstance(whole, dict) else [whole]
-        rows = [
-            (f"row {i}", row) for i, row in enumerate(lists[0] if lists and isinstance(lists[0], list) else [whole], 1)
-        ]
-    else:
-        lines = ((f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-        rows = [(where, _json(line, f"{path}, {where}")) for where, line in lines]
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise KitError(f"{path}, {where}: {type(row).__name__}, not an object.", "Each row is {key: value, ...}.")
-        yield where, row
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise KitError(f"{where}: broken JSON ({error}).", "Mend or delete that line; nothing was done yet.") from None
-
-
-def _hub_rows(source: Source, held_out: bool) -> Located:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
-        raise KitError(f"{source.path!r} is neither a file nor a hub id.", "Write builtin, a file, or OWNER/NAME.")
-    name, train_split, eval_split = HUB.get(source.path, (None, "train", "test"))
-    split = source.split or (eval_split if held_out else train_split)
-    yield from _dataset_rows(source.path, f"{source.path} (no such file; hub)", name=source.subset or name, split=split)
-
-
-def _dataset_rows(path: str, shown: str, **options: Any) -> Located:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = [dict(row) for row in datasets.load_dataset(path, **options)]
-    except Exception as error:  # datasets, pyarrow and the HTTP client raise dozens of types, all of them the source's
-        hint = f"Check name, subset and split ({options}); without a network give a downloaded file: data.train=FILE."
-        raise KitError(f"{shown}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", hint) from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _clean(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Lower-case keys, text without lone surrogates (no tokenizer takes them), and how many those were."""
-    broken = re.compile("[\ud800-\udfff]")
-    pairs = {
-        key.lower(): broken.subn("\ufffd", value) if isinstance(value, str) else (value, 0)
-        for key, value in row.items()
-    }
-    return {key: value for key, (value, _) in pairs.items()}, sum(count for _, count in pairs.values())
-
-
-def _keys(source: Source, rows: list[dict[str, Any]]) -> tuple[str, Keys]:
-    """The format, and which keys hold which role."""
-    seen = {key: None for row in rows for key in row}
-    shown = f"Its keys: {', '.join(seen) or 'none'}."
-    if wrong := sorted(set(source.fields) - set(ROLES)):
-        raise KitError(f"fields: unknown {', '.join(wrong)}.", f"A row may hold {', '.join(ROLES)}.", 2)
-    if absent := [f"{role}: {key}" for role, key in source.fields.items() if key.lower() not in seen]:
-        raise KitError(f"{source.path} has no key for fields {{{', '.join(absent)}}}.", shown)
-    keys: Keys = dict.fromkeys(ROLES, ()) if source.format == "fields" else dict(ROLES)
-    keys |= {role: (key.lower(),) for role, key in source.fields.items()}
-    has = {role for role in keys if set(keys[role]) & set(seen)}
-    missing = [
-        role for role in ("question", "answer") if not has & {role, *(("solution",) if role == "answer" else ())}
-    ]
-    if missing:
-        hint = f"{shown} Say which is which with fields: {{question: KEY, answer: KEY}}."
-        raise KitError(f"{source.path} has no key that is known for {' and '.join(missing)}.", hint)
-    if source.format != "auto":
-        return source.format, keys
-    if "deepseek_thinking_trajectory" in seen:
-        return "s1k", keys
-    marked = any("####" in str(row.get(key)) for row in rows[:50] for key in keys["answer"])
-    return "gsm8k" if marked else "math" if "solution" in has else "aime", keys
-
-
-def _problem(row: dict[str, Any], keys: Keys, reading: Reading, traces: bool) -> Problem:
-    """One row; ValueError says what it lacks."""
-    value = {role: _text(row, keys[role]) for role in ROLES}
-    question, answer, solution = value["question"], value["answer"], value["solution"]
-    if reading.format == "gsm8k" and answer:
-        worked, mark, last = answer.rpartition("####")
-        answer = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip()) if mark else None
-        solution = f"{re.sub('<<[^>]*>>', '', worked).strip()}\nThe answer is \\boxed{{{answer}}}."
-    elif not answer and solution:
-        from kit.answers import last_box
-
-        answer = last_box(solution) or (solution if reading.format == "s1k" else None)
-    for role, text in {"question": question, "answer": answer, **({"trace": value["trace"]} if traces else {})}.items():
-        if not text:
-            raise ValueError(f"no {role} in {' or '.join(key for key in keys[role] if key in row) or 'any key'}")
-    text = f"{question}\0{value['trace']}" if traces else str(question)
-    made = f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    return Problem.model_validate({**value, "id": value["id"] or made, "answer": answer, "solution": solution})
-
-
-def _text(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of the keys that holds text or a number, as text; None where none does."""
-    for key in keys:
-        value = row.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            value = repr(value)
-        if isinstance(value, str) and value.strip():
-            return value
-    return None
 
 
 def _stratified(order: list[int], strata: list[str], limit: int) -> list[int]:

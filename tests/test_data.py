@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kit import data
+from kit import data, sources
 from kit.config import Config, Source, resolve
 from kit.errors import KitError
 from kit.records import Problem
@@ -76,12 +76,12 @@ def test_fields_and_unknown_keys(tmp_path: Path) -> None:
 def test_real_files(shared: Path) -> None:
     sizes = {"gsm8k_train_1000": 1000, "gsm8k_test": 1319, "math500": 500}
     for name, size in sizes.items():
-        reading = data.read(Source(path=str(shared / f"{name}.jsonl")), 0)
+        reading = sources.read(Source(path=str(shared / f"{name}.jsonl")), 0)
         assert (reading.name, len(reading.problems), reading.rejected) == (name, size, [])
         assert reading.format == name.split("_")[0].removesuffix("500")
         assert len({problem.id for problem in reading.problems}) == size
         assert all("<<" not in str(p.solution) and "####" not in p.answer for p in reading.problems)
-    traces = data.read(Source(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
+    traces = sources.read(Source(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
     assert len(traces.problems) == 63 and min(len(str(p.trace)) for p in traces.problems) > 900
 
 
@@ -142,7 +142,9 @@ def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_hub_out_of_reach_says_what_was_tried() -> None:
-    with pytest.raises(KitError, match=r"openai/gsm8k \(no such file; hub\).*'main'.*'train'.*data.train=FILE"):
+    with pytest.raises(
+        KitError, match=r"openai/gsm8k \(no such file; asked the hub\).*'main'.*'train'.*data.train=FILE"
+    ):
         data.load(Source(path="openai/gsm8k"), 0)
 
 
@@ -150,7 +152,7 @@ def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
     bad: list[dict[str, Any]] = [{"question": "No answer?"}, {"question": "Empty?", "answer": " "}, {"answer": "1"}]
     bad += [{"id": "l", "question": "A list?", "answer": ["1"]}, {"question": "Truth?", "answer": True}]
     bad += [{"question": "Nan?", "answer": float("nan")}, {"question": "HOW much  is 1 and 1?", "answer": "2"}]
-    reading = data.read(Source(path=write(tmp_path, [*QA, *bad])), 0)
+    reading = sources.read(Source(path=write(tmp_path, [*QA, *bad])), 0)
     assert len(reading.problems) == 20
     assert Counter(gone.reason.split(" in ")[0] for gone in reading.rejected) == {
         "no answer": 5,
@@ -165,9 +167,9 @@ def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
 def test_lone_surrogates_are_replaced_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "a \\ud83d b \\ud83d\\ude00?", "answer": "1"}\n')
-    reading = data.read(Source(path=str(path)), 0)
+    reading = sources.read(Source(path=str(path)), 0)
     assert reading.problems[0].question == "a \ufffd b \U0001f600?"
-    assert reading.notes == ["1 lone surrogates (broken characters) replaced"]
+    assert reading.notes == ["1 broken characters (lone surrogates become U+FFFD)"]
 
 
 def test_ids_are_stable(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_subsets(tmp_path: Path) -> None:
     assert chosen == data.load(Source(path=path, limit=5, seed=1), 0) != every[:5]
     assert chosen == [p for p in every if p in chosen]
     assert chosen != data.load(Source(path=path, limit=5, seed=2), 9)
-    long = data.subset(data.read(Source(path=path, limit=50), 0), 0)
+    long = data.subset(sources.read(Source(path=path, limit=50), 0), 0)
     assert len(long.problems) == 20 and long.notes == ["limit 50, but there are 20 rows"]
 
 
