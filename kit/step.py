@@ -22,7 +22,7 @@ from kit.teach import graded_samples
 
 
 def step(config: Config) -> int:
-    """Show the steps of the first trace that `config.teacher` names, in a terminal or as text. Returns the exit code."""
+    """Show the steps of the first trace that `config.teacher` names. Returns the exit code."""
     steps, pages, at = _steps(config), [], 0
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         for number, text in enumerate(steps, 1):
@@ -71,8 +71,9 @@ def _steps(config: Config) -> Iterator[str]:
             if row.sufficient
             else "no prefix was judged sufficient: all is kept"
         )
-        yield f"The cut: {row.sentences} of {row.sentences_total} sentences, {found}\n\n{row.trace[: row.end]}| cut here"
-        user = draft_text(config.prompts, row.question, row.trace[: row.end])
+        prefix = row.trace[: row.end]
+        yield f"The cut: {row.sentences} of {row.sentences_total} sentences, {found}\n\n{prefix}| cut here"
+        user = draft_text(config.prompts, row.question, prefix)
         prompt = render(backend.tokenizer, user, config.student.system, thinking=config.student.thinking)
         sampling = config.align.sampling.model_copy(
             update={"max_new_tokens": min(512, config.align.sampling.max_new_tokens)}
