@@ -74,7 +74,10 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     runs, settings = [numbers(run) for run in files], [flat(run.config) for run in files]
     groups = _groups(files, settings)
     datasets = list(dict.fromkeys(name for group in groups for name in group.answers))
-    differs = {key: [flat_config.get(key) for flat_config in settings] for key in {k: 0 for s in settings for k in s}}
+    differs = {
+        key: [flat_config.get(key) for flat_config in settings]
+        for key in {k: 0 for s in settings for k in s if k not in ("name", "out")}
+    }
     result: dict[str, Any] = {
         "runs": runs,
         "groups": [
@@ -88,7 +91,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "scores": [group.score(name) for name in datasets for group in groups if group.answers.get(name)],
         "pairs": [pair for name in datasets for a, b in combinations(groups, 2) if (pair := _pair(a, b, name))],
         "cuts": [cut for a, b in combinations(files, 2) if (cut := _cuts(a, b))],
-        "differs": {key: values for key, values in differs.items() if len({repr(value) for value in values}) > 1},
+        "differs": {key: values for key, values in differs.items() if len(set(map(repr, values))) > 1},
         "different": _different(groups, datasets),
         "page": str(out),
     }
@@ -153,7 +156,7 @@ def _cuts(a: Files, b: Files) -> dict[str, Any] | None:
     """How two judges cut the same traces."""
     first = {(row.id, row.trace): row for row in a.prefixes if row.verdicts}
     both = [(first[row.id, row.trace], row) for row in b.prefixes if row.verdicts and (row.id, row.trace) in first]
-    if not both:
+    if not both or (a.config["judge"], a.config["method"]) == (b.config["judge"], b.config["method"]):
         return None
     found = {"a": a.config["name"], "b": b.config["name"], "traces": len(both)}
     found |= {"same_cut": sum(one.end == two.end for one, two in both)}

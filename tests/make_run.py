@@ -29,7 +29,12 @@ HOSTILE = [
 def traces(shared: Path | None, count: int) -> list[dict[str, str]]:
     """Problems with traces: real ones where the shared data are, and the hostile ones."""
     found = [
-        {"id": f"bad<{i}>&\"'", "question": f"What is 3 + 4? {text[:200]}", "answer": "7", "long_cot": text * 3}
+        {
+            "id": f"bad<{i}>&\"'",
+            "question": f"What is 3 + 4? {text[:200]}",
+            "answer": "7",
+            "long_cot": text if len(text) > 9999 else text * 3,
+        }
         for i, text in enumerate(HOSTILE)
     ]
     path = (shared or Path("/nowhere")) / "long_cot_aime24.jsonl"
@@ -58,7 +63,7 @@ def make(folder: Path, shared: Path | None = None, upto: str = "eval", **overrid
     config = configs.load(base, keys)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
-    draw = random.Random(config.seed)
+    draw = random.Random(f"{config.seed} {config.method} {config.judge.kind}")
     manifest: dict[str, Any] = {"format": 1, "palign": "0", "name": config.name, "seed": config.seed, "stages": {}}
     manifest |= {"versions": {"python": "3.11"}, "rejected": [{"id": "q9", "reason": "no answer"}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))  # so that the stages can be read while it grows

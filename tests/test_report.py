@@ -1,0 +1,286 @@
+"""The pages, in a real browser, and the terminal's table."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kit import compare, config, report
+from kit.errors import KitError
+from kit.metrics import Files, numbers
+from kit.progress import Progress
+from kit.records import PrefixRow, RowFile
+from kit.run import Run
+from tests.conftest import SHARED
+from tests.make_run import HOSTILE, make
+
+SECTIONS = ("findings", "rows", "cuts", "verdicts", "training", "scores", "cost", "read", "config")
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "whole", SHARED, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pages(folder: Path) -> dict[str, Path]:
+    """The pages of a whole run, of one that stopped at once, of only hostile traces, and of a comparison."""
+    root, files = folder.parent, Files(folder)
+    short = Files(make(root / "short", upto="teach"))
+    hostile = make(root / "hostile", upto="align")
+    rows = [row for row in RowFile(hostile / "prefixes.jsonl", PrefixRow).read() if row.id.startswith("bad")]
+    assert len(rows) == len(HOSTILE)
+    RowFile(hostile / "prefixes.jsonl", PrefixRow).write_all(rows)
+    bad = Files(hostile)
+    bad.config["name"] = "<script>alert('name')</script>"
+    made = {name: root / f"{name}.html" for name in ("whole", "short", "hostile", "compare")}
+    for name, found in (("whole", files), ("short", short), ("hostile", bad)):
+        made[name].write_text(report.page(found, numbers(found)), encoding="utf-8")
+    runs = [folder, make(root / "other", SHARED, seed=4), make(root / "long", SHARED, seed=3, method="long-trace")]
+    compare.compare([*runs, make(root / "bare", upto="truncate")], made["compare"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = shutil.which("chromium")
+    if path is None:
+        message = "no chromium: install it (apt-get install chromium) to have the pages looked at"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+class Opened:
+    """A page in the browser, and everything it complained of or asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 360, **options: Any) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        self.trouble: list[str] = []
+        self.page.on("console", lambda message: self.trouble.append(message.text))
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", self._asked)
+        self.failed: list[str] = []
+        self.page.on("requestfailed", lambda request: self.failed.append(request.failure))
+        self.page.goto(path.as_uri())
+
+    def _asked(self, request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            self.trouble.append(request.url)
+
+
+@pytest.mark.parametrize("name", ["whole", "short", "hostile", "compare"])
+def test_page_is_quiet_and_fits(browser: Any, pages: dict[str, Path], name: str) -> None:
+    """No console message, no request, no script, no wider than the screen; all ids differ; headings do not skip."""
+    opened = Opened(browser, pages[name])
+    page = opened.page
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    for width in (360, 820, 1440):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.trouble == []
+    assert page.locator("script, iframe, object, embed, img, link[rel=stylesheet], base, form").count() == 0
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(e => +e.tagName[1])")
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    assert page.locator("svg[role=img]").count() == page.locator("svg[role=img]:has(title):has(desc)").count()
+    assert page.locator("table").count() == page.locator("table:has(caption)").count()
+    page.close()
+
+
+def test_every_section_is_there(browser: Any, pages: dict[str, Path]) -> None:
+    page = Opened(browser, pages["whole"], 1440).page
+    for name in SECTIONS:
+        section = page.locator(f"section#{name}")
+        assert section.locator("h2").inner_text() and len(section.inner_text()) > 60, name
+        assert page.locator(f"nav a[href='#{name}']").count() == 1
+    assert page.locator("svg.chart").count() >= 6  # histogram, four traces, training
+    assert page.locator(".col").count() >= 9
+    assert "96.6%" in page.locator(".tiles").inner_text()
+    page.close()
+    page = Opened(browser, pages["compare"], 1440).page
+    for name in ("runs", "scores", "pairs", "training", "differs", "read"):
+        assert len(page.locator(f"section#{name}").inner_text()) > 60, name
+    page.close()
+
+
+def test_hostile_text_is_shown_and_harmless(browser: Any, pages: dict[str, Path]) -> None:
+    opened = Opened(browser, pages["hostile"])
+    page = opened.page
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    text = page.locator("body").inner_text()
+    assert "<script>alert('trace')</script></style></title></svg><img src=x onerror=alert(1)>" in text
+    assert page.locator("h1").inner_text() == "<script>alert('name')</script>"
+    assert "⟨U+202E⟩ reversed" in text and "⟨U+0000⟩" in text and "{{ 7 * 7 }}" in text
+    assert "characters left out" in text and "x" * 5000 not in text
+    html = pages["hostile"].read_text(encoding="utf-8")
+    assert not any(ord(c) in (0, 7, 0x1B, 0x202E, 0x2066, 0x200F) or 0xD800 <= ord(c) < 0xE000 for c in html)
+    assert opened.trouble == []
+    page.close()
+
+
+def test_the_policy_stops_what_slips_through(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
+    """Were a script or a picture from elsewhere ever in the page, the browser would refuse it."""
+    slipped = tmp_path / "slipped.html"
+    html = pages["short"].read_text(encoding="utf-8")
+    bad = "<script>document.title = 'ran'</script><img src='https://example.org/pixel.png'>"
+    slipped.write_text(html.replace("</main>", bad + "</main>"), encoding="utf-8")
+    opened = Opened(browser, slipped)
+    assert opened.page.title() != "ran"
+    assert any("Content Security Policy" in line for line in opened.trouble)
+    assert opened.failed == ["csp"]
+    opened.page.close()
+
+
+def test_keyboard_and_paper(browser: Any, pages: dict[str, Path]) -> None:
+    page = Opened(browser, pages["whole"]).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    closed = page.locator("#verdicts details:not([open]) .text").first
+    assert not closed.is_visible()
+    page.emulate_media(media="print")
+    assert closed.bounding_box()["height"] > 20  # paper cannot be unfolded
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    """WCAG AA (4.5) for text, soft text, links and tags on what they stand on."""
+    page = Opened(browser, pages["whole"], color_scheme=scheme).page
+    colours = page.evaluate(
+        """() => Object.fromEntries(['paper','ink','soft','tint','a','a-tint','b','b-tint'].map(n => {
+            const d = document.createElement('i'); d.style.color = `var(--${n})`; document.body.append(d);
+            return [n, getComputedStyle(d).color.match(/\\d+/g).map(Number)] }))"""
+    )
+    page.close()
+
+    def light(name: str) -> float:
+        linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colours[name]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    on = [("ink", "paper"), ("soft", "paper"), ("a", "paper"), ("b", "paper"), ("ink", "a-tint"), ("b", "b-tint")]
+    for front, back in [*on, ("ink", "tint"), ("soft", "tint")]:
+        high, low = sorted((light(front), light(back)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
+
+
+def test_size_is_bounded(pages: dict[str, Path]) -> None:
+    assert all(path.stat().st_size < 400_000 for path in pages.values())
+
+
+def test_pieces_are_the_trace(folder: Path) -> None:
+    for row in RowFile(folder / "prefixes.jsonl", PrefixRow).read():
+        parts = report.pieces(row)
+        assert "".join(text for text, _ in parts["kept"]) == row.trace[: row.end]
+        assert "".join(text for text, _ in parts["rest"]) == row.trace[row.end :]
+        asked = [verdict.sentences for part in parts.values() for _, verdict in part if verdict]
+        assert asked == sorted({v.sentences for v in row.verdicts})
+
+
+def test_text_is_shortened_with_a_count() -> None:
+    shown = report.clip("a" * 30_000 + "<b>" + "c" * 20_000, 900)
+    assert "49,103 characters left out" in shown and "<b>" not in shown and len(shown) < 1000
+    assert report.clip("short <b>", 900) == "short <b>"  # escaped where it is put in
+    assert report.visible("a\ud800b\u202ec\td\n") == "a⟨U+D800⟩b⟨U+202E⟩c\td\n"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 7), (-4.6, 1.8), (0.71, 0.74), (3, 3), (0, 32768), (-1e-3, 0)])
+def test_ticks_span_the_data(low: float, high: float) -> None:
+    found = report.ticks(low, high)
+    assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
+    steps = {round(b - a, 9) for a, b in pairwise(found)}
+    assert len(steps) == 1
+
+
+def test_table_needs_no_colour(folder: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=100, no_color=True, force_terminal=False, record=True, file=io.StringIO())
+    console.print(report.table(numbers(Files(folder))))
+    text = console.export_text()
+    assert "\x1b" not in text
+    for words in (
+        "truncate",
+        "median prefix ratio",
+        "verdicts asked",
+        "evaluated",
+        "reused",
+        "training loss",
+        "n = 60",
+    ):
+        assert words in text, words
+    console.print(report.table(numbers(Files(make(folder.parent / "begun", upto="teach")))))
+    assert "begun" in console.export_text()
+
+
+def test_the_stage_writes_and_is_skipped(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", upto="align")
+    settings = config.resolve(yaml.safe_load((folder / "config.yaml").read_text()), "config.yaml")
+    with Run(settings, Progress(quiet=True)) as run:
+        report.report(run)
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert "run" in page and (folder / "metrics.json").exists()
+        os.utime(folder / "report.html", (0, 0))
+        report.report(run)
+        assert (folder / "report.html").stat().st_mtime == 0  # nothing changed: not written again
+        (folder / "report.html").write_text("gone")
+        report.report(run)
+        assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_compare_pairs_and_groups(tmp_path: Path) -> None:
+    runs = [make(tmp_path / f"p{seed}", seed=seed) for seed in (1, 2)]
+    runs.append(make(tmp_path / "long", seed=1, method="long-trace"))
+    found = compare.compare(runs, tmp_path / "out.html")
+    assert [group["seeds"] for group in found["groups"]] == [[1, 2], [1]]
+    palign, long = (next(s for s in found["scores"] if s["group"] == g["label"]) for g in found["groups"])
+    each = [run["accuracy_after"] for run in found["runs"]]
+    assert palign["by_run"] == pytest.approx(each[:2], abs=1e-4)
+    assert palign["accuracy"] == pytest.approx(sum(each[:2]) / 2, abs=1e-4)
+    assert palign["spread"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5, abs=1e-4) and long["spread"] is None
+    pair = found["pairs"][0]
+    assert pair["n"] == 60 and pair["difference"] == pytest.approx(long["accuracy"] - palign["accuracy"], abs=1e-9)
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    assert set(found["differs"]) == {"seed", "method"}
+    assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
+    assert found["cuts"][0]["traces"] == 24
+    assert (tmp_path / "out.html").stat().st_size > 10_000
+    compare.show(found)
+
+
+def test_compare_tells_other_problems_apart(tmp_path: Path) -> None:
+    """The same ids with other questions are other problems: never paired."""
+    from kit.records import EvalRow
+
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    for path in (runs[1] / "eval").glob("*.jsonl"):
+        file = RowFile(path, EvalRow)
+        file.write_all([row.model_copy(update={"question": row.question + " Other."}) for row in file.read()])
+    assert compare.compare(runs, tmp_path / "out.html")["pairs"] == []
+
+
+def test_compare_needs_two_runs(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="two runs"):
+        compare.compare([tmp_path], tmp_path / "out.html")
+    with pytest.raises(KitError, match="no run"):
+        compare.compare([tmp_path, tmp_path], tmp_path / "out.html")
