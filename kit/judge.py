@@ -61,16 +61,15 @@ class Judge:
         """The question about a prefix, and where its verdict is read: the labels' parting, or the gold answer."""
         tokenizer, student, prompts = self.backend.tokenizer, self.config.student, self.config.prompts
         if self.keys.kind == "verbal":
-            user = fill(text_of(prompts, "judge"), question=row.question, prefix=prefix)
-            ids = render(tokenizer, user, student.system, thinking=student.thinking)
-            if self.generates:
-                return Probe(ids, ())
-            ids += self.common
-            return Probe(ids, ((len(ids) - 1, self.parting),))
-        forced = prefix + text_of(prompts, "forced")
-        ids = render(tokenizer, solve_text(prompts, row.question), student.system, forced, student.thinking)
+            user, answer = fill(text_of(prompts, "judge"), question=row.question, prefix=prefix), ""
+        else:
+            user, answer = solve_text(prompts, row.question), prefix + text_of(prompts, "forced")
+        ids = render(tokenizer, user, student.system, answer, student.thinking)
         if self.generates:
             return Probe(ids, ())
+        if self.keys.kind == "verbal":
+            ids += self.common
+            return Probe(ids, ((len(ids) - 1, self.parting),))
         gold = tokenizer.encode(gold_of(row.answer), special=False)
         return Probe((*ids, *gold[:-1]), tuple((len(ids) - 1 + i, (token,)) for i, token in enumerate(gold)))
 
@@ -296,7 +295,7 @@ def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     """
     from kit.data import load_traces
 
-    rows = [_whole(problem) for problem in load_traces(config)]
+    rows = [from_problem(problem) for problem in load_traces(config)]
     judge = Judge(config, open_backend(config.student))
     done = []
     try:
@@ -344,7 +343,8 @@ def closing(text: str) -> int:
     return len(text)
 
 
-def _whole(problem: Problem) -> PrefixRow:
+def from_problem(problem: Problem) -> PrefixRow:
+    """A problem's own trace, whole, as `cut` takes it."""
     sample = Sample(text=problem.trace or "", verdict="unparsed")
     fields = {"id": problem.id, "question": problem.question, "answer": problem.answer}
     return whole(TraceRow(**fields, samples=(sample,), kept=(0,)))[0]
