@@ -1,7 +1,7 @@
 """llama.cpp in this process: a GGUF model, its tokenizer, and contexts of several sequences.
 
-Generation is in kit/backends/gguf_generate.py, judging in kit/backends/gguf_session.py; both work on a
-`Context` of their own through the low-level API of llama-cpp-python. No server, no adapter.
+Generation is in kit/backends/gguf_generate.py, judging in kit/backends/gguf_session.py; both work on a `Context`
+through the low-level API of llama-cpp-python. No server, no adapter.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from kit.config import Engine
 from kit.errors import KitError
 from kit.models import gguf_file
 
-BATCH_TOKENS = 256  # of one llama_decode: a second or two on two cores, and Ctrl-C gets through between two
+BATCH_TOKENS = 256  # of one llama_decode; between two of them Ctrl-C gets through
 WORTH_TOKENS = 8  # a shared beginning is copied when it saves this many
 NAMED = 8 | 1  # token attributes (control, unknown) that make a text a special token
+SLOW = {3, 9}  # file types Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
+UNPACK_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
 
 
 @cache
@@ -66,7 +68,7 @@ class GgufTokenizer:
         self.eos_ids = frozenset(i for i in range(self.size) if lib.llama_vocab_is_eog(vocab, i))
         special = (i for i in range(self.size) if lib.llama_vocab_get_attr(vocab, i) & NAMED)
         self.special: tuple[str, ...] = tuple(map(self._name, special))
-        self.piece = cache(self._piece)
+        self._piece = cache(self._piece)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
@@ -76,7 +78,7 @@ class GgufTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names; bytes that are not (yet) UTF-8 become U+FFFD."""
-        return b"".join(map(self.piece, ids)).decode("utf-8", "replace")
+        return b"".join(map(self._piece, ids)).decode("utf-8", "replace")
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(1024)
@@ -89,8 +91,8 @@ class GgufTokenizer:
 class Context:
     """Several sequences of tokens, each in a cache of its own, and what each of them holds.
 
-    Caches are apart (not llama.cpp's unified one) because then a token lies in the cell it would have had alone:
-    sums run in the same order, and a copied beginning gives the logits of a fresh one to the last bit.
+    Caches are apart (not llama.cpp's unified one) because then a token lies in the cell it would have had alone: sums
+    run in the same order, and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
 
     Args:
         backend: the model and its settings.
@@ -123,22 +125,25 @@ class Context:
         """Make a sequence hold the longest beginning of `ids` that any sequence has, and nothing else.
 
         Returns:
-            Its length; 0 where the cache cannot be cut (`cuttable` is then False).
+            Its length; 0 where the cache cannot be cut (`cuttable` is then False): recurrent states refuse, sliding
+            windows have lost what comes before.
         """
         lib, memory = self._lib, self._memory
         shared = [common(held, ids) for held in self.held]
         best = int(np.argmax(shared))
         if shared[best] < shared[sequence] + WORTH_TOKENS:
             best = sequence
-        length, held = shared[best], self.held[best]
-        self.held[sequence] = []
+        length, cut = shared[best], shared[best] < len(self.held[best])
         if best != sequence:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # a whole sequence: never fails
             lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
-        if length and length < len(held) and not self._cut(sequence, length):
-            self.cuttable, length = False, 0
+        if length and cut:
+            done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
+            ends = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
+            if not done or ends != (0, length - 1):
+                self.cuttable, length = False, 0
         if not length:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # of a whole sequence; never fails
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
         self.held[sequence] = list(ids[:length])
         return length
 
@@ -180,27 +185,18 @@ class Context:
                     yield row, position, np.ctypeslib.as_array(pointer, (self._size,))
 
     def move_from(self, other: Context) -> None:
-        """Take over the first sequence of a smaller context."""
+        """Take over the first sequence of a smaller context, and close that."""
         size = self._lib.llama_state_seq_get_size(other._context, 0)
         data = (ctypes.c_uint8 * size)()
         self._lib.llama_state_seq_get_data(other._context, data, size, 0)
         if self._lib.llama_state_seq_set_data(self._context, data, size, 0):
             self.held[0] = other.held[0]
+        other.close()
 
     def close(self) -> None:
         """Free it."""
-        if self._context:
-            self._lib.llama_batch_free(self._batch)
-            self._lib.llama_free(self._context)
-            self._context = None
-
-    def _cut(self, sequence: int, length: int) -> bool:
-        """Shorten a sequence; False: recurrent states refuse, sliding windows have lost what comes before."""
-        lib, memory = self._lib, self._memory
-        if not lib.llama_memory_seq_rm(memory, sequence, length, -1):
-            return False
-        ends = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
-        return ends == (0, length - 1)
+        self._lib.llama_batch_free(self._batch)
+        self._lib.llama_free(self._context)
 
 
 class GgufBackend:
@@ -220,18 +216,20 @@ class GgufBackend:
         path = gguf_file(engine.model)
         self.engine, self.notes = engine, []
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
-        self.threads = engine.threads or physical_cores()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = engine.gpu_layers
-        if engine.gpu_layers > 0 and not lib.llama_supports_gpu_offload():
+        self.threads = engine.threads or len(os.sched_getaffinity(0))
+        offload = lib.llama_supports_gpu_offload()
+        if engine.gpu_layers > 0 and not offload:
             self.notes.append(f"gpu_layers={engine.gpu_layers}: this llama.cpp was built without a GPU, all on the CPU")
-        lib.complaints.clear()
-        self.model: Any = lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise KitError(
-                f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}",
-                "Is the download complete? Compare its size with the source's, or name another GGUF.",
-            )
+        self.model: Any = _load(path, engine.gpu_layers)
+        small = lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS
+        if small and lib.llama_model_ftype(self.model) in SLOW and not (offload and engine.gpu_layers):
+            try:
+                copy = unpacked(path)
+            except OSError as error:
+                self.notes.append(f"{path.name} runs at half speed, for its 16-bit copy cannot be cached ({error})")
+            else:
+                lib.llama_model_free(self.model)
+                self.model = _load(copy, 0)
         self.tokenizer = GgufTokenizer(self.model)
         trained = lib.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained, trained)
@@ -258,17 +256,45 @@ class GgufBackend:
         self.judging = self.model = None
 
 
+def unpacked(path: Path) -> Path:
+    """A copy of a GGUF with 16-bit weights, made once and cached; the same weights to one part in 2,000.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lib, stat = library(), path.stat()
+    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
+    target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
+    if not target.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        params = lib.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize = 1, True  # F16
+        try:
+            if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
+                raise OSError(" ".join(lib.complaints) or "llama_model_quantize failed")
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _load(path: Path, gpu_layers: int) -> Any:
+    lib = library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = gpu_layers
+    lib.complaints.clear()
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise KitError(
+            f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}",
+            "Is the download complete? Compare its size with the source's, or name another GGUF.",
+        )
+    return model
+
+
 def common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     n = min(len(first), len(second))
     differ = np.flatnonzero(np.asarray(first[:n]) != np.asarray(second[:n]))
     return int(differ[0]) if len(differ) else n
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyperthreads counted once: a second thread on a core only takes turns."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
-    return len(cores)

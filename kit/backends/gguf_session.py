@@ -70,7 +70,6 @@ class GgufSession:
             backend.judging = Context(backend, room, 2, backend.engine.flash_attention)
             if old is not None:
                 backend.judging.move_from(old)
-                old.close()
         return backend.judging
 
 
