@@ -122,8 +122,9 @@ def _stops(text: str, match: re.Match[str]) -> bool:
         return True
     if stop == "!" and re.search(r"(?:\d|\)|\b[a-zA-Z])\Z", before):  # a factorial
         return re.match(r"[A-Z][a-z]", after) is not None
-    runs_on = stop[0] == "…" or stop.startswith("..") or any(c in "\"'”’»" for c in match["close"])
-    return not (runs_on and after[0].islower())
+    if stop[0] == "…" or stop.startswith(".."):  # "x_1 + ... + x_n", "0.333... of it"
+        return after[0].isalpha() and not after[0].islower()
+    return not (after[0].islower() and any(quote in match["close"] for quote in "\"'”’»"))
 
 
 def _abbreviates(before: str, after: str) -> bool:

@@ -25,6 +25,7 @@ CASES = {  # a text with | where a sentence ends and another begins
     "a number ends": "The answer is 2. |So we stop at 10. |Good.",
     "quotes": 'He said "stop." |Then "why?" he asked. |(It was late.) |Fine.',
     "ellipsis": "Hmm... maybe not. |Hmm... |Maybe so… |Yes.",
+    "sums": "Add x_1 + ... + x_n, so 14... 20 or (a, ..., b) and 1/3 = 0.33... (about). |Good.",
     "factorial": "Now 5! = 120 and n! is large. |What a sum! |Next.",
     "paragraphs": "We get x = 3\n\n|y = 4\n\n|So x + y = 7",
     "colon goes on": "We set up:\n\nx + y = 3,\nand so on.\n\n|Next",
