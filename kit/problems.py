@@ -17,13 +17,11 @@ from kit.errors import KitError
 from kit.records import Problem
 
 LARGEST = 5000  # of any number in a story
-_SHE = (
-    "Amara Bianca Chen Dalia Elif Freya Grace Hana Ingrid Jana Keiko Lucia Mina Nadia Olga Priya Rosa Salma Tessa Zoe"
-)
-_HE = (
-    "Adam Bruno Carlos Deniz Emil Felix Goran Hugo Ivan Jonas Kofi Liam Mateo Nils Omar Pavel Rafael Samir Tomas Viktor"
-)
-_EQUATION = re.compile(r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?(\d{1,9}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)")
+_SHE = "Amara Bianca Chen Dalia Elif Freya Grace Hana Ingrid Jana Keiko Lucia Mina Nadia Olga Priya Rosa Salma Zoe"
+_HE = "Adam Bruno Carlos Deniz Emil Felix Goran Hugo Ivan Jonas Kofi Liam Mateo Nils Omar Pavel Rafael Samir Tomas"
+_EQUATION = re.compile(r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?([1-9]\d{0,8}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)")
+_APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+_UNDO = {"+": "-", "-": "+", "*": "/", "/": "*"}
 _AGAIN = (
     *("Hmm, let me make sure.", "Wait.", "Let me double-check this once more.", "Alternatively, another look."),
     *("But hold on.", "I want to be certain here.", "Let me go over it again."),
@@ -142,17 +140,17 @@ class Template(NamedTuple):
     """A kind of story."""
 
     name: str
-    things: tuple[str, ...]
+    things: list[str]
     begin: str
     ask: str
-    events: tuple[Event, ...]
+    events: list[Event]
 
 
 def _template(block: str) -> Template:
     head, frame, *lines = block.strip().splitlines()
     name, _, things = head.partition(": ")
-    events = (Event(line[0], *(part.strip() for part in line[1:].split("|"))) for line in lines)
-    return Template(name, tuple(things.split(", ")), *frame.split(" | "), tuple(events))
+    events = [Event(line[0], *(part.strip() for part in line[1:].split("|"))) for line in lines]
+    return Template(name, things.split(", "), *frame.split(" | "), events)
 
 
 TEMPLATES = tuple(_template(block) for block in _STORIES.split("\n= ")[1:])
@@ -180,14 +178,12 @@ def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, in
     rng = random.Random(f"problems {seed} {held_out} {low} {high}")
     found: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
-        if len(found) >= count:
-            return list(found.values())
         problem = _story(rng, rng.choice(TEMPLATES), rng.randint(low, high))
         if problem is not None and int(problem.id[-1], 16) % 2 == held_out:
             found.setdefault(problem.id, problem)
-    if len(found) < count:
-        raise KitError(f"Only {len(found)} of {count} built-in problems could be made.", "Ask for fewer.")
-    return list(found.values())
+        if len(found) == count:
+            return list(found.values())
+    raise KitError(f"Only {len(found)} of {count} built-in problems could be made.", "Ask for fewer.")
 
 
 def _story(rng: random.Random, template: Template, steps: int) -> Problem | None:
@@ -196,17 +192,15 @@ def _story(rng: random.Random, template: Template, steps: int) -> Problem | None
     they, their, them = ("she", "her", "her") if hero in _SHE.split() else ("he", "his", "him")
     words = {"name": hero, "friend": friend, "things": rng.choice(template.things), "they": they, "their": their}
     words |= {"They": they.title(), "Their": their.title(), "them": them}
-    inner = [event for event in template.events if not event.ask]
+    inner, last = ([event for event in template.events if bool(event.ask) == own] for own in (False, True))
     events = rng.sample(inner, min(steps, len(inner)))
     if rng.random() < 0.5 or len(events) < steps:
-        events[steps - 1 :] = [rng.choice([event for event in template.events if event.ask] or events[-1:])]
+        events[steps - 1 :] = [rng.choice(last)]
     value = rng.randint(6, 60)
     told, worked = [template.begin.format(a=value, **words)], [f"At the start: {value} {words['things']}."]
     for event in events:
         number = _operand(rng, event.op, value)
-        if number is None:
-            return None
-        result = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[event.op]
+        result = _APPLY[event.op](value, number)
         if not 2 <= result <= LARGEST:
             return None
         told.append(event.tell.format(b=number, **words))
@@ -224,15 +218,11 @@ def _story(rng: random.Random, template: Template, steps: int) -> Problem | None
     )
 
 
-def _operand(rng: random.Random, op: str, value: int) -> int | None:
-    if op == "+":
-        return rng.randint(3, 60)
-    if op == "-":
-        return rng.randint(2, value - 2) if value >= 5 else None
-    if op == "*":
-        return rng.randint(2, 6)
-    divisors = [d for d in range(2, 13) if value % d == 0 and value // d >= 2]
-    return rng.choice(divisors) if divisors else None
+def _operand(rng: random.Random, op: str, value: int) -> int:
+    """The second number of a step; for a division one that leaves no rest."""
+    if op == "/":
+        return rng.choice([d for d in range(2, 13) if value % d == 0 and d < value] or [value + 1])
+    return rng.randint(*{"+": (3, 60), "-": (2, max(2, value - 2)), "*": (2, 6)}[op])
 
 
 def wander(problem: Problem, wordiness: float, seed: int) -> str:
@@ -255,6 +245,7 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
         return problem.solution
     rng = random.Random(f"wander {problem.id} {float(wordiness)} {seed}")
     steps = [line for line in problem.solution.splitlines() if line.strip() and "\\boxed" not in line]
+    steps = steps or problem.solution.splitlines()
     asked = re.split(r"(?<=[.?!])\s+", problem.question.strip())
     lines = [rng.choice(("Okay, let me see.", "Hmm, let me think about this.", "Alright, what do we have here?"))]
     if len(asked) > 1 and rng.random() < 0.5 * wordiness:
@@ -275,18 +266,14 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
 def _sums(step: str) -> list[tuple[int, str, int, int]]:
     """The true equations `a op b = c` of a step."""
     found = [(int(m[1]), m[2], int(m[3]), int(m[4])) for m in _EQUATION.finditer(step)]
-    return [
-        (a, op, b, c)
-        for a, op, b, c in found
-        if {"+": a + b, "-": a - b, "*": a * b}.get(op, a) == (c if op != "/" else b * c)
-    ]
+    return [(a, op, b, c) for a, op, b, c in found if _APPLY[op](a, b) == c and _APPLY[_UNDO[op]](c, b) == a]
 
 
 def _false_start(rng: random.Random, a: int, op: str, b: int, right: int) -> str:
     """A wrong operation or a slip, caught at once."""
     other = rng.choice([o for o in "+-*" if o != op])
-    if rng.random() < 0.5:
-        wrong = {"+": a + b, "-": a - b, "*": a * b}[other]
+    wrong = _APPLY[other](a, b)
+    if rng.random() < 0.5 and wrong != right:
         return (
             f"Maybe this is {a} {other} {b} = {wrong}? Wait, no. Reading it again, that is the wrong way to combine "
             f"{a} and {b}, so {wrong} cannot be right."
@@ -302,12 +289,11 @@ def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str
     if way == 0 and sums:
         return f"{' '.join(f'{a} {op} {b} = {c}, yes.' for a, op, b, c in sums)} So {answer} again."
     if way == 1 and sums:
-        back = {"+": "-", "-": "+", "*": "/", "/": "*"}
-        undone = ", ".join(f"{c} {back[op]} {b} = {a}" for a, op, b, c in reversed(sums))
+        undone = ", ".join(f"{c} {_UNDO[op]} {b} = {a}" for a, op, b, c in reversed(sums))
         return f"Going backwards from the end: {undone}. That leads back to the start, so it fits."
     if way == 2 and sums:
         a, op, b, c = rng.choice(sums)
         return f"Did I get {a} {op} {b} right? It is {c}. Yes, {c}, I am sure of that."
-    if way == 3 or not steps:
+    if way == 3:
         return f'What was asked? "{asked}" That is {answer}, not one of the numbers on the way.'
     return f"Is there anything I have overlooked? {rng.choice(steps)} No, I see nothing else, {answer} stands."
