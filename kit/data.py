@@ -143,8 +143,7 @@ def _holdout(train: Reading, whole: Reading, source: Source, seed: int) -> Readi
         update = {"path": "builtin", "subset": source.subset or whole.source.subset}
         return read(source.model_copy(update=update), seed, held_out=True)
     taken = {normal(problem.question) for problem in train.problems}
-    left = {normal(problem.question): problem for problem in reversed(whole.problems)}
-    rest = [problem for text, problem in reversed(left.items()) if text not in taken]
+    rest = list({text: p for p in whole.problems if (text := normal(p.question)) not in taken}.values())
     if not rest:
         raise KitError(
             f"Nothing is left for the holdout: training takes all {len(whole.problems)} rows of {whole.name}.",

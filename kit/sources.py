@@ -69,6 +69,9 @@ class Reading:
     rejected: list[Rejection] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.name = re.sub(r"[^\w.-]+", "-", self.name).strip("-.") or "data"  # it becomes part of a file's name
+
     def facts(self) -> dict[str, Any]:
         """For the manifest: where from, how many, and a fingerprint of the problems."""
         counts = {"rows": len(self.problems), "rejected": len(self.rejected), "fingerprint": digest(self.problems)}
@@ -92,8 +95,7 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     rows = _file_rows(source) if is_file and not _TABLE.search(path) else _dataset_rows(source, held_out)
     rows = [(where, {key.lower(): value for key, value in row.items()}) for where, row in rows]
     format_, keys = _keys(source, [row for _, row in rows])
-    name = source.name or re.sub(r"[^\w.-]+", "-", _SUFFIX.sub("", Path(path).name)).strip("-.") or "data"
-    reading = Reading(name, source, format_)
+    reading = Reading(source.name or _SUFFIX.sub("", Path(path).name), source, format_)
     ids: dict[str, str] = {}
     known: dict[str, str] = {}
     for where, row in rows:
@@ -116,9 +118,8 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     if not reading.problems:
         first = next((f" The first: {gone.reason} ({gone.detail})." for gone in reading.rejected), "")
         raise KitError(f"{path}: none of {len(rows)} rows is usable.{first}", "Mend them, or map keys by fields.")
-    if broken := sum(
-        text.count("\ufffd") for problem in reading.problems for text in problem.model_dump().values() if text
-    ):
+    texts = [text for problem in reading.problems for text in problem.model_dump().values() if text]
+    if broken := sum(text.count("\ufffd") for text in texts):
         reading.notes.append(f"{broken} broken characters (lone surrogates become U+FFFD)")
     return reading
 

@@ -264,8 +264,8 @@ def test_near_duplicates_equal_the_plain_comparison() -> None:
 
 def test_names_of_evaluation_sets_are_unique(tmp_path: Path) -> None:
     held = write(tmp_path, QA, "held out!.jsonl")
-    evals = [{"path": held, "limit": 3}, {"path": held, "limit": 4, "name": "second"}]
-    assert set(data.load_all(configured("builtin", evals)).evals) == {"held-out", "second"}
+    evals = [{"path": held, "limit": 3}, {"path": held, "limit": 4, "name": "a/second"}]
+    assert set(data.load_all(configured("builtin", evals)).evals) == {"held-out", "a-second"}
     with pytest.raises(KitError, match=r"Two sources of data\.eval are called held-out"):
         data.load_all(configured("builtin", [held, held]))
 
