@@ -29,3 +29,13 @@ def peak_bytes() -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def limit_bytes() -> tuple[bool, int]:
+    """(Whether there is a card, bytes free on it; without one: memory that processes can still get)."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return True, torch.cuda.mem_get_info()[0]
+    return False, psutil.virtual_memory().available

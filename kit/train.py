@@ -34,6 +34,7 @@ from kit.run import Run, stopwatch
 
 LOG, WEIGHTS, MARK = "train_log.jsonl", "adapter_model.safetensors", "complete.json"
 FIXED_ROWS = 4  # rows whose loss is read before and after
+TRAIN_COLLATE = collate  # fixed rows are always collated by `collate` itself
 
 
 def train(run: Run) -> None:
@@ -91,7 +92,7 @@ class AdapterTrainer(Trainer):
         self.run, self.names = run, {e.line: e for e in examples}
         self.parts: list[tuple[list[int], torch.Tensor]] = []  # of the step under way: lines and their position losses
         plan = [examples[i] for i in order([len(e.ids) for e in examples], run.config)]
-        super().__init__(model, _arguments(run), data_collator=collate, train_dataset=plan)
+        super().__init__(model, _arguments(run), data_collator=TRAIN_COLLATE, train_dataset=plan)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.bar: Any = None

@@ -1,0 +1,355 @@
+"""kit.train and kit.examples: what is learned, what is refused, and that a killed training goes on unharmed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kit import train as training
+from kit.config import Config, resolve
+from kit.errors import KitError
+from kit.examples import Example, collate, end_of_turn, order, prepare, read_rows
+from kit.models import hf_folder, load_tokenizer
+from kit.progress import Progress
+from kit.prompts import INSTRUCTION, render, solve_text, template_hash
+from kit.records import TrainRow
+from kit.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer Llama with random weights and the packaged model's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer("smollm2-135m").inner
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def settings(out: Path, model: str, **train) -> Config:
+    keys = {"dtype": "fp32", "batch_rows": 4, "epochs": 3, "learning_rate": 5e-3, "save_steps": 2, "dropout": 0.1}
+    return resolve({"out": str(out), "student": {"model": model}, "train": {**keys, **train}}, "test")
+
+
+def rows(count: int = 8) -> list[TrainRow]:
+    return [
+        TrainRow(
+            instruction=INSTRUCTION,
+            input=f"Ann has {i} pens and buys {i % 3} more. How many has she?",
+            output=f"<Begin_of_Prefix>{i} + {i % 3}.{' So it goes.' * (i % 4)}<End_of_Prefix>\n\\boxed{{{i + i % 3}}}",
+        )
+        for i in range(count)
+    ]
+
+
+def write_rows(out: Path, lines: list[TrainRow]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in lines), encoding="utf-8")
+
+
+def run_stage(config: Config, lines: list[TrainRow] | None = None) -> dict:
+    write_rows(config.folder, rows() if lines is None else lines)
+    with Run(config, Progress(quiet=True)) as run:
+        training.train(run)
+        return run.manifest
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_the_stage_learns_and_says_what_it_did(tmp_path: Path, tiny: str) -> None:
+    config = settings(tmp_path / "r", tiny, epochs=6)
+    manifest = run_stage(config)
+    summary = manifest["stages"]["train"]["summary"]
+    assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.1
+    assert summary["adapter_change"] > 0 and summary["rows"] == 8 and summary["peak_bytes"] > 0
+    log = [json.loads(line) for line in (config.folder / "train_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "seconds"} <= log[
+        0
+    ].keys()
+    assert (config.folder / "adapter" / "adapter_model.safetensors").exists()
+    assert len(list((config.folder / "checkpoints").iterdir())) <= 2
+    assert not list(config.folder.rglob("*.bin"))
+    hash_now = template_hash(load_tokenizer(tiny), config.prompts, None, False)
+    assert manifest["template_hash"] == hash_now
+    again = run_stage(config)  # done before: nothing is trained again
+    assert again["stages"]["train"] == manifest["stages"]["train"]
+
+
+def test_labels_shifted_by_one_do_not_teach_the_fixed_batch(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.collate
+
+    def shifted(examples):
+        batch = real(examples)
+        return {**batch, "labels": torch.roll(batch["labels"], 1, dims=1)}
+
+    right = run_stage(settings(tmp_path / "right", tiny, epochs=6))["stages"]["train"]["summary"]
+    monkeypatch.setattr(training, "TRAIN_COLLATE", shifted)
+    wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6))["stages"]["train"]["summary"]
+    gain = right["fixed_batch_before"] - right["fixed_batch_after"]
+    assert gain > 0.1
+    assert wrong["fixed_batch_before"] - wrong["fixed_batch_after"] < gain / 2
+
+
+def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny: str) -> None:
+    config = settings(tmp_path / "r", tiny, epochs=1, dropout=0.0, batch_rows=8, group_by_length=False)
+    run_stage(config)
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    examples, _, _ = prepare(rows(), load_tokenizer(tiny), config)
+    total, count = 0.0, 0
+    for example in examples:
+        logits = model(torch.tensor([example.ids])).logits[0].float()
+        picked = torch.log_softmax(logits, -1)[range(len(example.ids) - 1), list(example.ids[1:])]
+        total -= picked[example.prompt_tokens - 1 :].sum().item()
+        count += len(example.ids) - example.prompt_tokens
+    assert losses(config.folder)[0] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: str) -> None:
+    whole = settings(tmp_path / "whole", tiny)
+    run_stage(whole)
+    broken = settings(tmp_path / "broken", tiny, save_steps=3)
+    write_rows(broken.folder, rows())
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom kit import config, train\nfrom kit.progress import Progress\n"
+        "from kit.run import Run\nimport os, signal\n"
+        "real = train.AdapterTrainer.log\n"
+        "def log(self, logs, start_time=None):\n"
+        "    real(self, logs, start_time)\n"
+        "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.AdapterTrainer.log = log\n"
+        "with Run(config.load(sys.argv[2]), Progress(quiet=True)) as run: train.train(run)\n"
+    )
+    from kit.config import dump
+
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(broken))
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(losses(broken.folder)) == 5
+    run_stage(broken)
+    assert losses(broken.folder) == losses(whole.folder)  # bit for bit, dropout included
+    ours, theirs = ((c.folder / "adapter" / "adapter_model.safetensors").read_bytes() for c in (broken, whole))
+    assert ours == theirs
+
+
+def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str) -> None:
+    whole = settings(tmp_path / "whole", tiny)
+    run_stage(whole)
+    checkpoints = sorted((whole.folder / "checkpoints").iterdir())
+    assert [p.name for p in checkpoints] == ["checkpoint-4", "checkpoint-6"]
+    before = losses(whole.folder)
+    (whole.folder / "adapter" / "adapter_model.safetensors").unlink()
+    torn = checkpoints[1] / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    with Run(whole, Progress(quiet=True)) as run:
+        training.train(run)
+    assert losses(whole.folder) == before
+    assert "half-written" in (whole.folder / "run.log").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = rows()
+    lines[5] = lines[5].model_copy(update={"input": "How many zebras?"})
+    marked = load_tokenizer(tiny).encode(" zebras")[0]
+    real, seen = training.make_model, []
+
+    def poisoned(config):
+        model = real(config)
+        model.get_input_embeddings().register_forward_hook(
+            lambda _module, ids, out: out.masked_fill((ids[0] == marked)[..., None], float("nan"))
+        )
+        seen.append(model)
+        return model
+
+    monkeypatch.setattr(training, "make_model", poisoned)
+    with pytest.raises(KitError, match=r"loss of step \d is not finite.*line 6 \(How many zebras\?\)") as caught:
+        run_stage(settings(tmp_path / "r", tiny), lines)
+    assert "line 1 " not in str(caught.value)
+    assert all(p.isfinite().all() for n, p in seen[0].named_parameters() if "lora" in n)
+    assert not (tmp_path / "r" / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = training.make_model, []
+
+    def poisoned(config):
+        model = real(config)
+        parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
+        parameter.register_hook(lambda grad: grad * float("inf"))
+        seen.append(parameter)
+        return model
+
+    monkeypatch.setattr(training, "make_model", poisoned)
+    with pytest.raises(KitError, match="gradient of step 1 is not finite"):
+        run_stage(settings(tmp_path / "r", tiny))
+    assert seen[0].abs().max() == 0  # B as it was made
+    assert losses_or_none(tmp_path / "r") == []
+
+
+def losses_or_none(out: Path) -> list[float]:
+    return losses(out) if (out / "train_log.jsonl").exists() else []
+
+
+def test_an_adapter_without_gradient_is_found_at_the_first_step(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.make_model
+
+    def severed(config):
+        model = real(config)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.register_hook(torch.zeros_like)
+        return model
+
+    monkeypatch.setattr(training, "make_model", severed)
+    with pytest.raises(KitError, match="gradient is zero at the first step"):
+        run_stage(settings(tmp_path / "r", tiny))
+
+
+def test_prompt_ids_are_evaluations_and_only_the_target_is_learned(tiny: str) -> None:
+    config, tokenizer = settings(Path("unused"), tiny), load_tokenizer(tiny)
+    row = rows()[3].model_copy(update={"output": "see <|im_end|> as text \\boxed{3}"})
+    (example,), _, _ = prepare([row], tokenizer, config)
+    prompt = render(tokenizer, solve_text(config.prompts, row.input))
+    assert example.ids[: example.prompt_tokens] == prompt
+    target = example.ids[example.prompt_tokens :]
+    assert list(target[:-1]) == tokenizer.encode(row.output, special=False)
+    assert target[-1] == end_of_turn(tokenizer) == tokenizer.encode("<|im_end|>")[0]
+    assert target.count(target[-1]) == 1  # the name in the text stayed text
+    batch = collate([example, Example(2, "", example.ids[:-3], example.prompt_tokens)])
+    for i, length in enumerate((len(example.ids), len(example.ids) - 3)):
+        learned = (batch["labels"][i] != -100).nonzero().flatten().tolist()
+        assert learned == list(range(example.prompt_tokens, length))
+        assert batch["labels"][i, learned].tolist() == list(example.ids[example.prompt_tokens : length])
+
+
+def test_rows_over_the_cutoff_are_dropped_or_cut_and_named(tiny: str) -> None:
+    tokenizer = load_tokenizer(tiny)
+    lines = [*rows(3), rows()[0].model_copy(update={"output": "word " * 200})]
+    kept, dropped, cut = prepare(lines, tokenizer, settings(Path("unused"), tiny, cutoff_tokens=150))
+    assert len(kept) == 3 and not cut and "line 4 (Ann has 0 pens" in dropped["over train.cutoff_tokens"][0]
+    config = settings(Path("unused"), tiny, cutoff_tokens=150, over_cutoff="cut")
+    kept, dropped, cut = prepare(lines, tokenizer, config)
+    assert len(kept) == 4 and not dropped and len(cut) == 1 and len(kept[3].ids) == 150
+    assert kept[3].ids[-1] != end_of_turn(tokenizer)
+    long_prompt = [*rows(3), rows()[0].model_copy(update={"input": "word " * 200})]
+    kept, dropped, cut = prepare(long_prompt, tokenizer, config)  # a prompt is never cut
+    assert len(kept) == 3 and not cut and len(dropped["over train.cutoff_tokens"]) == 1
+
+
+def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(tmp_path: Path, tiny: str) -> None:
+    empty = rows()[0].model_copy(update={"output": "  "})
+    config, tokenizer = settings(tmp_path / "r", tiny), load_tokenizer(tiny)
+    kept, dropped, _ = prepare([*rows(2), empty], tokenizer, config)
+    assert len(kept) == 2 and dropped == {
+        "nothing to learn": ["line 3 (Ann has 0 pens and buys 0 more. How many has she?)"]
+    }
+    with pytest.raises(KitError, match=r"None of 2 training rows.*2 nothing to learn: line 1"):
+        prepare([empty, empty], tokenizer, config)
+    with pytest.raises(KitError, match="None of 0 training rows"):
+        prepare([], tokenizer, config)
+
+
+def test_a_step_whose_labels_are_all_masked_is_refused(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.collate
+    masked = {"labels"}
+    monkeypatch.setattr(
+        training,
+        "TRAIN_COLLATE",
+        lambda examples: {k: torch.full_like(v, -100) if k in masked else v for k, v in real(examples).items()},
+    )
+    with pytest.raises(KitError, match=r"Step 1 has no supervised token: line \d"):
+        run_stage(settings(tmp_path / "r", tiny))
+
+
+def test_another_instruction_than_evaluations_is_refused(tiny: str) -> None:
+    odd = rows()[0].model_copy(update={"instruction": INSTRUCTION + "\n"})
+    with pytest.raises(KitError, match="line 1 asks"):
+        prepare([odd], load_tokenizer(tiny), settings(Path("unused"), tiny))
+
+
+def test_batches_of_unequal_rows_have_no_cross_talk(tiny: str) -> None:
+    tokenizer = load_tokenizer(tiny)
+    examples, _, _ = prepare(rows(), tokenizer, settings(Path("unused"), tiny))
+    batch = collate(examples)
+    assert len({len(e.ids) for e in examples}) > 2
+    for name in (tiny, hf_folder("smollm2-135m")):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        with torch.no_grad():
+            together = model(batch["input_ids"]).logits
+            for i, example in enumerate(examples[:4]):
+                alone = model(torch.tensor([example.ids])).logits[0]
+                assert (together[i, : len(example.ids)] - alone).abs().max() < 1e-3
+
+
+def test_every_epoch_holds_every_row_once_and_steps_are_sorted_within(tiny: str) -> None:
+    lengths = [5, 9, 1, 7, 3, 8, 2, 6, 4, 10]
+    config = settings(Path("unused"), tiny, epochs=2, batch_rows=4)
+    plan = order(lengths, config)
+    loose = order(
+        lengths, config.model_copy(update={"train": config.train.model_copy(update={"group_by_length": False})})
+    )
+    assert sorted(loose[:10]) == sorted(loose[10:]) == list(range(10)) and loose[:10] != loose[10:]
+    for i in range(0, 20, 4):
+        assert sorted(plan[i : i + 4]) == sorted(loose[i : i + 4])
+        assert [lengths[j] for j in plan[i : i + 4]] == sorted((lengths[j] for j in plan[i : i + 4]), reverse=True)
+    assert plan == order(lengths, config)
+    assert len(order(lengths, settings(Path("unused"), tiny, max_steps=7, batch_rows=4))) == 28
+
+
+def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": 1}\n')
+    with pytest.raises(KitError, match="line 2"):
+        read_rows(path)
+    with pytest.raises(KitError, match=r"batch_rows=4 is no multiple of train.micro_rows=3"):
+        run_stage(settings(tmp_path / "r", tiny, micro_rows=3))
+
+
+def test_zero_shot_trains_nothing(tmp_path: Path, tiny: str) -> None:
+    config = settings(tmp_path / "r", tiny).model_copy(update={"method": "zero-shot"})
+    with Run(config, Progress(quiet=True)) as run:
+        training.train(run)
+        assert run.manifest["stages"]["train"]["done"]
+    assert not (config.folder / "adapter").exists()
+
+
+def test_nf4_on_the_packaged_model_learns(tmp_path: Path) -> None:
+    config = settings(tmp_path / "r", "smollm2-135m", dtype="nf4", max_steps=3, batch_rows=2, learning_rate=2e-3)
+    summary = run_stage(config, rows(2))["stages"]["train"]["summary"]
+    assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.3
