@@ -1,83 +1,60 @@
 r"""Final answers: found in a text, and graded against the gold answer (section 4; Eq. 9's filter).
 
-Found: the last `\boxed{...}` with balanced braces behind the last end-of-prefix tag, so that a prefix that already
-holds the answer earns nothing; else what follows the last `####`; else the value that the last sentence about "the
-answer" names. Graded: as exact decimals where both sides are plain numbers, as option letters or as text where the
-data asks for it, and by math-verify in killable workers (kit/graders.py) otherwise. `Grade.how` says which.
+Found: the last `\boxed{...}` behind the last end-of-prefix tag, so that a prefix which already holds the answer earns
+nothing; else what follows the last `####`; else the value that the last sentence about "the answer" names. Graded:
+as exact decimals where both sides are plain numbers, as option letters or text where the data asks for it, else by
+math-verify in killable workers (kit/graders.py).
 
-Paper: math-verify or-ed with an OAT grader, which read the last number of a text that named no answer. Here: a text
-that names no answer is `unparsed`. This module executes nothing that a text says, and knows nothing of sampling.
+Paper: math-verify or-ed with an OAT grader, which take the last number of a text that names no answer. Here: such a
+text is `unparsed`. Nothing that a text says is executed, and nothing is known here of how it was drawn.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
-from types import TracebackType
+from queue import LifoQueue
 
 from kit.graders import Worker
 from kit.prompts import END
 
 END_TAGS = (END, "<End_of_Draft>")  # the second: in the paper's released outputs
-LONGEST = 4000  # characters of an answer that is still looked at
-SHOWN = 200  # characters of an answer over that which are recorded
+LONGEST, SHOWN = 4000, 200  # characters of an answer that are looked at, and recorded of a longer one
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BOX_BARE = re.compile(r"\\boxed\s+([^\s{}$]+)")
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER = re.compile(r"\banswers?\b([^\n]{0,160})", re.IGNORECASE)
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
+_HASHES = re.compile(r"####[ \t]*([^\s][^\n]*)")
+_ANSWER = re.compile(r"\banswers?\b(?=([^\n]{0,160}))", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.?!](?=[\s.?!]|$)")
 _VALUE = (
     r"(\$[^$\n]{1,120}\$(?!\d)|\\\(.{1,120}?\\\)|\*\*[^*\n]{1,120}\*\*|"
     r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s?%?)"
 )
 _EQUALS = re.compile(r".*=\s*" + _VALUE, re.DOTALL)
-_NAMES = re.compile(r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?" + _VALUE, re.IGNORECASE)
-_LETTER_NAMED = re.compile(r"\W*(?:is|:|=)?[\s*:]*(?:option|choice)?[\s*$]*(?:\\text(?:bf)?\{)?[\s(\[*]*([A-Z])\b")
-_TEXT_NAMED = re.compile(r"\W*?(?:is|are|was|:)\s*:?\s*(.+)", re.DOTALL)
-_LETTER = re.compile(
-    r"[\s(\[]*(?:option|choice)?[\s(\[]*([A-Za-z])(?:[)\].:,]+(?:\s.*)?|\s*)$", re.DOTALL | re.IGNORECASE
-)
-_ALSO = re.compile(r"^[\s(\[]*[A-Za-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[A-Za-z]\b", re.IGNORECASE)
+_NAMED = re.compile(r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?" + _VALUE, re.IGNORECASE)
+_NAMED_LETTER = re.compile(r"\W*(?:is|:|=)?[\s*:]*(?:option|choice)?[\s*$]*(?:\\text(?:bf)?\{)?[\s(\[*]*([A-Z])\b")
+_NAMED_TEXT = re.compile(r"\W*?(?:is|are|was|:)\s*:?\s*(.+)", re.DOTALL)
+_LETTER = re.compile(r"[\s(\[]*(?:option|choice)?[\s(\[]*([a-z])(?:[)\].:,]+(?:\s.*)?|\s*)$", re.DOTALL | re.IGNORECASE)
+_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.IGNORECASE)
 _MACRO = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(
-    r"([-+]?)\s*(?:[$\u20ac\u00a3\u00a5]\s*)?([-+]?)(\d{1,3}(?:[, ]\d{3})+(?!\d)|\d*)(?:\.(\d*))?(.*)", re.DOTALL
+    r"(?:[$\u20ac\u00a3]\s*)?([-+]?)\s*(?:[$\u20ac\u00a3]\s*)?(\d{1,3}(?:[, ]\d{3})+(?!\d)|\d*)(?:\.(\d*))?(.*)",
+    re.DOTALL,
 )
-_UNIT = re.compile(r"[\s-]*(?:[A-Za-z\u00b0\u00b2\u00b3%'\u2019/.,()\s-]|\^\{?[23]\}?)*$")
+_UNIT = re.compile(r"[\s-]*(?:[A-Za-z\u00b0\u00b2\u00b3%'\u2019/.,()\s-]|[a-z]\^\{?[23]\}?)*$")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NOT_UNITS = {
-    "pi",
-    "sqrt",
-    "and",
-    "or",
-    "to",
-    "plus",
-    "minus",
-    "times",
-    "half",
-    "dozen",
-    "over",
-    "mod",
-    "e",
-    "i",
-    "x",
-    "y",
-}
+_NOT_UNITS = set("pi sqrt and or to plus minus times half dozen over mod e i x y".split())
 
 
 @dataclass(frozen=True)
 class Item:
-    """A text to grade.
+    """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box or in `#### 8`.
 
-    Args:
-        gold: the right answer; a solution that ends in `#### 8` or in a box stands for that.
-        output: what a model wrote.
-        verifier: math, number, choice or text.
+    `verifier` is math, number (grade-school: units in words are allowed), choice (one letter) or text.
     """
 
     gold: str
@@ -90,13 +67,58 @@ class Grade:
     """What became of a text.
 
     `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the worker was stopped).
-    `answer` is the text as found. `how` is `PLACE:METHOD`, PLACE boxed, hashes or phrase, METHOD decimal, math,
-    string, choice, text, oversized, unreadable, time, memory or crash; or it is `none`.
+    `how` is `none`, or `PLACE:METHOD`: boxed, hashes or phrase, and decimal, math, string (the last resort), choice,
+    text, oversized, unreadable, time, memory or crash.
     """
 
     verdict: str
     answer: str | None
     how: str
+
+
+class Grader:
+    """Grades texts; a context manager, for any thread. Workers start when an answer needs one, and stay warm.
+
+    Args:
+        workers: processes that run math-verify.
+        timeout_seconds: for one answer; its worker is then killed and replaced.
+        memory_bytes: address space of a worker.
+    """
+
+    def __init__(self, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
+        self._workers = [Worker(timeout_seconds, memory_bytes) for _ in range(workers)]
+        self._free: LifoQueue[Worker] = LifoQueue()  # last in, first out: the warm one is asked again
+        for worker in self._workers:
+            self._free.put(worker)
+        self._pool = ThreadPoolExecutor(workers)
+
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grade texts, in order; equal pairs of gold and answer are compared once."""
+        found = [(gold_of(item.gold), *find(item.output, item.verifier)) for item in items]
+        known = [_at_once(item.verifier, gold, answer) for item, (gold, answer, _) in zip(items, found, strict=True)]
+        pairs = {(gold, answer): None for (gold, answer, _), result in zip(found, known, strict=True) if not result}
+        asked = dict(zip(pairs, self._pool.map(self._ask, pairs), strict=True))
+        grades = []
+        for (gold, answer, place), result in zip(found, known, strict=True):
+            verdict, method = result or asked[gold, answer]
+            shown = answer[:SHOWN] + "..." if method == "oversized" and answer else answer
+            grades.append(Grade(verdict, shown, f"{place}:{method}" if method else place))
+        return grades
+
+    def _ask(self, pair: tuple[str, str | None]) -> tuple[str, str]:
+        worker = self._free.get()
+        try:
+            return worker.ask(_bare(pair[0]), _bare(pair[1] or ""))
+        finally:
+            self._free.put(worker)
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C: nobody waits for the rest
+        for worker in self._workers:
+            worker.close()
 
 
 def extract(text: str, verifier: str = "math") -> str | None:
@@ -107,194 +129,107 @@ def extract(text: str, verifier: str = "math") -> str | None:
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     """The final answer and where it stood: boxed, hashes, phrase; (None, "none") where there is none."""
     text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
-    answer = last_box(text)
-    if answer is not None:
-        return answer, "boxed"
-    hashes = _HASHES.findall(text)
-    if hashes and hashes[-1].strip():
+    if box := last_box(text):
+        return box, "boxed"
+    if hashes := _HASHES.findall(text):
         return hashes[-1].strip(), "hashes"
-    for match in reversed(list(_ANSWER.finditer(text))):
-        answer = _named(match[1], verifier)
-        if answer:
+    for rest in reversed(_ANSWER.findall(text)[-1000:]):
+        if answer := _named(_SENTENCE_END.split(rest, maxsplit=1)[0], verifier):
             return answer, "phrase"
     return None, "none"
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last non-empty `\boxed{...}` whose braces balance, in one pass over the text."""
-    found: tuple[int, str] | None = None
-    open_braces: list[int | None] = []  # where a box's content begins; None for any other brace
-    for match in _BOX.finditer(
-        text, max(text.find("\\boxed"), 0) if "\\boxed" in text else text.find("\\fbox") % (len(text) + 1)
-    ):
-        token = match[0]
-        if token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (found is None or start > found[0]) and text[start : match.start()].strip():
-                found = (start, text[start : match.start()].strip())
-        elif token.endswith("{") and token != "\\{":
-            open_braces.append(match.end() if len(token) > 1 else None)
-    bare = _BOX_BARE.findall(text) if found is None else []
-    return found[1] if found else bare[-1] if bare else None
+    r"""Content of the last `\boxed{...}` that is not empty and whose braces balance, in one pass over the text."""
+    last, start = None, -1
+    begins: list[int | None] = []  # of the open braces: where a box's content begins, None for any other brace
+    for match in _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ():
+        if match[0] == "}":
+            begin = begins.pop() if begins else None
+            if begin is not None and begin > start and (content := text[begin : match.start()].strip()):
+                last, start = content, begin
+        elif match[0][-1] == "{" and match[0] != "\\{":
+            begins.append(match.end() if len(match[0]) > 1 else None)
+    return last or (_BARE_BOX.findall(text) or [None])[-1]
+
+
+def gold_of(gold: str) -> str:
+    """The gold answer itself, where the data gives a whole solution."""
+    return last_box(gold) or gold.rsplit("####", 1)[-1].strip()
 
 
 def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
-    r"""A plain number as an exact decimal, and whether it is a percentage.
+    r"""A plain number as an exact decimal, and whether it is a percentage; None for fractions and expressions.
 
     Args:
-        text: `8,000`, `-3.0`, `\$5.50`, `20\%`, `90^\circ`, `15\text{ cm}`; None for fractions and expressions.
-        words: accept any words as a unit (`8 apples`, `x = 8`), and a scale (`2 million`).
+        text: `8,000`, `-3.0`, `\$5.50`, `20\%`, `90^\circ`, `15\text{ cm}`.
+        words: allow any words as a unit (`8 apples`), a scale (`2 million`) and what goes before `=` (`x = 8`).
     """
-    plain = _plain(text)
-    if words and "=" in plain:
-        plain = plain.rsplit("=", 1)[1].strip()
-    match = _NUMBER.fullmatch(plain)
-    if match is None or not (match[3] or match[4]) or (match[1] and match[2]) or not _UNIT.fullmatch(match[5]):
+    plain = _undressed(text)
+    match = _NUMBER.fullmatch(plain.rsplit("=", 1)[-1].strip() if words else plain)
+    if match is None or not (match[2] or match[3]) or not _UNIT.fullmatch(match[4]):
         return None
-    unit = match[5].strip(" .,-")
-    if unit and not words and not (unit in ("%", "\u00b0") or _MACRO.search(text)):
-        return None
+    unit = match[4].strip(" .,-")
     first = re.split(r"[^a-z]", unit.lower(), maxsplit=1)[0]
-    if first in _NOT_UNITS:
+    if first in _NOT_UNITS or (unit not in ("", "%", "\u00b0") and not words and not _MACRO.search(text)):
         return None
-    value = Decimal(f"{match[1]}{match[2]}{re.sub('[, ]', '', match[3]) or 0}.{match[4] or 0}")
+    value = Decimal(f"{match[1]}{re.sub('[, ]', '', match[2]) or 0}.{match[3] or 0}")
     return value.scaleb(_SCALES.get(first, 0)), unit.startswith("%") or first == "percent"
 
 
-def letter(text: str) -> str | None:
+def _at_once(verifier: str, gold: str, answer: str | None) -> tuple[str, str] | None:
+    """Verdict and method where no worker is needed."""
+    if answer is None:
+        return "unparsed", ""
+    if len(answer) > LONGEST:
+        return "unparsed", "oversized"
+    if verifier == "choice":
+        right, given = _letter(gold), _letter(answer)
+        return (_verdict(right == given) if right and given else "unparsed"), "choice"
+    if verifier == "text":
+        return _verdict(_words(gold) == _words(answer)), "text"
+    mine, theirs = (decimal(text, words=verifier == "number") for text in (gold, answer))
+    if mine is None or theirs is None or (mine[0] != theirs[0] and mine[1] != theirs[1]):  # the last: 0.2 and 20%
+        return None
+    return _verdict(mine[0] == theirs[0]), "decimal"
+
+
+def _verdict(right: bool) -> str:
+    return "correct" if right else "wrong"
+
+
+def _named(clause: str, verifier: str) -> str | None:
+    """What the words behind "answer" name."""
+    if verifier == "choice":
+        match = _NAMED_LETTER.match(clause)
+    elif verifier == "text":
+        match = _NAMED_TEXT.match(clause)
+    else:
+        match = None if re.search(r"\bnot\b|n['\u2019]t\b", clause) else _EQUALS.match(clause) or _NAMED.match(clause)
+    return match[1].strip(" *").rstrip(",") if match else None
+
+
+def _letter(text: str) -> str | None:
     """The one option letter that an answer names; None for several or none."""
     plain = _MACRO.sub(r"\1", text).replace("\\", " ").strip(" $*.{}")
     match = _LETTER.match(plain)
-    return match[1].upper() if match and not _ALSO.match(plain) else None
+    return match[1].upper() if match and not _LETTERS.match(plain) else None
 
 
-def normal_text(text: str) -> str:
+def _words(text: str) -> str:
     """Text as compared word for word: case, spacing, LaTeX text macros and outer punctuation aside."""
     text = unicodedata.normalize("NFKC", _MACRO.sub(r"\1", text)).casefold()
     return " ".join(text.replace("\\ ", " ").split()).strip(" .,;:!\"'$*`")
 
 
-class Grader:
-    """Grades texts; a context manager. Workers start when the first answer needs one, and stay warm.
-
-    Args:
-        workers: processes that run math-verify.
-        timeout_seconds: for one answer; its worker is then killed and replaced.
-        memory_bytes: address space of a worker.
-    """
-
-    def __init__(self, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
-        self.workers = [Worker(timeout_seconds, memory_bytes) for _ in range(workers)]
-        self._lock = threading.Lock()
-
-    def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grade texts, in order. May be called from any thread."""
-        grades: list[Grade | None] = []
-        asked: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
-        for index, item in enumerate(items):
-            answer, place = find(item.output, item.verifier)
-            grade = _at_once(item, answer, place)
-            grades.append(grade)
-            if grade is None and answer is not None:
-                asked.setdefault((gold_of(item.gold), answer), []).append((index, answer, place))
-        with self._lock:
-            replies = self._ask(list(asked))
-        for places, (verdict, how) in zip(asked.values(), replies, strict=True):
-            for index, answer, place in places:
-                grades[index] = Grade(verdict, answer, f"{place}:{how}")
-        return [grade for grade in grades if grade is not None]
-
-    def _ask(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Verdicts of math-verify; each worker takes the next pair when it is free."""
-        if len(pairs) < 2:
-            return [self.workers[0].ask(*pair) for pair in pairs]
-        replies: list[tuple[str, str]] = [("unparsed", "none")] * len(pairs)
-        rest = iter(range(len(pairs)))
-        turn = threading.Lock()
-
-        def work(worker: Worker) -> None:
-            while True:
-                with turn:
-                    index = next(rest, None)
-                if index is None:
-                    return
-                replies[index] = worker.ask(*pairs[index])
-
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            try:
-                for done in [pool.submit(work, worker) for worker in self.workers[: len(pairs)]]:
-                    done.result()
-            except BaseException:  # Ctrl-C: nobody waits for the rest
-                rest = iter(())
-                self.close()
-                raise
-        return replies
-
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self.workers:
-            worker.close()
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _bare(text: str) -> str:
+    """Without Markdown's emphasis, the outer signs of math mode, and a full stop."""
+    text = text.strip().strip("*`").strip().removeprefix("\\(").removesuffix("\\)").rstrip(" .,;")
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
 
 
-def gold_of(gold: str) -> str:
-    """The gold answer itself, where the data gives a whole solution."""
-    box = last_box(gold) if "\\boxed" in gold else None
-    return box or gold.rsplit("####", 1)[-1].strip()
-
-
-def _at_once(item: Item, answer: str | None, place: str) -> Grade | None:
-    """The grade where no worker is needed, else None."""
-    gold = gold_of(item.gold)
-    if answer is None:
-        return Grade("unparsed", None, "none")
-    if len(answer) > LONGEST:
-        return Grade("unparsed", answer[:SHOWN] + "...", f"{place}:oversized")
-    if item.verifier == "choice":
-        given, right = letter(answer), letter(gold)
-        return _verdict(given == right if given and right else None, answer, f"{place}:choice")
-    if item.verifier == "text":
-        return _verdict(normal_text(answer) == normal_text(gold), answer, f"{place}:text")
-    words = item.verifier == "number"
-    given_number, right_number = decimal(answer, words), decimal(gold, words)
-    if given_number is None or right_number is None:
-        return None
-    if given_number[0] == right_number[0] or given_number[1] == right_number[1]:
-        return _verdict(given_number[0] == right_number[0], answer, f"{place}:decimal")
-    return None  # 0.2 against 20%
-
-
-def _verdict(right: bool | None, answer: str, how: str) -> Grade:
-    return Grade("unparsed" if right is None else "correct" if right else "wrong", answer, how)
-
-
-def _named(rest: str, verifier: str) -> str | None:
-    """What the words behind "answer" name, up to the sentence's end."""
-    clause = _SENTENCE_END.split(rest, maxsplit=1)[0]
-    if verifier == "choice":
-        match = _LETTER_NAMED.match(clause)
-    elif verifier == "text":
-        match = _TEXT_NAMED.match(clause)
-    else:
-        if re.search(r"\bnot\b|n['\u2019]t\b", clause):
-            return None
-        match = _EQUALS.match(clause) or _NAMES.match(clause)
-    return match[1].strip(" *").rstrip(",") if match else None
-
-
-def _plain(text: str) -> str:
-    """A number without LaTeX's and Markdown's clothes."""
-    text = text.strip().strip("*`").replace("\u2212", "-").replace("\\%", "%").replace("\\$", "$").replace("{,}", ",")
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", _MACRO.sub(r" \1", text))
-    text = re.sub(r",\\!\s*", ",", text)
-    text = re.sub(r"\\[,!;: ]|~", " ", text).strip()
-    if len(text) > 1 and text.startswith("$") and text.endswith("$"):
-        text = text[1:-1]
-    return text.removeprefix("\\(").removesuffix("\\)").strip(" .,;")
+def _undressed(text: str) -> str:
+    """A number without LaTeX's clothes."""
+    text = _bare(_MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ","))
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", text.replace("\\$", "$"))
+    return re.sub(r"\\[,!;: ]|~", " ", re.sub(r",\\!\s*", ",", text)).strip()

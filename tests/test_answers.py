@@ -1,0 +1,223 @@
+"""Answers found and graded: the verdicts of a careful person, and workers that never outlive their limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from kit.answers import LONGEST, Grader, Item, decimal, extract, find, last_box
+from kit.graders import GRACE_SECONDS, Worker
+from tests.conftest import ROOT
+from tests.grading_cases import PAIRS
+
+TOWER = r"\boxed{9^{9^{9^{9}}}}"
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Living grading workers below a process."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if "graders.py" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def graded():
+    with Grader(timeout_seconds=20) as grader:
+        return grader.grade([Item(gold, output, verifier) for gold, output, verifier, _ in PAIRS])
+
+
+def test_pairs_are_many_and_distinct():
+    assert len(PAIRS) >= 150 and len(set(PAIRS)) == len(PAIRS)
+
+
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=lambda n: f"{PAIRS[n][2]}-{n}")
+def test_verdict_of_pair(graded, number):
+    assert graded[number].verdict == PAIRS[number][3], (PAIRS[number], graded[number])
+
+
+def test_how_names_the_place_and_the_method():
+    items = [
+        Item("8000", "\\boxed{8,000}", "number"),
+        Item("8", "#### 8", "number"),
+        Item("8", "The answer is 8.", "number"),
+        Item("1/2", "\\boxed{\\frac12}"),
+        Item("\\text{east}", "\\boxed{east}"),
+        Item("B", "\\boxed{B}", "choice"),
+        Item("Paris", "\\boxed{Paris}", "text"),
+        Item("8", "nothing"),
+    ]
+    with Grader() as grader:
+        grades = grader.grade(items)
+    assert [grade.how for grade in grades] == [
+        "boxed:decimal",
+        "hashes:decimal",
+        "phrase:decimal",
+        "boxed:math",
+        "boxed:string",
+        "boxed:choice",
+        "boxed:text",
+        "none",
+    ]
+    assert [grade.answer for grade in grades[:3]] == ["8,000", "8", "8"] and grades[-1].answer is None
+
+
+def test_answer_is_recorded_as_it_stands_in_the_text():
+    assert extract(r"so \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert find("The answer is 12 apples.", "number") == ("12", "phrase")
+    assert last_box(r"\boxed{a {b} \{ c}") == r"a {b} \{ c"
+    assert extract("") is None
+
+
+def test_decimals_are_exact_and_never_guess():
+    assert decimal("0.1")[0] != decimal("0.10000000000000000001")[0]
+    assert decimal("20%") == (decimal("20")[0], True)
+    for text in ("1/2", "3x", "2^3", "3,4", "1e5x", "", "--3", ".", "3 4"):
+        assert decimal(text, words=True) is None, text
+
+
+def test_plain_numbers_start_no_worker():
+    with Grader() as grader:
+        grader.grade([Item(str(n), f"\\boxed{{{n}}}", "number") for n in range(100)])
+        assert workers_of(os.getpid()) == []
+
+
+def test_tower_of_powers_times_out_and_the_rest_is_graded():
+    items = [Item("1/2", f"\\boxed{{{n}/{2 * n}}}") for n in range(1, 9)]
+    with Grader(timeout_seconds=1.5) as grader:
+        grader.grade(items[:2] * 2)  # warm
+        begun = time.monotonic()
+        grades = grader.grade([*items[:4], Item("5", TOWER), *items[4:]])
+        seconds = time.monotonic() - begun
+        assert (grades[4].verdict, grades[4].how) == ("timeout", "boxed:time")
+        assert [g.verdict for g in grades[:4] + grades[5:]] == ["correct"] * 8
+        assert seconds < 1.5 + 6  # the other worker goes on; a new one may have to start
+        assert grader.grade([Item("3", r"\boxed{\sqrt{9}}")])[0].verdict == "correct"
+    assert workers_of(os.getpid()) == []
+
+
+def test_memory_limit_is_a_timeout_of_its_own_kind():
+    with Grader(workers=1, timeout_seconds=30, memory_bytes=160 << 20) as grader:
+        grade = grader.grade([Item("5", r"\boxed{\lfloor 2^{3000000000} \rfloor}")])[0]
+        assert (grade.verdict, grade.how) == ("timeout", "boxed:memory")
+        assert grader.grade([Item("3", r"\boxed{\sqrt{9}}")])[0].verdict == "correct"
+
+
+def test_a_dead_worker_is_a_crash_and_replaced():
+    worker = Worker(5.0, 1 << 30)
+    try:
+        assert worker.ask("3", r"\sqrt{9}") == ("correct", "math")
+        os.kill(worker.process.pid, signal.SIGSEGV)
+        assert worker.ask("3", r"\sqrt{9}") == ("timeout", "crash")
+        assert worker.ask("3", r"\sqrt{9}") == ("correct", "math")
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" + "9" * 1_000_000 + "}",
+        "\\boxed{" * 140_000,
+        "{" * 1_000_000 + "\\boxed{",
+        "\\boxed{" + "(" * (LONGEST + 1) + "}",
+        "answer is answer " * 60_000,
+        "#### " + "8" * 1_000_000,
+    ],
+    ids=["digits", "boxes", "braces", "brackets", "phrases", "hashes"],
+)
+def test_a_megabyte_is_refused_cheaply(text):
+    with Grader(workers=1) as grader:
+        begun = time.monotonic()
+        grade = grader.grade([Item("8", text)])[0]
+        assert grade.verdict == "unparsed" and time.monotonic() - begun < 5
+        assert len(grade.answer or "") < 300
+        assert workers_of(os.getpid()) == []
+
+
+def test_grading_from_threads_leaves_signals_alone():
+    before = [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGCHLD, signal.SIGINT)]
+    found: list[list[str]] = []
+    with Grader(timeout_seconds=20) as grader:
+
+        def work(shift: int) -> None:
+            items = [Item(f"{n + 1}/7", f"\\boxed{{\\frac{{{n + 1 + shift}}}{{7}}}}") for n in range(5)]
+            found.append([grade.verdict for grade in grader.grade(items)])
+
+        threads = [threading.Thread(target=work, args=(shift,)) for shift in (0, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(found) == [["correct"] * 5, ["correct"] * 5, ["wrong"] * 5]
+    assert [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGCHLD, signal.SIGINT)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_worker_started_in_a_thread_outlives_the_thread():
+    with Grader(workers=1) as grader:
+        thread = threading.Thread(target=lambda: grader.grade([Item("3", r"\boxed{\sqrt{9}}")]))
+        thread.start()
+        thread.join()
+        first = workers_of(os.getpid())
+        assert grader.grade([Item("3", r"\boxed{\sqrt{9}}")])[0].verdict == "correct"
+        assert len(first) == 1 and workers_of(os.getpid()) == first
+
+
+def test_workers_end_when_their_parent_is_killed():
+    code = (
+        "from kit.answers import Grader, Item; import json, threading, sys\n"
+        "g = Grader(workers=2, timeout_seconds=3)\n"
+        "g.grade([Item('3', r'\\boxed{\\sqrt{9}}')])\n"
+        "t = [threading.Thread(target=g.grade, args=([Item('5', x)],)) for x in (r'\\boxed{9^{9^{9^9}}}', r'\\boxed{9^{9^9}}')]\n"
+        "[x.start() for x in t]; print('busy', flush=True); [x.join() for x in t]"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    try:
+        assert parent.stdout.readline() == "busy\n"
+        time.sleep(1.0)
+        workers = workers_of(parent.pid)
+        assert workers
+    finally:
+        parent.kill()
+        parent.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=3 + GRACE_SECONDS + 3)
+    assert alive == [], "a worker outlived its limit"
+
+
+def test_ctrl_c_ends_a_grading_call_at_once():
+    code = (
+        "from kit.answers import Grader, Item\n"
+        "try:\n"
+        "    with Grader(timeout_seconds=60) as g:\n"
+        "        g.grade([Item('3', r'\\boxed{\\sqrt{9}}')]); print('busy', flush=True)\n"
+        "        g.grade([Item('5', r'\\boxed{9^{9^{9^%d}}}' % n) for n in range(2, 9)])\n"
+        "except KeyboardInterrupt: print('ended', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    try:
+        assert process.stdout.readline() == "busy\n"
+        time.sleep(1.0)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+        assert out == "ended\n" and time.monotonic() - begun < 2
+    finally:
+        process.kill()
+
+
+def test_worker_speaks_json_lines_and_ends_with_its_input():
+    worker = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "kit" / "graders.py"), "20", str(1 << 30)],
+        input="null\n" + json.dumps(["1/2", "0.5"]) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert [json.loads(line) for line in worker.stdout.splitlines()] == [["", "ready"], ["correct", "math"]]

@@ -1,0 +1,255 @@
+"""The evaluation stage on the scripted stand-in, scores from rows, and `grade FILE`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kit import config as configs
+from kit.errors import KitError
+from kit.evaluate import Examiner, compare_rows, evaluate, file_name, loops, score
+from kit.grade import grade_file
+from kit.progress import Progress
+from kit.prompts import template_hash
+from kit.records import EvalRow, Sample
+from kit.run import Run
+from tests.conftest import ROOT
+from tests.scripted import ByteTokenizer
+
+
+def row(id, verdicts, finish="stop", text="x", tokens=10, **fields):
+    samples = [Sample(text=text, verdict=verdict, finish=finish, tokens=tokens) for verdict in verdicts]
+    return EvalRow(id=id, question="q", answer="1", samples=tuple(samples), **fields)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A config of one dataset of 12 problems for the scripted stand-in; made into a run by `opened`."""
+    problems = [
+        {"id": f"p{n}", "question": f"What is {n} plus {n}, for number {n}?", "answer": str(2 * n), "level": n % 3}
+        for n in range(12)
+    ]
+    data, answers = tmp_path / "sums.jsonl", tmp_path / "answers.json"
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    answers.write_text(json.dumps({problem["question"]: problem["answer"] for problem in problems}))
+    fields = {"question": "question", "answer": "answer", "id": "id"}
+    engine = {"backend": "scripted", "model": str(answers), "parallel": 1}
+    return {
+        "out": str(tmp_path / "run"),
+        "student": engine,
+        "eval": {**engine, "samples": 3},
+        "data": {"eval": [{"path": str(data), "format": "fields", "fields": fields, "name": "sums"}]},
+    }
+
+
+def opened(settings, **keys):
+    return Run(configs.resolve({**settings, **keys}, "test"), Progress(quiet=True))
+
+
+def trained(run, template=None):
+    """Give a run a finished training with the prompts of now, or of another template."""
+    run.begin("train", "rows", lambda: "adapter-1")
+    run.finish("train", "adapter-1", 1, 1, 0.0)
+    run.record(template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False))
+
+
+def test_zero_shot_grades_the_base_model(settings):
+    with opened(settings, method="zero-shot") as run:
+        evaluate(run)
+        stage = run.manifest["stages"]["eval"]
+        summary = json.loads(json.dumps(stage["summary"]))
+        [found] = summary["scores"]
+        assert (found["which"], found["dataset"], found["n"], found["samples"]) == ("before", "sums", 12, 36)
+        rows = run.rows(file_name(run.config.eval.model, "before", "sums"), EvalRow)
+        right = sum(sample.verdict == "correct" for r in rows for sample in r.samples)
+        assert found["accuracy"] == pytest.approx(right / 36, abs=1e-4) and 0 < right < 36
+        assert set(found["verdicts"]) == {"correct", "wrong", "unparsed"} and sum(found["verdicts"].values()) == 36
+        assert found["low"] < found["accuracy"] < found["high"] and list(found["pass_at"]) == ["1", "2", "3"]
+        assert 0 < found["cap_hit_ratio"] < 1 and summary["comparisons"] == []
+        assert (stage["rows_in"], stage["rows_out"], stage["done"]) == (12, 12, True)
+
+
+def test_before_and_after_are_compared(settings):
+    with opened(settings) as run:
+        trained(run)
+        evaluate(run)
+        summary = run.manifest["stages"]["eval"]["summary"]
+        assert [found["which"] for found in summary["scores"]] == ["before", "after"]
+        [compared] = summary["comparisons"]
+        assert compared["n"] == 12 and compared["difference"] == 0  # the stand-in is the same model twice
+        assert compared["p_value"] == 1 and compared["low"] < 0 < compared["high"] and 0 < compared["detectable"] <= 1
+        assert {path.name for path in (run.folder / "eval").iterdir()} == {
+            "answers.json-before-sums.jsonl",
+            "answers.json-after-sums.jsonl",
+        }
+
+
+def test_a_second_call_is_skipped_and_a_new_adapter_is_not(settings):
+    with opened(settings) as run:
+        trained(run)
+        evaluate(run)
+        files = {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()}
+        evaluate(run)
+        assert {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()} == files
+        run.finish("train", "adapter-2", 1, 1, 0.0)
+        evaluate(run)
+        assert all(path.stat().st_mtime_ns != before for path, before in files.items())
+
+
+def test_a_deleted_row_is_made_again_alike(settings):
+    with opened(settings, method="zero-shot") as run:
+        evaluate(run)
+        path = run.folder / file_name(run.config.eval.model, "before", "sums")
+        lines = path.read_text().splitlines(keepends=True)
+        first = run.manifest["stages"]["eval"]
+        path.write_text("".join(lines[:7]))
+        evaluate(run)
+        assert len(path.read_text().splitlines()) == 12
+        again = run.manifest["stages"]["eval"]
+        assert again["output"] == first["output"] and again["summary"] == first["summary"]
+
+
+def test_another_template_is_refused_before_anything_is_asked(settings):
+    with opened(settings) as run:
+        trained(run, template="0123456789abcdef")
+        now = template_hash(ByteTokenizer(), run.config.prompts, None, False)
+        with pytest.raises(KitError, match=f"0123456789abcdef.*{now}"):
+            evaluate(run)
+        assert not any((run.folder / "eval").glob("*.jsonl"))
+
+
+def test_training_is_required(settings):
+    with opened(settings) as run, pytest.raises(KitError, match="no finished stage train"):
+        evaluate(run)
+
+
+def test_prompts_too_long_are_set_aside_one_by_one(settings, monkeypatch):
+    from kit.backends import Generation
+    from tests.scripted import ScriptedBackend
+
+    real = ScriptedBackend.generate
+
+    def short(self, requests):
+        for request in requests:
+            if request.id == "p3":
+                yield Generation(request.id, error="the prompt has 99 tokens, the context 64")
+            else:
+                yield from real(self, [request])
+
+    monkeypatch.setattr(ScriptedBackend, "generate", short)
+    with opened(settings, method="zero-shot") as run:
+        evaluate(run)
+        stage = run.manifest["stages"]["eval"]
+        assert stage["summary"]["rejected"] == {"generation failed": 1} and stage["rows_out"] == 11
+        [found] = stage["summary"]["scores"]
+        assert found["n"] == 12 and found["rejected"] == 1 and found["samples"] == 33
+        rows = {r.id: r for r in run.rows(file_name(run.config.eval.model, "before", "sums"), EvalRow)}
+        assert "99 tokens" in rows["p3"].detail
+
+
+def test_score_counts_what_it_says():
+    rows = [
+        row("a", ["correct", "wrong"], level="1", subject="x"),
+        row("b", ["correct", "correct"], level="1", tokens=30),
+        row("c", ["unparsed", "timeout"], finish="length", level="2"),
+        row("d", [], rejected="generation failed"),
+    ]
+    found = score(rows)
+    assert (found["n"], found["samples"], found["rejected"]) == (4, 6, 1)
+    assert found["accuracy"] == pytest.approx((0.5 + 1 + 0 + 0) / 4)
+    assert found["pass_at"] == {"1": 0.375, "2": 0.5}
+    assert found["verdicts"] == {"correct": 3, "wrong": 1, "unparsed": 1, "timeout": 1}
+    assert found["cap_hit_ratio"] == pytest.approx(1 / 3, abs=1e-4) and found["loop_ratio"] == 0
+    assert found["mean_tokens"] == pytest.approx(100 / 6, abs=1e-3)
+    assert found["accuracy_completed"] == 0.75
+    assert {name: group["accuracy"] for name, group in found["by_level"].items()} == {"1": 0.75, "2": 0.0}
+    assert list(found["by_subject"]) == ["x"] and found["by_subject"]["x"]["n"] == 1
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_score_of_nothing_says_so():
+    found = score([])
+    assert (found["n"], found["low"], found["high"], found["accuracy_completed"]) == (0, 0.0, 1.0, None)
+
+
+def test_loops_are_seen_in_text_without_spaces():
+    assert loops(Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish="length"))
+    assert not loops(Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish="stop"))
+    assert not loops(Sample(text=" ".join(map(str, range(500))), verdict="unparsed", finish="length"))
+    assert loops(Sample(text="x", verdict="unparsed", finish="loop"))
+
+
+def test_models_are_compared_on_shared_problems_only():
+    a = [row("1", ["correct"]), row("2", ["wrong"]), row("3", ["wrong"])]
+    b = [row("3", ["correct"]), row("2", ["correct"]), row("9", ["correct"])]
+    assert compare_rows(a, b)["difference"] == 1.0 and compare_rows(a, b)["n"] == 2
+    assert compare_rows(a, [row("7", ["correct"])]) == {"n": 0}
+
+
+def test_backend_is_loaded_only_for_work(settings):
+    with opened(settings, method="zero-shot") as run, Examiner(run, None, "before") as examiner:
+        assert examiner.backend is None
+
+
+def write(path, *rows):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
+    return path
+
+
+def test_grade_the_published_outputs(shared):
+    """The paper's own 90 outputs: every released label agreed with."""
+    path = shared / "palign_aime24_published.jsonl"
+    command = [sys.executable, "palign.py", "grade", str(path), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = json.loads(done.stdout)
+    assert (found["problems"], found["samples"], found["accuracy"]) == (30, 90, 0.1778)
+    assert found["pass_at"]["3"] == 0.2667 and found["agreement"] == {"agree": 90, "of": 90}
+    assert found["differ"] == [] and sum(found["verdicts"].values()) == 90
+
+
+def test_grade_reads_our_rows_and_others(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"answer": "8", "outputs": [r"\boxed{8}", r"\boxed{9}"], "labels": [1, 1]},
+        {"gold": 8, "prediction": r"\boxed{8}", "label": True},
+        {"answer": "6+2\n#### 8", "samples": [{"text": r"\boxed{7}", "verdict": "wrong"}], "sha": "x"},
+    )
+    found = grade_file(path)
+    assert (found["problems"], found["samples"], found["verdicts"]) == (3, 4, {"correct": 2, "wrong": 2})
+    assert found["agreement"] == {"agree": 3, "of": 4}
+    [differ] = found["differ"]
+    assert (differ["line"], differ["sample"], differ["verdict"], differ["answer"]) == (1, 1, "wrong", "9")
+    assert (
+        grade_file(write(tmp_path / "b.jsonl", {"answer": "B", "response": r"\boxed{(B)}"}), "choice")["accuracy"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ('{"answer": "8", "outp', "line 2 is not JSON"),
+        ('{"output": "8"}', "line 2 has no answer; its keys: output"),
+        ('{"answer": "8", "text_": "8"}', "line 2 has no output"),
+        ('{"answer": "8", "output": [1]}', "line 2: the answer or an output is not text"),
+        ('{"answer": " ", "output": "8"}', "line 2: the answer"),
+        ('{"answer": "8", "output": ["8", "9"], "label": [1]}', "2 outputs and 1 labels"),
+        ("[1]", "line 2 holds a list"),
+    ],
+)
+def test_grade_names_the_line(tmp_path, line, words):
+    path = write(tmp_path / "a.jsonl", {"answer": "8", "output": "8"}, line)
+    with pytest.raises(KitError, match=words):
+        grade_file(path)
+
+
+def test_grade_names_the_file(tmp_path):
+    for path in (tmp_path / "absent.jsonl", write(tmp_path / "empty.jsonl"), tmp_path):
+        with pytest.raises(KitError, match=str(path)):
+            grade_file(path)
+    (tmp_path / "binary.jsonl").write_bytes(os.urandom(64) + b"\xff")
+    with pytest.raises(KitError, match="binary"):
+        grade_file(tmp_path / "binary.jsonl")

@@ -1,0 +1,112 @@
+"""Pairwise comparison of reasoning: both orders, ties, flips and position bias."""
+
+from __future__ import annotations
+
+import pytest
+
+from kit.config import Engine, Prompts
+from kit.errors import KitError
+from kit.quality import Pair, compare_reasoning, pairs_of
+from kit.records import EvalRow, Sample
+from tests.scripted import ByteTokenizer, ScriptedBackend, ScriptedSession
+
+
+class Opinion(ScriptedSession):
+    """Scores A, B and T by a rule on the two solutions shown."""
+
+    def __init__(self, rule):
+        super().__init__(0.0)
+        self.rule = rule
+
+    def read(self, probes):
+        found = []
+        for probe in probes:
+            text = ByteTokenizer().decode(probe.ids)
+            first, second = text.split("Solution A:\n")[1].rstrip("\n").split("\n\nSolution B:\n")
+            picked = self.rule(first, second)
+            ((at, candidates),) = probe.reads
+            assert at == len(probe.ids) - 1
+            found.append([[0.0 if chr(c) == picked else -2.5 for c in candidates]])
+        return found
+
+
+class Judge(ScriptedBackend):
+    def __init__(self, rule, context=None):
+        super().__init__(Engine(backend="scripted", model="none", context_tokens=context))
+        self.rule = rule
+
+    def session(self, fresh=False):
+        return Opinion(self.rule)
+
+
+def shorter(first, second):
+    return "T" if len(first) == len(second) else "A" if len(first) < len(second) else "B"
+
+
+PAIRS = [
+    Pair("p1", "q?", "short", "a good deal longer"),
+    Pair("p2", "q?", "short", "longer too"),
+    Pair("p3", "q?", "far too long", "short"),
+    Pair("p4", "q?", "equal", "alike"),
+]
+
+
+def test_a_fair_judge_has_wins_and_ties_and_no_bias():
+    found = compare_reasoning(Judge(shorter), Prompts(), PAIRS)
+    assert (found["pairs"], found["first"], found["second"], found["ties"], found["flips"]) == (4, 2, 1, 1, 0)
+    assert found["first_shown_ratio"] == 0.5 and found["p_value"] == 1.0
+    assert found["rows"][0] == {"id": "p1", "winner": "first", "verdicts": ["A", "B"], "margins": [2.5, 2.5]}
+
+
+def test_a_judge_that_always_takes_the_first_shown_wins_nothing_for_anyone():
+    pairs = [Pair(f"p{n}", "q?", "one", "two") for n in range(12)]
+    found = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
+    assert (found["first"], found["second"], found["flips"]) == (0, 0, 12)
+    assert found["first_shown_ratio"] == 1.0 and found["position_p_value"] < 1e-6 and found["p_value"] == 1.0
+
+
+def test_a_clear_preference_is_significant():
+    pairs = [Pair(f"p{n}", "q?", "x", "longer") for n in range(12)]
+    found = compare_reasoning(Judge(shorter), Prompts(), pairs)
+    assert found["first"] == 12 and found["p_value"] == pytest.approx(2 / 2**12)
+
+
+def test_long_pairs_are_set_aside_by_name():
+    pairs = [*PAIRS, Pair("long", "q?", "x" * 3000, "y")]
+    found = compare_reasoning(Judge(shorter, context=1000), Prompts(), pairs)
+    assert found["too_long"] == ["long"] and found["pairs"] == 4
+
+
+def test_no_pairs_is_no_preference():
+    found = compare_reasoning(Judge(shorter), Prompts(), [])
+    assert (found["pairs"], found["first_shown_ratio"], found["p_value"]) == (0, 0.5, 1.0)
+
+
+def test_labels_must_differ_in_their_first_token():
+    judge = Judge(shorter)
+    judge.tokenizer = type("Same", (ByteTokenizer,), {"encode": lambda self, text, special=True: [7]})()
+    with pytest.raises(KitError, match="same first token"):
+        compare_reasoning(judge, Prompts(), PAIRS)
+
+
+def test_pairs_are_of_shared_problems():
+    def row(id, *texts):
+        samples = tuple(Sample(text=text, verdict="correct") for text in texts)
+        return EvalRow(id=id, question=f"{id}?", answer="1", samples=samples)
+
+    found = pairs_of([row("a", "x", "other"), row("b", "y"), row("c")], [row("b", "z"), row("a", "w"), row("c", "v")])
+    assert found == [Pair("a", "a?", "x", "w"), Pair("b", "b?", "y", "z")]
+
+
+def test_a_real_model_judges(shared):
+    """SmolLM2-135M through llama.cpp: verdicts come from its own logits, and repeat."""
+    from kit.backends import open_backend
+
+    backend = open_backend(Engine(backend="gguf", parallel=1, context_tokens=1024, threads=2))
+    try:
+        pairs = [Pair("sum", "What is 2 + 2?", "2 + 2 = 4, so \\boxed{4}.", "I like trains.")]
+        first, second = (compare_reasoning(backend, Prompts(), pairs) for _ in range(2))
+    finally:
+        backend.close()
+    assert first["pairs"] == 1 and all(margin > 0 for margin in first["rows"][0]["margins"])
+    assert first["rows"] == second["rows"]

@@ -1,0 +1,160 @@
+"""Statistics against closed forms and simulation."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from kit.stats import compare, interval, pass_at, sign_test
+
+EXPERIMENTS = 2000
+
+
+def coverage(low, high, truth) -> float:
+    return float(((low <= truth) & (truth <= high)).mean())
+
+
+def simulated(seed, problems, accuracy, samples, spread=None):
+    """Shares of right samples (EXPERIMENTS, problems); spread: concentration of the problems' difficulty (Beta)."""
+    generator = np.random.default_rng(seed)
+    shape = (EXPERIMENTS, problems)
+    ease = generator.beta(accuracy * spread, (1 - accuracy) * spread, shape) if spread else np.full(shape, accuracy)
+    return generator.binomial(samples, ease) / samples
+
+
+@pytest.mark.parametrize("right,samples", [(0, 4), (1, 4), (3, 4), (4, 4)])
+def test_pass_at_is_the_mean_over_all_subsets(right, samples):
+    marks = [1] * right + [0] * (samples - right)
+    for k, ratio in pass_at([(right, samples)]).items():
+        draws = list(combinations(marks, k))
+        assert ratio == pytest.approx(sum(map(max, draws)) / len(draws))
+
+
+def test_pass_at_over_problems():
+    assert pass_at([(1, 3), (0, 3), (3, 3)]) == pytest.approx({1: 4 / 9, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
+    assert list(pass_at([(1, 3), (1, 2)])) == [1, 2]
+    assert pass_at([]) == {}
+
+
+@pytest.mark.parametrize(
+    "problems,accuracy", [(30, 0.17), (30, 0.12), (30, 0.22), (83, 0.49), (500, 0.75), (500, 0.85)]
+)
+def test_interval_covers_with_one_sample(problems, accuracy):
+    low, high = interval(simulated(1, problems, accuracy, 1))
+    assert 0.93 <= coverage(low, high, accuracy) <= 0.97
+
+
+@pytest.mark.parametrize("spread", [0.5, 1, 3])
+@pytest.mark.parametrize("problems,accuracy", [(30, 0.17), (30, 0.4), (500, 0.75)])
+def test_interval_covers_with_three_samples(problems, accuracy, spread):
+    low, high = interval(simulated(2, problems, accuracy, 3, spread), samples=3)
+    assert 0.93 <= coverage(low, high, accuracy) <= 0.97
+
+
+def test_coverage_at_thirty_problems_in_closed_form():
+    """The binomial's own probabilities, so that no seed is lucky: 95.1% at 30 problems of accuracy 0.17."""
+    counts = np.arange(31)
+    ends = [interval([1.0] * n + [0.0] * (30 - n)) for n in counts]
+    inside = np.array([low <= 0.17 <= high for low, high in ends])
+    assert scipy_stats.binom.pmf(counts, 30, 0.17)[inside].sum() == pytest.approx(0.951, abs=0.001)
+
+
+def test_coverage_in_closed_form_for_other_accuracies():
+    """Single accuracies go up and down by the counts' discreteness; their mean is the level, and none falls far."""
+    counts, grid = np.arange(31), np.linspace(0.1, 0.9, 81)
+    ends = np.array([interval([1.0] * n + [0.0] * (30 - n)) for n in counts])
+    inside = (ends[:, :1] <= grid) & (grid <= ends[:, 1:])
+    covered = (scipy_stats.binom.pmf(counts[:, None], 30, grid) * inside).sum(0)
+    assert 0.945 < covered.mean() < 0.96 and covered.min() > 0.92 and covered.max() < 0.98
+
+
+def test_percentile_bootstrap_does_not_cover():
+    """Why the interval is not a bootstrap's: on the same experiments it misses the level."""
+    means = simulated(2, 30, 0.17, 3, 0.5)
+    picks = np.random.default_rng(3).integers(0, 30, (300, 30))
+    resampled = np.stack([means[:, pick].mean(-1) for pick in picks])
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    ours = coverage(*interval(means, samples=3), 0.17)
+    assert coverage(low, high, 0.17) < 0.93 < ours
+
+
+def test_interval_is_wilsons_with_one_sample():
+    wilson = scipy_stats.binomtest(5, 30).proportion_ci(0.95, method="wilson")
+    assert interval([1.0] * 5 + [0.0] * 25) == pytest.approx((wilson.low, wilson.high))
+
+
+def test_interval_at_the_edges():
+    low, high = interval([0.0] * 30)
+    assert low == 0.0 and 0.05 < high < 0.15
+    low, high = interval([1.0] * 30)
+    assert high == pytest.approx(1.0) and 0.85 < low < 0.95
+    assert interval([]) == (0.0, 1.0)
+    assert 0 <= interval([1 / 3])[0] < 1 / 3 < interval([1 / 3], samples=3)[1] <= 1
+
+
+def test_more_samples_narrow_the_interval_within_bounds():
+    means = np.array([1 / 3] * 15 + [2 / 3] * 15)
+    low, high = interval(means, samples=3)
+    one, trials = interval([0.0, 1.0] * 15), interval([0.0, 1.0] * 45)
+    assert trials[1] - trials[0] - 0.01 < high - low < one[1] - one[0]
+
+
+def test_sign_test_is_mcnemars_exact():
+    by_hand = 2 * sum(comb(12, k) for k in range(3)) / 2**12
+    assert sign_test(2, 10) == sign_test(10, 2) == pytest.approx(by_hand)
+    assert sign_test(0, 0) == 1.0
+
+
+def test_compare_single_samples():
+    a, b = [1.0] * 20 + [0.0] * 80, [1.0] * 15 + [0.0] * 5 + [1.0] * 20 + [0.0] * 60
+    found = compare(a, b)
+    assert found.difference == pytest.approx(0.15)
+    assert found.p_value == pytest.approx(sign_test(20, 5)) and "McNemar" in found.method
+    assert found.low < 0.15 < found.high and found.low > 0
+    back = compare(b, a)
+    assert (back.difference, back.low, back.high) == pytest.approx((-0.15, -found.high, -found.low))
+
+
+def test_compare_equal_models_is_no_point():
+    found = compare([1.0, 0.0] * 15, [1.0, 0.0] * 15)
+    assert found.difference == 0 and found.p_value == 1 and found.low < -0.05 and found.high > 0.05
+
+
+def test_permutation_test_is_exact_on_few_problems():
+    a, b = [0.0, 1 / 3, 1 / 3, 0.0, 2 / 3, 0.5], [1 / 3, 1.0, 1 / 3, 2 / 3, 1 / 3, 1.0]
+    differences = np.subtract(b, a)
+    flips = np.array(list(product((1, -1), repeat=len(a)))) @ differences
+    by_hand = (np.abs(flips) >= abs(differences.sum()) - 1e-9).mean()
+    found = compare(a, b)
+    assert found.p_value == pytest.approx(by_hand) and "permutation" in found.method
+
+
+def test_detectable_difference_is_found_in_about_80_percent():
+    """One sample, 300 problems; a gets 0.4 of them, b the same ones and more: McNemar's power at `detectable`."""
+    generator = np.random.default_rng(4)
+    base = generator.random((400, 300)) < 0.4
+    flip = generator.random((400, 300))
+    seen = [compare(a, np.where(f < 0.1, ~a, a)) for a, f in zip(base[:50], flip[:50], strict=True)]
+    target = float(np.mean([found.detectable for found in seen]))
+    gain, loss = 0.05 + target / 2, 0.05 - target / 2  # of all problems: the same 10% differ
+    assert 0 < target < 0.1
+    better = np.where(base, flip >= loss / 0.4, flip < gain / 0.6)
+    power = np.mean([compare(a, b).p_value < 0.05 for a, b in zip(base, better, strict=True)])
+    assert 0.7 < power < 0.9
+
+
+@pytest.mark.parametrize("problems,shift", [(30, 0.1), (200, 0.05)])
+def test_compare_interval_covers(problems, shift):
+    generator = np.random.default_rng(5)
+    inside = 0
+    for _ in range(500):
+        ease = generator.beta(0.6, 1.4, problems) * (1 - shift / 0.7)
+        a = generator.random(problems) < ease
+        b = generator.random(problems) < ease + shift
+        found = compare(a, b)
+        inside += found.low <= shift <= found.high
+    assert 0.92 <= inside / 500 <= 0.99
