@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kit.backends import Cost, Probe, Readings
-from kit.backends.hf_attention import Layout, TrunkCache, Unsupported, laid_out
+from kit.backends.hf_attention import Layout, TrunkCache, laid_out
 from kit.errors import KitError
 
 if TYPE_CHECKING:
