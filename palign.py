@@ -163,10 +163,11 @@ def _bench(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _compare(args: argparse.Namespace, progress: Any) -> int:
-    from kit import report
+    from kit import compare
+    from kit import config as configs
 
-    result = report.compare([Path(run) for run in args.runs], Path(args.out))
-    return _print(args, result, report.show_compare)
+    judge = configs.load(args.quality) if args.quality else None
+    return _print(args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show)
 
 
 def _plan(args: argparse.Namespace, progress: Any) -> int:

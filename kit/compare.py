@@ -14,14 +14,15 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from kit import stats
-from kit.config import flat
+from kit.config import Config, flat
 from kit.errors import KitError
+from kit.evaluate import file_name, shares
 from kit.metrics import Files, numbers
 from kit.records import EvalRow, write_atomic
-from kit.report import render, visible
+from kit.report import render
 
 DIFFERENT = 6  # problems shown on which runs disagree
-Key = tuple[str, str]  # a problem: its id and its question
+NAMES = {"name", "out", "stop_after"}  # keys that change no number
 
 
 class Group:
@@ -30,40 +31,35 @@ class Group:
     def __init__(self, files: list[Files], label: str) -> None:
         self.files, self.label, self.answers = files, label, {}
         for run in files:
-            scores = run.summary("eval").get("scores") or []
-            last = {score["dataset"]: score for score in sorted(scores, key=lambda s: s["which"] == "after")}
-            for dataset, score in last.items():
-                rows = self.answers.setdefault(dataset, {})
-                for row in run.answers(score):
-                    rows.setdefault((row.id, row.question), []).append(row)
+            scores = sorted(run.told["eval"].get("scores") or [], key=lambda score: score["which"] == "after")
+            for name, last in {score["dataset"]: score for score in scores}.items():
+                for row in run.rows(file_name(last["model"], last["which"], name), EvalRow):
+                    problem = (row.id, row.question)  # the same id with another question is another problem
+                    self.answers.setdefault(name, {}).setdefault(problem, []).append(row)
 
-    def shares(self, dataset: str) -> dict[Key, float]:
+    def shares(self, dataset: str) -> dict[tuple[str, str], float]:
         """Share of right samples of each problem, over all runs of the group that answered it."""
-        rows = self.answers.get(dataset, {})
-        return {key: mean(_share(row) for row in found) for key, found in rows.items()}
+        return {problem: mean(shares(rows)) for problem, rows in self.answers.get(dataset, {}).items()}
 
     def score(self, dataset: str) -> dict[str, Any]:
-        """Mean accuracy with its interval over problems, and the spread (standard deviation) over seeds."""
-        means = list(self.shares(dataset).values())
-        rows = list(self.answers.get(dataset, {}).values())
-        runs = [mean(_share(found[i]) for found in rows) for i in range(min(map(len, rows), default=0))]
-        low, high = stats.interval(means, mean(sum(max(len(r.samples), 1) for r in found) for found in rows))
-        spread = stdev(runs) if len(runs) > 1 else None
-        found = {"group": self.label, "dataset": dataset, "runs": len(self.files), "n": len(means)}
-        return {**found, "accuracy": mean(means), "low": low, "high": high, "by_run": runs, "spread": spread}
+        """Mean accuracy with its interval over problems; `spread` is the standard deviation over seeds."""
+        problems, means = self.answers[dataset].values(), list(self.shares(dataset).values())
+        by_run = [mean(shares(rows)) for rows in zip(*problems, strict=False)]
+        low, high = stats.interval(means, mean(sum(max(len(row.samples), 1) for row in rows) for rows in problems))
+        found = {"group": self.label, "dataset": dataset, "runs": len(self.files), "n": len(means), "by_run": by_run}
+        spread = stdev(by_run) if len(by_run) > 1 else None
+        return {**found, "accuracy": mean(means), "low": low, "high": high, "spread": spread}
 
 
-def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Compare runs and write the page.
+def compare(folders: Sequence[Path], out: Path, judge: Config | None = None) -> dict[str, Any]:
+    """Compare runs and write the page `out`.
 
     Args:
-        folders: run folders, two or more.
-        out: the page's file.
+        judge: a config whose teacher judges the first two groups' reasoning (`kit.quality`); None: not asked.
 
     Returns:
-        runs (each one's numbers), groups (label, folders, seeds), scores of groups, pairs (b against a on the same
-        problems, the fields of `stats.Comparison`), cuts (judges on the same traces), differs {config key: values},
-        different (problems on which groups disagree), page.
+        runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
+        {config key: values}, different (problems on which groups disagree), quality {dataset: judged}, page.
 
     Raises:
         KitError: fewer than two folders, or one without a run.
@@ -71,123 +67,85 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     if len(folders) < 2:
         raise KitError("compare needs two runs or more.", "Name their folders: palign.py compare runs/a runs/b.", 2)
     files = [Files(Path(folder)) for folder in folders]
-    runs, settings = [numbers(run) for run in files], [flat(run.config) for run in files]
-    groups = _groups(files, settings)
+    groups, settings = _groups(files), [flat(run.config) for run in files]
     datasets = list(dict.fromkeys(name for group in groups for name in group.answers))
-    differs = {
-        key: [flat_config.get(key) for flat_config in settings]
-        for key in {k: 0 for s in settings for k in s if k not in ("name", "out")}
+    found: dict[str, Any] = {"runs": [numbers(run) for run in files], "page": str(out)}
+    found["groups"] = [{"label": g.label, "seeds": [run.config["seed"] for run in g.files]} for g in groups]
+    found["scores"] = [group.score(name) for name in datasets for group in groups if name in group.answers]
+    found["pairs"] = [pair for name in datasets for a, b in combinations(groups, 2) for pair in _pair(a, b, name)]
+    found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
+    values = {
+        key: [one.get(key) for one in settings] for key in {k: 0 for one in settings for k in one} if key not in NAMES
     }
-    result: dict[str, Any] = {
-        "runs": runs,
-        "groups": [
-            {
-                "label": g.label,
-                "folders": [str(f.folder) for f in g.files],
-                "seeds": [f.config["seed"] for f in g.files],
-            }
-            for g in groups
-        ],
-        "scores": [group.score(name) for name in datasets for group in groups if group.answers.get(name)],
-        "pairs": [pair for name in datasets for a, b in combinations(groups, 2) if (pair := _pair(a, b, name))],
-        "cuts": [cut for a, b in combinations(files, 2) if (cut := _cuts(a, b))],
-        "differs": {key: values for key, values in differs.items() if len(set(map(repr, values))) > 1},
-        "different": _different(groups, datasets),
-        "page": str(out),
-    }
-    curves = [
-        (run["name"], [(p["step"], p["loss"]) for p in f.log]) for run, f in zip(runs, files, strict=True) if f.log
-    ]
-    write_atomic(Path(out), render("compare.html.j2", found=result, curves=curves))
-    return result
+    found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    found["different"] = [item for name in datasets for item in _different(groups, name)]
+    found["quality"] = _quality(groups, datasets, judge) if judge else {}
+    curves = [(f.config["name"], [(line["step"], line["loss"]) for line in f.log]) for f in files if f.log]
+    write_atomic(Path(out), render("compare.html.j2", found=found, curves=curves))
+    return found
 
 
-def show(result: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
     """Print the table of runs, the paired tests and where the page is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    runs = Table(box=None, padding=(0, 3, 0, 0))
-    for name in ("run", "method", "seed", "rows", "kept", "loss", "before", "after", "n"):
-        runs.add_column(name, justify="left" if name in ("run", "method") else "right")
-    for run in result["runs"]:
-        shares = [run["prefix_ratio_median"], run["accuracy_before"], run["accuracy_after"]]
-        ratio, before, after = ("–" if value is None else f"{value:.1%}" for value in shares)
-        loss = "–" if run["loss_last"] is None else f"{run['loss_last']:.3f}"
-        facts = (run["seed"], run["train_rows"], ratio, loss, before, after, run["n_eval"] or "–")
-        runs.add_row(visible(run["name"]), run["method"], *map(str, facts))
-    Console().print(runs)
-    for pair in result["pairs"]:
-        told = f"{pair['difference']:+.1%} [{pair['low']:+.1%} to {pair['high']:+.1%}], p = {pair['p_value']:.3f}"
-        Console().print(f"{pair['dataset']}: {pair['b']} against {pair['a']}: {told}, n = {pair['n']}", markup=False)
-    Console().print(f"Page: {result['page']}", markup=False)
+    print(render("compare.txt.j2", found=found))
 
 
-def _groups(files: list[Files], settings: list[dict[str, Any]]) -> list[Group]:
-    """Runs by their config, seed and names aside; labelled by the method, or by the run's name where methods repeat."""
+def _groups(files: list[Files]) -> list[Group]:
+    """Runs by their config, seed and names aside; labelled by the method, and by a run's name where methods repeat."""
     found: dict[str, list[Files]] = {}
-    for run, config in zip(files, settings, strict=True):
-        steady = {k: v for k, v in config.items() if k not in ("seed", "name", "out", "stop_after")}
-        found.setdefault(repr(sorted(steady.items())), []).append(run)
-    methods = [members[0].config["method"] for members in found.values()]
-    groups = []
-    for members, method in zip(found.values(), methods, strict=True):
-        name = method if methods.count(method) == 1 else members[0].config["name"]
-        label = name if name not in [g.label for g in groups] else str(members[0].folder)
-        groups.append(Group(members, label))
-    return groups
+    for run in files:
+        steady = {key: value for key, value in flat(run.config).items() if key not in NAMES | {"seed"}}
+        found.setdefault(repr(steady), []).append(run)
+    methods = [runs[0].config["method"] for runs in found.values()]
+    return [
+        Group(runs, method if methods.count(method) == 1 else f"{method} ({runs[0].config['name']})")
+        for method, runs in zip(methods, found.values(), strict=True)
+    ]
 
 
-def _share(row: EvalRow) -> float:
-    return sum(sample.verdict == "correct" for sample in row.samples) / max(len(row.samples), 1)
-
-
-def _pair(a: Group, b: Group, dataset: str) -> dict[str, Any] | None:
-    """b against a on the problems that both answered."""
+def _pair(a: Group, b: Group, dataset: str) -> list[dict[str, Any]]:
+    """b against a on the problems that both answered; nothing without any."""
     first, second = a.shares(dataset), b.shares(dataset)
-    both = [key for key in first if key in second]
-    if not both:
-        return None
+    if not (both := [key for key in first if key in second]):
+        return []
     test = stats.compare([first[key] for key in both], [second[key] for key in both])
-    return {"dataset": dataset, "a": a.label, "b": b.label, "n": len(both), **asdict(test)}
+    return [{"dataset": dataset, "a": a.label, "b": b.label, "n": len(both), **asdict(test)}]
 
 
-def _cuts(a: Files, b: Files) -> dict[str, Any] | None:
-    """How two judges cut the same traces."""
+def _cuts(a: Files, b: Files) -> list[dict[str, Any]]:
+    """How two different judges cut the same traces; nothing without any."""
     first = {(row.id, row.trace): row for row in a.prefixes if row.verdicts}
     both = [(first[row.id, row.trace], row) for row in b.prefixes if row.verdicts and (row.id, row.trace) in first]
-    if not both or (a.config["judge"], a.config["method"]) == (b.config["judge"], b.config["method"]):
-        return None
+    if not both or a.config["judge"] == b.config["judge"]:
+        return []
     found = {"a": a.config["name"], "b": b.config["name"], "traces": len(both)}
-    found |= {"same_cut": sum(one.end == two.end for one, two in both)}
-    return {**found, "median_a": median(x.ratio for x, _ in both), "median_b": median(y.ratio for _, y in both)}
+    found |= {"median_a": median(one.ratio for one, _ in both), "median_b": median(two.ratio for _, two in both)}
+    return [{**found, "same_cut": sum(one.end == two.end for one, two in both)}]
 
 
-def _different(groups: list[Group], datasets: list[str]) -> list[dict[str, Any]]:
+def _different(groups: list[Group], dataset: str) -> list[dict[str, Any]]:
     """Problems on which groups disagree most, with one answer of each."""
+    some = [(group, group.shares(dataset)) for group in groups if dataset in group.answers]
+    every = [key for key in some[0][1] if all(key in share for _, share in some)]
+    gaps = {key: max(share[key] for _, share in some) - min(share[key] for _, share in some) for key in every}
     found = []
-    for name in datasets:
-        holders = [group for group in groups if group.answers.get(name)]
-        shares = [group.shares(name) for group in holders]
-        for key in set.intersection(*(set(share) for share in shares)) if len(holders) > 1 else ():
-            gap = max(share[key] for share in shares) - min(share[key] for share in shares)
-            if gap:
-                found.append((-gap, name, key, holders, [share[key] for share in shares]))
-    found.sort(key=lambda item: item[:3])
-    return [
-        {
-            "dataset": name,
-            "id": key[0],
-            "question": key[1],
-            "gold": holders[0].answers[name][key][0].answer,
-            "answers": [
-                {
-                    "group": g.label,
-                    "share": s,
-                    "text": r.samples[0].text if (r := g.answers[name][key][0]).samples else "",
-                }
-                for g, s in zip(holders, shares, strict=True)
-            ],
-        }
-        for _, name, key, holders, shares in found[:DIFFERENT]
-    ]
+    for key in sorted((key for key in every if gaps[key]), key=lambda key: -gaps[key])[:DIFFERENT]:
+        rows = [(group.label, share[key], group.answers[dataset][key][0]) for group, share in some]
+        texts = [{"group": g, "share": s, "text": r.samples[0].text if r.samples else ""} for g, s, r in rows]
+        gold = rows[0][2].answer
+        found.append({"dataset": dataset, "id": key[0], "question": key[1], "gold": gold, "answers": texts})
+    return found
+
+
+def _quality(groups: list[Group], datasets: list[str], judge: Config) -> dict[str, Any]:
+    """The first two groups' reasoning, compared by a judge model."""
+    from kit.backends import open_backend
+    from kit.quality import compare_reasoning, pairs_of
+
+    backend, found = open_backend(judge.teacher), {}
+    for name in datasets if len(groups) > 1 else ():
+        a, b = ([rows[0] for rows in group.answers.get(name, {}).values()] for group in groups[:2])
+        told = compare_reasoning(backend, judge.prompts, pairs_of(a, b))
+        found[name] = {"a": groups[0].label, "b": groups[1].label, **told}
+    backend.close()
+    return found

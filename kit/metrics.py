@@ -17,15 +17,11 @@ import yaml
 
 from kit.config import STAGES
 from kit.errors import KitError
-from kit.records import AlignedRow, EvalRow, PrefixRow, Row, RowFile, TraceRow
+from kit.records import AlignedRow, PrefixRow, Row, RowFile, TraceRow
 
 RULES = Path(__file__).parents[1] / "configs" / "findings.yaml"
-PAPER = {  # retention: 966 of 1,000 released rows; lengths: percentiles 10, 50, 90 of these
-    "retention": 0.966,
-    "prefix_characters": (875, 1538, 5450),
-    "continuation_characters": (2612, 4791, 9550),
-    "prefix_share": (None, 0.254, None),
-}
+PARTS = ("what", "evidence", "try")  # of a finding
+PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 
 
 class Files:
@@ -38,7 +34,8 @@ class Files:
             self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise KitError(f"{folder} holds no run that can be read ({error}).", "Name a folder under runs/.") from None
-        self.stages: dict[str, dict[str, Any]] = self.manifest.get("stages", {})
+        self.stages = {name: entry for name in STAGES[:-1] if (entry := self.manifest["stages"].get(name))}
+        self.told: dict[str, Any] = {name: self.stages.get(name, {}).get("summary", {}) for name in STAGES}
         self.traces = self.rows("traces.jsonl", TraceRow)
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow)
         self.aligned = self.rows("aligned.jsonl", AlignedRow)
@@ -51,31 +48,17 @@ class Files:
         self.damaged += file.damaged
         return rows
 
-    def answers(self, score: dict[str, Any]) -> list[EvalRow]:
-        """The graded answers behind a score."""
-        from kit.evaluate import file_name
-
-        return self.rows(file_name(score["model"], score["which"], score["dataset"]), EvalRow)
-
-    def summary(self, stage: str) -> dict[str, Any]:
-        """What a finished stage said of itself."""
-        return self.stages.get(stage, {}).get("summary", {})
-
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        path, found = self.folder / name, []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
-            try:
-                found += [json.loads(line)] if line.strip() else []
-            except ValueError:
-                self.damaged.append(f"{name} line {number}: cut off or not JSON")
-        return found
+        path = self.folder / name
+        try:
+            return [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+        except ValueError:
+            self.damaged.append(f"{name}: cut off or not JSON")
+            return []
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """All numbers of a run, which may have stopped after any stage.
-
-    Returns:
-        A JSON-able mapping; ratios in [0, 1], lengths in characters.
+    """All numbers of a run that may have stopped after any stage: ratios in [0, 1], lengths in characters.
 
     Raises:
         KitError: there is no run in the folder.
@@ -85,34 +68,26 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def numbers(files: Files) -> dict[str, Any]:
     """As `collect`, from files already read."""
-    config, train = files.config, files.summary("train")
-    scores, comparisons = (files.summary("eval").get(name) or [] for name in ("scores", "comparisons"))
-    first = {score["which"]: score for score in scores if score["dataset"] == scores[0]["dataset"]}
-    before, after = first.get("before", {}), first.get("after", {})
-    stages = [(name, files.stages[name]) for name in STAGES[:-1] if name in files.stages]
-    found = {
-        "name": config["name"],
-        "folder": str(files.folder),
-        "method": config["method"],
-        "seed": config["seed"],
-        "stages": [
-            {"name": name, **{k: entry.get(k) for k in ("rows_in", "rows_out", "seconds")}, "done": entry["done"]}
-            for name, entry in stages
-        ],
-        **_judging(files),
-        **_rows(files),
-        "loss_first": files.log[0]["loss"] if files.log else None,
-        "loss_last": files.log[-1]["loss"] if files.log else None,
-        "train": train,
-        "accuracy_before": before.get("accuracy"),
-        "accuracy_after": after.get("accuracy"),
-        "n_eval": (after or before).get("n"),
-        "scores": scores,
-        "comparisons": comparisons,
-        "damaged": files.damaged,
-        "notes": files.summary("truncate").get("notes") or [],
-    }
-    return {**found, "findings": findings(found, config)}
+    told, log, cut = files.told, files.log, [row for row in files.prefixes if not row.rejected]
+    scores = told["eval"].get("scores") or []
+    first = {score["which"]: score["accuracy"] for score in scores if score["dataset"] == scores[0]["dataset"]}
+    labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
+    kept = ("rows_in", "rows_out", "seconds", "done")
+    found = {key: files.config[key] for key in ("name", "method", "seed")} | {"folder": str(files.folder)}
+    found["stages"] = [{"name": name, **{key: e.get(key) for key in kept}} for name, e in files.stages.items()]
+    found |= {"accuracy_before": first.get("before"), "accuracy_after": first.get("after")}
+    found |= {"n_eval": scores[0]["n"] if scores else None, "scores": scores}
+    found |= {"comparisons": told["eval"].get("comparisons") or [], "train": told["train"]}
+    found |= {"loss_first": log[0]["loss"] if log else None, "loss_last": log[-1]["loss"] if log else None}
+    found |= {"prefix_ratio": percentiles([row.ratio for row in cut]), "verdicts_asked": labels.total()}
+    found |= {"prefix_ratio_median": found["prefix_ratio"]["p50"], "verdicts_unparsed": labels["UNPARSED"]}
+    found |= {key: sum(getattr(row, key) for row in cut) for key in ("evaluated_tokens", "reused_tokens")}
+    found |= {"judged_traces": sum(bool(row.verdicts) for row in cut)}
+    found |= {"insufficient_traces": sum(not row.sufficient for row in cut)}
+    found |= {"violating_traces": sum(row.violations > 0 for row in cut)}
+    found |= {"degenerate": told["truncate"].get("degenerate"), "notes": told["truncate"].get("notes") or []}
+    found |= {**_rows(files), "damaged": files.damaged}
+    return {**found, "findings": findings(found, files.config)}
 
 
 def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, str]]:
@@ -122,17 +97,15 @@ def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, st
     """
     from jinja2 import Environment
 
-    page, spoken = Environment(autoescape=False), []  # noqa: S701 (plain text; the page escapes it)
-    page.filters |= {"share": lambda part, of: f"{part:,} of {of:,}" + (f" ({part / of:.0%})" if of else "")}
-    page.filters |= {"percent": lambda value, digits=1, sign="": f"{value:{sign}.{digits}%}"}
+    texts, spoken = Environment(), []  # noqa: S701 (plain text; the page escapes it)
+    texts.filters["share"] = lambda part, of: f"{part:,} of {of:,}" + (f" ({part / of:.0%})" if of else "")
+    texts.filters["percent"] = lambda value, digits=1, sign="": f"{value:{sign}.{digits}%}"
     for rule in yaml.safe_load(RULES.read_text(encoding="utf-8")):
         for item in found[rule["each"]] if "each" in rule else [None]:
             fields = {**found, "config": config, "item": item}
-            if page.compile_expression(rule["when"])(fields):
-                texts = {
-                    k: page.from_string(rule.get(k, "")).render(fields).strip() for k in ("what", "evidence", "try")
-                }
-                spoken.append({"level": rule["level"], **texts})
+            if texts.compile_expression(rule["when"])(fields):
+                parts = [texts.from_string(rule.get(key, "")).render(fields).strip() for key in PARTS]
+                spoken.append({"level": rule["level"], **dict(zip(PARTS, parts, strict=True))})
     return sorted(spoken, key=lambda finding: finding["level"] != "warning")
 
 
@@ -140,53 +113,28 @@ def percentiles(values: Sequence[float]) -> dict[str, float | int | None]:
     """{p10, p50, p90, n}, linear between neighbours; None without values."""
     import numpy as np
 
-    found = [round(float(v), 4) for v in np.percentile(values, (10, 50, 90))] if values else (None, None, None)
-    return {**dict(zip(("p10", "p50", "p90"), found, strict=True)), "n": len(values)}
-
-
-def _judging(files: Files) -> dict[str, Any]:
-    """Where traces were cut, and what asking cost."""
-    cut = [row for row in files.prefixes if not row.rejected]
-    ratio, told = percentiles([row.ratio for row in cut]), files.summary("truncate")
-    return {
-        "prefix_ratio_median": ratio["p50"],
-        "prefix_ratio": ratio,
-        "verdicts_asked": sum(len(row.verdicts) for row in cut),
-        "verdicts_unparsed": sum(v.label == "UNPARSED" for row in cut for v in row.verdicts),
-        "judged_traces": sum(bool(row.verdicts) for row in cut),
-        "insufficient_traces": sum(not row.sufficient for row in cut),
-        "violating_traces": sum(row.violations > 0 for row in cut),
-        "evaluated_tokens": sum(row.evaluated_tokens for row in cut),
-        "reused_tokens": sum(row.reused_tokens for row in cut),
-        "degenerate": told.get("degenerate"),
-    }
+    p10, p50, p90 = (round(float(v), 4) for v in np.percentile(values, (10, 50, 90))) if values else (None,) * 3
+    return {"p10": p10, "p50": p50, "p90": p90, "n": len(values)}
 
 
 def _rows(files: Files) -> dict[str, Any]:
     """Rows lost and kept, their lengths, and what became of the samples they were made from."""
-    kept = [row for row in files.aligned if not row.rejected]
-    continued = [row for row in kept if row.continuation]
-    traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
-    lost = Counter(("data", row.get("reason", "")) for row in files.manifest.get("rejected", ()))
     stages = {"teach": files.traces, "truncate": files.prefixes, "align": files.aligned}
+    lost = Counter(("data", row["reason"]) for row in files.manifest.get("rejected", ()))
     lost.update((stage, row.rejected) for stage, rows in stages.items() for row in rows if row.rejected)
-    lost.update({("train", why): len(names) for why, names in (files.summary("train").get("dropped") or {}).items()})
-    entered = {"train": len(files.train), **{stage: len(rows) for stage, rows in stages.items()}}
-    lengths = {
-        "prefix_characters": [len(row.prefix) for row in kept],
-        "continuation_characters": [len(row.continuation) for row in continued],
-        "prefix_share": [len(row.prefix) / len(row.prefix + row.continuation) for row in continued],
-    }
+    lost.update({("train", why): len(names) for why, names in (files.told["train"].get("dropped") or {}).items()})
+    of = {"train": len(files.train), **{stage: len(rows) for stage, rows in stages.items()}}
+    kept = [row for row in files.aligned if not row.rejected]
+    texts = [(len(row.prefix), len(row.continuation)) for row in kept if row.continuation]
+    lengths = {"prefix_characters": [len(row.prefix) for row in kept], "prefix_share": [a / (a + b) for a, b in texts]}
+    lengths["continuation_characters"] = [continuation for _, continuation in texts]
+    traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    ratio = len(kept) / traces if traces and files.aligned else None
     return {
-        "rejections": [{"stage": s, "reason": why, "rows": n, "of": entered.get(s)} for (s, why), n in lost.items()],
+        "rejections": [{"stage": s, "reason": why, "rows": n, "of": of.get(s)} for (s, why), n in lost.items()],
         "train_rows": len(files.train),
-        "retention": {
-            "rows": len(kept),
-            "of": traces,
-            "ratio": len(kept) / traces if traces and files.aligned else None,
-            "paper": PAPER["retention"],
-        },
-        "lengths": {name: {**percentiles(values), "paper": PAPER[name]} for name, values in lengths.items()},
+        "retention": {"rows": len(kept), "of": traces, "ratio": ratio, "paper": PAPER_RETENTION},
+        "lengths": {name: percentiles(values) for name, values in lengths.items()},
         "samples": {stage: _tally(stages[stage]) for stage in ("teach", "align")},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
     }
@@ -196,11 +144,7 @@ def _tally(rows: Sequence[Any]) -> dict[str, Any]:
     """Samples by verdict, and how many ended at the token limit or in a loop."""
     samples = [sample for row in rows for sample in row.samples]
     capped = Counter(sample.verdict == "correct" for sample in samples if sample.finish == "length")
-    return {
-        "samples": len(samples),
-        "verdicts": dict(Counter(sample.verdict for sample in samples)),
-        "cap_hits": capped.total(),
-        "cap_hits_not_right": capped[False],
-        "loops": sum(sample.finish == "loop" for sample in samples),
-        "tokens": sum(sample.tokens for sample in samples),
-    }
+    found = {"samples": len(samples), "verdicts": dict(Counter(sample.verdict for sample in samples))}
+    found |= {"cap_hits": capped.total(), "cap_hits_not_right": capped[False]}
+    loops = sum(sample.finish == "loop" for sample in samples)
+    return {**found, "loops": loops, "tokens": sum(sample.tokens for sample in samples)}

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML page, metrics.json beside it, and a table for the terminal.
 
-The page is configs/report.html.j2, charts included: no network, no script, model text escaped and its control
-characters shown. Here its material is chosen; the numbers are kit/metrics.py's, several runs are kit/compare.py's.
+All are templates in configs/, charts included. A page has no network and no script; model text in it is escaped
+and its control characters are shown. The numbers are kit/metrics.py's; several runs are kit/compare.py's.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kit.metrics import Files, numbers
+from kit.config import flat
+from kit.metrics import RULES, Files, numbers
 from kit.records import PrefixRow, write_atomic
 from kit.run import Run, stopwatch
 from kit.sentences import ends
@@ -24,15 +23,15 @@ from kit.sentences import ends
 TEMPLATES = Path(__file__).parents[1] / "configs"
 CURVES, EXAMPLES, CHIPS = 4, 3, 24  # traces with their verdicts, rows to read, verdicts marked in a text
 _HIDDEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
 )
 
 
 def report(run: Run) -> None:
     """The stage: metrics.json and report.html from whatever the run holds."""
     others = {name: entry.get("output") for name, entry in run.manifest["stages"].items() if name != "report"}
-    pages = "".join(path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.j2")))
-    source = hashlib.sha256(json.dumps([others, run.config.model_dump(mode="json"), pages]).encode()).hexdigest()[:16]
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted([*TEMPLATES.glob("*.j2"), RULES]))
+    source = hashlib.sha256(json.dumps([others, flat(run.config), pages]).encode()).hexdigest()[:16]
     written = [run.path("metrics.json"), run.path("report.html")]
 
     def output() -> str:
@@ -50,35 +49,28 @@ def report(run: Run) -> None:
 
 
 def page(files: Files, found: dict[str, Any]) -> str:
-    """The run's page.
-
-    Args:
-        files: the run's rows.
-        found: its numbers.
-    """
+    """The page of a run, from its rows and its numbers."""
     traces = {row.id: row.trace for row in files.prefixes}
     kept = sorted((row for row in files.aligned if not row.rejected), key=lambda row: len(row.prefix))
     lost = [row for row in files.aligned if row.rejected][:1]
     judged = sorted((row for row in files.prefixes if row.verdicts), key=lambda row: row.ratio)
-    return render(
-        "report.html.j2",
-        run=found,
-        files=files,
-        ratios=[row.ratio for row in files.prefixes if not row.rejected],
-        curves=[{"row": row, **pieces(row)} for row in spread(judged, CURVES)],
-        examples=[{"row": row, "trace": traces.get(row.id, row.prefix)} for row in spread(kept, EXAMPLES) + lost],
-        loss_points=[(line["step"], line["loss"]) for line in files.log],
-        config=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
-    )
+    examples = [{"row": row, "trace": traces.get(row.id, row.prefix)} for row in spread(kept, EXAMPLES) + lost]
+    curves = [{"row": row, **pieces(row)} for row in spread(judged, CURVES)]
+    return render("report.html.j2", run=found, files=files, curves=curves, examples=examples)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a run's numbers: rows of each stage, what judging cost, loss, accuracy, what to notice."""
+    print(render("report.txt.j2", run=found))
 
 
 def render(template: str, **fields: Any) -> str:
-    """A page from a template in configs/; every text is escaped, its control characters are shown."""
+    """A page (its texts escaped) or a table from a template in configs/; control characters are shown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=".html" in template,  # noqa: S701 (the others are plain text)
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -86,8 +78,7 @@ def render(template: str, **fields: Any) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
-    environment.filters |= {"duration": duration, "tojson_plain": lambda value: json.dumps(value, ensure_ascii=False)}
-    environment.globals |= {"ticks": ticks, "scale": scale, "upto": upto}
+    environment.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
     return environment.get_template(template).render(**fields)
 
 
@@ -112,90 +103,36 @@ def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.{digits}%}"
 
 
-def duration(seconds: float | None) -> str:
-    """'0.4 s', '3 min 20 s', '2 h 5 min'."""
-    if seconds is None or seconds < 100:
-        return "–" if seconds is None else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min {rest} s"
-
-
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """At most `count` rows, evenly spaced, the first and the last among them."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
+    last = len(rows) - 1
+    return list(rows) if last < count else [rows[round(i * last / (count - 1))] for i in range(count)]
 
 
 def pieces(row: PrefixRow) -> dict[str, Any]:
     """A trace between the boundaries that were asked: {kept, rest}, lists of (text, the verdict behind it or None)."""
     places = ends(row.trace)
-    marked = spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)
-    marks = {places[v.sentences - 1]: v for v in marked if 0 < v.sentences <= len(places)}
+    asked = spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)
+    marks = {places[v.sentences - 1]: v for v in asked if 0 < v.sentences <= len(places)}
     parts: dict[str, list[Any]] = {"kept": [], "rest": []}
     start = 0
-    for end in sorted({*marks, row.end, len(row.trace)}):
-        if end > start:
-            parts["kept" if end <= row.end else "rest"].append((row.trace[start:end], marks.get(end)))
+    for end in sorted({*marks, row.end, len(row.trace)} - {0}):
+        parts["kept" if end <= row.end else "rest"].append((row.trace[start:end], marks.get(end)))
         start = end
     return parts
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """About four round numbers that span [low, high]."""
+    """About four round numbers that span [low, high]; of a count (`whole`) the last is `high` itself."""
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= span / 4 * 0.999)
-    step = max(math.ceil(step), 1) if whole else step
+    if whole:
+        return [*range(low, math.ceil(0.9 * high), max(math.ceil(step), 1)), high]
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
-def upto(high: int) -> list[float]:
-    """Ticks of a count from 0, the last one `high` itself."""
-    return [tick for tick in ticks(0, high, whole=True) if tick < 0.9 * high] + [high]
-
-
-def scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    """From data to picture: the first of `values` lies at `start`, the last at `end`."""
+def scale(values: Sequence[float], start: float, end: float) -> Any:
+    """A function from data to picture: the first of `values` lies at `start`, the last at `end`."""
     return lambda value: round(start + (value - values[0]) / (values[-1] - values[0]) * (end - start), 1)
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print a run's numbers."""
-    from rich.console import Console
-
-    Console().print(table(found))
-
-
-def table(found: dict[str, Any]) -> Any:
-    """A run's numbers for the terminal: rows of each stage, what judging cost, loss, accuracy, what to notice."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    stages = Table(title=f"{found['name']} ({found['method']})", title_justify="left", box=None, padding=(0, 3, 0, 0))
-    stages.add_column("stage")
-    for name in ("rows in", "rows out", "time"):
-        stages.add_column(name, justify="right")
-    for stage in found["stages"]:
-        rows = [str(stage[key]) if stage["done"] else "–" for key in ("rows_in", "rows_out")]
-        stages.add_row(stage["name"], *rows, duration(stage["seconds"]))
-    facts = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
-    ratio, cost = found["prefix_ratio"], found["evaluated_tokens"] + found["reused_tokens"]
-    if ratio["n"]:
-        facts.add_row("median prefix ratio", f"{percent(ratio['p50'])} of the sentences, {ratio['n']} traces")
-    if found["verdicts_asked"]:
-        facts.add_row("verdicts asked", f"{found['verdicts_asked']} on {found['judged_traces']} traces")
-        reused = f"{found['reused_tokens']:,} reused ({found['reused_tokens'] / max(cost, 1):.0%})"
-        facts.add_row("judging tokens", f"{found['evaluated_tokens']:,} evaluated, {reused}")
-    if found["loss_first"] is not None:
-        facts.add_row("training loss", f"{found['loss_first']:.4f} first, {found['loss_last']:.4f} last step")
-    for score in found["scores"]:
-        told = f"{percent(score['accuracy'])} [{percent(score['low'])} to {percent(score['high'])}], n = {score['n']}"
-        facts.add_row(f"accuracy {score['which']}, {score['dataset']}", told)
-    notes = [
-        Text(f"{'!' if f['level'] == 'warning' else '-'} {visible(' '.join(filter(None, (f['what'], f['try']))))}")
-        for f in found["findings"]
-    ]
-    return Group("", stages, "", facts, "", *notes)

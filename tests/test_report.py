@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jinja2 import Environment, FileSystemLoader
 
 from kit import compare, config, report
 from kit.errors import KitError
@@ -208,17 +208,20 @@ def test_text_is_shortened_with_a_count() -> None:
 def test_ticks_span_the_data(low: float, high: float) -> None:
     found = report.ticks(low, high)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
-    steps = {round(b - a, 9) for a, b in pairwise(found)}
-    assert len(steps) == 1
+    assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
 
 
-def test_table_needs_no_colour(folder: Path) -> None:
-    from rich.console import Console
+@pytest.mark.parametrize("high", [1, 2, 3, 7, 36, 61, 520, 32768])
+def test_ticks_of_a_count_end_with_it(high: int) -> None:
+    found = report.ticks(0, high, whole=True)
+    assert found[0] == 0 and found[-1] == high and 2 <= len(found) <= 8
+    assert all(isinstance(tick, int) for tick in found) and found == sorted(set(found))
 
-    console = Console(width=100, no_color=True, force_terminal=False, record=True, file=io.StringIO())
-    console.print(report.table(numbers(Files(folder))))
-    text = console.export_text()
-    assert "\x1b" not in text
+
+def test_table_is_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.show(numbers(Files(folder)))
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "<" not in text and max(map(len, text.splitlines())) <= 110
     for words in (
         "truncate",
         "median prefix ratio",
@@ -229,8 +232,16 @@ def test_table_needs_no_colour(folder: Path) -> None:
         "n = 60",
     ):
         assert words in text, words
-    console.print(report.table(numbers(Files(make(folder.parent / "begun", upto="teach")))))
-    assert "begun" in console.export_text()
+    report.show(numbers(Files(make(folder.parent / "begun", upto="teach"))))
+    assert "begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, "–"), (0.44, "0.4 s"), (200, "3 min 20 s"), (599.7, "10 min"), (7500, "125 min")]
+)
+def test_duration(seconds: float | None, words: str) -> None:
+    times = Environment(loader=FileSystemLoader(report.TEMPLATES)).get_template("time.j2").module
+    assert times.duration(seconds).strip() == words  # type: ignore[attr-defined]
 
 
 def test_the_stage_writes_and_is_skipped(tmp_path: Path) -> None:
@@ -251,9 +262,12 @@ def test_the_stage_writes_and_is_skipped(tmp_path: Path) -> None:
 def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     runs = [make(tmp_path / f"p{seed}", seed=seed) for seed in (1, 2)]
     runs.append(make(tmp_path / "long", seed=1, method="long-trace"))
+    runs.append(make(tmp_path / "answer", seed=1, judge__kind="answer", upto="truncate"))
     found = compare.compare(runs, tmp_path / "out.html")
-    assert [group["seeds"] for group in found["groups"]] == [[1, 2], [1]]
-    palign, long = (next(s for s in found["scores"] if s["group"] == g["label"]) for g in found["groups"])
+    assert [group["seeds"] for group in found["groups"]] == [[1, 2], [1], [1]]
+    labels = ["palign (p1)", "long-trace", "palign (answer)"]
+    assert [group["label"] for group in found["groups"]] == labels
+    palign, long = (next(s for s in found["scores"] if s["group"] == label) for label in labels[:2])
     each = [run["accuracy_after"] for run in found["runs"]]
     assert palign["by_run"] == pytest.approx(each[:2], abs=1e-4)
     assert palign["accuracy"] == pytest.approx(sum(each[:2]) / 2, abs=1e-4)
@@ -261,9 +275,9 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     pair = found["pairs"][0]
     assert pair["n"] == 60 and pair["difference"] == pytest.approx(long["accuracy"] - palign["accuracy"], abs=1e-9)
     assert pair["low"] <= pair["difference"] <= pair["high"]
-    assert set(found["differs"]) == {"seed", "method"}
+    assert set(found["differs"]) == {"seed", "method", "judge.kind"}
     assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
-    assert found["cuts"][0]["traces"] == 24
+    assert [(cut["b"], cut["traces"]) for cut in found["cuts"]] == [("answer", 24)] * 3
     assert (tmp_path / "out.html").stat().st_size > 10_000
     compare.show(found)
 
