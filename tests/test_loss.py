@@ -7,7 +7,7 @@ import torch
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from kit.errors import KitError
-from kit.loss import IGNORED, Head, attach, head_of, sliced_loss
+from kit.loss import IGNORED, Head, SlicedLoss, attach, head_of
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -95,7 +95,7 @@ def test_the_bias_of_a_head_is_learned() -> None:
     expected = [x.grad.clone() for x in leaves]
     for x in leaves:
         x.grad = None
-    total, losses = sliced_loss(hidden, targets, Head(weight, bias), 13 * 4 * 2)
+    total, losses = SlicedLoss.apply(hidden, weight, bias, targets, Head(weight, bias), 2)
     total.backward()
     assert all((x.grad - e).abs().max() < 1e-5 for x, e in zip(leaves, expected, strict=True))
     assert losses.shape == (7,) and abs(losses.sum().item() - total.item()) < 1e-4
@@ -105,8 +105,12 @@ def test_no_slice_is_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
     real = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or real(self, hidden))
-    sliced_loss(torch.randn(50, 8), torch.randint(0, 13, (50,)), Head(torch.randn(13, 8), None), 13 * 4 * 8)
-    assert seen == [8, 8, 8, 8, 8, 8, 2]
+    model = small_model()
+    attach(model, 97 * 4 * 8)
+    seen.clear()
+    ids, labels = batch()
+    model(input_ids=ids, labels=labels)
+    assert seen == [8, 8, 8]  # 24 supervised positions
 
 
 def test_without_labels_the_model_answers_as_before() -> None:
