@@ -133,12 +133,14 @@ def test_troubles_inside_lists_are_named(found: dict) -> None:
     assert "within the noise" in spoken("comparisons", low=-0.03)
     assert "did not lower the loss" in spoken("train", fixed_batch_after=2.0)
     assert "2 of 900 (0%) training rows were dropped" in spoken("train", dropped={"over the cutoff": ["a", "b"]})
+    few = {"name": "teach", "rows_in": 12, "rows_out": 0, "done": True}
+    assert "0 of 12 (0%) problems only" in spoken("stages", **few)
     assert "align is not finished" in spoken("stages", name="align", done=False)
 
 
 def test_every_rule_is_tried_here() -> None:
     """A rule that no test makes speak may never speak."""
-    tried = len(TROUBLES) + 7 + 2  # above, and damage and continuations cut off
+    tried = len(TROUBLES) + 8 + 2  # above, and damage and continuations cut off
     assert len(yaml.safe_load(metrics.RULES.read_text(encoding="utf-8"))) == tried
 
 
