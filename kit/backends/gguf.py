@@ -1,7 +1,7 @@
 """llama.cpp in this process: a GGUF model, its tokenizer, and contexts of several sequences.
 
-Generation is in kit/backends/gguf_generate.py, judging in kit/backends/gguf_session.py; both work on a `Context`
-through the low-level API of llama-cpp-python. No server, no adapter.
+Generation (gguf_generate.py) and judging (gguf_session.py) work on a `Context`, through the low-level API of
+llama-cpp-python. No server, no adapter.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ WORTH_TOKENS = 8  # a shared beginning is copied when it saves this many
 NAMED = 8 | 1  # token attributes (control, unknown) that make a text a special token
 SLOW = {3, 9}  # file types Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
 UNPACK_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
+Row = tuple[int, Sequence[int], Collection[int]]
 
 
 @cache
@@ -61,13 +62,13 @@ class GgufTokenizer:
     def __init__(self, model: Any) -> None:
         self._lib = lib = library()
         self._vocab = vocab = lib.llama_model_get_vocab(model)
-        self.size: int = lib.llama_vocab_n_tokens(vocab)
+        every = range(lib.llama_vocab_n_tokens(vocab))
+        self.size = len(every)
         template = lib.llama_model_chat_template(model, None)
         self.template: str | None = template.decode("utf-8", "replace") if template else None
         self.bos, self.eos = self._name(lib.llama_vocab_bos(vocab)), self._name(lib.llama_vocab_eos(vocab))
-        self.eos_ids = frozenset(i for i in range(self.size) if lib.llama_vocab_is_eog(vocab, i))
-        special = (i for i in range(self.size) if lib.llama_vocab_get_attr(vocab, i) & NAMED)
-        self.special: tuple[str, ...] = tuple(map(self._name, special))
+        self.eos_ids = frozenset(i for i in every if lib.llama_vocab_is_eog(vocab, i))
+        self.special = tuple(self._name(i) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED)
         self._piece = cache(self._piece)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -82,20 +83,20 @@ class GgufTokenizer:
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(1024)
-        return buffer.raw[: max(self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True), 0)]
+        size = self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
+        return buffer.raw[: max(size, 0)]
 
     def _name(self, token: int) -> str:
         return self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") if token >= 0 else ""
 
 
 class Context:
-    """Several sequences of tokens, each in a cache of its own, and what each of them holds.
+    """Sequences of tokens, `held`, each in a cache of its own.
 
-    Caches are apart (not llama.cpp's unified one) because then a token lies in the cell it would have had alone: sums
-    run in the same order, and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
+    Apart (not llama.cpp's unified cache), a token lies in the cell it would have had alone: sums run in the same order,
+    and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
 
     Args:
-        backend: the model and its settings.
         tokens: room of each sequence.
         sequences: how many.
 
@@ -131,13 +132,12 @@ class Context:
         lib, memory = self._lib, self._memory
         shared = [common(held, ids) for held in self.held]
         best = int(np.argmax(shared))
-        if shared[best] < shared[sequence] + WORTH_TOKENS:
-            best = sequence
-        length, cut = shared[best], shared[best] < len(self.held[best])
+        best = best if shared[best] >= shared[sequence] + WORTH_TOKENS else sequence
+        length = shared[best]
         if best != sequence:
             lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # a whole sequence: never fails
             lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
-        if length and cut:
+        if 0 < length < len(self.held[best]):
             done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
             ends = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
             if not done or ends != (0, length - 1):
@@ -147,17 +147,14 @@ class Context:
         self.held[sequence] = list(ids[:length])
         return length
 
-    def evaluate(
-        self, rows: Sequence[tuple[int, Sequence[int], Collection[int]]]
-    ) -> Iterator[tuple[int, int, np.ndarray]]:
+    def evaluate(self, rows: Sequence[Row]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Append tokens to sequences.
 
         Args:
             rows: (sequence, token ids, positions whose logits are wanted).
 
         Returns:
-            Triples (index of the row, position, logits (V,)), in order. The logits are llama.cpp's own memory, valid
-            until the next triple is asked for.
+            Triples (index of the row, position, logits (V,)), in order; the logits are valid until the next is taken.
         """
         lib, batch = self._lib, self._batch
         tokens = [
@@ -171,8 +168,7 @@ class Context:
             for i, (_, sequence, position, token, wanted) in enumerate(chunk):
                 batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            status = lib.llama_decode(self._context, batch)
-            if status != 0:
+            if status := lib.llama_decode(self._context, batch):
                 raise KitError(
                     f"llama_decode failed ({status}) on {len(chunk)} tokens: {' '.join(lib.complaints)}",
                     "Set a smaller context_tokens or parallel; if memory is not short, try another GGUF of the model.",
@@ -183,15 +179,6 @@ class Context:
                 if wanted:
                     pointer = lib.llama_get_logits_ith(self._context, i)
                     yield row, position, np.ctypeslib.as_array(pointer, (self._size,))
-
-    def move_from(self, other: Context) -> None:
-        """Take over the first sequence of a smaller context, and close that."""
-        size = self._lib.llama_state_seq_get_size(other._context, 0)
-        data = (ctypes.c_uint8 * size)()
-        self._lib.llama_state_seq_get_data(other._context, data, size, 0)
-        if self._lib.llama_state_seq_set_data(self._context, data, size, 0):
-            self.held[0] = other.held[0]
-        other.close()
 
     def close(self) -> None:
         """Free it."""
@@ -217,19 +204,14 @@ class GgufBackend:
         self.engine, self.notes = engine, []
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
         self.threads = engine.threads or len(os.sched_getaffinity(0))
-        offload = lib.llama_supports_gpu_offload()
-        if engine.gpu_layers > 0 and not offload:
+        on_gpu = engine.gpu_layers != 0 and lib.llama_supports_gpu_offload()
+        if engine.gpu_layers > 0 and not on_gpu:
             self.notes.append(f"gpu_layers={engine.gpu_layers}: this llama.cpp was built without a GPU, all on the CPU")
         self.model: Any = _load(path, engine.gpu_layers)
-        small = lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS
-        if small and lib.llama_model_ftype(self.model) in SLOW and not (offload and engine.gpu_layers):
-            try:
-                copy = unpacked(path)
-            except OSError as error:
-                self.notes.append(f"{path.name} runs at half speed, for its 16-bit copy cannot be cached ({error})")
-            else:
-                lib.llama_model_free(self.model)
-                self.model = _load(copy, 0)
+        slow = lib.llama_model_ftype(self.model) in SLOW and not on_gpu
+        if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
+            lib.llama_model_free(self.model)
+            self.model = _load(self._unpacked(path), 0)
         self.tokenizer = GgufTokenizer(self.model)
         trained = lib.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained, trained)
@@ -255,28 +237,25 @@ class GgufBackend:
             self._lib.llama_model_free(self.model)
         self.judging = self.model = None
 
-
-def unpacked(path: Path) -> Path:
-    """A copy of a GGUF with 16-bit weights, made once and cached; the same weights to one part in 2,000.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    lib, stat = library(), path.stat()
-    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
-    if not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
+    def _unpacked(self, path: Path) -> Path:
+        """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; `path` if that fails."""
+        lib, stat = self._lib, path.stat()
+        root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
+        target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
         part = target.with_suffix(f".{os.getpid()}")
         params = lib.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize = 1, True  # F16
         try:
-            if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
-                raise OSError(" ".join(lib.complaints) or "llama_model_quantize failed")
-            part.rename(target)
-        finally:
+            root.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
+                    raise OSError(" ".join(lib.complaints))
+                part.rename(target)
+        except OSError as error:
             part.unlink(missing_ok=True)
-    return target
+            self.notes.append(f"{path.name} runs at half speed: its 16-bit copy cannot be cached in {root} ({error})")
+            return path
+        return target
 
 
 def _load(path: Path, gpu_layers: int) -> Any:

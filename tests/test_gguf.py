@@ -1,0 +1,262 @@
+"""The llama.cpp backend on the packaged model: cached equals fresh, parallel equals sequential up to near-ties."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kit import prompts
+from kit.backends import Completion, Generation, Probe, Request, looping, open_backend
+from kit.backends.gguf import GgufBackend, library
+from kit.backends.gguf_generate import draw
+from kit.config import Engine, Prompts, Sampling
+from kit.errors import KitError
+from kit.models import gguf_file
+from kit.sentences import ends
+
+NEAR_TIE = 0.05  # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
+ENGINE = Engine(backend="gguf", context_tokens=2048, parallel=6, threads=1)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[GgufBackend]:
+    opened = open_backend(ENGINE)
+    yield opened
+    opened.close()
+
+
+def asked(backend: GgufBackend, count: int, sampling: Sampling, n: int = 1) -> list[Request]:
+    """Prompts of mixed length that share the template and the instruction."""
+    texts = [f"Add {i} and {i + 3}. " * (1 + 3 * (i % 4)) for i in range(count)]
+    ids = [prompts.render(backend.tokenizer, prompts.solve_text(Prompts(), text)) for text in texts]
+    return [Request(f"r{i}", prompt, sampling, n=n, seed=3) for i, prompt in enumerate(ids)]
+
+
+def by_id(results: Iterator[Generation]) -> dict[str, Generation]:
+    return {result.id: result for result in results}
+
+
+def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[list[Probe]]:
+    """The judging probes of the shortest real traces, at every so many sentences and at the end."""
+    rows = [json.loads(line) for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()]
+    encode = backend.tokenizer.encode
+    labels = encode("[ENOUGH]", False), encode("[NOT_ENOUGH]", False)
+    same = next(i for i, (a, b) in enumerate(zip(*labels, strict=False)) if a != b)
+    found = []
+    for row in sorted(rows, key=lambda row: len(row["long_cot"]))[:count]:
+        cuts = ends(row["long_cot"])
+        probes = []
+        for cut in sorted({*cuts[every - 1 :: every], cuts[-1]}):
+            text = prompts.fill(prompts.JUDGE, question=row["question"], prefix=row["long_cot"][:cut])
+            ids = (*prompts.render(backend.tokenizer, text), *labels[0][:same])
+            probes.append(Probe(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))
+        found.append(probes)
+    return found
+
+
+def margins(readings: list) -> np.ndarray:
+    return np.array([reads[0][0] - reads[0][1] for reads in readings])
+
+
+def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) -> None:
+    worst = 0.0
+    for probes in judged(backend, shared, count=1, every=8):
+        fresh = margins(backend.session(fresh=True).read(probes))
+        scan = backend.session()
+        worst = max(worst, np.abs(margins(scan.read(probes)) - fresh).max())
+        assert scan.cost.evaluated_tokens < len(probes[-1].ids) + 16 * len(probes)
+        binary, order = backend.session(), [len(probes) // 2, 0, len(probes) - 1, 1]
+        worst = max(worst, *(abs(margins(binary.read([probes[i]]))[0] - fresh[i]) for i in order))
+        assert binary.cost.evaluated_tokens < len(probes[-1].ids) + 16 * len(order)
+    print(f"largest difference of cached and fresh margins: {worst:.2g}")
+    assert worst < 1e-3
+
+
+def test_nothing_past_the_furthest_boundary_is_evaluated(backend: GgufBackend, shared: Path) -> None:
+    [probes] = judged(backend, shared, count=1, every=6)
+    session = backend.session()
+    session.read([probes[2]])
+    session.read([probes[0]])
+    assert session.cost.evaluated_tokens < len(probes[2].ids) + 16
+    assert session.cost.evaluated_tokens + session.cost.reused_tokens == len(probes[2].ids) + len(probes[0].ids)
+    again = backend.session()  # a trace's cost does not depend on the one before it
+    again.read([probes[2]])
+    assert again.cost.evaluated_tokens == len(probes[2].ids)
+
+
+def test_reads_along_one_probe(backend: GgufBackend) -> None:
+    ids = tuple(backend.tokenizer.encode("One plus one is two, and two plus two is four."))
+    reads = tuple((p, (ids[p + 1],)) for p in range(4, len(ids) - 1))
+    together = backend.session().read([Probe(ids, reads)])[0]
+    session = backend.session()
+    apart = [session.read([Probe(ids[: p + 1], ((p, wanted),))])[0][0] for p, wanted in reads]
+    assert np.abs(np.array(together) - np.array(apart)).max() < 1e-3
+    whole = session.read([Probe(ids, ((len(ids) - 1, tuple(range(backend.tokenizer.size))),))])[0][0]
+    assert np.exp(whole).sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_more_traces_cached_equal_fresh(backend: GgufBackend, shared: Path) -> None:
+    for probes in judged(backend, shared, count=4, every=3):
+        fresh = margins(backend.session(fresh=True).read(probes))
+        assert np.abs(margins(backend.session().read(probes)) - fresh).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_flash_attention_keeps_labels(shared: Path) -> None:
+    flash = open_backend(ENGINE.model_copy(update={"flash_attention": True}))
+    for probes in judged(flash, shared, count=3, every=4):
+        fresh = margins(flash.session(fresh=True).read(probes))
+        cached = margins(flash.session().read(probes))
+        print(f"with flash attention: {np.abs(cached - fresh).max():.2g} between cached and fresh margins")
+        assert ((cached >= 0) == (fresh >= 0)).all()
+    flash.close()
+
+
+def test_too_long_a_probe_is_refused(backend: GgufBackend) -> None:
+    with pytest.raises(KitError, match=r"2049 tokens.*2048.*limit_tokens"):
+        backend.session().read([Probe((1,) * 2049, ((2048, (1,)),))])
+
+
+def test_a_cache_that_refuses_to_be_cut_is_recomputed(
+    backend: GgufBackend, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [probes] = judged(backend, shared, count=1, every=8)
+    expected = margins(backend.session().read(probes))
+    refuse, lib = library().llama_memory_seq_rm, library()
+    monkeypatch.setattr(lib, "llama_memory_seq_rm", lambda m, s, a, b: a <= 0 and refuse(m, s, a, b))
+    session = backend.session()
+    assert np.abs(margins(session.read(probes)) - expected).max() < 1e-3
+    assert session.cost.reused_tokens == 0
+    assert any("cannot be cut" in note for note in backend.notes)
+
+
+def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> None:
+    requests = asked(backend, 8, Sampling(temperature=0, max_new_tokens=24))
+    many = by_id(backend.generate(requests))
+    backend.engine = ENGINE.model_copy(update={"parallel": 1})
+    one = by_id(backend.generate(requests))
+    backend.engine = ENGINE
+    ties = 0
+    for request in requests:
+        first, second = many[request.id].completions[0].ids, one[request.id].completions[0].ids
+        if first == second:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        assert at is not None, "one is the other's beginning: the end token came early"
+        ids = (*request.prompt, *first[:at])
+        read = backend.session(fresh=True).read([Probe(ids, ((len(ids) - 1, (first[at], second[at])),))])[0][0]
+        assert abs(read[0] - read[1]) < NEAR_TIE
+        ties += 1
+    print(f"{ties} of {len(requests)} greedy outputs part, each at a gap under {NEAR_TIE} nats")
+    assert ties <= 2
+
+
+def test_samples_share_their_prefill_and_have_their_own_seeds(backend: GgufBackend) -> None:
+    hot = Sampling(temperature=1.0, max_new_tokens=12)
+    requests = asked(backend, 3, hot, n=4)
+    results = by_id(backend.generate(requests))
+    shortest = min(len(request.prompt) for request in requests)
+    for request in requests:
+        result = results[request.id]
+        assert result.prompt_tokens == len(request.prompt) >= result.evaluated_tokens > 0
+        assert len({sample.ids for sample in result.completions}) > 1
+    assert results["r0"].evaluated_tokens == len(requests[0].prompt)
+    assert results["r1"].evaluated_tokens < len(requests[1].prompt) - 8 < shortest + 100  # the shared beginning
+    alone = by_id(backend.generate([replace(requests[1], n=2)]))["r1"]
+    pairs = zip(alone.completions, results["r1"].completions, strict=False)
+    assert sum(a.ids == b.ids for a, b in pairs) >= 1  # neighbours move a draw only where it falls on an edge
+
+
+def test_finish_reasons(backend: GgufBackend) -> None:
+    tokenizer = backend.tokenizer
+    greedy = Sampling(temperature=0, max_new_tokens=40)
+    ask = prompts.render(tokenizer, "Reply with the one word yes.")
+    count = tuple(tokenizer.encode("1, 2, 3, 4, 5, 6,"))
+    loop = tuple(tokenizer.encode("la la la la la la la la la la la la la la la la la la la la la la"))
+    requests = [
+        Request("end", ask, greedy.model_copy(update={"max_new_tokens": 60})),
+        Request("length", count, greedy.model_copy(update={"max_new_tokens": 3})),
+        Request("stop", count, greedy.model_copy(update={"stop": ("1, 2", " 9")})),
+        Request("loop", loop, greedy.model_copy(update={"stop_loops": True, "max_new_tokens": 200})),
+        Request("full", (5,) * 2045, greedy),
+        Request("long", (5,) * 2048, greedy),
+        Request("empty", (), greedy),
+    ]
+    results = by_id(backend.generate(requests))
+    done: dict[str, Completion] = {key: r.completions[0] for key, r in results.items() if r.completions}
+    assert {key: sample.finish for key, sample in done.items()} == {
+        "end": "stop",
+        "length": "length",
+        "stop": "stop",
+        "loop": "loop",
+        "full": "length",
+    }
+    assert not set(done["end"].ids) & tokenizer.eos_ids and done["end"].text == tokenizer.decode(done["end"].ids)
+    assert len(done["length"].ids) == 3 and len(done["full"].ids) == 3
+    assert done["stop"].text == " 7, 8,"
+    assert looping(done["loop"].ids)
+    assert "2048 tokens" in results["long"].error and "0 tokens" in results["empty"].error
+
+
+def test_tokenizer(backend: GgufBackend) -> None:
+    tokenizer = backend.tokenizer
+    text = "naïve 😀 x² <|im_end|> tail "
+    plain, special = tokenizer.encode(text, special=False), tokenizer.encode(text)
+    assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+    assert not set(plain) & tokenizer.eos_ids and set(special) & tokenizer.eos_ids
+    assert len(tokenizer.encode("<|im_end|>")) == 1
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(tokenizer.special)
+    assert tokenizer.eos == "<|im_end|>" and tokenizer.template and "im_start" in tokenizer.template
+    smile = tokenizer.encode("😀")
+    assert len(smile) > 1 and "\ufffd" in tokenizer.decode(smile[:1])  # bytes that are not yet a character
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+def test_draw() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+    def shares(**settings: float) -> list[float]:
+        sampling, random = Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)), np.random.default_rng(0)
+        return (np.bincount([draw(logits, sampling, random, [0]) for _ in range(4000)], minlength=4) / 4000).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
+    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.03)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+    assert shares(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
+    assert logits[0] == np.float32(np.log(np.float32(0.5)))  # left as they were
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    library.cache_clear()
+    with pytest.raises(KitError, match=r"pip install llama-cpp-python==0\.3\.36"):
+        open_backend(ENGINE)
+    library.cache_clear()
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    whole = gguf_file("smollm2-135m").read_bytes()
+    for name, data in (("cut.gguf", whole[: len(whole) // 2]), ("head.gguf", whole[:64]), ("zeros.gguf", b"GGUF" * 99)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(KitError, match=f"cannot load .*{name}"):
+            open_backend(Engine(backend="gguf", model=str(tmp_path / name)))
+
+
+def test_without_a_cache_the_packed_weights_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file"))
+    opened = open_backend(ENGINE)
+    assert any("half speed" in note for note in opened.notes)
+    requests = asked(opened, 1, Sampling(temperature=0, max_new_tokens=2))
+    assert len(by_id(opened.generate(requests))["r0"].completions[0].ids) == 2
+    opened.close()
