@@ -9,11 +9,14 @@ session finds out which. What a verdict is, and which boundaries to ask, is not 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from kit.backends import Cost, Probe, Readings
 from kit.backends.hf_attention import Layout, TrunkCache, laid_out
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
 
 PACK_TOKENS = 512  # tails evaluated together
 READ_BYTES = 64 << 20  # logits alive at once
-STRIDE_TOKENS = 256  # between snapshots
-CLOSING_TOKENS = 48  # one more lies this far before a probe's end, ahead of its closing turn
-SNAPSHOTS = 24
+STRIDE_TOKENS, SNAPSHOTS = 64, 64  # between snapshots, and how many; past that every other one is dropped
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of the spread of log-probabilities
-SPEED = {"tree": "", "snapshots": "snapshots every 256 tokens", "none": "every question is a whole prefill"}
+SPEED = {
+    "tree": "",
+    "snapshots": f"snapshots every {STRIDE_TOKENS} tokens and recomputes up to so many for a question",
+    "none": "every question is a whole prefill",
+}
 
 
 class HfSession:
@@ -42,7 +47,7 @@ class HfSession:
 
     def __init__(self, backend: HfBackend, fresh: bool = False, chunk_tokens: int = 1024) -> None:
         self.backend, self.chunk_tokens, self.cost = backend, chunk_tokens, Cost()
-        self.reader: _Reader = _Fresh(self) if fresh else _KINDS[cache_kind(backend)](self)
+        self.reader: _Fresh = _Fresh(self) if fresh else _KINDS[cache_kind(backend)](self)
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
         """Read probes; see kit.backends.Session.
@@ -64,169 +69,137 @@ class HfSession:
         self.reader = _Fresh(self)
 
 
-class _Reader:
-    """Reads probes in one way of caching."""
+_Reads = Sequence[tuple[int, tuple[int, ...]]]
+
+
+class _Fresh:
+    """No cache at all: the slow, obvious way that the others are tested against."""
 
     def __init__(self, session: HfSession) -> None:
         self.session, self.model, self.device = session, session.backend.model, session.backend.device
-        self.path = np.empty(0, np.int64)  # token ids (T,) whose states are cached
+        self.path = np.empty(0, np.int64)  # token ids (T,) of the longest probe whose states are cached
 
-    def forward(self, ids: np.ndarray, reads: _Reads, start: int = 0, **options: Any) -> tuple[Readings, Any]:
+    def read(self, probes: Sequence[Probe]) -> list[Readings]:
+        for probe in probes:
+            self.count(len(probe.ids), 0)
+        return [self.forward(np.asarray(probe.ids), probe.reads, use_cache=False) for probe in probes]
+
+    def forward(self, ids: np.ndarray, reads: _Reads, start: int = 0, **options: Any) -> Readings:
         """Evaluate ids (n,), the first at index `start` of its probe, and read what lies among them."""
         wanted = [(p - start, candidates) for p, candidates in reads if start <= p < start + len(ids)]
         rows = torch.tensor([p for p, _ in wanted], dtype=torch.long, device=self.device)
         shown = torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)[None]
-        out = self.model(input_ids=shown, logits_to_keep=rows, **options)
-        return [log_probabilities(out.logits[0, i], c) for i, (_, c) in enumerate(wanted)], out
+        logits = self.model(input_ids=shown, logits_to_keep=rows, **options).logits[0].float()  # (reads, V)
+        return [(row[list(c)] - row.logsumexp(-1)).tolist() for row, (_, c) in zip(logits, wanted, strict=True)]
 
     def count(self, evaluated: int, reused: int) -> None:
         self.session.cost.add(Cost(evaluated, reused))
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        raise NotImplementedError
 
-
-_Reads = Sequence[tuple[int, tuple[int, ...]]]
-
-
-class _Fresh(_Reader):
-    """No cache at all: the slow, obvious way that the others are tested against."""
-
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        found = []
-        for probe in probes:
-            found.append(self.forward(np.asarray(probe.ids), probe.reads, use_cache=False)[0])
-            self.count(len(probe.ids), 0)
-        return found
-
-
-class _Tree(_Reader):
+class _Tree(_Fresh):
     """A trunk in buffers; tails borrow the place behind their cut and give it back."""
 
     def __init__(self, session: HfSession) -> None:
         super().__init__(session)
-        self.cache = TrunkCache(self.model.config.get_text_config().num_hidden_layers)
+        config = self.model.config.get_text_config()
+        self.cache = TrunkCache(config.num_hidden_layers)
+        self.reads_limit = max(1, READ_BYTES // (4 * config.vocab_size))
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
         ids = [np.asarray(probe.ids) for probe in probes]
         lead = max(range(len(ids)), key=lambda i: len(ids[i]))
         found = {lead: self._single(ids[lead], probes[lead])}
-        tails = [(usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if i != lead]
-        for pack in self._packs(sorted(tails), ids, probes):
-            if len(pack) == 1:
-                found[pack[0][1]] = self._single(ids[pack[0][1]], probes[pack[0][1]])
-            else:
+        pack: list[tuple[int, int]] = []
+        for cut, i in sorted((usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if i != lead):
+            tokens = sum(len(ids[j]) - c for c, j in [*pack, (cut, i)])
+            if pack and (tokens > PACK_TOKENS or sum(len(probes[j].reads) for _, j in pack) >= self.reads_limit):
                 found |= self._together(pack, ids, probes)
+                pack = []
+            pack.append((cut, i))
+        found |= self._together(pack, ids, probes)
         return [found[i] for i in range(len(ids))]
 
     def _single(self, ids: np.ndarray, probe: Probe) -> Readings:
         """Evaluate what the trunk lacks, in chunks; the longer of trunk and probe is the trunk afterwards."""
-        cut = usable(self.path, ids, probe)
-        stays = len(ids) <= len(self.path)
-        saved = self.cache.save(cut, min(len(ids), len(self.path))) if stays else []
-        self.cache.length, self.cache.room = cut, max(len(ids), self.cache.room)
-        found: Readings = []
-        for start in range(cut, len(ids), self.session.chunk_tokens):
-            piece = ids[start : start + self.session.chunk_tokens]
-            found += self._run(piece, probe.reads, Layout([start], [len(piece)], start, self.device), start)
-            self.cache.length = start + len(piece)
-        if stays:
-            self.cache.restore(cut, saved)
-        else:
+        cut, chunk = usable(self.path, ids, probe), self.session.chunk_tokens
+        with self._borrowed(cut, len(ids)):
+            found: Readings = []
+            for start in range(cut, len(ids), chunk):
+                piece = ids[start : start + chunk]
+                found += self._run(piece, probe.reads, [start], [len(piece)], start)
+        if len(ids) > len(self.path):
             self.path = ids
         self.count(len(ids) - cut, cut)
         return found
 
-    def _together(
-        self, pack: list[tuple[int, int]], ids: list[np.ndarray], probes: Sequence[Probe]
-    ) -> dict[int, Readings]:
-        """One forward pass over several tails, each seeing the trunk up to its own cut and itself."""
+    def _together(self, pack: list[tuple[int, int]], ids: list[np.ndarray], probes: Sequence[Probe]) -> dict[int, Any]:
+        """One forward pass over several tails (cut, probe), each seeing the trunk up to its own cut and itself."""
+        if len(pack) == 1:  # it may be longer than a chunk
+            return {i: self._single(ids[i], probes[i]) for _, i in pack}
+        if not pack:
+            return {}
         cuts, lengths = [cut for cut, _ in pack], [len(ids[i]) - cut for cut, i in pack]
-        past, total = max(cuts), sum(lengths)
-        saved = self.cache.save(past, min(past + total, len(self.path)))
-        self.cache.length, self.cache.room = past, max(past + total, self.cache.room)
         starts = np.cumsum([0, *lengths])
         reads = [(p - cut + at, c) for (cut, i), at in zip(pack, starts, strict=False) for p, c in probes[i].reads]
-        rows = self._run(
-            np.concatenate([ids[i][cut:] for cut, i in pack]), reads, Layout(cuts, lengths, past, self.device)
-        )
-        self.cache.restore(past, saved)
-        found = {}
-        for cut, i in pack:
-            found[i], rows = rows[: len(probes[i].reads)], rows[len(probes[i].reads) :]
-            self.count(len(ids[i]) - cut, cut)
+        tails = np.concatenate([ids[i][cut:] for cut, i in pack])
+        with self._borrowed(max(cuts), min(max(cuts) + len(tails), len(self.path))):
+            rows = iter(self._run(tails, reads, cuts, lengths))
+        self.count(len(tails), sum(cuts))
+        return {i: [next(rows) for _ in probes[i].reads] for _, i in pack}
+
+    @contextmanager
+    def _borrowed(self, cut: int, end: int) -> Iterator[None]:
+        """Let [cut, end) of the trunk be overwritten, and put it back; a tail past the trunk's end becomes trunk."""
+        saved = self.cache.save(cut, end) if end <= len(self.path) else None
+        self.cache.length, self.cache.room = cut, max(end, self.cache.room)
+        yield
+        if saved is not None:
+            self.cache.restore(cut, saved)
+
+    def _run(self, ids: np.ndarray, reads: _Reads, cuts: list[int], lengths: list[int], start: int = 0) -> Readings:
+        layout = Layout(cuts, lengths, max(cuts), self.device)
+        options = {"past_key_values": self.cache, "position_ids": layout.position[None], "use_cache": True}
+        with laid_out(self.model, layout):
+            found = self.forward(ids, reads, start, **options)
+        self.cache.length += len(ids)
         return found
 
-    def _run(self, ids: np.ndarray, reads: _Reads, layout: Layout, start: int = 0) -> Readings:
-        with laid_out(self.model, layout):
-            options = {"past_key_values": self.cache, "position_ids": layout.position[None], "use_cache": True}
-            return self.forward(ids, reads, start, **options)[0]
 
-    def _packs(
-        self, tails: list[tuple[int, int]], ids: list[np.ndarray], probes: Sequence[Probe]
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Neighbouring tails (cut, probe) in packs bounded in tokens and in logits."""
-        reads_limit = max(1, READ_BYTES // (4 * self.model.config.get_text_config().vocab_size))
-        pack: list[tuple[int, int]] = []
-        tokens = reads = 0
-        for cut, i in tails:
-            tail = len(ids[i]) - cut
-            if pack and (tokens + tail > PACK_TOKENS or reads + len(probes[i].reads) > reads_limit):
-                yield pack
-                pack, tokens, reads = [], 0, 0
-            pack.append((cut, i))
-            tokens, reads = tokens + tail, reads + len(probes[i].reads)
-        if pack:
-            yield pack
-
-
-class _Snapshots(_Reader):
-    """The model's own cache, copied every now and then along the longest probe; the rest is recomputed."""
+class _Snapshots(_Fresh):
+    """The model's own cache, copied every so many tokens along the longest probe; the rest is recomputed."""
 
     def __init__(self, session: HfSession) -> None:
         super().__init__(session)
         self.kept: list[tuple[int, Any]] = []  # (tokens, cache), ascending, along `path`
+        arguments = inspect.signature(self.model.forward).parameters
+        self.name = "past_key_values" if "past_key_values" in arguments else "cache_params"
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        ids = [np.asarray(probe.ids) for probe in probes]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = {}
-        for i, after in zip(order, [*order[1:], None], strict=True):
-            ahead = len(ids[i]) - CLOSING_TOKENS if after is None else common(ids[i], ids[after])
-            found[i] = self._single(ids[i], probes[i], ahead)
-        return [found[i] for i in range(len(ids))]
+        order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
+        found = {i: self._single(np.asarray(probes[i].ids), probes[i]) for i in order}
+        return [found[i] for i in range(len(probes))]
 
-    def _single(self, ids: np.ndarray, probe: Probe, ahead: int) -> Readings:
-        from transformers import DynamicCache
-
-        shared = common(self.path, ids)
-        limit = min(shared, probe.reads[0][0]) if probe.reads else shared
-        longer = len(ids) > len(self.path)
-        if longer:
-            self.kept, self.path = [(n, cache) for n, cache in self.kept if n <= shared], ids
+    def _single(self, ids: np.ndarray, probe: Probe) -> Readings:
+        shared, limit = common(self.path, ids), usable(self.path, ids, probe)
+        if len(ids) > len(self.path):
+            self.kept, self.path, shared = [(n, c) for n, c in self.kept if n <= shared], ids, len(ids)
         begin, cache = max(((n, c) for n, c in self.kept if n <= limit), key=lambda x: x[0], default=(0, None))
         cache = copied(cache) if cache is not None else DynamicCache(config=self.model.config)
-        marks = {*range(begin // STRIDE_TOKENS * STRIDE_TOKENS + STRIDE_TOKENS, len(ids), STRIDE_TOKENS), ahead}
-        stops = sorted({*(n for n in marks if begin < n < len(ids)), len(ids)})
+        first = (begin // STRIDE_TOKENS + 1) * STRIDE_TOKENS
+        stops = [*range(first, len(ids), STRIDE_TOKENS), len(ids)]
         found: Readings = []
         for start, end in zip([begin, *stops], stops, strict=False):
-            found += self._advance(ids[start:end], probe, cache, start)
-            if end < len(ids) and (longer or end <= shared) and all(n != end for n, _ in self.kept):
-                self._keep(end, copied(cache))
+            found += self.forward(ids[start:end], probe.reads, start, use_cache=True, **{self.name: cache})
+            if end < len(ids) and end <= shared and all(n != end for n, _ in self.kept):
+                self.kept.append((end, copied(cache)))
+        self.kept.sort(key=lambda x: x[0])
+        while len(self.kept) > SNAPSHOTS:
+            self.kept = self.kept[1::2]
         self.count(len(ids) - begin, begin)
         return found
 
-    def _advance(self, ids: np.ndarray, probe: Probe, cache: Any, start: int) -> Readings:
-        name = "past_key_values" if "past_key_values" in _arguments(self.model) else "cache_params"
-        return self.forward(ids, probe.reads, start, use_cache=True, **{name: cache})[0]
 
-    def _keep(self, tokens: int, cache: Any) -> None:
-        self.kept = sorted([*self.kept, (tokens, cache)], key=lambda x: x[0])
-        if len(self.kept) > SNAPSHOTS:
-            self.kept = self.kept[: SNAPSHOTS // 2 : 2] + self.kept[SNAPSHOTS // 2 :]
-
-
-_KINDS: dict[str, type[_Reader]] = {"tree": _Tree, "snapshots": _Snapshots, "none": _Fresh}
+_KINDS: dict[str, type[_Fresh]] = {"tree": _Tree, "snapshots": _Snapshots, "none": _Fresh}
 
 
 def cache_kind(backend: HfBackend) -> str:
@@ -282,13 +255,6 @@ def copied(cache: Any) -> Any:
     return new
 
 
-def log_probabilities(logits: torch.Tensor, candidates: Sequence[int]) -> list[float]:
-    """Natural-log probabilities of candidate ids under logits (V,)."""
-    logits = logits.float()
-    picked = logits[torch.tensor(candidates, device=logits.device)]
-    return (picked - logits.logsumexp(-1)).tolist()
-
-
 def common(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
@@ -299,9 +265,3 @@ def common(a: np.ndarray, b: np.ndarray) -> int:
 def usable(held: np.ndarray, ids: np.ndarray, probe: Probe) -> int:
     """Tokens of a probe that need no evaluation: shared with `held`, and before the first read."""
     return min(common(held, ids), probe.reads[0][0] if probe.reads else len(ids) - 1)
-
-
-def _arguments(model: Any) -> Sequence[str]:
-    import inspect
-
-    return tuple(inspect.signature(model.forward).parameters)
