@@ -1,7 +1,7 @@
 """llama.cpp in this process: a GGUF model, its tokenizer, and contexts of several sequences.
 
-Generation (gguf_generate.py) and judging (gguf_session.py) work on a `Context`, through the low-level API of
-llama-cpp-python. No server, no adapter.
+Generation (gguf_generate.py) and judging (section 3.2 of the paper) work on a `Context`, through the low-level API
+of llama-cpp-python. No server, no adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends import Generation, Request, Session
+from kit.backends import Cost, Generation, Probe, Readings, Request
 from kit.config import Engine
 from kit.errors import KitError
 from kit.models import gguf_file
@@ -26,16 +26,14 @@ WORTH_TOKENS = 8  # a shared beginning is copied when it saves this many
 NAMED = 8 | 1  # token attributes (control, unknown) that make a text a special token
 SLOW = {3, 9}  # file types Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
 UNPACK_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
+ROOM_TOKENS = 8192  # of a judging trunk at least, where the model has them: growing forgets it
+RECOMPUTED = "the judge's cache cannot be cut for this architecture: every verdict evaluates its whole prompt"
 Row = tuple[int, Sequence[int], Collection[int]]
 
 
 @cache
 def library() -> Any:
-    """llama_cpp, silenced; its last errors are in `.complaints`.
-
-    Raises:
-        KitError: llama-cpp-python is not installed or does not load.
-    """
+    """llama_cpp, silenced; its last errors are in `.complaints`."""
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
@@ -57,19 +55,18 @@ def library() -> Any:
 
 
 class GgufTokenizer:
-    """The tokenizer inside a loaded llama_model, behind the protocol of kit.backends."""
+    """The tokenizer inside a loaded llama_model; see kit.backends.Tokenizer."""
 
     def __init__(self, model: Any) -> None:
-        self._lib = lib = library()
-        self._vocab = vocab = lib.llama_model_get_vocab(model)
+        self._lib, self._vocab = library(), library().llama_model_get_vocab(model)
+        lib, vocab = self._lib, self._vocab
         every = range(lib.llama_vocab_n_tokens(vocab))
         self.size = len(every)
-        template = lib.llama_model_chat_template(model, None)
-        self.template: str | None = template.decode("utf-8", "replace") if template else None
-        self.bos, self.eos = self._name(lib.llama_vocab_bos(vocab)), self._name(lib.llama_vocab_eos(vocab))
-        self.eos_ids = frozenset(i for i in every if lib.llama_vocab_is_eog(vocab, i))
-        self.special = tuple(self._name(i) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED)
         self._piece = cache(self._piece)
+        self.template = (lib.llama_model_chat_template(model, None) or b"").decode("utf-8", "replace") or None
+        self.bos, self.eos = self.decode([lib.llama_vocab_bos(vocab)]), self.decode([lib.llama_vocab_eos(vocab)])
+        self.eos_ids = frozenset(i for i in every if lib.llama_vocab_is_eog(vocab, i))
+        self.special = tuple(self.decode([i]) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
@@ -83,25 +80,15 @@ class GgufTokenizer:
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(1024)
-        size = self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
+        size = self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True) if token >= 0 else 0
         return buffer.raw[: max(size, 0)]
-
-    def _name(self, token: int) -> str:
-        return self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") if token >= 0 else ""
 
 
 class Context:
-    """Sequences of tokens, `held`, each in a cache of its own.
+    """So many sequences with room for so many tokens each, and what they hold.
 
-    Apart (not llama.cpp's unified cache), a token lies in the cell it would have had alone: sums run in the same order,
-    and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
-
-    Args:
-        tokens: room of each sequence.
-        sequences: how many.
-
-    Raises:
-        KitError: there is no memory for it.
+    Their caches are apart (not llama.cpp's unified one): so a token lies in the cell it would have had alone, sums run
+    in the same order, and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
     """
 
     def __init__(self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool) -> None:
@@ -115,70 +102,60 @@ class Context:
         params.flash_attn_type = int(flash_attention)
         self._context = lib.llama_init_from_model(backend.model, params)
         if not self._context:
-            raise KitError(
-                f"llama.cpp has no memory for {sequences} sequences of {tokens} tokens: {' '.join(lib.complaints)}",
-                "Set a smaller context_tokens, parallel or max_new_tokens.",
-            )
+            why = f"llama.cpp has no memory for {sequences} sequences of {tokens} tokens: {' '.join(lib.complaints)}"
+            raise KitError(why, "Set a smaller context_tokens, parallel or max_new_tokens.")
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     def keep(self, sequence: int, ids: Sequence[int]) -> int:
         """Make a sequence hold the longest beginning of `ids` that any sequence has, and nothing else.
 
-        Returns:
-            Its length; 0 where the cache cannot be cut (`cuttable` is then False): recurrent states refuse, sliding
-            windows have lost what comes before.
+        Returns its length; 0 where a cache cannot be cut (`cuttable` is then False): recurrent states refuse, sliding
+        windows have lost what comes before.
         """
-        lib, memory = self._lib, self._memory
+        remove, memory = self._lib.llama_memory_seq_rm, self._memory
         shared = [common(held, ids) for held in self.held]
         best = int(np.argmax(shared))
         best = best if shared[best] >= shared[sequence] + WORTH_TOKENS else sequence
         length = shared[best]
         if best != sequence:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # a whole sequence: never fails
-            lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
+            remove(memory, sequence, -1, -1)  # a whole sequence: never fails
+            self._lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
         if 0 < length < len(self.held[best]):
-            done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
-            ends = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
-            if not done or ends != (0, length - 1):
+            done, ends = remove(memory, sequence, length, -1), ("llama_memory_seq_pos_min", "llama_memory_seq_pos_max")
+            if not done or [getattr(self._lib, end)(memory, sequence) for end in ends] != [0, length - 1]:
                 self.cuttable, length = False, 0
         if not length:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+            remove(memory, sequence, -1, -1)
         self.held[sequence] = list(ids[:length])
         return length
 
     def evaluate(self, rows: Sequence[Row]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Append tokens to sequences.
+        """Append rows (sequence, token ids, positions whose logits are wanted) to sequences.
 
-        Args:
-            rows: (sequence, token ids, positions whose logits are wanted).
-
-        Returns:
-            Triples (index of the row, position, logits (V,)), in order; the logits are valid until the next is taken.
+        Yields (index of the row, position, logits (V,)), in order; the logits are valid until the next is taken.
         """
         lib, batch = self._lib, self._batch
         tokens = [
-            (row, sequence, position, token, position in wanted)
-            for row, (sequence, ids, wanted) in enumerate(rows)
+            (row, sequence, position, token)
+            for row, (sequence, ids, _) in enumerate(rows)
             for position, token in enumerate(ids, len(self.held[sequence]))
         ]
         for start in range(0, len(tokens), BATCH_TOKENS):
             chunk = tokens[start : start + BATCH_TOKENS]
             batch.n_tokens = len(chunk)
-            for i, (_, sequence, position, token, wanted) in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            for i, (row, sequence, position, token) in enumerate(chunk):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, position in rows[row][2]
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             if status := lib.llama_decode(self._context, batch):
-                raise KitError(
-                    f"llama_decode failed ({status}) on {len(chunk)} tokens: {' '.join(lib.complaints)}",
-                    "Set a smaller context_tokens or parallel; if memory is not short, try another GGUF of the model.",
-                )
-            for _, sequence, _, token, _ in chunk:
+                why = f"llama_decode failed ({status}) on {len(chunk)} tokens: {' '.join(lib.complaints)}"
+                raise KitError(why, "Set a smaller context_tokens or parallel, or try another GGUF of the model.")
+            for _, sequence, _, token in chunk:
                 self.held[sequence].append(token)
-            for i, (row, _, position, _, wanted) in enumerate(chunk):
-                if wanted:
+            for i in range(len(chunk)):
+                if batch.logits[i]:
                     pointer = lib.llama_get_logits_ith(self._context, i)
-                    yield row, position, np.ctypeslib.as_array(pointer, (self._size,))
+                    yield chunk[i][0], chunk[i][2], np.ctypeslib.as_array(pointer, (self._size,))
 
     def close(self) -> None:
         """Free it."""
@@ -187,55 +164,64 @@ class Context:
 
 
 class GgufBackend:
-    """A GGUF model in this process.
-
-    Args:
-        engine: names the model and its settings.
-
-    Raises:
-        KitError: no llama-cpp-python, no such file, a file that llama.cpp cannot read.
-    """
+    """See kit.backends.Backend; KitError: no llama-cpp-python, no such file, a file that llama.cpp cannot read."""
 
     concurrent = 1
 
     def __init__(self, engine: Engine) -> None:
         self._lib = lib = library()
-        path = gguf_file(engine.model)
         self.engine, self.notes = engine, []
+        path = gguf_file(engine.model)
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
         self.threads = engine.threads or len(os.sched_getaffinity(0))
         on_gpu = engine.gpu_layers != 0 and lib.llama_supports_gpu_offload()
         if engine.gpu_layers > 0 and not on_gpu:
             self.notes.append(f"gpu_layers={engine.gpu_layers}: this llama.cpp was built without a GPU, all on the CPU")
-        self.model: Any = _load(path, engine.gpu_layers)
+        self.model = self._load(path)
         slow = lib.llama_model_ftype(self.model) in SLOW and not on_gpu
         if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
             lib.llama_model_free(self.model)
-            self.model = _load(self._unpacked(path), 0)
+            self.model = self._load(self._unpacked(path))
         self.tokenizer = GgufTokenizer(self.model)
         trained = lib.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained, trained)
         self.judging: Context | None = None  # kept from session to session
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield each request's result as it finishes; see kit/backends/gguf_generate.py."""
+        """See kit/backends/gguf_generate.py."""
         from kit.backends.gguf_generate import generate
 
         return generate(self, requests)
 
-    def session(self, fresh: bool = False) -> Session:
+    def session(self, fresh: bool = False) -> GgufSession:
         """Open a judging session; fresh=True evaluates every probe without a cache."""
-        from kit.backends.gguf_session import GgufSession
-
         return GgufSession(self, fresh)
+
+    def judging_context(self, tokens: int) -> Context:
+        """The context of all sessions, with room for a probe of so many tokens."""
+        if tokens > self.context_tokens:
+            why = f"A judging prompt has {tokens} tokens, the model's context {self.context_tokens}."
+            raise KitError(why, "Set judge.limit_tokens, or judge with a model of longer context.")
+        if not self.judging or self.judging.tokens < tokens:
+            self.judging = self.judging and self.judging.close()
+            room = min(max(2 * tokens, ROOM_TOKENS), self.context_tokens)
+            self.judging = Context(self, room, 2, self.engine.flash_attention)
+        return self.judging
 
     def close(self) -> None:
         """Free the context and the weights."""
-        if self.judging:
-            self.judging.close()
-        if self.model:
-            self._lib.llama_model_free(self.model)
-        self.judging = self.model = None
+        self.judging = self.judging and self.judging.close()
+        self.model = self.model and self._lib.llama_model_free(self.model)
+
+    def _load(self, path: Path) -> Any:
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = self.engine.gpu_layers
+        self._lib.complaints.clear()
+        model = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            why = f"llama.cpp cannot load {path}: {' '.join(self._lib.complaints)}"
+            raise KitError(why, "Is the download complete? Compare its size with the source's, or name another GGUF.")
+        return model
 
     def _unpacked(self, path: Path) -> Path:
         """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; `path` if that fails."""
@@ -258,18 +244,36 @@ class GgufBackend:
         return target
 
 
-def _load(path: Path, gpu_layers: int) -> Any:
-    lib = library()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = gpu_layers
-    lib.complaints.clear()
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise KitError(
-            f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}",
-            "Is the download complete? Compare its size with the source's, or name another GGUF.",
-        )
-    return model
+class GgufSession:
+    """See kit.backends.Session; fresh=True evaluates every probe from its first token.
+
+    Sequence 0 holds the longest probe so far, the trunk; shorter ones are answered in sequence 1, which takes the
+    trunk's beginning over. Many probes go longest first, so one copy serves a whole scan.
+    """
+
+    def __init__(self, backend: GgufBackend, fresh: bool = False) -> None:
+        self.backend, self.fresh, self.cost = backend, fresh, Cost()
+        for sequence in range(2 if backend.judging else 0):  # a trace's cost must not depend on the one before it
+            backend.judging.keep(sequence, ())
+
+    def read(self, probes: Sequence[Probe]) -> list[Readings]:
+        """Read probes; KitError: one is longer than the model's context."""
+        context = self.backend.judging_context(max((len(probe.ids) for probe in probes), default=0))
+        found: list[Readings] = [[] for _ in probes]
+        for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
+            ids, reads = probes[i].ids, dict(probes[i].reads)
+            sequence = 0 if self.fresh or len(ids) >= len(context.held[0]) else 1
+            kept = context.keep(sequence, () if self.fresh else ids[: min(reads, default=len(ids))])
+            for _, position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
+                shifted = logits - logits.max().astype(np.float64)
+                found[i].append((shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist())
+            self.cost.add(Cost(len(ids) - kept, kept))
+        if not context.cuttable and RECOMPUTED not in self.backend.notes:
+            self.backend.notes.append(RECOMPUTED)
+        return found
+
+    def close(self) -> None:
+        """Nothing to do: the context stays for the next trace."""
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
