@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 NAME = "palign_tree"
 MASK_CELLS = 1 << 22  # queries by keys of one masked call: bounds memory (4 bytes a cell, times the heads folded)
 KNOWN = frozenset({"dropout", "use_cache", "position_ids", "is_causal", "output_attentions", "cache_position"})
+LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 class Unsupported(Exception):
@@ -117,6 +118,9 @@ def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     Raises:
         Unsupported: the model did not call it once for a layer, or called it with features it does not know.
     """
+    other = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    if other:  # chunked attention past its chunk would pass a short self-check
+        raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     before = [config._attn_implementation_internal for config in configs]
     token = _layout.set(layout)
