@@ -79,14 +79,14 @@ def prepare(
         ids = (*prompt, *tokenizer.encode(row.output, special=False), end)
         example = Example(line, " ".join(row.input.split())[:60], ids, len(prompt))
         if not row.output.strip():
-            dropped.setdefault("nothing to learn", []).append(example.name)
+            dropped.setdefault("dropped, nothing to learn", []).append(example.name)
         elif len(ids) <= limit:
             examples.append(example)
         elif config.train.over_cutoff == "cut" and len(prompt) < limit:
             cut.append(example.name)
             examples.append(Example(line, example.head, ids[:limit], len(prompt)))
         else:
-            dropped.setdefault("over train.cutoff_tokens", []).append(f"{example.name}, {len(ids)} tokens")
+            dropped.setdefault("dropped, over train.cutoff_tokens", []).append(f"{example.name}, {len(ids)} tokens")
     if not examples:
         why = "; ".join(f"{len(names)} {reason}: {names[0]}" for reason, names in dropped.items())
         raise KitError(

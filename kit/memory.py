@@ -1,4 +1,4 @@
-"""The memory high-water mark of this process: a card's where there is one, the resident set elsewhere."""
+"""Memory of this process and of its machine: a card's where there is one, the resident set elsewhere."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import re
 from pathlib import Path
 
+import torch
+
 
 def reset_peak() -> None:
-    """Start the mark anew. Where the system cannot (not Linux), it stays the whole process's."""
-    import torch
-
+    """Start the high-water mark anew. Where the system cannot (not Linux), it stays the whole process's."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -18,23 +18,20 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The mark: bytes the CUDA allocator handed out, or this process's largest resident set."""
-    import torch
-
+    """Most bytes that the CUDA allocator handed out, or this process's largest resident set, since the reset."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    except OSError:
-        import resource
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def limit_bytes() -> tuple[bool, int]:
     """(Whether there is a card, bytes free on it; without one: memory that processes can still get)."""
     import psutil
-    import torch
 
     if torch.cuda.is_available():
         return True, torch.cuda.mem_get_info()[0]

@@ -32,7 +32,7 @@ def plan(config: Config) -> dict[str, Any]:
     Raises:
         KitError: an unknown model or architecture.
     """
-    from kit.memory import limit_bytes
+    from kit.memory import limit_bytes  # torch is loaded late: --help answers at once
 
     cuda, limit = limit_bytes()
     parts = training_bytes(config, config.train.cutoff_tokens, cuda)
@@ -48,7 +48,7 @@ def plan(config: Config) -> dict[str, Any]:
         "limit": round(limit / GIB, 2),
         "fits": fits,
         "change": None if fits else _change(config, config.train.cutoff_tokens, cuda, limit),
-        "longest_tokens": {f"{card} GB": longest(config, card * GIB - RESERVE_BYTES) for card in CARDS_GIB},
+        "longest_tokens": {f"{n} GB": longest(config, n * GIB - RESERVE_BYTES) for n in CARDS_GIB},
         "times": _times(config),
     }
 
@@ -154,21 +154,15 @@ def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kit.models import resolve
+    from kit.models import hf_folder
 
-    files = resolve(name)
+    dtype = torch.float32 if wide == 4 else torch.bfloat16
     try:
-        if files.gguf:
-            model_config = AutoConfig.from_pretrained(str(files.gguf.resolve().parent), gguf_file=files.gguf.name)
-        else:
-            model_config = AutoConfig.from_pretrained(files.folder_or_hub, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
         with torch.device("meta"):
-            dtype = torch.float32 if wide == 4 else torch.bfloat16
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa").train()
     except (OSError, ValueError) as error:
-        raise KitError(
-            f"The config of {name} cannot be read: {error}", "Name a model that transformers knows."
-        ) from error
+        raise KitError(f"The config of {name} cannot be read: {error}", "Name a model transformers knows.") from error
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     total, linear = sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linears)

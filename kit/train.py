@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from kit.examples import Example, collate, order, prepare, read_rows
 from kit.loss import attach
 from kit.memory import peak_bytes, reset_peak
 from kit.models import load_model, load_tokenizer
+from kit.plan import check_fit
 from kit.prompts import template_hash
 from kit.records import write_atomic
 from kit.run import Run, stopwatch
@@ -57,7 +58,10 @@ def train(run: Run) -> None:
         rows = read_rows(path)
         tokenizer = load_tokenizer(run.config.student.model)
         examples, dropped, cut = prepare(rows, tokenizer, run.config)
-        _say_left_out(run, dropped, cut, len(rows))
+        lost = [*dropped.items(), *([("cut, without their answers", cut)] if cut else [])]
+        for why, names in lost:
+            run.progress.warn(f"train: {len(names)} of {len(rows)} rows {why}: {'; '.join(names[:8])}")
+        check_fit(run.config, run, max(len(e.ids) for e in examples))
         summary = _fit(run, tokenizer, examples)
     summary |= {"rows": len(examples), "dropped": dropped, "cut": cut}
     summary["supervised_tokens"] = sum(len(e.ids) - e.prompt_tokens for e in examples)
@@ -75,14 +79,8 @@ def make_model(config: Config) -> Any:
         base.enable_input_require_grads()  # else no gradient crosses the frozen embeddings into a checkpoint
     attach(base, settings.logits_bytes)
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, lora)
+    shape = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    return get_peft_model(base, LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 class AdapterTrainer(Trainer):
@@ -253,52 +251,22 @@ def cut_log(path: Path, step: int) -> None:
 
 def _arguments(run: Run) -> TrainingArguments:
     settings, cuda = run.config.train, torch.cuda.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_rows % (settings.micro_rows * processes):
-        raise KitError(
-            f"train.batch_rows={settings.batch_rows} is no multiple of train.micro_rows={settings.micro_rows}"
-            + (f" times {processes} processes." if processes > 1 else "."),
-            "Change one of them.",
-            2,
-        )
+    together = settings.micro_rows * int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_rows % together:
+        what = f"train.batch_rows={settings.batch_rows} is no multiple of train.micro_rows={settings.micro_rows}"
+        raise KitError(f"{what} times the processes ({together // settings.micro_rows}).", "Change one of them.", 2)
     paged = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
-    return TrainingArguments(
-        output_dir=str(run.folder / "checkpoints"),
-        num_train_epochs=1,  # `order` lays all epochs out in one
-        per_device_train_batch_size=settings.micro_rows,
-        gradient_accumulation_steps=settings.batch_rows // (settings.micro_rows * processes),
-        train_sampling_strategy="sequential",
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=settings.warmup_ratio,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="paged_adamw_8bit" if paged else "adamw_torch",
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        bf16=cuda and settings.dtype != "fp32",
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        seed=run.config.seed,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-
-
-def _say_left_out(run: Run, dropped: dict[str, list[str]], cut: list[str], total: int) -> None:
-    for reason, names in dropped.items():
-        run.progress.warn(f"train: {len(names)} of {total} rows dropped, {reason}: {'; '.join(names[:8])}")
-    if cut:
-        run.progress.warn(
-            f"train: {len(cut)} of {total} rows cut to train.cutoff_tokens, without their answers: {'; '.join(cut[:8])}"
-        )
+    keys: dict[str, Any] = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay}
+    keys |= {"lr_scheduler_type": settings.schedule.replace("constant", "constant_with_warmup")}
+    keys |= {"warmup_steps": settings.warmup_ratio, "max_grad_norm": settings.max_grad_norm}
+    keys |= {"optim": "paged_adamw_8bit" if paged else "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999}
+    keys |= {"per_device_train_batch_size": settings.micro_rows, "seed": run.config.seed}
+    keys |= {"gradient_accumulation_steps": settings.batch_rows // together}
+    keys |= {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}  # `order` lays all epochs out in one
+    keys |= {"bf16": cuda and settings.dtype != "fp32", "use_cpu": not cuda, "dataloader_pin_memory": cuda}
+    keys |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True}
+    keys |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2}
+    return TrainingArguments(str(run.folder / "checkpoints"), remove_unused_columns=False, **keys)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
@@ -309,12 +277,9 @@ def _save_adapter(model: Any, folder: Path) -> None:
     os.replace(beside, folder)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
-
-
 def _inventory(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _file_hash(path) for path in _files(folder)}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+    return {str(path.relative_to(folder)): _file_hash(path) for path in files}
 
 
 def _adapter_hash(folder: Path) -> str:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from kit import export as exporting
 from kit.errors import KitError
@@ -27,7 +26,7 @@ def test_merged_weights_answer_as_the_adapter_does(trained: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained(result["merged"])
-    base = AutoModelForCausalLM.from_pretrained(settings(trained, "x").student.model if False else _base(trained))
+    base = AutoModelForCausalLM.from_pretrained(_base(trained))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (merged.state_dict()[name] - base.state_dict()[name]).abs().max() > 0  # the adapter is in it
 
@@ -76,4 +75,3 @@ def test_the_packaged_models_gguf_answers_in_llama_cpp_as_the_merged_model_does(
     assert result["prompts"] == 8 and result["new_tokens"] == 64
     assert result["agreement"]["merged"] == 8
     assert result["agreement"]["gguf"] >= 6 and result["agreement"]["gguf_tokens"] > 0.8
-    torch.manual_seed(0)

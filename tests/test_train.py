@@ -260,14 +260,14 @@ def test_rows_over_the_cutoff_are_dropped_or_cut_and_named(tiny: str) -> None:
     tokenizer = load_tokenizer(tiny)
     lines = [*rows(3), rows()[0].model_copy(update={"output": "word " * 200})]
     kept, dropped, cut = prepare(lines, tokenizer, settings(Path("unused"), tiny, cutoff_tokens=150))
-    assert len(kept) == 3 and not cut and "line 4 (Ann has 0 pens" in dropped["over train.cutoff_tokens"][0]
+    assert len(kept) == 3 and not cut and "line 4 (Ann has 0 pens" in dropped["dropped, over train.cutoff_tokens"][0]
     config = settings(Path("unused"), tiny, cutoff_tokens=150, over_cutoff="cut")
     kept, dropped, cut = prepare(lines, tokenizer, config)
     assert len(kept) == 4 and not dropped and len(cut) == 1 and len(kept[3].ids) == 150
     assert kept[3].ids[-1] != end_of_turn(tokenizer)
     long_prompt = [*rows(3), rows()[0].model_copy(update={"input": "word " * 200})]
     kept, dropped, cut = prepare(long_prompt, tokenizer, config)  # a prompt is never cut
-    assert len(kept) == 3 and not cut and len(dropped["over train.cutoff_tokens"]) == 1
+    assert len(kept) == 3 and not cut and len(dropped["dropped, over train.cutoff_tokens"]) == 1
 
 
 def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(tmp_path: Path, tiny: str) -> None:
@@ -275,9 +275,9 @@ def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(tmp_pat
     config, tokenizer = settings(tmp_path / "r", tiny), load_tokenizer(tiny)
     kept, dropped, _ = prepare([*rows(2), empty], tokenizer, config)
     assert len(kept) == 2 and dropped == {
-        "nothing to learn": ["line 3 (Ann has 0 pens and buys 0 more. How many has she?)"]
+        "dropped, nothing to learn": ["line 3 (Ann has 0 pens and buys 0 more. How many has she?)"]
     }
-    with pytest.raises(KitError, match=r"None of 2 training rows.*2 nothing to learn: line 1"):
+    with pytest.raises(KitError, match=r"None of 2 training rows.*2 dropped, nothing to learn: line 1"):
         prepare([empty, empty], tokenizer, config)
     with pytest.raises(KitError, match="None of 0 training rows"):
         prepare([], tokenizer, config)
