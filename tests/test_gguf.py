@@ -42,6 +42,10 @@ def by_id(results: Iterator[Generation]) -> dict[str, Generation]:
     return {result.id: result for result in results}
 
 
+def margins(readings: list) -> np.ndarray:
+    return np.array([reads[0][0] - reads[0][1] for reads in readings])
+
+
 def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[list[Probe]]:
     """The judging probes of the shortest real traces, at every so many sentences and at the end."""
     rows = [json.loads(line) for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -60,10 +64,6 @@ def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[l
     return found
 
 
-def margins(readings: list) -> np.ndarray:
-    return np.array([reads[0][0] - reads[0][1] for reads in readings])
-
-
 def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) -> None:
     worst = 0.0
     for probes in judged(backend, shared, count=1, every=8):
@@ -74,6 +74,8 @@ def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) ->
         binary, order = backend.session(), [len(probes) // 2, 0, len(probes) - 1, 1]
         worst = max(worst, *(abs(margins(binary.read([probes[i]]))[0] - fresh[i]) for i in order))
         assert binary.cost.evaluated_tokens < len(probes[-1].ids) + 16 * len(order)
+    again = binary.read([probes[-1]])  # all of it is held, and two tokens are evaluated all the same
+    worst = max(worst, abs(margins(again)[0] - fresh[-1]))
     print(f"largest difference of cached and fresh margins: {worst:.2g}")
     assert worst < 1e-3
 
@@ -224,13 +226,13 @@ def test_draw() -> None:
 
     def shares(**settings: float) -> list[float]:
         sampling, random = Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)), np.random.default_rng(0)
-        return (np.bincount([draw(logits, sampling, random, [0]) for _ in range(4000)], minlength=4) / 4000).tolist()
+        return (np.bincount([draw(logits, sampling, random, [0]) for _ in range(1500)], minlength=4) / 1500).tolist()
 
-    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
-    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.03)
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert shares(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert shares(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
+    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
     assert shares(temperature=0) == [1, 0, 0, 0]
     assert shares(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
     assert logits[0] == np.float32(np.log(np.float32(0.5)))  # left as they were

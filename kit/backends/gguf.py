@@ -141,8 +141,9 @@ class Context:
             for row, (sequence, ids, _) in enumerate(rows)
             for position, token in enumerate(ids, len(self.held[sequence]))
         ]
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            chunk = tokens[start : start + BATCH_TOKENS]
+        while tokens:
+            size = BATCH_TOKENS - (len(tokens) == BATCH_TOKENS + 1)  # one token alone takes other kernels: see read
+            chunk, tokens = tokens[:size], tokens[size:]
             batch.n_tokens = len(chunk)
             for i, (row, sequence, position, token) in enumerate(chunk):
                 batch.token[i], batch.pos[i], batch.logits[i] = token, position, position in rows[row][2]
@@ -263,7 +264,8 @@ class GgufSession:
         for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
             ids, reads = probes[i].ids, dict(probes[i].reads)
             sequence = 0 if self.fresh or len(ids) >= len(context.held[0]) else 1
-            kept = context.keep(sequence, () if self.fresh else ids[: min(reads, default=len(ids))])
+            # at least two tokens are evaluated: llama.cpp multiplies one alone otherwise, and logits moved by up to 0.4
+            kept = context.keep(sequence, () if self.fresh else ids[: min([*reads, len(ids) - 2])])
             for _, position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
                 shifted = logits - logits.max().astype(np.float64)
                 found[i].append((shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist())
