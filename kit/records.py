@@ -19,29 +19,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kit.errors import KitError
 
-VERDICTS = ("correct", "wrong", "unparsed", "timeout")
-FINISHES = ("stop", "length", "loop", "error")
 VOLATILE = frozenset({"seconds", "tokens_per_second"})  # fields in which equal runs may differ
 
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
-
-
-class Row(BaseModel):
-    """A frozen record with a stable id."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: str
-
-    def digest_text(self) -> str:
-        """Canonical JSON without volatile fields: what two equal runs agree on."""
-        return json.dumps(_steady(self.model_dump(mode="json")), ensure_ascii=False, sort_keys=True)
 
 
 class Part(BaseModel):
     """A frozen piece of a row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(Part):
+    """A record with a stable id."""
+
+    id: str
+
+    def digest_text(self) -> str:
+        """Canonical JSON without volatile fields: what two equal runs agree on."""
+        return json.dumps(_steady(self.model_dump(mode="json")), ensure_ascii=False, sort_keys=True)
 
 
 class Problem(Row):
@@ -65,16 +61,21 @@ class Sample(Part):
     tokens: int = 0  # generated
 
 
-class TraceRow(Row):
-    """teach: one problem, its sampled traces, and which of them go on (`kept`: indices into `samples`)."""
+class Outcome(Row):
+    """What every stage's row has: its problem, what it took, and, where it left here, why."""
 
     question: str
     answer: str
-    samples: tuple[Sample, ...]
-    kept: tuple[int, ...]
     seconds: float = 0.0
     rejected: str | None = None
     detail: str | None = None
+
+
+class TraceRow(Outcome):
+    """teach: one problem, its sampled traces, and which of them go on (`kept`: indices into `samples`)."""
+
+    samples: tuple[Sample, ...]
+    kept: tuple[int, ...]
 
 
 class Verdict(Part):
@@ -85,11 +86,9 @@ class Verdict(Part):
     margin: float | None  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
 
 
-class PrefixRow(Row):
+class PrefixRow(Outcome):
     """truncate: where one trace is cut. prefix == trace[:end], exactly."""
 
-    question: str
-    answer: str
     trace: str
     end: int  # characters
     sentences: int  # kept
@@ -101,16 +100,11 @@ class PrefixRow(Row):
     prompt_tokens: int = 0  # of the longest judging prompt asked
     evaluated_tokens: int = 0
     reused_tokens: int = 0
-    seconds: float = 0.0
-    rejected: str | None = None
-    detail: str | None = None
 
 
-class AlignedRow(Row):
+class AlignedRow(Outcome):
     """align: the student's continuation from one prefix, graded."""
 
-    question: str
-    answer: str
     prefix: str
     continuation: str
     samples: tuple[Sample, ...] = ()  # of the last round
@@ -118,9 +112,15 @@ class AlignedRow(Row):
     kept_by: str | None = None  # first, shortest, all; with +N after N lengthening rounds
     lengthened: int = 0
     answer_in_prefix: bool = False
-    seconds: float = 0.0
-    rejected: str | None = None
-    detail: str | None = None
+
+
+class EvalRow(Outcome):
+    """eval: one held-out problem and a model's graded samples."""
+
+    level: str | None = None
+    subject: str | None = None
+    samples: tuple[Sample, ...] = ()
+    prompt_tokens: int = 0
 
 
 class TrainRow(Part):
@@ -131,30 +131,11 @@ class TrainRow(Part):
     output: str
 
 
-class EvalRow(Row):
-    """eval: one held-out problem and a model's graded samples."""
-
-    question: str
-    answer: str
-    level: str | None = None
-    subject: str | None = None
-    samples: tuple[Sample, ...] = ()
-    prompt_tokens: int = 0
-    seconds: float = 0.0
-    rejected: str | None = None
-    detail: str | None = None
-
-
 R = TypeVar("R", bound=Row)
 
 
 class RowFile(Generic[R]):
-    """Rows of one type in a JSONL file, appended one by one and flushed.
-
-    Args:
-        path: the file; it need not exist.
-        kind: the row type.
-    """
+    """Rows of one type in a JSONL file, which need not exist yet; appended one by one and flushed."""
 
     def __init__(self, path: Path, kind: type[R]) -> None:
         self.path, self.kind = path, kind
