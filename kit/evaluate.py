@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def evaluate(run: Run) -> None:
         KitError: no finished training, or prompts rendered in another way than the adapter was trained with.
     """
     config, datasets = run.config, run.data.evals
+    if not datasets:
+        raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
     verifiers = {name: source.verifier for name, source in zip(datasets, config.data.eval, strict=True)}
     trained = config.method != "zero-shot"
     if trained:
@@ -52,7 +55,7 @@ def evaluate(run: Run) -> None:
                 for name, problems in datasets.items():
                     file = RowFile(run.path(files[which, name]), EvalRow)
                     units = [(problem.id, problem) for problem in problems]
-                    work = examiner.asker(verifiers[name])
+                    work = partial(examiner.write, verifier=verifiers[name])
                     rows[which, name] = work_through(run, "eval", file, units, 4 * config.eval.parallel, work)
     every = [row for found in rows.values() for row in found]
     run.finish(
@@ -76,47 +79,42 @@ def evaluate(run: Run) -> None:
 
 
 class Examiner:
-    """Asks one model; loads it when the first answer is missing."""
+    """Asks one model, before or after training; loads it when the first answer is missing."""
 
     def __init__(self, run: Run, grader: Grader, which: str) -> None:
         self.run, self.grader, self.which = run, grader, which
         self.backend: Backend | None = None
 
-    def asker(self, verifier: str) -> Callable[[list[Problem]], Iterator[EvalRow]]:
-        """Work for one dataset: problems to graded rows, each as it is finished."""
-
-        def work(problems: list[Problem]) -> Iterator[EvalRow]:
-            backend = self.backend or self._open()
-            by_id = {problem.id: problem for problem in problems}
-            for done in backend.generate([self._request(backend, problem) for problem in problems]):
-                problem = by_id[done.id]
-                texts = [(c.text, c.finish, len(c.ids)) for c in done.completions]
-                facts = problem.model_dump(include={"id", "question", "answer", "level", "subject"})
-                samples = graded_samples(self.grader, texts, problem.answer, verifier)
-                failed = {"rejected": "generation failed", "detail": done.error} if done.error else {}
-                seconds = round(done.seconds, 3)
-                yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=seconds, **failed)
-
-        return work
+    def write(self, problems: list[Problem], verifier: str) -> Iterator[EvalRow]:
+        """Graded rows of a batch, each as it is finished."""
+        config, engine = self.run.config, self.run.config.eval
+        backend = self.backend or self._open()
+        by_id = {problem.id: problem for problem in problems}
+        requests = []
+        for problem in problems:
+            user = solve_text(config.prompts, problem.question)
+            prompt = render(backend.tokenizer, user, engine.system, thinking=engine.thinking)
+            requests.append(Request(problem.id, prompt, engine.sampling, n=engine.samples, seed=config.seed))
+        for done in backend.generate(requests):
+            texts = [(c.text, c.finish, len(c.ids)) for c in done.completions]
+            facts = by_id[done.id].model_dump(include={"id", "question", "answer", "level", "subject"})
+            facts |= {"rejected": "generation failed", "detail": done.error} if done.error else {}
+            samples = graded_samples(self.grader, texts, facts["answer"], verifier)
+            seconds = round(done.seconds, 3)
+            yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=seconds)
 
     def _open(self) -> Backend:
         config = self.run.config
         adapter = str(self.run.folder / "adapter") if self.which == "after" else None
         self.backend = backend = open_backend(config.eval, adapter=adapter)
-        trained = self.run.manifest.get("template_hash") if config.method != "zero-shot" else None
         now = template_hash(backend.tokenizer, config.prompts, config.eval.system, config.eval.thinking)
-        if trained is not None and trained != now:
+        trained = self.run.manifest.get("template_hash") if config.method != "zero-shot" else now
+        if trained not in (None, now):
             raise KitError(
                 f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
                 "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
             )
         return backend
-
-    def _request(self, backend: Backend, problem: Problem) -> Request:
-        config, engine = self.run.config, self.run.config.eval
-        user = solve_text(config.prompts, problem.question)
-        prompt = render(backend.tokenizer, user, engine.system, thinking=engine.thinking)
-        return Request(problem.id, prompt, engine.sampling, n=engine.samples, seed=config.seed)
 
     def __enter__(self) -> Examiner:
         return self
