@@ -142,7 +142,7 @@ def _builtin(source: Source, seed: int, held_out: bool) -> Reading:
 
 def _file_rows(source: Source) -> Located:
     """The objects of a .jsonl or .json file."""
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))  # pathlib would raise where there is no such user
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -134,7 +134,9 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) ->
     assert "bad.jsonl" in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/nowhere/x.json", "a b c", "\0", "x" * 5000, "", "."])
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "./missing", "/nowhere/x.json", "a b c", "\0", "x" * 5000, "", ".", "~0"]
+)
 def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KitError):
