@@ -46,7 +46,7 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
         mine = [next(rest) for _ in outputs]
         samples = [Sample(text="", verdict=g.verdict, answer=g.answer) for g in mine]  # type: ignore[arg-type]
         graded.append(EvalRow(id=str(line), question="", answer=gold, samples=tuple(samples)))
-        for number, (label, given) in enumerate(zip(labels or [], mine, strict=bool(labels))):
+        for number, (label, given) in enumerate(zip(labels, mine, strict=bool(labels))):
             labelled, same = labelled + 1, (given.verdict == "correct") == label
             agree += same
             if not same:
@@ -81,45 +81,39 @@ def show(result: dict[str, Any]) -> None:
         print(f": {row['answer']!r} against {row['gold']!r}")
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, list[str], list[bool] | None]]:
-    """(line, gold, outputs, labels) of each row."""
+def _read(path: Path) -> Iterator[tuple[int, str, list[str], list[bool]]]:
+    """(line, gold, outputs, labels) of each row; no labels where the row has none."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise KitError(f"{path} cannot be read: {error}", "Give a JSONL file in UTF-8.") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise KitError(f"{where} is not JSON: {error.msg} at column {error.colno}.", "Mend that line.") from None
-        if not isinstance(row, dict):
-            raise KitError(f"{where} holds a {type(row).__name__}, not an object.", "Write one object a line.")
-        gold = _pick(row, ANSWERS, where, "answer")
-        outputs = _pick(row, OUTPUTS, where, "output")
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        texts = [item.get("text") if isinstance(item, dict) else item for item in outputs]
-        if isinstance(gold, (dict, list, bool)) or not str(gold).strip() or not all(isinstance(t, str) for t in texts):
-            raise KitError(f"{where}: the answer or an output is not text.", "Give text, or a list of texts.")
-        yield number, str(gold), texts, _labels(row, outputs, where)
+        if line.strip():
+            try:
+                yield number, *_fields(json.loads(line))
+            except json.JSONDecodeError as error:
+                text = f"{path} line {number} is not JSON: {error.msg} at column {error.colno}."
+                raise KitError(text, "Mend that line.") from None
+            except ValueError as error:
+                raise KitError(f"{path} line {number} {error}.", "Mend that row, or leave it out.") from None
 
 
-def _pick(row: dict[str, Any], names: tuple[str, ...], where: str, what: str) -> Any:
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise KitError(f"{where} has no {what}; its keys: {', '.join(row)}.", f"Call it one of {', '.join(names)}.")
-
-
-def _labels(row: dict[str, Any], outputs: list[Any], where: str) -> list[bool] | None:
-    if all(isinstance(item, dict) and "verdict" in item for item in outputs):
-        return [item["verdict"] == "correct" for item in outputs]
-    found = next((row[name] for name in LABELS if row.get(name) is not None), None)
-    if found is None or isinstance(found, str):
-        return None
-    labels = found if isinstance(found, list) else [found]
-    if len(labels) != len(outputs):
-        raise KitError(f"{where} has {len(outputs)} outputs and {len(labels)} labels.", "Give one label an output.")
-    return [bool(label) for label in labels]
+def _fields(row: Any) -> tuple[str, list[str], list[bool]]:
+    if not isinstance(row, dict):
+        raise ValueError(f"holds a {type(row).__name__}, not an object")
+    gold, outputs, labels = (
+        next((row[n] for n in names if row.get(n) is not None), None) for names in (ANSWERS, OUTPUTS, LABELS)
+    )
+    for what, value, names in (("answer", gold, ANSWERS), ("output", outputs, OUTPUTS)):
+        if value is None:
+            raise ValueError(f"has no {what} (any of {', '.join(names)}); its keys: {', '.join(row)}")
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    if outputs and all(isinstance(item, dict) for item in outputs):  # our own rows, graded before
+        labels = [item.get("verdict") == "correct" for item in outputs]
+        outputs = [item.get("text") for item in outputs]
+    if not isinstance(gold, (str, int, float)) or not str(gold).strip() or not all(isinstance(t, str) for t in outputs):
+        raise ValueError("has an answer or an output that is not text")
+    labels = labels if isinstance(labels, list) else [] if labels is None or isinstance(labels, str) else [labels]
+    if labels and len(labels) != len(outputs):
+        raise ValueError(f"has {len(outputs)} outputs and {len(labels)} labels")
+    return str(gold), outputs, [bool(label) for label in labels]

@@ -174,7 +174,8 @@ def test_workers_end_when_their_parent_is_killed():
         "from kit.answers import Grader, Item; import json, threading, sys\n"
         "g = Grader(workers=2, timeout_seconds=3)\n"
         "g.grade([Item('3', r'\\boxed{\\sqrt{9}}')])\n"
-        "t = [threading.Thread(target=g.grade, args=([Item('5', x)],)) for x in (r'\\boxed{9^{9^{9^9}}}', r'\\boxed{9^{9^9}}')]\n"
+        "grade = lambda x: g.grade([Item('5', x)])\n"
+        "t = [threading.Thread(target=grade, args=(x,)) for x in (r'\\boxed{9^{9^{9^9}}}', r'\\boxed{9^{9^9}}')]\n"
         "[x.start() for x in t]; print('busy', flush=True); [x.join() for x in t]"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)

@@ -24,8 +24,8 @@ def bench(repeats: int = 3) -> dict[str, Any]:
     """Grade both sets.
 
     Returns:
-        rows: [{name: gsm8k | math, rows_per_second, seconds (median of the repeats), answers, asked: of them, those that
-        a worker compared, verdicts}].
+        rows: [{name: gsm8k | math, rows_per_second, seconds (median of the repeats), answers, asked (of them, a
+        worker), verdicts}].
     """
     sets = {"gsm8k": _gsm8k(1000), "math": _math(500)}
     return {"subject": "grade", "workers": 2, "rows": [_measure(name, items, repeats) for name, items in sets.items()]}
@@ -52,10 +52,8 @@ def _gsm8k(count: int) -> list[Item]:
 
 def _math(count: int) -> list[Item]:
     golds = [row["answer"] for row in _rows("math500.jsonl", count)]
-    return [
-        Item(gold, f"\\boxed{{{golds[(n + 1) % len(golds)] if n % 2 else gold + ' + 0'}}}")
-        for n, gold in enumerate(golds)
-    ]
+    given = [golds[(n + 1) % len(golds)] if n % 2 else f"{gold} + 0" for n, gold in enumerate(golds)]
+    return [Item(gold, f"\\boxed{{{answer}}}") for gold, answer in zip(golds, given, strict=True)]
 
 
 def _rows(name: str, count: int) -> list[dict[str, Any]]:
