@@ -58,24 +58,18 @@ def evaluate(run: Run) -> None:
                     work = partial(examiner.write, verifier=verifiers[name])
                     rows[which, name] = work_through(run, "eval", file, units, 4 * config.eval.parallel, work)
     every = [row for found in rows.values() for row in found]
-    run.finish(
-        "eval",
-        " ".join(digest(found) for found in rows.values()),
-        rows_in=len(every),
-        rows_out=sum(not row.rejected for row in every),
-        seconds=seconds(),
-        scores=[
-            {"model": config.eval.model, "dataset": name, "which": which, **score(found, config.eval.confidence)}
-            for (which, name), found in sorted(rows.items(), key=lambda item: item[0][0] == "after")
-        ],
-        comparisons=[
-            {"dataset": name, "a": "before", "b": "after", **compare_rows(rows["before", name], rows["after", name])}
-            for name in datasets
-            if len(sides) == 2
-        ],
-        tokens=sum(sample.tokens for row in every for sample in row.samples),
-        rejected=dict(Counter(row.rejected for row in every if row.rejected)),
-    )
+    confidence, scores, comparisons = config.eval.confidence, [], []
+    for which, name in sorted(rows, key=lambda key: key[0] == "after"):
+        about = {"model": config.eval.model, "dataset": name, "which": which}
+        scores.append(about | score(rows[which, name], confidence))
+        if which == "after" and ("before", name) in rows:
+            compared = compare_rows(rows["before", name], rows["after", name], confidence)
+            comparisons.append({"dataset": name, "a": "before", "b": "after", **compared})
+    counts = {"rows_in": len(every), "rows_out": sum(not row.rejected for row in every), "seconds": seconds()}
+    rejected = dict(Counter(row.rejected for row in every if row.rejected))
+    tokens = sum(sample.tokens for row in every for sample in row.samples)
+    summary = {"scores": scores, "comparisons": comparisons, "tokens": tokens, "rejected": rejected}
+    run.finish("eval", " ".join(digest(found) for found in rows.values()), **counts, **summary)
 
 
 class Examiner:
