@@ -176,7 +176,8 @@ def test_samples_share_their_prefill_and_have_their_own_seeds(backend: GgufBacke
     assert sum(a.ids == b.ids for a, b in pairs) >= 1  # neighbours move a draw only where it falls on an edge
 
 
-def test_finish_reasons(backend: GgufBackend) -> None:
+def test_finish_reasons(backend: GgufBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "context_tokens", 128)
     tokenizer = backend.tokenizer
     greedy = Sampling(temperature=0, max_new_tokens=40)
     ask = prompts.render(tokenizer, "Reply with the one word yes.")
@@ -187,8 +188,8 @@ def test_finish_reasons(backend: GgufBackend) -> None:
         Request("length", count, greedy.model_copy(update={"max_new_tokens": 3})),
         Request("stop", count, greedy.model_copy(update={"stop": ("1, 2", " 9")})),
         Request("loop", loop, greedy.model_copy(update={"stop_loops": True, "max_new_tokens": 200})),
-        Request("full", (5,) * 2045, greedy),
-        Request("long", (5,) * 2048, greedy),
+        Request("full", (5,) * 125, greedy),
+        Request("long", (5,) * 128, greedy),
         Request("empty", (), greedy),
     ]
     results = by_id(backend.generate(requests))
@@ -204,7 +205,7 @@ def test_finish_reasons(backend: GgufBackend) -> None:
     assert len(done["length"].ids) == 3 and len(done["full"].ids) == 3
     assert done["stop"].text == " 7, 8,"
     assert looping(done["loop"].ids)
-    assert "2048 tokens" in results["long"].error and "0 tokens" in results["empty"].error
+    assert "128 tokens" in results["long"].error and "0 tokens" in results["empty"].error
 
 
 def test_tokenizer(backend: GgufBackend) -> None:
