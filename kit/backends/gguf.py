@@ -239,7 +239,8 @@ class GgufBackend:
                     raise OSError(" ".join(lib.complaints))
                 part.rename(target)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            if part.exists():
+                part.unlink()
             self.notes.append(f"{path.name} runs at half speed: its 16-bit copy cannot be cached in {root} ({error})")
             return path
         return target
