@@ -237,7 +237,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
+        runs = (
+            p for p in sorted(Path("configs").glob("*.yaml")) if re.search(rb"^name:", p.read_bytes(), re.MULTILINE)
+        )
+        near = ", ".join(map(str, runs)) or "none here"  # without the files of texts that lie there too
         raise KitError(f"There is no config file {path}.", f"Configs that come along: {near}.", 2) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise KitError(f"{path} cannot be read as YAML: {error}", "Mend that line and run again.", 2) from None
