@@ -36,7 +36,9 @@ def texts() -> dict[str, Any]:
     return read
 
 
-def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, int] = (1, 4)) -> list[Problem]:
+def generate(
+    count: int, seed: int, held_out: bool = False, steps: tuple[int, int] = (1, 4), largest: int = 60
+) -> list[Problem]:
     """Make distinct problems.
 
     Args:
@@ -44,6 +46,7 @@ def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, in
         seed: another seed gives other problems (with some of the same among thousands).
         held_out: the other half of all questions; no held-out question is ever a training question.
         steps: fewest and most arithmetic steps, each number of them equally likely.
+        largest: number that a story begins with or adds; 10 is for the weakest of models.
 
     Returns:
         problems with worked solutions; `level` is the number of steps, `subject` the kind of story. The id is a hash
@@ -55,10 +58,10 @@ def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, in
     low, high = steps
     if not 1 <= low <= high <= 4:
         raise KitError(f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2)
-    rng = random.Random(f"problems {seed} {held_out} {low} {high}")
+    rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     found: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
-        problem = _problem(rng, rng.choice(texts()["stories"]), rng.randint(low, high))
+        problem = _problem(rng, rng.choice(texts()["stories"]), rng.randint(low, high), largest)
         if problem is not None and int(problem.id[-1], 16) % 2 == held_out:
             found.setdefault(problem.id, problem)
         if len(found) == count:
@@ -66,7 +69,7 @@ def generate(count: int, seed: int, held_out: bool = False, steps: tuple[int, in
     raise KitError(f"Only {len(found)} of {count} built-in problems could be made.", "Ask for fewer.")
 
 
-def _problem(rng: random.Random, story: dict[str, Any], steps: int) -> Problem | None:
+def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
     women, men = texts()["she"].split(), texts()["he"].split()
     hero, friend = rng.sample(women + men, 2)
@@ -77,13 +80,13 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int) -> Problem |
     events = rng.sample(inner, min(steps, len(inner)))
     if rng.random() < 0.5 or len(events) < steps:
         events[steps - 1 :] = [rng.choice(last)]
-    value = rng.randint(6, 60)
+    value = rng.randint(6, max(6, largest))
     told, worked = [story["begin"].format(a=value, **words)], [f"At the start: {value} {words['things']}."]
     for op, tell, note, *_ in events:
         if op == "/":  # a divisor that leaves no rest
             number = rng.choice([d for d in range(2, 13) if value % d == 0 and d < value] or [value + 1])
         else:
-            number = rng.randint(*{"+": (3, 60), "-": (2, max(2, value - 2)), "*": (2, 6)}[op])
+            number = rng.randint(*{"+": (3, max(3, largest)), "-": (2, max(2, value - 2)), "*": (2, 6)}[op])
         result = _APPLY[op](value, number)
         if not 2 <= result <= LARGEST:
             return None
