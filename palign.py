@@ -164,10 +164,20 @@ def _bench(args: argparse.Namespace, progress: Any) -> int:
 
 def _compare(args: argparse.Namespace, progress: Any) -> int:
     from kit import compare
-    from kit import config as configs
 
-    judge = configs.load(args.quality) if args.quality else None
+    judge = _quality(args.quality) if args.quality else None
     return _print(args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show)
+
+
+def _quality(path: str) -> Any:
+    """What compares reasoning: the teacher of a config, as a judge."""
+    from kit import config as configs
+    from kit.backends import open_backend
+    from kit.quality import compare_reasoning, pairs_of
+
+    config = configs.load(path)
+    backend = open_backend(config.teacher)
+    return lambda first, second: compare_reasoning(backend, config.prompts, pairs_of(first, second))
 
 
 def _plan(args: argparse.Namespace, progress: Any) -> int:

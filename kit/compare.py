@@ -6,7 +6,7 @@ runs, so seeds make a problem's own score surer but never count as more problems
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from kit import stats
-from kit.config import Config, flat
+from kit.config import flat
 from kit.errors import KitError
 from kit.evaluate import file_name, shares
 from kit.metrics import Files, numbers
@@ -51,11 +51,11 @@ class Group:
         return {**found, "accuracy": mean(means), "low": low, "high": high, "spread": spread}
 
 
-def compare(folders: Sequence[Path], out: Path, judge: Config | None = None) -> dict[str, Any]:
+def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Compare runs and write the page `out`.
 
     Args:
-        judge: a config whose teacher judges the first two groups' reasoning (`kit.quality`); None: not asked.
+        judge: compares two groups' answers by their reasoning (`kit.quality`); asked of the first two groups.
 
     Returns:
         runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
@@ -68,18 +68,21 @@ def compare(folders: Sequence[Path], out: Path, judge: Config | None = None) -> 
         raise KitError("compare needs two runs or more.", "Name their folders: palign.py compare runs/a runs/b.", 2)
     files = [Files(Path(folder)) for folder in folders]
     groups, settings = _groups(files), [flat(run.config) for run in files]
-    datasets = list(dict.fromkeys(name for group in groups for name in group.answers))
     found: dict[str, Any] = {"runs": [numbers(run) for run in files], "page": str(out)}
     found["groups"] = [{"label": g.label, "seeds": [run.config["seed"] for run in g.files]} for g in groups]
-    found["scores"] = [group.score(name) for name in datasets for group in groups if name in group.answers]
-    found["pairs"] = [pair for name in datasets for a, b in combinations(groups, 2) for pair in _pair(a, b, name)]
+    found |= {"scores": [], "pairs": [], "different": [], "quality": {}}
+    for name in dict.fromkeys(name for group in groups for name in group.answers):
+        some = [group for group in groups if name in group.answers]
+        found["scores"] += [group.score(name) for group in some]
+        found["pairs"] += [pair for a, b in combinations(some, 2) for pair in _pair(a, b, name)]
+        found["different"] += _different(some, name)
+        if judge and len(some) > 1:
+            first, second = ([rows[0] for rows in group.answers[name].values()] for group in some[:2])
+            found["quality"][name] = {"a": some[0].label, "b": some[1].label, **judge(first, second)}
     found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
-    values = {
-        key: [one.get(key) for one in settings] for key in {k: 0 for one in settings for k in one} if key not in NAMES
-    }
+    keys = {key: 0 for one in settings for key in one if key not in NAMES}
+    values = {key: [one.get(key) for one in settings] for key in keys}
     found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
-    found["different"] = [item for name in datasets for item in _different(groups, name)]
-    found["quality"] = _quality(groups, datasets, judge) if judge else {}
     curves = [(f.config["name"], [(line["step"], line["loss"]) for line in f.log]) for f in files if f.log]
     write_atomic(Path(out), render("compare.html.j2", found=found, curves=curves))
     return found
@@ -125,27 +128,19 @@ def _cuts(a: Files, b: Files) -> list[dict[str, Any]]:
 
 def _different(groups: list[Group], dataset: str) -> list[dict[str, Any]]:
     """Problems on which groups disagree most, with one answer of each."""
-    some = [(group, group.shares(dataset)) for group in groups if dataset in group.answers]
-    every = [key for key in some[0][1] if all(key in share for _, share in some)]
-    gaps = {key: max(share[key] for _, share in some) - min(share[key] for _, share in some) for key in every}
+    shares_of = [group.shares(dataset) for group in groups]
+    gaps = {}
+    for key in shares_of[0]:
+        scores = [share[key] for share in shares_of if key in share]
+        gaps[key] = max(scores) - min(scores) if len(scores) == len(groups) else 0
     found = []
-    for key in sorted((key for key in every if gaps[key]), key=lambda key: -gaps[key])[:DIFFERENT]:
-        rows = [(group.label, share[key], group.answers[dataset][key][0]) for group, share in some]
+    for key in sorted((key for key in gaps if gaps[key]), key=lambda key: -gaps[key])[:DIFFERENT]:
+        rows = [
+            (group.label, share[key], group.answers[dataset][key][0])
+            for group, share in zip(groups, shares_of, strict=True)
+        ]
         texts = [{"group": g, "share": s, "text": r.samples[0].text if r.samples else ""} for g, s, r in rows]
-        gold = rows[0][2].answer
-        found.append({"dataset": dataset, "id": key[0], "question": key[1], "gold": gold, "answers": texts})
-    return found
-
-
-def _quality(groups: list[Group], datasets: list[str], judge: Config) -> dict[str, Any]:
-    """The first two groups' reasoning, compared by a judge model."""
-    from kit.backends import open_backend
-    from kit.quality import compare_reasoning, pairs_of
-
-    backend, found = open_backend(judge.teacher), {}
-    for name in datasets if len(groups) > 1 else ():
-        a, b = ([rows[0] for rows in group.answers.get(name, {}).values()] for group in groups[:2])
-        told = compare_reasoning(backend, judge.prompts, pairs_of(a, b))
-        found[name] = {"a": groups[0].label, "b": groups[1].label, **told}
-    backend.close()
+        found.append(
+            {"dataset": dataset, "id": key[0], "question": key[1], "gold": rows[0][2].answer, "answers": texts}
+        )
     return found

@@ -99,7 +99,7 @@ def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, st
 
     texts, spoken = Environment(), []  # noqa: S701 (plain text; the page escapes it)
     texts.filters["share"] = lambda part, of: f"{part:,} of {of:,}" + (f" ({part / of:.0%})" if of else "")
-    texts.filters["percent"] = lambda value, digits=1, sign="": f"{value:{sign}.{digits}%}"
+    texts.filters["percent"] = percent
     for rule in yaml.safe_load(RULES.read_text(encoding="utf-8")):
         for item in found[rule["each"]] if "each" in rule else [None]:
             fields = {**found, "config": config, "item": item}
@@ -107,6 +107,11 @@ def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, st
                 parts = [texts.from_string(rule.get(key, "")).render(fields).strip() for key in PARTS]
                 spoken.append({"level": rule["level"], **dict(zip(PARTS, parts, strict=True))})
     return sorted(spoken, key=lambda finding: finding["level"] != "warning")
+
+
+def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
+    """A share as per cent; a dash for none."""
+    return "–" if value is None else f"{value:{sign}.{digits}%}"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | int | None]:

@@ -6,7 +6,6 @@ and its control characters are shown. The numbers are kit/metrics.py's; several 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -14,38 +13,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from kit.config import flat
-from kit.metrics import RULES, Files, numbers
+from kit.metrics import Files, numbers, percent
 from kit.records import PrefixRow, write_atomic
-from kit.run import Run, stopwatch
+from kit.run import Run
 from kit.sentences import ends
 
 TEMPLATES = Path(__file__).parents[1] / "configs"
 CURVES, EXAMPLES, CHIPS = 4, 3, 24  # traces with their verdicts, rows to read, verdicts marked in a text
-_HIDDEN = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
-)
+_BAD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
 def report(run: Run) -> None:
-    """The stage: metrics.json and report.html from whatever the run holds."""
-    others = {name: entry.get("output") for name, entry in run.manifest["stages"].items() if name != "report"}
-    pages = "".join(path.read_text(encoding="utf-8") for path in sorted([*TEMPLATES.glob("*.j2"), RULES]))
-    source = hashlib.sha256(json.dumps([others, flat(run.config), pages]).encode()).hexdigest()[:16]
-    written = [run.path("metrics.json"), run.path("report.html")]
-
-    def output() -> str:
-        return hashlib.sha256(b"".join(p.read_bytes() for p in written if p.exists())).hexdigest()[:16]
-
-    if not run.begin("report", source, output):
-        return
-    with stopwatch() as seconds:
-        files = Files(run.folder)
-        found = numbers(files)
-        write_atomic(written[0], json.dumps(found, indent=1) + "\n")
-        write_atomic(written[1], page(files, found))
-    run.finish("report", output(), rows_in=len(files.traces), rows_out=len(files.train), seconds=seconds())
-    run.progress.say(f"report: {written[1]}")
+    """The stage: metrics.json and report.html from whatever the run holds. Made anew each time: it takes a second."""
+    files = Files(run.folder)
+    found = numbers(files)
+    write_atomic(run.path("metrics.json"), json.dumps(found, indent=1) + "\n")
+    write_atomic(run.path("report.html"), page(files, found))
+    run.progress.say(f"report: {run.path('report.html')}")
 
 
 def page(files: Files, found: dict[str, Any]) -> str:
@@ -68,39 +55,26 @@ def render(template: str, **fields: Any) -> str:
     """A page (its texts escaped) or a table from a template in configs/; control characters are shown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=".html" in template,  # noqa: S701 (the others are plain text)
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"],
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    environment.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
-    environment.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
-    return environment.get_template(template).render(**fields)
+    page = Environment(autoescape=".html" in template, undefined=StrictUndefined)  # noqa: S701 (the others are plain)
+    page.loader, page.trim_blocks, page.lstrip_blocks = FileSystemLoader(TEMPLATES), True, True
+    page.finalize = lambda value: visible(value) if type(value) is str else value
+    page.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
+    page.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
+    return page.get_template(template).render(**fields)
 
 
 def visible(text: str) -> str:
     """Control characters, text-direction marks and lone surrogates as their names: harmless, and seen."""
-    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+    return _BAD.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def clip(text: str, limit: int) -> Any:
     """A text's beginning and end as markup, with the count of what was left out between."""
-    from markupsafe import Markup
-
     if len(text) <= limit + 80:
         return visible(text)
     head, tail = text[: limit * 2 // 3], text[-(limit // 3) :]
     gap = Markup('{} <span class="gap">… {:,} characters left out …</span> {}')
     return gap.format(visible(head), len(text) - len(head) - len(tail), visible(tail))
-
-
-def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """A share as per cent; a dash for none."""
-    return "–" if value is None else f"{value:{sign}.{digits}%}"
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -244,19 +245,16 @@ def test_duration(seconds: float | None, words: str) -> None:
     assert times.duration(seconds).strip() == words  # type: ignore[attr-defined]
 
 
-def test_the_stage_writes_and_is_skipped(tmp_path: Path) -> None:
+def test_the_stage_writes_the_same_again(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", upto="align")
     settings = config.resolve(yaml.safe_load((folder / "config.yaml").read_text()), "config.yaml")
     with Run(settings, Progress(quiet=True)) as run:
         report.report(run)
-        page = (folder / "report.html").read_text(encoding="utf-8")
-        assert "run" in page and (folder / "metrics.json").exists()
-        os.utime(folder / "report.html", (0, 0))
-        report.report(run)
-        assert (folder / "report.html").stat().st_mtime == 0  # nothing changed: not written again
+        pages = [(folder / name).read_bytes() for name in ("report.html", "metrics.json")]
+        assert numbers(Files(folder)) == json.loads(pages[1])
         (folder / "report.html").write_text("gone")
         report.report(run)
-        assert (folder / "report.html").read_text(encoding="utf-8") == page
+    assert [(folder / name).read_bytes() for name in ("report.html", "metrics.json")] == pages
 
 
 def test_compare_pairs_and_groups(tmp_path: Path) -> None:
@@ -298,3 +296,19 @@ def test_compare_needs_two_runs(tmp_path: Path) -> None:
         compare.compare([tmp_path], tmp_path / "out.html")
     with pytest.raises(KitError, match="no run"):
         compare.compare([tmp_path, tmp_path], tmp_path / "out.html")
+
+
+def test_reasoning_is_judged_on_both_runs_answers(tmp_path: Path) -> None:
+    """The judge is given one answer a problem of each of the first two groups; what it says stands on the page."""
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+
+    def judge(first: list[Any], second: list[Any]) -> dict[str, Any]:
+        assert [row.id for row in first] == [row.id for row in second] and len(first) == 60
+        told = {"judge": "a judge", "pairs": 60, "first": 10, "second": 30, "ties": 15, "flips": 5}
+        return {**told, "p_value": 0.002, "first_shown_ratio": 0.61}
+
+    found = compare.compare(runs, tmp_path / "out.html", judge)
+    assert found["quality"]["builtin"]["second"] == 30 and found["quality"]["builtin"]["b"] == "no-search"
+    html = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "Reasoning compared" in html and "a judge" in html and "61%" in html
+    compare.show(found)
