@@ -17,14 +17,14 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kit import config, data, prompts, sources
+from kit import config, data, prompts
 from kit.answers import extract
 from kit.config import Config, Source
 from kit.errors import KitError
 from kit.records import Problem, RowFile, Sample, TraceRow, line_of
 from kit.sentences import ends, split
 
-EXAMPLES = int(os.environ.get("PALIGN_FUZZ", "150"))
+EXAMPLES = int(os.environ.get("PALIGN_FUZZ", "50"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -45,7 +45,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
     max_leaves=8,
 )
-KEYS = sorted({key for keys in sources.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
+KEYS = sorted({key for keys in data.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
 
 
 @fuzz
@@ -107,7 +107,7 @@ SOURCES = st.fixed_dictionaries(
     {},
     optional={
         "format": st.sampled_from(["auto", "gsm8k", "math", "aime", "s1k", "fields"]),
-        "fields": st.dictionaries(st.sampled_from([*sources.ROLES, "x"]), st.sampled_from(KEYS), max_size=3),
+        "fields": st.dictionaries(st.sampled_from([*data.ROLES, "x"]), st.sampled_from(KEYS), max_size=3),
         "limit": st.integers(1, 5),
         "seed": st.integers(),
         "stratify": st.sampled_from(["level", "subject", "id", "x"]),
@@ -118,7 +118,7 @@ SOURCES = st.fixed_dictionaries(
 def check_source(source: Source, traces: bool) -> None:
     """What is read is whole: text without surrogates, ids of its own, everything else accounted for."""
     try:
-        reading = data.subset(sources.read(source, 0, traces=traces), 0)
+        reading = data.subset(data.read(source, 0, traces=traces), 0)
     except KitError as error:
         assert str(error)
         return

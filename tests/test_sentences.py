@@ -78,7 +78,7 @@ def check(text: str) -> None:
         assert not part[:1].isspace() or before == "x"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(ALPHABET, max_size=60).map("".join) | st.text(st.characters(), max_size=80))
 def test_lossless_for_any_string(text: str) -> None:
     check(text)
