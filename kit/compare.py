@@ -128,19 +128,13 @@ def _cuts(a: Files, b: Files) -> list[dict[str, Any]]:
 
 def _different(groups: list[Group], dataset: str) -> list[dict[str, Any]]:
     """Problems on which groups disagree most, with one answer of each."""
-    shares_of = [group.shares(dataset) for group in groups]
-    gaps = {}
-    for key in shares_of[0]:
-        scores = [share[key] for share in shares_of if key in share]
-        gaps[key] = max(scores) - min(scores) if len(scores) == len(groups) else 0
+    every = {group.label: group.shares(dataset) for group in groups}
+    both = set.intersection(*map(set, every.values()))
+    gaps = {key: max(one[key] for one in every.values()) - min(one[key] for one in every.values()) for key in both}
     found = []
-    for key in sorted((key for key in gaps if gaps[key]), key=lambda key: -gaps[key])[:DIFFERENT]:
-        rows = [
-            (group.label, share[key], group.answers[dataset][key][0])
-            for group, share in zip(groups, shares_of, strict=True)
-        ]
+    for key in sorted((key for key in both if gaps[key]), key=lambda key: (-gaps[key], key))[:DIFFERENT]:
+        rows = [(group.label, every[group.label][key], group.answers[dataset][key][0]) for group in groups]
         texts = [{"group": g, "share": s, "text": r.samples[0].text if r.samples else ""} for g, s, r in rows]
-        found.append(
-            {"dataset": dataset, "id": key[0], "question": key[1], "gold": rows[0][2].answer, "answers": texts}
-        )
+        facts = {"dataset": dataset, "id": key[0], "question": key[1], "gold": rows[0][2].answer}
+        found.append({**facts, "answers": texts})
     return found

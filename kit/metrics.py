@@ -151,5 +151,5 @@ def _tally(rows: Sequence[Any]) -> dict[str, Any]:
     capped = Counter(sample.verdict == "correct" for sample in samples if sample.finish == "length")
     found = {"samples": len(samples), "verdicts": dict(Counter(sample.verdict for sample in samples))}
     found |= {"cap_hits": capped.total(), "cap_hits_not_right": capped[False]}
-    loops = sum(sample.finish == "loop" for sample in samples)
-    return {**found, "loops": loops, "tokens": sum(sample.tokens for sample in samples)}
+    found |= {"loops": sum(sample.finish == "loop" for sample in samples)}
+    return found | {"tokens": sum(sample.tokens for sample in samples)}
