@@ -34,12 +34,17 @@ _VALUE = (
     r"(\$[^$\n]{1,120}\$(?!\d)|\\\(.{1,120}?\\\)|\*\*[^*\n]{1,120}\*\*|"
     r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s?%?)"
 )
-_EQUALS = re.compile(r".*=\s*" + _VALUE, re.DOTALL)
-_NAMED = re.compile(r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?" + _VALUE, re.IGNORECASE)
-_NAMED_LETTER = re.compile(r"\W*(?:is|:|=)?[\s*:]*(?:option|choice)?[\s*$]*(?:\\text(?:bf)?\{)?[\s(\[*]*([A-Z])\b")
-_NAMED_TEXT = re.compile(r"\W*?(?:is|are|was|:)\s*:?\s*(.+)", re.DOTALL)
-_LETTER = re.compile(r"[\s(\[]*(?:option|choice)?[\s(\[]*([a-z])(?:[)\].:,]+(?:\s.*)?|\s*)$", re.DOTALL | re.IGNORECASE)
-_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.IGNORECASE)
+_IS = r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?"
+_NUMERIC = re.compile(r"(?!.*(?:\bnot\b|n['\u2019]t\b))(?:.*=\s*|" + _IS + ")" + _VALUE, re.IGNORECASE)
+_NAMED = {  # what the words behind "answer" name, by verifier; else a number
+    "choice": re.compile(r"\W*(?:is|:|=)?[\s*:]*(?:option|choice)?[\s*$]*(?:\\text(?:bf)?\{)?[\s(\[*]*([A-Z])\b"),
+    "text": re.compile(r"\W*?(?:is|are|was|:)\s*:?\s*(.+)"),
+}
+_LETTER = re.compile(  # the one option letter, not the first of several
+    r"(?![\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b)"
+    r"[\s(\[]*(?:option|choice)?[\s(\[]*([a-z])(?:[)\].:,]+(?:\s.*)?|\s*)$",
+    re.DOTALL | re.IGNORECASE,
+)
 _MACRO = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(
     r"(?:[$\u20ac\u00a3]\s*)?([-+]?)\s*(?:[$\u20ac\u00a3]\s*)?(\d{1,3}(?:[, ]\d{3})+(?!\d)|\d*)(?:\.(\d*))?(.*)",
@@ -93,22 +98,23 @@ class Grader:
         self._pool = ThreadPoolExecutor(workers)
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grade texts, in order; equal pairs of gold and answer are compared once."""
-        found = [(gold_of(item.gold), *find(item.output, item.verifier)) for item in items]
-        known = [_at_once(item.verifier, gold, answer) for item, (gold, answer, _) in zip(items, found, strict=True)]
-        pairs = {(gold, answer): None for (gold, answer, _), result in zip(found, known, strict=True) if not result}
-        asked = dict(zip(pairs, self._pool.map(self._ask, pairs), strict=True))
+        """Grade texts, in order; equal answers to equal questions are compared once."""
+        found = [find(item.output, item.verifier) for item in items]
+        asked = [(i.verifier, gold_of(i.gold), answer) for i, (answer, _) in zip(items, found, strict=True)]
+        results = dict(zip(dict.fromkeys(asked), self._pool.map(self._compare, dict.fromkeys(asked)), strict=True))
         grades = []
-        for (gold, answer, place), result in zip(found, known, strict=True):
-            verdict, method = result or asked[gold, answer]
+        for key, (answer, place) in zip(asked, found, strict=True):
+            verdict, method = results[key]
             shown = answer[:SHOWN] + "..." if method == "oversized" and answer else answer
             grades.append(Grade(verdict, shown, f"{place}:{method}" if method else place))
         return grades
 
-    def _ask(self, pair: tuple[str, str | None]) -> tuple[str, str]:
+    def _compare(self, asked: tuple[str, str, str | None]) -> tuple[str, str]:
+        if result := _at_once(*asked):
+            return result
         worker = self._free.get()
         try:
-            return worker.ask(_bare(pair[0]), _bare(pair[1] or ""))
+            return worker.ask(_bare(asked[1]), _bare(asked[2] or ""))
         finally:
             self._free.put(worker)
 
@@ -134,7 +140,8 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     if hashes := _HASHES.findall(text):
         return hashes[-1].strip(), "hashes"
     for rest in reversed(_ANSWER.findall(text)[-1000:]):
-        if answer := _named(_SENTENCE_END.split(rest, maxsplit=1)[0], verifier):
+        named = _NAMED.get(verifier, _NUMERIC).match(_SENTENCE_END.split(rest, maxsplit=1)[0])
+        if named and (answer := named[1].strip(" *").rstrip(",")):
             return answer, "phrase"
     return None, "none"
 
@@ -179,41 +186,24 @@ def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
 
 def _at_once(verifier: str, gold: str, answer: str | None) -> tuple[str, str] | None:
     """Verdict and method where no worker is needed."""
-    if answer is None:
-        return "unparsed", ""
-    if len(answer) > LONGEST:
-        return "unparsed", "oversized"
-    if verifier == "choice":
-        right, given = _letter(gold), _letter(answer)
-        return (_verdict(right == given) if right and given else "unparsed"), "choice"
-    if verifier == "text":
-        return _verdict(_words(gold) == _words(answer)), "text"
-    mine, theirs = (decimal(text, words=verifier == "number") for text in (gold, answer))
-    if mine is None or theirs is None or (mine[0] != theirs[0] and mine[1] != theirs[1]):  # the last: 0.2 and 20%
-        return None
-    return _verdict(mine[0] == theirs[0]), "decimal"
-
-
-def _verdict(right: bool) -> str:
-    return "correct" if right else "wrong"
-
-
-def _named(clause: str, verifier: str) -> str | None:
-    """What the words behind "answer" name."""
-    if verifier == "choice":
-        match = _NAMED_LETTER.match(clause)
-    elif verifier == "text":
-        match = _NAMED_TEXT.match(clause)
+    if answer is None or len(answer) > LONGEST:
+        return "unparsed", "oversized" if answer else ""
+    if verifier in ("choice", "text"):
+        method, (right, given) = verifier, map(_letter if verifier == "choice" else _words, (gold, answer))
+        if right is None or given is None:
+            return "unparsed", method
     else:
-        match = None if re.search(r"\bnot\b|n['\u2019]t\b", clause) else _EQUALS.match(clause) or _NAMED.match(clause)
-    return match[1].strip(" *").rstrip(",") if match else None
+        mine, theirs = (decimal(text, words=verifier == "number") for text in (gold, answer))
+        if mine is None or theirs is None or (mine[0] != theirs[0] and mine[1] != theirs[1]):  # the last: 0.2 and 20%
+            return None
+        method, right, given = "decimal", mine[0], theirs[0]
+    return "correct" if right == given else "wrong", method
 
 
 def _letter(text: str) -> str | None:
     """The one option letter that an answer names; None for several or none."""
-    plain = _MACRO.sub(r"\1", text).replace("\\", " ").strip(" $*.{}")
-    match = _LETTER.match(plain)
-    return match[1].upper() if match and not _LETTERS.match(plain) else None
+    match = _LETTER.match(_MACRO.sub(r"\1", text).replace("\\", " ").strip(" $*.{}"))
+    return match[1].upper() if match else None
 
 
 def _words(text: str) -> str:

@@ -33,13 +33,10 @@ class Worker:
         """Verdict and method; ("timeout", "time" | "memory" | "crash") when the worker did not live to reply."""
         if self.process is None:
             limits = [str(self.timeout_seconds + GRACE_SECONDS), str(self.memory_bytes)]
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", __file__, *limits],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches the parent, which ends its workers itself
-            )
+            command = [sys.executable, "-P", __file__, *limits]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            # in a session of its own: Ctrl-C reaches the parent, which ends its workers itself
+            self.process = subprocess.Popen(command, start_new_session=True, **pipes)
             if self._talk(None, START_SECONDS) is None:
                 self.close()
                 raise RuntimeError("a grading worker did not start: is math-verify there, and its memory limit enough?")
@@ -72,11 +69,14 @@ class Worker:
 
 def serve(timeout_seconds: float, memory_bytes: int) -> None:
     """The worker's side: one JSON line in, one out, until standard input ends."""
+    import logging
     import resource
 
     out = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not look like a reply
-    compare = Comparer()
+    import math_verify
+
+    logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -84,55 +84,33 @@ def serve(timeout_seconds: float, memory_bytes: int) -> None:
         message, reply = json.loads(line), ("timeout", "memory")
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds if message else 0)
         with contextlib.suppress(MemoryError):
-            found = compare(*message) if message else ("", "ready")
+            found = compare(math_verify, *message) if message else ("", "ready")
             # math-verify takes any exception for "not equal", a lack of memory as well
             reply = found if found[0] == "correct" or _peak_bytes() < 0.5 * memory_bytes else reply
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(out, json.dumps(reply).encode() + b"\n")
 
 
-def _peak_bytes() -> int:
-    """Largest address space this process has had; 0 where the system does not tell."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak")), 0)
-    return 0
-
-
-class Comparer:
-    """math-verify, gold first, its own alarms off, with the strictness it lacks."""
-
-    def __init__(self) -> None:
-        import logging
-
-        import math_verify
-
-        logging.disable(logging.CRITICAL)
-        self.library = math_verify
-        self.kinds = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
-
-    def __call__(self, gold: str, answer: str) -> tuple[str, str]:
-        """Verdict and method (math, string, unreadable)."""
-        plain = squeezed(gold), squeezed(answer)
-        if plain[0] == plain[1]:
-            return "correct", "string"
-        right, given = self._parse(gold), self._parse(answer)
-        if right and given:
-            same = comparable(*plain) and self.library.verify(right, given, timeout_seconds=None)
-            return ("correct" if same else "wrong"), "math"
-        unreadable = not given and re.search(r"[\\{}^_$]", answer)
-        return ("unparsed", "unreadable") if unreadable else ("wrong", "string")
-
-    def _parse(self, text: str) -> list[Any]:
-        """Expressions alone, without math-verify's fall-back strings."""
-        found = self.library.parse(f"\\boxed{{{text}}}", self.kinds, parsing_timeout=None)
-        return [item for item in found if not isinstance(item, str)]
+def compare(library: Any, gold: str, answer: str) -> tuple[str, str]:
+    """Verdict and method (math, string, unreadable) by math-verify, with the strictness it lacks."""
+    plain = squeezed(gold), squeezed(answer)
+    if plain[0] == plain[1]:
+        return "correct", "string"
+    kinds = [library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig()]
+    parsed = [library.parse(f"\\boxed{{{text}}}", kinds, parsing_timeout=None) for text in (gold, answer)]
+    right, given = ([item for item in found if not isinstance(item, str)] for found in parsed)  # strings: unread
+    if right and given:
+        same = comparable(*plain) and library.verify(right, given, timeout_seconds=None)
+        return ("correct" if same else "wrong"), "math"
+    unreadable = not given and re.search(r"[\\{}^_$]", answer)
+    return ("unparsed", "unreadable") if unreadable else ("wrong", "string")
 
 
 def squeezed(text: str) -> str:
     """A text without the LaTeX that does not change its meaning."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text.replace("\\{", "{").replace("\\}", "}"))
-    return re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\s+", "", text)
+    return re.sub(r"\\(?:left|right)(?![a-z])|\\[,!;: ]|\s+", "", text)
 
 
 def comparable(gold: str, answer: str) -> bool:
@@ -140,6 +118,13 @@ def comparable(gold: str, answer: str) -> bool:
     kinds = [text[0] + text[-1] for text in (gold, answer) if "," in text and text[0] in "([{" and text[-1] in ")]}"]
     bases = [base[1] for text in (gold, answer) if (base := re.fullmatch(r"[\dA-Z]+_\{?(\d+)\}?", text))]
     return len(set(kinds)) < 2 and len(set(bases)) < 2
+
+
+def _peak_bytes() -> int:
+    """Largest address space this process has had; 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak")), 0)
+    return 0
 
 
 if __name__ == "__main__":
