@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,10 @@ def evaluate(run: Run) -> None:
     config, datasets = run.config, run.data.evals
     if not datasets:
         raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
-    verifiers = {name: source.verifier for name, source in zip(datasets, config.data.eval, strict=True)}
-    trained = config.method != "zero-shot"
+    trained, adapter = config.method != "zero-shot", None
     if trained:
         run.require("train")
-    adapter = run.manifest["stages"].get("train", {}).get("output") if trained else None
+        adapter = run.manifest["stages"]["train"]["output"]
     # after comes first: an adapter that cannot be used is found before anything is spent on the base model
     sides = ["after"] * trained + ["before"] * (config.eval.before or not trained)
     files = {(which, name): file_name(config.eval.model, which, name) for which in sides for name in datasets}
@@ -51,71 +51,66 @@ def evaluate(run: Run) -> None:
     rows: dict[tuple[str, str], list[EvalRow]] = {}
     with stopwatch() as seconds, Grader() as grader:
         for which in sides:
-            with Examiner(run, grader, which) as examiner:
-                for name, problems in datasets.items():
+            with ExitStack() as stack:
+                opened = cache(partial(_open, run, which, stack))  # loaded when its first answer is missing
+                for (name, problems), asked in zip(datasets.items(), config.data.eval, strict=True):
                     file = RowFile(run.path(files[which, name]), EvalRow)
                     units = [(problem.id, problem) for problem in problems]
-                    work = partial(examiner.write, verifier=verifiers[name])
+                    work = partial(_write, run, grader, opened, asked.verifier)
                     rows[which, name] = work_through(run, "eval", file, units, 4 * config.eval.parallel, work)
     every = [row for found in rows.values() for row in found]
-    confidence, scores, comparisons = config.eval.confidence, [], []
+    scores, comparisons = [], []
     for which, name in sorted(rows, key=lambda key: key[0] == "after"):
         about = {"model": config.eval.model, "dataset": name, "which": which}
-        scores.append(about | score(rows[which, name], confidence))
+        scores.append(about | score(rows[which, name], config.eval.confidence))
         if which == "after" and ("before", name) in rows:
-            compared = compare_rows(rows["before", name], rows["after", name], confidence)
+            compared = compare_rows(rows["before", name], rows["after", name], config.eval.confidence)
             comparisons.append({"dataset": name, "a": "before", "b": "after", **compared})
-    counts = {"rows_in": len(every), "rows_out": sum(not row.rejected for row in every), "seconds": seconds()}
-    rejected = dict(Counter(row.rejected for row in every if row.rejected))
-    tokens = sum(sample.tokens for row in every for sample in row.samples)
-    summary = {"scores": scores, "comparisons": comparisons, "tokens": tokens, "rejected": rejected}
-    run.finish("eval", " ".join(digest(found) for found in rows.values()), **counts, **summary)
+    run.finish(
+        "eval",
+        " ".join(digest(found) for found in rows.values()),
+        rows_in=len(every),
+        rows_out=sum(not row.rejected for row in every),
+        seconds=seconds(),
+        scores=scores,
+        comparisons=comparisons,
+        tokens=sum(sample.tokens for row in every for sample in row.samples),
+        rejected=dict(Counter(row.rejected for row in every if row.rejected)),
+    )
 
 
-class Examiner:
-    """Asks one model, before or after training; loads it when the first answer is missing."""
+def _open(run: Run, which: str, stack: ExitStack) -> Backend:
+    """The model before or after training, if it is asked as it was trained; `stack` closes it."""
+    config = run.config
+    adapter = str(run.folder / "adapter") if which == "after" else None
+    backend = stack.enter_context(closing(open_backend(config.eval, adapter=adapter)))
+    now = template_hash(backend.tokenizer, config.prompts, config.eval.system, config.eval.thinking)
+    trained = run.manifest.get("template_hash")
+    if config.method != "zero-shot" and trained not in (None, now):
+        raise KitError(
+            f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
+            "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
+        )
+    return backend
 
-    def __init__(self, run: Run, grader: Grader, which: str) -> None:
-        self.run, self.grader, self.which = run, grader, which
-        self.backend: Backend | None = None
 
-    def write(self, problems: list[Problem], verifier: str) -> Iterator[EvalRow]:
-        """Graded rows of a batch, each as it is finished."""
-        config, engine = self.run.config, self.run.config.eval
-        backend = self.backend or self._open()
-        by_id = {problem.id: problem for problem in problems}
-        requests = []
-        for problem in problems:
-            user = solve_text(config.prompts, problem.question)
-            prompt = render(backend.tokenizer, user, engine.system, thinking=engine.thinking)
-            requests.append(Request(problem.id, prompt, engine.sampling, n=engine.samples, seed=config.seed))
-        for done in backend.generate(requests):
-            texts = [(c.text, c.finish, len(c.ids)) for c in done.completions]
-            facts = by_id[done.id].model_dump(include={"id", "question", "answer", "level", "subject"})
-            facts |= {"rejected": "generation failed", "detail": done.error} if done.error else {}
-            samples = graded_samples(self.grader, texts, facts["answer"], verifier)
-            seconds = round(done.seconds, 3)
-            yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=seconds)
-
-    def _open(self) -> Backend:
-        config = self.run.config
-        adapter = str(self.run.folder / "adapter") if self.which == "after" else None
-        self.backend = backend = open_backend(config.eval, adapter=adapter)
-        now = template_hash(backend.tokenizer, config.prompts, config.eval.system, config.eval.thinking)
-        trained = self.run.manifest.get("template_hash") if config.method != "zero-shot" else now
-        if trained not in (None, now):
-            raise KitError(
-                f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
-                "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
-            )
-        return backend
-
-    def __enter__(self) -> Examiner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.backend is not None:
-            self.backend.close()
+def _write(
+    run: Run, grader: Grader, opened: Callable[[], Backend], verifier: str, problems: list[Problem]
+) -> Iterator[EvalRow]:
+    """Graded rows of a batch, each as it is finished."""
+    config, engine, backend = run.config, run.config.eval, opened()
+    by_id = {problem.id: problem for problem in problems}
+    requests = []
+    for id, problem in by_id.items():
+        user = solve_text(config.prompts, problem.question)
+        prompt = render(backend.tokenizer, user, engine.system, thinking=engine.thinking)
+        requests.append(Request(id, prompt, engine.sampling, n=engine.samples, seed=config.seed))
+    for done in backend.generate(requests):
+        facts = by_id[done.id].model_dump(include={"id", "question", "answer", "level", "subject"})
+        facts |= {"rejected": "generation failed", "detail": done.error} if done.error else {}
+        texts = [(c.text, c.finish, len(c.ids)) for c in done.completions]
+        samples = graded_samples(grader, texts, facts["answer"], verifier)
+        yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=round(done.seconds, 3))
 
 
 def file_name(model: str, which: str, dataset: str) -> str:
@@ -142,8 +137,7 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
     completed = [sample.verdict == "correct" for sample in samples if sample.finish == "stop"]
     most = max((len(row.samples) for row in rows), default=0)
     counts = [(sum(s.verdict == "correct" for s in row.samples), len(row.samples) or most) for row in rows]
-    return {
-        **_accuracy(rows, confidence),
+    found = _accuracy(rows, confidence) | {
         "samples": len(samples),
         "rejected": sum(not row.samples for row in rows),
         "pass_at": {str(k): round(ratio, 4) for k, ratio in pass_at(counts).items()},
@@ -152,9 +146,13 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
         "loop_ratio": _mean([loops(sample) for sample in samples]),
         "mean_tokens": _mean([sample.tokens for sample in samples]),
         "accuracy_completed": _mean(completed) if completed else None,
-        "by_level": _groups(rows, "level", confidence),
-        "by_subject": _groups(rows, "subject", confidence),
     }
+    for field in ("level", "subject"):
+        groups: dict[str, list[EvalRow]] = {}
+        for row in rows:
+            groups.setdefault(getattr(row, field), []).append(row)
+        found[f"by_{field}"] = {k: _accuracy(groups[k], confidence) for k in sorted(groups.keys() - {None})}
+    return found
 
 
 def compare_rows(a: Sequence[EvalRow], b: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
@@ -163,10 +161,7 @@ def compare_rows(a: Sequence[EvalRow], b: Sequence[EvalRow], confidence: float =
     shared = [id for id in first if id in second]
     if not shared:
         return {"n": 0}
-    return {
-        "n": len(shared),
-        **asdict(compare([first[id] for id in shared], [second[id] for id in shared], confidence)),
-    }
+    return {"n": len(shared)} | asdict(compare(*([side[id] for id in shared] for side in (first, second)), confidence))
 
 
 def loops(sample: Sample) -> bool:
@@ -180,11 +175,6 @@ def _accuracy(rows: Sequence[EvalRow], confidence: float) -> dict[str, Any]:
     samples = _mean([len(row.samples) for row in rows if row.samples])
     low, high = interval(means, samples, confidence)
     return {"n": len(rows), "accuracy": _mean(means), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-
-def _groups(rows: Sequence[EvalRow], field: str, confidence: float) -> dict[str, Any]:
-    names = sorted({name for row in rows if (name := getattr(row, field)) is not None})
-    return {name: _accuracy([row for row in rows if getattr(row, field) == name], confidence) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from kit.errors import KitError
 from kit.evaluate import score
 from kit.records import EvalRow, Sample
 
-ANSWERS = ("answer", "gold", "target", "expected_answer", "ground_truth")
-OUTPUTS = ("samples", "outputs", "output", "responses", "response", "completions", "completion", "predictions")
-OUTPUTS += ("prediction", "generations", "generation", "text")
-LABELS = ("labels", "label", "correct", "is_correct")
+NAMES = {  # keys that are looked for, the first first
+    "answer": "answer gold target expected_answer ground_truth".split(),
+    "output": "samples outputs output responses response completions completion predictions prediction generations "
+    "generation text".split(),
+    "label": "labels label correct is_correct".split(),
+}
 
 
 def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
@@ -37,48 +40,40 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
     rows = list(_read(path))
     if not rows:
         raise KitError(f"{path} holds no rows.", "Give a JSONL with an answer and outputs in each row.")
-    items = [Item(gold, text, verifier) for _, gold, outputs, _ in rows for text in outputs]
     with Grader() as grader:
-        grades = grader.grade(items)
-    rest = iter(grades)
-    graded, differ, agree, labelled = [], [], 0, 0
+        grades = grader.grade([Item(gold, text, verifier) for _, gold, outputs, _ in rows for text in outputs])
+    graded, differ, rest, labelled = [], [], iter(grades), 0
     for line, gold, outputs, labels in rows:
         mine = [next(rest) for _ in outputs]
-        samples = [Sample(text="", verdict=g.verdict, answer=g.answer) for g in mine]  # type: ignore[arg-type]
+        samples = [Sample(text="", verdict=given.verdict, answer=given.answer) for given in mine]
         graded.append(EvalRow(id=str(line), question="", answer=gold, samples=tuple(samples)))
+        labelled += len(labels)
         for number, (label, given) in enumerate(zip(labels, mine, strict=bool(labels))):
-            labelled, same = labelled + 1, (given.verdict == "correct") == label
-            agree += same
-            if not same:
-                facts = {"line": line, "sample": number, "label": label, "verdict": given.verdict}
-                differ.append({**facts, "answer": given.answer, "gold": gold, "how": given.how})
+            if (given.verdict == "correct") != label:
+                differ.append({"line": line, "sample": number, "label": label, **asdict(given), "gold": gold})
     scored = score(graded)
-    kept = ("samples", "accuracy", "low", "high", "pass_at", "verdicts")
     return {
         "file": str(path),
         "problems": scored["n"],
-        **{key: scored[key] for key in kept},
+        **{key: scored[key] for key in ("samples", "accuracy", "low", "high", "pass_at", "verdicts")},
         "found": dict(Counter(grade.how.partition(":")[0] for grade in grades)),
-        "agreement": {"agree": agree, "of": labelled} if labelled else None,
+        "agreement": {"agree": labelled - len(differ), "of": labelled} if labelled else None,
         "differ": differ,
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a result for a person."""
-    counts = [", ".join(f"{n} {name}" for name, n in result[key].items()) for key in ("verdicts", "found")]
+    verdicts, found = (", ".join(f"{n} {name}" for name, n in result[key].items()) for key in ("verdicts", "found"))
     print(f"{result['file']}: {result['problems']} problems, {result['samples']} samples")
     print(f"accuracy {result['accuracy']:.4f} (95% over problems: {result['low']:.3f} to {result['high']:.3f})")
     print(", ".join(f"pass@{k} {ratio:.4f}" for k, ratio in result["pass_at"].items()))
-    print(f"verdicts: {counts[0]}; the answer stood: {counts[1]}")
+    print(f"verdicts: {verdicts}; the answer stood: {found}")
     if result["agreement"]:
         print(f"labels: {result['agreement']['agree']} of {result['agreement']['of']} agree")
     for row in result["differ"]:
-        print(
-            f"  line {row['line']}, sample {row['sample']}: label {row['label']}, {row['verdict']} ({row['how']})",
-            end="",
-        )
-        print(f": {row['answer']!r} against {row['gold']!r}")
+        words = "  line {line}, sample {sample}: label {label}, {verdict} ({how}): {answer!r} against {gold!r}"
+        print(words.format_map(row))
 
 
 def _read(path: Path) -> Iterator[tuple[int, str, list[str], list[bool]]]:
@@ -91,22 +86,19 @@ def _read(path: Path) -> Iterator[tuple[int, str, list[str], list[bool]]]:
         if line.strip():
             try:
                 yield number, *_fields(json.loads(line))
-            except json.JSONDecodeError as error:
-                text = f"{path} line {number} is not JSON: {error.msg} at column {error.colno}."
-                raise KitError(text, "Mend that line.") from None
-            except ValueError as error:
-                raise KitError(f"{path} line {number} {error}.", "Mend that row, or leave it out.") from None
+            except ValueError as error:  # one of json's too
+                what = f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise KitError(f"{path} line {number} {what}.", "Mend that line, or leave it out.") from None
 
 
 def _fields(row: Any) -> tuple[str, list[str], list[bool]]:
     if not isinstance(row, dict):
         raise ValueError(f"holds a {type(row).__name__}, not an object")
-    gold, outputs, labels = (
-        next((row[n] for n in names if row.get(n) is not None), None) for names in (ANSWERS, OUTPUTS, LABELS)
-    )
-    for what, value, names in (("answer", gold, ANSWERS), ("output", outputs, OUTPUTS)):
-        if value is None:
+    found = [next((row[n] for n in names if row.get(n) is not None), None) for names in NAMES.values()]
+    for (what, names), value in zip(NAMES.items(), found, strict=True):
+        if value is None and what != "label":
             raise ValueError(f"has no {what} (any of {', '.join(names)}); its keys: {', '.join(row)}")
+    gold, outputs, labels = found
     outputs = outputs if isinstance(outputs, list) else [outputs]
     if outputs and all(isinstance(item, dict) for item in outputs):  # our own rows, graded before
         labels = [item.get("verdict") == "correct" for item in outputs]

@@ -11,7 +11,7 @@ import pytest
 
 from kit import config as configs
 from kit.errors import KitError
-from kit.evaluate import Examiner, compare_rows, evaluate, file_name, loops, score
+from kit.evaluate import compare_rows, evaluate, file_name, loops, score
 from kit.grade import grade_file
 from kit.progress import Progress
 from kit.prompts import template_hash
@@ -190,9 +190,15 @@ def test_models_are_compared_on_shared_problems_only():
     assert compare_rows(a, [row("7", ["correct"])]) == {"n": 0}
 
 
-def test_backend_is_loaded_only_for_work(settings):
-    with opened(settings, method="zero-shot") as run, Examiner(run, None, "before") as examiner:
-        assert examiner.backend is None
+def test_backend_is_loaded_only_for_work(settings, monkeypatch):
+    with opened(settings, method="zero-shot") as run:
+        evaluate(run)
+        first = run.manifest["stages"]["eval"]
+        run.manifest["stages"]["eval"] = {**first, "done": False}  # killed behind its last row
+        monkeypatch.setattr("kit.evaluate.open_backend", lambda *_, **__: pytest.fail("a model was loaded"))
+        evaluate(run)
+        again = run.manifest["stages"]["eval"]
+        assert again["done"] and again["output"] == first["output"]
 
 
 def write(path, *rows):
