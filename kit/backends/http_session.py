@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kit.backends import Cost, Probe, Readings
-from kit.backends.http import HttpBackend
-from kit.backends.http_client import Refused
+from kit.backends.http import HttpBackend, Refused, Reply
 from kit.errors import KitError
 
 TOP = 20  # log-probabilities asked for; vLLM's default limit
+# llama-server tells nothing of a token that ends inside a UTF-8 character: such candidates get the upper bound
 BIAS = 100.0  # the largest that servers take; it makes a candidate the generated token, whose own value is told
 AGREE_NATS = 0.1  # forced and listed value of one token differ by less, where what is told is raw
 _sessions = itertools.count()
@@ -46,7 +46,7 @@ class HttpSession:
         Raises:
             KitError: the server is gone, refuses a prompt, or tells no candidate's value.
         """
-        return self.backend.client.run(self._read(probes))
+        return self.backend.run(self._read(probes))
 
     def close(self) -> None:
         """Nothing to free: the cache is the server's."""
@@ -72,63 +72,70 @@ class HttpSession:
 
     async def _values(self, prompt: Sequence[int], candidates: Sequence[int]) -> list[float]:
         """Log-probabilities of the candidates after a prompt."""
+        backend = self.backend
         try:
-            told = await (self._sglang if self.backend.sglang else self._ask)(prompt, candidates)
-            missing = [c for c in candidates if c not in told]
-            if missing and await self._can_force(prompt, told):
-                for candidate in dict.fromkeys(missing):
-                    told |= await self._forced(prompt, candidate)
+            told = await (self._sglang if backend.sglang else self._ask)(prompt, candidates)
+            if any(c not in told for c in candidates) and await self._can_force():
+                forced = [await self._forced(prompt, c) for c in dict.fromkeys(candidates) if c not in told]
+            else:
+                forced = []
         except Refused as error:
             raise KitError(f"The server refuses a judging prompt of {len(prompt)} tokens: {error}") from None
-        missing = [c for c in candidates if c not in told]
-        if len(missing) == len(candidates):
+        known = told | {token: value for values in forced for token, value in values.items()}
+        if not any(c in known for c in candidates):
             raise KitError(
-                f"{self.backend.client.url} tells no log-probability of the tokens asked for, by their ids.",
+                f"{backend.root} tells no log-probability of the tokens asked for, by their ids.",
                 "Judge with backend=hf or gguf, or serve the model with vLLM, SGLang or llama-server.",
             )
-        if missing:
-            self.backend.client.note(
-                f"labels beyond the {TOP} likeliest tokens got the last one's value, an upper bound"
-            )
-        return [told.get(c, min(told.values())) for c in candidates]
+        if any(c not in known for c in candidates):
+            backend.note(f"labels beyond the {TOP} likeliest tokens got the last one's value, an upper bound")
+        return [known.get(c, min(told.values(), default=0.0)) for c in candidates]
 
-    async def _ask(self, prompt: Sequence[int], candidates: Sequence[int], **more: Any) -> dict[int, float]:
+    async def _ask(self, prompt: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+        return (await self._reply(prompt, candidates)).logprobs
+
+    async def _reply(self, prompt: Sequence[int], candidates: Sequence[int], **more: Any) -> Reply:
         fields: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": TOP}
         if self.backend.llama:
             fields |= {"cache_prompt": not self.fresh, "id_slot": self._slot}
         else:  # vLLM: the candidates alone are told, by id; a salt of its own keeps a prompt out of every cache
-            fields |= {"return_tokens_as_token_ids": True, "logprob_token_ids": list(candidates)}
+            fields |= {
+                "return_tokens_as_token_ids": True,
+                "return_token_ids": True,
+                "logprob_token_ids": list(candidates),
+            }
+            fields |= {"logprob_token_ids": list(candidates)} if candidates else {}
             fields |= {"repetition_penalty": 1.0} | ({"cache_salt": uuid.uuid4().hex} if self.fresh else {})
-        reply = await self.backend.client.complete(prompt, fields | more)
+        reply = await self.backend.complete(prompt, fields | more)
         self._count(len(prompt), reply.cached_tokens)
-        return reply.logprobs
+        return reply
 
     async def _sglang(self, prompt: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
         """SGLang tells log-probabilities by id in its own API alone."""
         body: dict[str, Any] = {"input_ids": list(prompt), "sampling_params": {"max_new_tokens": 1, "temperature": 1.0}}
         body |= {"return_logprob": True, "token_ids_logprob": list(candidates)}
         body |= {"extra_key": uuid.uuid4().hex} if self.fresh else {}
-        client = self.backend.client
-        async with client.room:
-            told = (await client.ask("post", client.url.removesuffix("/v1") + "/generate", body=body))["meta_info"]
-        client.count(len(prompt), told["prompt_tokens"], told["cached_tokens"])
+        told = (await self.backend.ask("/generate", body))["meta_info"]
+        self.backend.account(len(prompt), told["prompt_tokens"], told["cached_tokens"])
         self._count(len(prompt), told["cached_tokens"])
         return {entry[1]: entry[0] for entry in told["output_token_ids_logprobs"][0]}
 
     def _count(self, prompt_tokens: int, cached_tokens: int | None) -> None:
         self.cost.add(Cost(prompt_tokens - (cached_tokens or 0), cached_tokens or 0))
         if self.fresh and cached_tokens:
-            self.backend.client.note("fresh verdicts: this server reuses its cache all the same")
+            self.backend.note("fresh verdicts: this server reuses its cache all the same")
 
     async def _forced(self, prompt: Sequence[int], candidate: int) -> dict[int, float]:
         """{candidate: its value}, told because a bias makes it the generated token; {} where it is not."""
-        told = await self._ask(prompt, (candidate,), logit_bias={str(candidate): BIAS})
-        return {candidate: told[candidate]} if candidate in told else {}
+        reply = await self._reply(prompt, (candidate,), logit_bias={str(candidate): BIAS})
+        return {candidate: reply.logprobs[candidate]} if (reply.ids or ())[:1] == (candidate,) else {}
 
-    async def _can_force(self, prompt: Sequence[int], told: dict[int, float]) -> bool:
+    async def _can_force(self) -> bool:
         """Whether a bias is obeyed and leaves what is told raw; tried once, on an unlikely token of known value."""
-        if self.backend.forces is None and told:
-            known = min(told, key=lambda token: told[token])
-            value = (await self._forced(prompt, known)).get(known, 0.0)
-            self.backend.forces = abs(value - told[known]) < AGREE_NATS
-        return bool(self.backend.forces)
+        backend = self.backend
+        if backend.forces is None:
+            told = await self._ask(backend.start, ())
+            known = min(told, key=lambda token: told[token], default=-1)
+            forced = await self._forced(backend.start, known)
+            backend.forces = abs(forced.get(known, 1.0) - told.get(known, 0.0)) < AGREE_NATS
+        return backend.forces
