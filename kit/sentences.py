@@ -49,12 +49,10 @@ def ends(text: str) -> list[int]:
     for match in _CANDIDATE.finditer(text):
         if match["inner"]:  # "$x = 3.$ Then": the full stop stands inside the formula
             good = inside[match.start()] and not inside[match.end()]
-        elif inside[match.start()]:
-            continue
         else:
-            good = match["full"] or (_stops(text, match) if match["stop"] else _unit(text, match))
-        if good:
-            found.add(match.end())
+            rule = _stops if match["stop"] else _unit
+            good = not inside[match.start()] and (match["full"] or rule(text, match))
+        found |= {match.end()} if good else set()
     cuts: list[int] = []
     for begin, end in pairwise([0, *sorted(found)]):
         if re.compile(r"\w").search(text, begin, end):
@@ -71,8 +69,7 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> bytearray:
     """
     inside, start, closer, depth, opened = bytearray(len(text) + 1), 0, "", 0, None
     for token in _TOKEN.finditer(text, begin):
-        word, behind = token[0], text[token.end() : token.end() + 1]
-        closed = False
+        word, behind, closed = token[0], text[token.end() : token.end() + 1], False
         if opened:
             closed = bool(token["fence"]) and token["fence"].startswith(opened["fence"]) and not token["info"].strip()
         elif token["fence"] and fences:
@@ -86,17 +83,15 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> bytearray:
             plain = text[token.start() - 1].isspace() or behind.isdigit() or _PROSE.search(text, start, token.start())
             closed = bool(closer) and not plain
             start, closer = (start, closer) if closed else (token.start(), "" if behind.isspace() else "$")
-        elif word == closer:
+        elif closer == word:
             closed = True
         elif closer in ("", "$") and (word in _CLOSERS or token["end"] == "begin" or (word[0] == "`" and not closer)):
-            start, closer = token.start(), "end" if token["end"] else _CLOSERS.get(word, word)
-            depth = 1
+            start, closer, depth = token.start(), "end" if token["end"] else _CLOSERS.get(word, word), 1
         if closed:
             inside[start : token.end()] = b"\1" * (token.end() - start)
             closer, opened = "", None
     if opened:
-        rest = _protected(text, opened.end(), fences=False)
-        inside[opened.end() :] = rest[opened.end() :]
+        inside[opened.end() :] = _protected(text, opened.end(), fences=False)[opened.end() :]
     return inside
 
 
@@ -111,11 +106,8 @@ def _unit(text: str, match: re.Match[str]) -> bool:
 
 def _stops(text: str, match: re.Match[str]) -> bool:
     """Whether a run of . ! ? … with white space behind it ends a sentence."""
-    stop, before, after = (
-        match["stop"],
-        text[max(0, match.start() - 60) : match.start()],
-        text[match.end() : match.end() + 20],
-    )
+    stop, before = match["stop"], text[max(0, match.start() - 60) : match.start()]
+    after = text[match.end() : match.end() + 20]
     if stop == "." and _abbreviates(before, after):
         return False
     if "\n" in match["space"] or not after:
