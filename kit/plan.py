@@ -7,6 +7,7 @@ taken on trust: a card's own needs (RESERVE_BYTES), and that attention keeps no 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from kit.run import Run
 GIB = 1 << 30
 CARDS_GIB = (8, 12, 16, 24)
 RESERVE_BYTES = int(0.6 * GIB)  # CUDA's context and the allocator's rounding
+SMALLER = "a smaller student.model"
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with the scales of double quantization
 
 
@@ -35,19 +37,21 @@ def plan(config: Config) -> dict[str, Any]:
     from kit.memory import limit_bytes  # torch is loaded late: --help answers at once
 
     cuda, limit = limit_bytes()
-    parts = training_bytes(config, config.train.cutoff_tokens, cuda)
-    student, shape = config.student, _shape(config.student.model, config.train.rank, 2)
+    settings, student = config.train, config.student
+    parts = training_bytes(config, settings.cutoff_tokens, cuda)
+    parts["total"] = sum(parts.values())
+    shape = _shape(student.model, settings.rank, 2)
     length = min(config.align.sampling.max_new_tokens, shape["context_tokens"])
-    fits = sum(parts.values()) <= limit
+    fits = parts["total"] <= limit
+    sizes: dict[str, float] = {name: round(size / GIB, 3) for name, size in parts.items()}
     return {
         "model": student.model,
         "device": "cuda" if cuda else "cpu",
-        "train": {k: round(v / GIB, 3) for k, v in (parts | {"total": sum(parts.values())}).items()}
-        | {"tokens": config.train.cutoff_tokens, "rows": config.train.micro_rows},
+        "train": sizes | {"tokens": settings.cutoff_tokens, "rows": settings.micro_rows},
         "kv_cache": round(shape["kv_elements"] * (2 if cuda else 4) * length * student.parallel / GIB, 3),
         "limit": round(limit / GIB, 2),
         "fits": fits,
-        "change": None if fits else _change(config, config.train.cutoff_tokens, cuda, limit),
+        "change": None if fits else _change(config, settings.cutoff_tokens, cuda, limit),
         "longest_tokens": {f"{n} GB": longest(config, n * GIB - RESERVE_BYTES) for n in CARDS_GIB},
         "times": _times(config),
     }
@@ -80,14 +84,8 @@ def training_bytes(config: Config, tokens: int, cuda: bool) -> dict[str, float]:
 
 def longest(config: Config, limit: float, cuda: bool = True) -> int:
     """Most tokens a row with which a training step stays within `limit` bytes; 0: none."""
-    low, high = 0, _shape(config.student.model, config.train.rank, 2)["context_tokens"]
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(training_bytes(config, middle, cuda).values()) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    lengths = range(1, _shape(config.student.model, config.train.rank, 2)["context_tokens"] + 1)
+    return bisect_right(lengths, limit, key=lambda tokens: _total(config, tokens, cuda))
 
 
 def check_fit(config: Config, run: Run, tokens: int) -> None:
@@ -99,15 +97,12 @@ def check_fit(config: Config, run: Run, tokens: int) -> None:
     from kit.memory import limit_bytes
 
     cuda, limit = limit_bytes()
-    need = sum(training_bytes(config, tokens, cuda).values())
+    need = _total(config, tokens, cuda)
     if need <= limit:
         return
-    text = (
-        f"Training on rows of {tokens} tokens needs about {need / GIB:.1f} GiB, "
-        f"and {'the card' if cuda else 'this machine'} has {limit / GIB:.1f} GiB free."
-    )
-    change = _change(config, tokens, cuda, limit) or "a smaller student.model"
+    text = f"Training on rows of {tokens} tokens needs about {need / GIB:.1f} GiB; {limit / GIB:.1f} GiB are free."
     if config.train.overfit == "refuse":
+        change = _change(config, tokens, cuda, limit) or SMALLER
         raise KitError(text, f"Set {change}; or try all the same with train.overfit=ignore.")
     run.progress.warn(f"{text} Tried all the same (train.overfit=ignore).")
 
@@ -118,12 +113,10 @@ def show(result: dict[str, Any]) -> None:
     parts = ", ".join(f"{key} {train[key]:.2f}" for key in ("weights", "adapter", "optimizer", "activations", "logits"))
     print(f"{result['model']} on {result['device']}, {train['rows']} rows of {train['tokens']} tokens at a time")
     print(f"  training: {train['total']:.2f} GiB ({parts}); KV cache while aligning: {result['kv_cache']:.2f} GiB")
-    print(f"  free here: {result['limit']:.2f} GiB: {'fits' if result['fits'] else 'does not fit'}")
-    if not result["fits"]:
-        print(f"  what would fit: {result['change'] or 'a smaller student.model'}")
-    print(
-        "  longest row by card: " + ", ".join(f"{card} {n or 'none'}" for card, n in result["longest_tokens"].items())
-    )
+    fits = "fits" if result["fits"] else f"does not fit; what would: {result['change'] or SMALLER}"
+    print(f"  free here: {result['limit']:.2f} GiB: {fits}")
+    cards = ", ".join(f"{card} {tokens or 'none'}" for card, tokens in result["longest_tokens"].items())
+    print(f"  longest row by card: {cards}")
     for row in result["times"]:
         print(f"  {row['stage']}: about {row['seconds']:.0f} s for {row['rows']} rows, at the speed of the run here")
 
@@ -131,20 +124,23 @@ def show(result: dict[str, Any]) -> None:
 def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str | None:
     """The fewest keys, in the order of what they cost, with which it fits."""
     chosen: dict[str, Any] = {}
-    for key, value in {"checkpointing": True, "micro_rows": 1, "logits_bytes": 1 << 26, "dtype": "nf4"}.items():
-        if getattr(config.train, key) == value or (key == "logits_bytes" and config.train.logits_bytes < value):
-            continue
-        chosen[key] = value
-        smaller = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
-        if sum(training_bytes(smaller, tokens, cuda).values()) <= limit:
-            break
+    logits_bytes = min(config.train.logits_bytes, 1 << 26)
+    smaller = config
+    for key, value in {"checkpointing": True, "micro_rows": 1, "logits_bytes": logits_bytes, "dtype": "nf4"}.items():
+        if getattr(config.train, key) != value:
+            chosen[key] = value
+            smaller = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
+            if _total(smaller, tokens, cuda) <= limit:
+                break
     else:
-        smaller = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
-        fitting = longest(smaller, limit, cuda)
-        if fitting < 16:
+        chosen["cutoff_tokens"] = longest(smaller, limit, cuda) // 16 * 16
+        if not chosen["cutoff_tokens"]:
             return None
-        chosen["cutoff_tokens"] = fitting // 16 * 16
     return ", ".join(f"train.{key}={str(value).lower()}" for key, value in chosen.items())
+
+
+def _total(config: Config, tokens: int, cuda: bool) -> float:
+    return sum(training_bytes(config, tokens, cuda).values())
 
 
 @lru_cache(maxsize=4)
