@@ -7,9 +7,8 @@ Where they are (a hub id or a file of the same rows; `auto` tells the formats ap
 - s1K, hub `simplescaling/s1K-1.1` (train): {"question", "solution", "deepseek_thinking_trajectory", ...}
 - any other JSONL: `fields: {question: KEY, answer: KEY, id: KEY, trace: KEY}`
 
-A damaged file stops the run, with file and line. A row that lacks something is set aside with its reason, and so is
-a question's second row. Training and evaluation may share no question, up to case and white space; rewordings are
-only counted.
+A damaged file stops the run, with its line. A row that lacks something and a question's second row are set aside with
+the reason. Training and evaluation may share no question, up to case and white space; rewordings are only counted.
 """
 
 from __future__ import annotations
@@ -92,15 +91,7 @@ class Loaded:
 
 
 def load(source: Source, seed: int) -> list[Problem]:
-    """The problems of one source for training, its subset taken.
-
-    Args:
-        source: the config section. Built-in problems take their number of steps from `subset` ("1-2").
-        seed: of built-in problems and stratified subsets, where the source has none of its own.
-
-    Raises:
-        KitError: see `read`.
-    """
+    """The problems of one source for training, its subset taken; arguments and errors are those of `read`."""
     return subset(read(source, seed), seed).problems
 
 
@@ -124,10 +115,9 @@ def load_all(config: Config) -> Loaded:
     loaded = Loaded(train.problems, {}, {"train": train.facts(), "evals": {}}, list(train.rejected))
     evaluates = STAGES.index(config.stop_after) >= STAGES.index("eval")
     for source in config.data.eval if evaluates else ():
-        if source.path == "holdout":
-            reading = _holdout(train, whole, source, config.seed)
-        else:
-            reading = subset(read(source, config.seed, held_out=True), config.seed)
+        own = source.path != "holdout"
+        reading = read(source, config.seed, held_out=True) if own else _holdout(train, whole, source, config.seed)
+        reading = subset(reading, config.seed)
         if reading.name in loaded.evals:
             hint = "Give each a name of its own: {path: ..., name: ...}."
             raise KitError(f"Two sources of data.eval are called {reading.name}.", hint, 2)
@@ -141,7 +131,8 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     """All rows of a source, before any subset (built-in problems aside: they are as many as asked for).
 
     Args:
-        seed: of built-in problems, where the source has none of its own.
+        source: the config section. Built-in problems take their number of steps from `subset` ("1-2").
+        seed: of built-in problems and subsets, where the source has none of its own.
         held_out: for evaluation: built-in problems of the held-out half; a hub dataset's evaluation split.
         traces: rows need a trace, and a question may come more than once.
 
@@ -158,28 +149,26 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     rows = [(where, {key.lower(): value for key, value in row.items()}) for where, row in rows]
     format_, keys = _keys(source, [row for _, row in rows])
     reading = Reading(source.name or _SUFFIX.sub("", Path(path).name), source, format_)
-    ids: dict[str, str] = {}
-    known: dict[str, str] = {}
+    known: dict[tuple[str, str], str] = {}
     for where, row in rows:
-        own_id = _text(row, keys["id"])
         problem, lacks = _problem(row, keys, reading, traces)
-        if problem and own_id in ids:
+        own_id, text = _text(row, keys["id"]), problem and (problem.id if traces else normal(problem.question))
+        if problem and ("id", own_id) in known:
             hint = "Give each row an id of its own, or none: ids are then made from the text."
-            raise KitError(f"{path}: {ids[own_id]} and {where} have the same id {own_id!r}.", hint)
-        text = problem and (problem.id if traces else normal(problem.question))
-        if problem is None:
-            reading.rejected.append(Rejection(own_id or where, lacks, f"{path}, {where}"))
-        elif text in known:
-            gone = "duplicate row" if traces else "duplicate question"
-            reading.rejected.append(Rejection(problem.id, gone, f"{path}, {where}: stands already in {known[text]}"))
+            raise KitError(f"{path}: {known['id', own_id]} and {where} have the same id {own_id!r}.", hint)
+        if problem and ("text", text) in known:
+            lacks = f"duplicate {'row' if traces else 'question'}"
+            where += f": stands already in {known['text', text]}"
+        if lacks:
+            made = problem.id if problem else own_id or where
+            reading.rejected.append(Rejection(made, lacks, f"{path}, {where}"))
         else:
-            ids[problem.id] = known[text] = where
+            known["id", problem.id] = known["text", text] = where
             reading.problems.append(problem)
     if not reading.problems:
         first = next((f" The first: {gone.reason} ({gone.detail})." for gone in reading.rejected), "")
         raise KitError(f"{path}: none of {len(rows)} rows is usable.{first}", "Mend them, or map keys by fields.")
-    texts = [text for problem in reading.problems for text in problem.model_dump().values() if text]
-    if broken := sum(text.count("\ufffd") for text in texts):
+    if broken := sum(problem.digest_text().count("\ufffd") for problem in reading.problems):
         reading.notes.append(f"{broken} broken characters (lone surrogates become U+FFFD)")
     return reading
 
@@ -194,9 +183,9 @@ def subset(reading: Reading, seed: int) -> Reading:
     if source.stratify and not any(strata):
         hint = "Stratify by level or subject, and map its key by fields."
         raise KitError(f"{source.path} has no {source.stratify} to stratify by.", hint, 2)
+    if source.limit and source.limit > len(problems):
+        reading.notes.append(f"limit {source.limit}, but there are {len(problems)} rows")
     if source.limit is None or source.limit >= len(problems):
-        few = source.limit is not None and source.limit > len(problems)
-        reading.notes += [f"limit {source.limit}, but there are {len(problems)} rows"] if few else []
         return reading
     order = list(range(len(problems)))
     if source.seed is not None or source.stratify:
@@ -245,7 +234,7 @@ def _train(config: Config) -> tuple[Reading, Reading]:
 
 
 def _holdout(train: Reading, whole: Reading, source: Source, seed: int) -> Reading:
-    """A seeded subset of the rows that training leaves over; of built-in problems, the held-out half."""
+    """The rows that training leaves over, for a seeded subset; of built-in problems, the held-out half."""
     source = source.model_copy(
         update={"name": source.name or "holdout", "seed": seed if source.seed is None else source.seed}
     )
@@ -256,7 +245,7 @@ def _holdout(train: Reading, whole: Reading, source: Source, seed: int) -> Readi
     if not rest:
         what = f"Nothing is left for the holdout: training takes all {len(whole.problems)} rows of {whole.name}."
         raise KitError(what, "Set data.train.limit below that, or name another source in data.eval.")
-    return subset(Reading(source.name or "", source, whole.format, list(rest.values())), seed)
+    return Reading(source.name or "", source, whole.format, list(rest.values()))
 
 
 def _compare(train: Reading, held_out: Reading) -> dict[str, Any]:
@@ -274,13 +263,10 @@ def _compare(train: Reading, held_out: Reading) -> dict[str, Any]:
 def _builtin(source: Source, seed: int, held_out: bool) -> Reading:
     from kit.problems import generate
 
-    steps = re.fullmatch(r"(\d)(?:-(\d))?(?: to (\d+))?", source.subset or "1-4")
-    if not steps:
-        raise KitError(
-            f"subset {source.subset!r} of the built-in problems is no range of steps.", "Like 1-2, or 1-2 to 10.", 2
-        )
-    chosen, span = seed if source.seed is None else source.seed, (int(steps[1]), int(steps[2] or steps[1]))
-    made = generate(source.limit or BUILTIN_ROWS, chosen, held_out, span, int(steps[3] or 60))
+    if not (steps := re.fullmatch(r"(\d)(?:-(\d))?", source.subset or "1-4")):
+        raise KitError(f"subset {source.subset!r} of the built-in problems is no range of steps.", "Like 1-2.", 2)
+    span, seed = (int(steps[1]), int(steps[2] or steps[1])), seed if source.seed is None else source.seed
+    made = generate(source.limit or BUILTIN_ROWS, seed, held_out, span)
     return Reading(source.name or "builtin", source, "builtin", made)
 
 
@@ -324,8 +310,8 @@ def _dataset_rows(source: Source, held_out: bool) -> Located:
         return [(f"row {i}", dict(row)) for i, row in enumerate(datasets.load_dataset(path, **options), 1)]
     except Exception as error:  # datasets, pyarrow and the HTTP client raise dozens of types, all of them the source's
         hint = f"Check name, subset and split ({options}); without a network give a downloaded file: data.train=FILE."
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise KitError(f"{source.path}{where}: {said}", hint) from None
+        said = f"{source.path}{where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise KitError(said, hint) from None
 
 
 def _keys(source: Source, rows: list[dict[str, Any]]) -> tuple[str, Keys]:
@@ -340,12 +326,9 @@ def _keys(source: Source, rows: list[dict[str, Any]]) -> tuple[str, Keys]:
     if lacks := [f"{role} ({' or '.join(keys[role])})" for role in keys if role in needed - has]:
         hint = f"Its keys: {', '.join(seen) or 'none'}. Say which is which with fields: {{question: KEY, answer: KEY}}."
         raise KitError(f"{source.path} has no key for {' and '.join(lacks)}.", hint)
-    if source.format != "auto":
-        return source.format, keys
-    if "deepseek_thinking_trajectory" in seen:
-        return "s1k", keys
     marked = any("####" in str(row.get(key)) for row in rows[:50] for key in keys["answer"])
-    return "gsm8k" if marked else "math" if "solution" in has else "aime", keys
+    guess = "s1k" if ROLES["trace"][-1] in seen else "gsm8k" if marked else "math" if "solution" in has else "aime"
+    return guess if source.format == "auto" else source.format, keys
 
 
 def _problem(row: dict[str, Any], keys: Keys, reading: Reading, traces: bool) -> tuple[Problem | None, str]:
@@ -353,10 +336,9 @@ def _problem(row: dict[str, Any], keys: Keys, reading: Reading, traces: bool) ->
     value = {role: _text(row, keys[role]) for role in ROLES}
     answer, solution = value["answer"], value["solution"]
     if reading.format == "gsm8k" and answer:
-        worked, mark, last = answer.rpartition("####")
+        worked, mark, last = re.sub("<<[^>]*>>", "", answer).rpartition("####")
         value["answer"] = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip()) if mark else None
-        worked = re.sub("<<[^>]*>>", "", worked).strip()
-        value["solution"] = f"{worked}\nThe answer is \\boxed{{{value['answer']}}}."
+        value["solution"] = f"{worked.strip()}\nThe answer is \\boxed{{{value['answer']}}}."
     elif not answer and solution:
         from kit.answers import last_box
 
@@ -371,8 +353,7 @@ def _problem(row: dict[str, Any], keys: Keys, reading: Reading, traces: bool) ->
 
 def _text(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     """The first of the keys that holds text or a number, as text; None where none does."""
-    for key in keys:
-        value = row.get(key)
+    for value in map(row.get, keys):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return str(int(value) if value == int(value) else value)
         if isinstance(value, str) and value.strip():
