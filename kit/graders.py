@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 START_SECONDS = 120.0  # for importing math-verify on a busy machine
-GRACE_SECONDS = 2.0  # the worker's own timer, behind the parent's
+GRACE_SECONDS = 1.0  # the worker's own timer, behind the parent's
 
 
 class Worker:
