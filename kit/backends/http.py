@@ -9,17 +9,18 @@ end it at once). A key comes from the environment and stands in no message.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import re
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from kit.backends import Completion, Finish, Generation, Request, Session, Tokenizer, looping, sample_seed
+from kit.backends.http_reply import Refused, Reply, read_reply
 from kit.config import Engine, Sampling
 from kit.errors import KitError
 
@@ -28,22 +29,6 @@ SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # llama-serv
 FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "repetition": "loop"}
 LOOPS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 24}  # vLLM's own detection
 T = TypeVar("T")
-
-
-class Refused(Exception):
-    """A request that the server will never take; its message says why."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A completion. None: the server does not tell. logprobs: of the first token and its rivals, by id."""
-
-    text: str
-    ids: tuple[int, ...] | None
-    finish: str
-    prompt_tokens: int | None
-    cached_tokens: int | None
-    logprobs: dict[int, float]
 
 
 class ServerTokenizer:
@@ -191,7 +176,7 @@ class HttpBackend:
         Raises:
             Refused, KitError: as `ask`; KitError too where the server counted other tokens than were sent.
         """
-        reply = _reply(
+        reply = read_reply(
             await self.ask("/v1/completions", {"model": self.engine.model, "prompt": list(prompt), **fields})
         )
         self.account(len(prompt), reply.prompt_tokens, reply.cached_tokens)
@@ -310,21 +295,16 @@ class HttpBackend:
         """A tokenizer of this machine, compared with the server's where that can be asked."""
         from kit.models import PROBE, load_tokenizer
 
-        try:
-            tokenizer = load_tokenizer(name)
-        except KitError as error:
-            hint = "Set tokenizer to the served model's hub id or folder."
-            raise KitError(f"No tokenizer for {self.engine.model}: {error.args[0]}", hint) from None
-        ours = tokenizer.encode(PROBE)
+        tokenizer = load_tokenizer(name)
+        theirs = ours = tokenizer.encode(PROBE)
         body = {"content": PROBE, "add_special": False, "parse_special": True}  # llama-server's words, then vLLM's
         body |= {"model": self.engine.model, "prompt": PROBE, "add_special_tokens": False}
-        try:
+        with contextlib.suppress(Refused, KitError):  # none there: every prompt's count is compared all the same
             theirs = self.call("/tokenize", body)["tokens"]
-        except (Refused, KitError):  # none there: every prompt's count is compared all the same
-            theirs = ours
         if theirs != ours:
             raise KitError(
-                f"{name} is not {self.root}'s tokenizer: one text gives other ids.", "Set tokenizer to its own."
+                f"{name} is not {self.root}'s tokenizer: one text gives other ids.",
+                "Set tokenizer to the served model's hub id or folder.",
             )
         return tokenizer
 
@@ -336,37 +316,13 @@ class HttpBackend:
         status, name = getattr(error, "status_code", None), self.engine.api_key_env
         if status in REFUSED:
             return Refused(text)
-        what, hint = f"does not answer, {self.engine.retries} retries: {text}", "Start the server; "
+        what, hint = f"does not answer, {self.engine.retries} retries: {text}", "Start the server"
         if status in (401, 403):
             state = "is set, but not accepted" if os.environ.get(name) else "is not set"
-            what, hint = f"wants a key, and the variable {name} {state}: {text}", f"Set {name}; "
+            what, hint = f"wants a key, and the variable {name} {state}: {text}", f"Set {name}"
         elif status == 404:
-            what, hint = f"knows no such address: {text}", "Check url (/v1/models must answer there); "
+            what, hint = f"knows no such address: {text}", "Check url (/v1/models must answer there)"
         elif isinstance(error, openai.APITimeoutError):
             what = f"did not answer within {self.engine.timeout_seconds:g} s, {self.engine.retries} retries"
-            hint = "Set a larger timeout_seconds or a smaller parallel; "
-        return KitError(f"{self.root} {what}.", hint + "the same command then goes on from here.")
-
-
-def _reply(body: dict[str, Any]) -> Reply:
-    """Read a completion as llama-server, vLLM or SGLang write it.
-
-    Raises:
-        KitError: it is none.
-    """
-    if not body.get("choices"):
-        raise KitError("The server's answer holds no completion.", "Check url: it must be an OpenAI-compatible API's.")
-    choice, usage = body["choices"][0], body.get("usage") or {}
-    told, ids = choice.get("logprobs") or {}, choice.get("token_ids")
-    content, values = told.get("content"), {}
-    if content is not None:  # llama-server
-        ids = [entry["id"] for entry in content]
-        values = {entry["id"]: entry["logprob"] for first in content[:1] for entry in (*first["top_logprobs"], first)}
-    elif told.get("tokens"):  # vLLM, which names tokens by their ids when it is asked to
-        named = dict((told.get("top_logprobs") or [None])[0] or {}) | {told["tokens"][0]: told["token_logprobs"][0]}
-        values = {int(name[9:]): value for name, value in named.items() if name.startswith("token_id:")}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    finish = choice.get("finish_reason") or "none"
-    return Reply(
-        choice["text"], None if ids is None else tuple(ids), finish, usage.get("prompt_tokens"), cached, values
-    )
+            hint = "Set a larger timeout_seconds or a smaller parallel"
+        return KitError(f"{self.root} {what}.", f"{hint}; the same command then goes on from here.")

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kit.backends import Cost, Probe, Readings
-from kit.backends.http import HttpBackend, Refused, Reply
+from kit.backends.http import HttpBackend
+from kit.backends.http_reply import Refused, Reply
 from kit.errors import KitError
 
 TOP = 20  # log-probabilities asked for; vLLM's default limit
@@ -75,13 +76,12 @@ class HttpSession:
         backend = self.backend
         try:
             told = await (self._sglang if backend.sglang else self._ask)(prompt, candidates)
-            if any(c not in told for c in candidates) and await self._can_force():
-                forced = [await self._forced(prompt, c) for c in dict.fromkeys(candidates) if c not in told]
-            else:
-                forced = []
+            known = dict(told)
+            for candidate in candidates:
+                if candidate not in known and await self._can_force():
+                    known |= await self._forced(prompt, candidate)
         except Refused as error:
             raise KitError(f"The server refuses a judging prompt of {len(prompt)} tokens: {error}") from None
-        known = told | {token: value for values in forced for token, value in values.items()}
         if not any(c in known for c in candidates):
             raise KitError(
                 f"{backend.root} tells no log-probability of the tokens asked for, by their ids.",
