@@ -4,7 +4,7 @@ Where they are (a hub id or a file of the same rows; `auto` tells the formats ap
 - GSM8K, hub `openai/gsm8k`: {"question": "Natalia sold ...", "answer": "... <<48/2=24>>24 clips in May.\\n#### 72"}
 - MATH, hub `HuggingFaceH4/MATH-500`: {"problem": ..., "solution": ..., "answer": "\\\\left(3,...", ...}
 - AIME and AMC: {"problem" or "question": ..., "answer": "204"}, with an "id" where there is one
-- s1K, hub `simplescaling/s1K-1.1` (train): {"question", "solution", "deepseek_thinking_trajectory", ...}
+- s1K, hub `simplescaling/s1K-1.1`: {"question", "solution", "deepseek_thinking_trajectory", ...}
 - any other JSONL: `fields: {question: KEY, answer: KEY, id: KEY, trace: KEY}`
 
 A damaged file stops the run, with its line. A row that lacks something and a question's second row are set aside with
@@ -26,12 +26,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kit.config import STAGES, Config, Source
+from kit.config import Config, Source
 from kit.errors import KitError
 from kit.records import Problem, digest
 
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
-BUILTIN_ROWS = 100  # of a built-in source without a limit
 HUB = {  # dataset: (subset, split of training, split of evaluation), where the config names none
     "openai/gsm8k": ("main", "train", "test"),
     "HuggingFaceH4/MATH-500": (None, "test", "test"),
@@ -98,8 +97,7 @@ def load(source: Source, seed: int) -> list[Problem]:
 def load_traces(config: Config) -> list[Problem]:
     """Problems with traces, for teacher.backend=file: the rows of teacher.path, or data.train's rows that have one.
 
-    A file of traces stands alone: data.train then only gives limit, seed and stratify. One question may have many
-    traces, each a row with an id of its own.
+    A file of traces stands alone: data.train only gives limit, seed and stratify. A question may have many traces.
     """
     return _train(config)[0].problems
 
@@ -108,19 +106,18 @@ def load_all(config: Config) -> Loaded:
     """Everything a run reads, checked against each other; sources of stages that will not run are not read.
 
     Raises:
-        KitError: see `read`; also a question that stands in training and in evaluation, two sources of one name,
-            nothing left for a holdout.
+        KitError: as `read`; a question in training and in evaluation, two sources of one name, an empty holdout.
     """
     train, whole = _train(config)
     loaded = Loaded(train.problems, {}, {"train": train.facts(), "evals": {}}, list(train.rejected))
-    evaluates = STAGES.index(config.stop_after) >= STAGES.index("eval")
-    for source in config.data.eval if evaluates else ():
+    for source in config.data.eval if config.stop_after in ("eval", "report") else ():
         own = source.path != "holdout"
-        reading = read(source, config.seed, held_out=True) if own else _holdout(train, whole, source, config.seed)
-        reading = subset(reading, config.seed)
+        rows = read(source, config.seed, held_out=True) if own else _holdout(train, whole, source, config.seed)
+        reading = subset(rows, config.seed)
         if reading.name in loaded.evals:
-            hint = "Give each a name of its own: {path: ..., name: ...}."
-            raise KitError(f"Two sources of data.eval are called {reading.name}.", hint, 2)
+            raise KitError(
+                f"Two sources of data.eval are called {reading.name}.", "Name each: {path: ..., name: ...}.", 2
+            )
         loaded.facts["evals"][reading.name] = {**reading.facts(), **_compare(train, reading)}
         loaded.evals[reading.name] = reading.problems
         loaded.rejected.extend(reading.rejected)
@@ -154,14 +151,13 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
         problem, lacks = _problem(row, keys, reading, traces)
         own_id, text = _text(row, keys["id"]), problem and (problem.id if traces else normal(problem.question))
         if problem and ("id", own_id) in known:
-            hint = "Give each row an id of its own, or none: ids are then made from the text."
-            raise KitError(f"{path}: {known['id', own_id]} and {where} have the same id {own_id!r}.", hint)
+            what = f"{path}: {known['id', own_id]} and {where} have the same id {own_id!r}."
+            raise KitError(what, "Give each row an id of its own, or none: ids are then made from the text.")
         if problem and ("text", text) in known:
             lacks = f"duplicate {'row' if traces else 'question'}"
             where += f": stands already in {known['text', text]}"
         if lacks:
-            made = problem.id if problem else own_id or where
-            reading.rejected.append(Rejection(made, lacks, f"{path}, {where}"))
+            reading.rejected.append(Rejection(problem.id if problem else own_id or where, lacks, f"{path}, {where}"))
         else:
             known["id", problem.id] = known["text", text] = where
             reading.problems.append(problem)
@@ -181,8 +177,7 @@ def subset(reading: Reading, seed: int) -> Reading:
     problems, source = reading.problems, reading.source
     strata = [getattr(problem, source.stratify or "", None) or "" for problem in problems]
     if source.stratify and not any(strata):
-        hint = "Stratify by level or subject, and map its key by fields."
-        raise KitError(f"{source.path} has no {source.stratify} to stratify by.", hint, 2)
+        raise KitError(f"{source.path} has no {source.stratify} to stratify by.", "Map level or subject by fields.", 2)
     if source.limit and source.limit > len(problems):
         reading.notes.append(f"limit {source.limit}, but there are {len(problems)} rows")
     if source.limit is None or source.limit >= len(problems):
@@ -254,8 +249,8 @@ def _compare(train: Reading, held_out: Reading) -> dict[str, Any]:
     both = [(known[text], p.id) for p in held_out.problems if (text := normal(p.question)) in known]
     if both:
         shown = "; ".join(f"{a!r} in {train.name} is {b!r} in {held_out.name}" for a, b in both[:3])
-        hint = "Take them out of one of the two, or evaluate on `holdout`."
-        raise KitError(f"{len(both)} question(s) stand in training and in evaluation: {shown}.", hint)
+        what = f"{len(both)} question(s) stand in training and in evaluation: {shown}."
+        raise KitError(what, "Take them out of one of the two, or evaluate on `holdout`.")
     near = near_duplicates(train.problems, held_out.problems)
     return {"near_duplicates": len({b for _, b, _ in near}), "near_examples": [list(pair) for pair in near[:5]]}
 
@@ -263,10 +258,10 @@ def _compare(train: Reading, held_out: Reading) -> dict[str, Any]:
 def _builtin(source: Source, seed: int, held_out: bool) -> Reading:
     from kit.problems import generate
 
-    if not (steps := re.fullmatch(r"(\d)(?:-(\d))?", source.subset or "1-4")):
-        raise KitError(f"subset {source.subset!r} of the built-in problems is no range of steps.", "Like 1-2.", 2)
+    if not (steps := re.fullmatch(r"(\d)(?:-(\d))?(?: to (\d+))?", source.subset or "1-4")):
+        raise KitError(f"subset {source.subset!r} of the built-in problems is no range.", "Like 1-2, or 1-2 to 10.", 2)
     span, seed = (int(steps[1]), int(steps[2] or steps[1])), seed if source.seed is None else source.seed
-    made = generate(source.limit or BUILTIN_ROWS, seed, held_out, span)
+    made = generate(source.limit or 100, seed, held_out, span, int(steps[3] or 60))
     return Reading(source.name or "builtin", source, "builtin", made)
 
 
