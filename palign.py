@@ -115,9 +115,14 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
         wanted = (args.command,)
     with Run(config, progress, args.command) as run:
         if args.command == "run":
-            run.prepare()
-        for stage in wanted:
-            _stage(stage)(run)
+            _ = run.data  # read before any work: a mistake in the data shows at once and not after hours
+        try:
+            for stage in wanted:
+                _stage(stage)(run)
+        except KitError:
+            if args.command == "run":  # a run that cannot go on has a page that shows why
+                _stage("report")(run)
+            raise
         from kit import metrics, report
 
         numbers = metrics.collect(run.folder)

@@ -106,12 +106,6 @@ class Run:
         self.record(data=loaded.facts, rejected=[vars(row) for row in loaded.rejected])
         return loaded
 
-    def prepare(self) -> None:
-        """Read the problems before any work, so that a mistake in the data shows at once and not after hours."""
-        evaluates = self.config.stop_after in ("eval", "report")
-        if self.config.teacher.backend != "file" or evaluates:
-            _ = self.data
-
     def require(self, stage: str) -> None:
         """Raise unless a stage is done."""
         if not self.manifest["stages"].get(stage, {}).get("done"):

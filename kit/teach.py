@@ -21,10 +21,7 @@ NAME = "traces.jsonl"
 
 def teach(run: Run) -> None:
     """The stage: one `TraceRow` a problem."""
-    from kit import data
-
-    teacher = run.config.teacher
-    problems = data.load_traces(run.config) if teacher.backend == "file" else run.data.train
+    problems = run.data.train
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
         return
     units = [(problem.id, problem) for problem in problems]

@@ -10,13 +10,13 @@ from kit import config as configs
 from kit.align import Aligner, Draft, align, holds_answer, target, train_file_rows
 from kit.answers import Grader
 from kit.backends import Completion, Generation
-from tests.scripted import ScriptedBackend
 from kit.progress import Progress
 from kit.prompts import BEGIN, END
 from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow
 from kit.run import Run
 from kit.sentences import ends
 from kit.teach import choose
+from tests.scripted import ScriptedBackend
 
 TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
 
