@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kit import search
 from kit.align import whole
@@ -23,16 +23,15 @@ from kit.backends import Backend, Cost, Probe, Readings, Request, Session, open_
 from kit.calibrate import degenerate, share_threshold
 from kit.config import Config, Sampling
 from kit.errors import KitError
+from kit.progress import Progress
 from kit.prompts import fill, render, solve_text, text_of
 from kit.records import Label, PrefixRow, Problem, RowFile, Sample, TraceRow, Verdict, digest
 from kit.run import Run, file_digest, stopwatch, work_through
 from kit.sentences import ends
 
-if TYPE_CHECKING:
-    from kit.progress import Progress
-
 NAME = "prefixes.jsonl"
 THRESHOLD = {"verbal": 0.0, "answer": -1.0}  # nats; answer: a gold token more likely than exp(-1) on average
+SUMS = ("evaluated_tokens", "reused_tokens", "sufficient", "violations")
 _BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")  # up to the brace that closes the forced box
 
 
@@ -208,8 +207,7 @@ def truncate(run: Run) -> None:
         "median_ratio": ratios[len(ratios) // 2] if ratios else None,
         "degenerate": degenerate(sound),
         "rejected": dict(Counter(row.rejected for row in made if row.rejected)),
-        **{x: sum(getattr(row, x) for row in sound) for x in ("evaluated_tokens", "reused_tokens", "sufficient")},
-        "violations": sum(row.violations for row in sound),
+        **{name: sum(getattr(row, name) for row in sound) for name in SUMS},
     }
     if told["degenerate"]:
         run.progress.warn(told["degenerate"])
@@ -236,11 +234,10 @@ class Cutter:
 
     def facts(self) -> dict[str, Any]:
         """What the report must know of the judge, beside its rows."""
-        judge = self.judge
-        if judge is None:
+        if (judge := self.judge) is None:
             return {"notes": []}
         found = {"threshold": judge.threshold, "notes": list(judge.backend.notes)}
-        return found | ({"rechecked": judge.rechecked, "flips": judge.flips} if judge.keys.recheck else {})
+        return found | {"rechecked": judge.rechecked, "flips": judge.flips}
 
     def _open(self) -> Judge:
         judge, run = open_judge(self.config, self.held), self.run
@@ -322,8 +319,7 @@ def _fixed(row: PrefixRow, ratio: float | None) -> PrefixRow:
 
 
 def _kept(row: PrefixRow, k: int) -> PrefixRow:
-    ratio, end = k / row.sentences_total, ends(row.trace)[k - 1]
-    return row.model_copy(update={"sentences": k, "ratio": ratio, "end": end})
+    return row.model_copy(update={"sentences": k, "ratio": k / row.sentences_total, "end": ends(row.trace)[k - 1]})
 
 
 def _rejected(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
@@ -332,10 +328,10 @@ def _rejected(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
 
 def shown(row: PrefixRow) -> dict[str, Any]:
     """A row as `judge_file` gives it."""
-    names = ("sufficient", "prompt_tokens", "evaluated_tokens", "reused_tokens", "seconds", "rejected", "detail")
-    kept = row.sentences if row.rejected is None else None
-    found = {"id": row.id, "sentences": row.sentences_total, "kept": kept}
-    return found | {"verdicts": [v.model_dump() for v in row.verdicts]} | {name: getattr(row, name) for name in names}
+    names = ("id", "sufficient", "prompt_tokens", "evaluated_tokens", "reused_tokens", "seconds", "rejected", "detail")
+    found = {"sentences": row.sentences_total, "kept": row.sentences if row.rejected is None else None}
+    found |= {"verdicts": [verdict.model_dump() for verdict in row.verdicts]}
+    return {name: getattr(row, name) for name in names} | found
 
 
 def show(result: dict[str, Any], width: int = 20) -> None:
