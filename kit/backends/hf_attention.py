@@ -33,12 +33,12 @@ class Layout:
     Args:
         cuts: for each tail, the trunk tokens that it sees.
         lengths: for each tail, its tokens. One tail with cut == past is plain causal continuation.
-        past: trunk tokens visible to the widest tail.
+        past: trunk tokens visible to the widest tail; `near` is what every tail sees.
     """
 
     def __init__(self, cuts: Sequence[int], lengths: Sequence[int], past: int, device: torch.device) -> None:
         self.past, self.tokens, self.causal = past, sum(lengths), len(cuts) == 1 and cuts[0] == past
-        self.calls = 0
+        self.calls, self.near = 0, min(cuts)
         size = torch.tensor(lengths)
         self.tail = torch.repeat_interleave(torch.arange(len(cuts)), size).to(device)  # (q,)
         self.cut = torch.repeat_interleave(torch.tensor(cuts), size).to(device)  # (q,)
@@ -158,15 +158,20 @@ def attend(
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2), None
-    if layout.causal and window is None and query.is_cpu and query.shape[2] >= 128 and key.shape[-1] == value.shape[-1]:
-        return _split(query, key, value, layout.past, scale).transpose(1, 2), None
-    rows = max(16, MASK_CELLS // key.shape[2])
-    parts = []
+    split = window is None and query.is_cpu and query.shape[2] > 1 and layout.near and key.shape[-1] == value.shape[-1]
+    if split and layout.causal:
+        return _split(query, key, value, layout.near, scale).transpose(1, 2), None
+    rows, parts = max(16, MASK_CELLS // key.shape[2]), []
     for start in range(0, query.shape[2], rows):
         end = min(start + rows, query.shape[2])
-        near = layout.past + end
-        parts.append(_masked(query[:, :, start:end], key[:, :, :near], value[:, :, :near],
-                             layout.mask(start, end, window), scale))  # fmt: skip
+        seen, piece = layout.mask(start, end, window), query[:, :, start:end]
+        keys, values = key[:, :, : seen.shape[1]], value[:, :, : seen.shape[1]]
+        if split:
+            parts.append(_split(piece, keys, values, layout.near, scale, seen[:, layout.near :]))
+        else:
+            seen = seen.repeat(query.shape[1] // key.shape[1], 1)[None, None]
+            out = scaled_dot_product_attention(_fold(piece, key.shape[1]), keys, values, attn_mask=seen, scale=scale)
+            parts.append(out.reshape(*piece.shape[:3], -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2), None
 
 
@@ -175,24 +180,32 @@ def _fold(query: torch.Tensor, heads: int) -> torch.Tensor:
     return query.reshape(1, heads, -1, query.shape[-1])
 
 
-def _masked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+def _split(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    near: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    folded, groups = _fold(query, key.shape[1]), query.shape[1] // key.shape[1]
-    seen = mask.repeat(groups, 1)[None, None]
-    out = scaled_dot_product_attention(folded, key, value, attn_mask=seen, scale=scale)
-    return out.reshape(1, query.shape[1], query.shape[2], -1)
+    """Keys before `near`, which every query sees, without a mask; the rest causally or under `mask` (q, k - near).
 
-
-def _split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int, scale: float) -> torch.Tensor:
-    """Causal continuation without a mask: all of the past, the new tokens causally, joined by their log-sum-exp."""
+    The two are joined by their log-sum-exp. A mask over all keys would cost a quarter more, and a chunk behind the
+    first would be computed as a whole rectangle.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    groups = query.shape[1] // key.shape[1]
-    far, far_sum = kernel(_fold(query, key.shape[1]), key[:, :, :past], value[:, :, :past], 0.0, False, scale=scale)
-    near_key, near_value = (x[:, :, past:].repeat_interleave(groups, 1) for x in (key, value))
-    near, near_sum = kernel(query, near_key, near_value, 0.0, True, scale=scale)
-    share = torch.sigmoid(far_sum.reshape(near_sum.shape) - near_sum).unsqueeze(-1).to(near.dtype)
-    return torch.lerp(near, far.reshape(near.shape), share)
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    far, far_sum = kernel(_fold(query, heads), key[:, :, :near], value[:, :, :near], 0.0, False, scale=scale)
+    key, value = key[:, :, near:], value[:, :, near:]
+    if mask is None:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out, out_sum = kernel(query, key, value, 0.0, True, scale=scale)
+    else:
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(groups, 1)
+        folded = _fold(query, heads)
+        out, out_sum = kernel(folded, key, value, 0.0, False, attn_mask=hidden[None, None], scale=scale)
+    share = torch.sigmoid(far_sum.reshape(query.shape[:3]) - out_sum.reshape(query.shape[:3]))
+    return torch.lerp(out.reshape(query.shape), far.reshape(query.shape), share.unsqueeze(-1).to(out.dtype))
 
 
 AttentionInterface.register(NAME, attend)
