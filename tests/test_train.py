@@ -349,6 +349,7 @@ def test_zero_shot_trains_nothing(tmp_path: Path, tiny: str) -> None:
     assert not (config.folder / "adapter").exists()
 
 
+@pytest.mark.slow  # tests/test_pipeline.py trains the packaged model in NF4, too
 def test_nf4_on_the_packaged_model_learns(tmp_path: Path) -> None:
     config = settings(tmp_path / "r", "smollm2-135m", dtype="nf4", max_steps=3, batch_rows=2, learning_rate=2e-3)
     summary = run_stage(config, rows(2))["stages"]["train"]["summary"]
