@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 from kit import search
@@ -53,7 +53,8 @@ class Judge:
         self.limit_tokens = min(self.keys.limit_tokens or backend.context_tokens, backend.context_tokens)
         self.limit_tokens -= 16 * self.generates  # room for a generated label
         self.threshold = THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
-        self.common, self.parting = part(*(tuple(backend.tokenizer.encode(x, special=False)) for x in self.keys.labels))
+        labels = (tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels)
+        self.common, self.parting = part(*labels)
         self.rechecked = self.flips = 0
         self.held = ExitStack()
         self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
@@ -140,18 +141,17 @@ class Asking:
             if made.error:
                 raise KitError(f"{self.row.id}: no verdict on {made.id} sentences: {made.error}", "Run again to go on.")
             self.cost.add(Cost(made.evaluated_tokens, made.prompt_tokens - made.evaluated_tokens))
-            label = self._parsed(made.completions[0].text)
-            found[int(made.id)] = Verdict(sentences=int(made.id), label=label, margin=None)
+            k, label = int(made.id), self._parsed(made.completions[0].text)
+            found[k] = Verdict(sentences=k, label=label, margin=None)
         return found
 
     def _parsed(self, text: str) -> Label:
         if self.judge.grader is None:
             return label_in(text, self.judge.keys.labels)
-        boxed = _BOXED.match(text)
-        if boxed is None:
+        if (boxed := _BOXED.match(text)) is None:
             return "UNPARSED"
-        verifier = self.judge.config.data.train.verifier
-        [grade] = self.judge.grader.grade([Item(self.row.answer, f"\\boxed{{{boxed[1]}}}", verifier)])
+        item = Item(self.row.answer, f"\\boxed{{{boxed[1]}}}", self.judge.config.data.train.verifier)
+        [grade] = self.judge.grader.grade([item])
         return {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}.get(grade.verdict, "UNPARSED")  # type: ignore[return-value]
 
 
@@ -172,7 +172,7 @@ def cut(judge: Judge, row: PrefixRow, force: Callable[[int], bool] | None = None
     if tokens > judge.limit_tokens:
         return _rejected(row, "prompt too long", f"{tokens} tokens to judge, the limit is {judge.limit_tokens}")
     if m <= 1:
-        return _fixed(row, None)
+        return _fixed(row)
     session = judge.backend.session(fresh=how == "fresh")
     if hasattr(session, "chunk_tokens"):
         session.chunk_tokens = judge.keys.chunk_tokens
@@ -236,8 +236,8 @@ class Cutter:
         """What the report must know of the judge, beside its rows."""
         if (judge := self.judge) is None:
             return {"notes": []}
-        found = {"threshold": judge.threshold, "notes": list(judge.backend.notes)}
-        return found | {"rechecked": judge.rechecked, "flips": judge.flips}
+        found = {name: getattr(judge, name) for name in ("threshold", "rechecked", "flips")}
+        return found | {"notes": list(judge.backend.notes)}
 
     def _open(self) -> Judge:
         judge, run = open_judge(self.config, self.held), self.run
@@ -256,18 +256,15 @@ def open_judge(config: Config, held: ExitStack) -> Judge:
     """Open the student and a judge on it; both are closed with `held`."""
     backend = open_backend(config.student)
     held.callback(backend.close)
-    judge = Judge(config, backend)
-    held.callback(judge.close)
-    return judge
+    return held.enter_context(closing(Judge(config, backend)))
 
 
 def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     """Judge the traces that `config.teacher.path` names.
 
     Returns:
-        {model, search, kind, threshold, degenerate, notes, traces: [{id, sentences, kept, sufficient, verdicts:
-        [{sentences, label, margin}], prompt_tokens, evaluated_tokens, reused_tokens, seconds, rejected, detail}]};
-        kept is None where a trace left without being judged, for the reason in rejected.
+        {model, search, kind, threshold, degenerate, notes, traces: [see `shown`]}; kept is None where a trace left
+        without being judged, for the reason in rejected.
     """
     from kit.data import load_traces
 
@@ -289,11 +286,8 @@ def part(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[tuple[int, ..
     for i, pair in enumerate(zip(first, second, strict=False)):
         if pair[0] != pair[1]:
             return first[:i], pair
-    raise KitError(
-        f"One label's tokens begin the other's: {list(first)} and {list(second)}.",
-        "Set judge.labels to two texts of which neither starts with the other.",
-        2,
-    )
+    why = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
+    raise KitError(why, "Set judge.labels to two texts of which neither starts with the other.", 2)
 
 
 def label_in(text: str, labels: tuple[str, str]) -> Label:
@@ -306,12 +300,11 @@ def label_in(text: str, labels: tuple[str, str]) -> Label:
 
 def from_problem(problem: Problem) -> PrefixRow:
     """A problem's own trace, whole, as `cut` takes it."""
-    sample = Sample(text=problem.trace or "", verdict="unparsed")
-    fields = {"id": problem.id, "question": problem.question, "answer": problem.answer}
-    return whole(TraceRow(**fields, samples=(sample,), kept=(0,)))[0]
+    fields = {name: getattr(problem, name) for name in ("id", "question", "answer")}
+    return whole(TraceRow(**fields, samples=(Sample(text=problem.trace or "", verdict="unparsed"),), kept=(0,)))[0]
 
 
-def _fixed(row: PrefixRow, ratio: float | None) -> PrefixRow:
+def _fixed(row: PrefixRow, ratio: float | None = None) -> PrefixRow:
     """Cut at a share of the sentences, at least one (the ratio-X baselines); None keeps all."""
     if not row.trace.strip():
         return _rejected(row, "empty trace", "there is nothing to cut")
@@ -327,7 +320,7 @@ def _rejected(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
 
 
 def shown(row: PrefixRow) -> dict[str, Any]:
-    """A row as `judge_file` gives it."""
+    """{id, sentences, kept, sufficient, verdicts: [{sentences, label, margin}], and what it cost}."""
     names = ("id", "sufficient", "prompt_tokens", "evaluated_tokens", "reused_tokens", "seconds", "rejected", "detail")
     found = {"sentences": row.sentences_total, "kept": row.sentences if row.rejected is None else None}
     found |= {"verdicts": [verdict.model_dump() for verdict in row.verdicts]}
@@ -340,10 +333,10 @@ def show(result: dict[str, Any], width: int = 20) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for trace in result["traces"]:
-        sure = trace["sufficient"] or trace["rejected"]
+        unsure = "" if trace["sufficient"] or trace["rejected"] else ", never judged sufficient"
         kept = trace["detail"] or f"kept {trace['kept']} of {trace['sentences']} sentences"
         cost = f"{trace['evaluated_tokens']} tokens evaluated, {trace['reused_tokens']} reused, {trace['seconds']} s"
-        console.print(f"\n{trace['id']}: {kept}{'' if sure else ', never judged sufficient'} ({cost})", markup=False)
+        console.print(f"\n{trace['id']}: {kept}{unsure} ({cost})", markup=False)
         verdicts = sorted(trace["verdicts"], key=lambda v: v["sentences"])
         gaps = [0.0 if v["margin"] is None else v["margin"] - result["threshold"] for v in verdicts]
         for v, gap in zip(verdicts, gaps, strict=True):
