@@ -3,7 +3,7 @@ r"""Final answers: found in a text, and graded against the gold answer (section 
 Found: the last `\boxed{...}` behind the last end-of-prefix tag, so that a prefix which already holds the answer earns
 nothing; else what follows the last `####`; else the value that the last sentence about "the answer" names. Graded:
 as exact decimals where both sides are plain numbers, as option letters or text where the data asks for it, else by
-math-verify in killable workers (kit/graders.py).
+math-verify in a killable worker (kit/graders.py).
 
 Paper: math-verify or-ed with an OAT grader, which take the last number of a text that names no answer. Here: such a
 text is `unparsed`. Nothing that a text says is executed, and nothing is known here of how it was drawn.
@@ -14,16 +14,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from decimal import Decimal
-from queue import LifoQueue
+from functools import cache
+from threading import Lock
+from typing import NamedTuple
 
 from kit.graders import Worker
 from kit.prompts import END
 
 END_TAGS = (END, "<End_of_Draft>")  # the second: in the paper's released outputs
-LONGEST, SHOWN = 4000, 200  # characters of an answer that are looked at, and recorded of a longer one
+LONGEST = 4000  # characters of an answer that are looked at
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
@@ -55,8 +55,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _NOT_UNITS = set("pi sqrt and or to plus minus times half dozen over mod e i x y".split())
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box or in `#### 8`.
 
     `verifier` is math, number (grade-school: units in words are allowed), choice (one letter) or text.
@@ -67,13 +66,12 @@ class Item:
     verifier: str = "math"
 
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     """What became of a text.
 
     `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the worker was stopped).
-    `how` is `none`, or `PLACE:METHOD`: boxed, hashes or phrase, and decimal, math, string (the last resort), choice,
-    text, oversized, unreadable, time, memory or crash.
+    `how` is none, oversized, or `PLACE:METHOD`: boxed, hashes or phrase, and decimal, math, string (the last resort),
+    choice, text, unreadable, time, memory or crash.
     """
 
     verdict: str
@@ -82,63 +80,60 @@ class Grade:
 
 
 class Grader:
-    """Grades texts; a context manager, for any thread. Workers start when an answer needs one, and stay warm.
+    """Grades texts; a context manager, for any thread. Its worker starts when an answer needs it, and stays warm.
 
-    Args:
-        workers: processes that run math-verify.
-        timeout_seconds: for one answer; its worker is then killed and replaced.
-        memory_bytes: address space of a worker.
+    `timeout_seconds` is for one answer: the worker is then killed and replaced; `memory_bytes` is its address space.
     """
 
-    def __init__(self, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
-        self._workers = [Worker(timeout_seconds, memory_bytes) for _ in range(workers)]
-        self._free: LifoQueue[Worker] = LifoQueue()  # last in, first out: the warm one is asked again
-        for worker in self._workers:
-            self._free.put(worker)
-        self._pool = ThreadPoolExecutor(workers)
+    def __init__(self, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
+        self._worker, self._lock = Worker(timeout_seconds, memory_bytes), Lock()
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Grade texts, in order; equal answers to equal questions are compared once."""
-        found = [find(item.output, item.verifier) for item in items]
-        asked = [(i.verifier, gold_of(i.gold), answer) for i, (answer, _) in zip(items, found, strict=True)]
-        results = dict(zip(dict.fromkeys(asked), self._pool.map(self._compare, dict.fromkeys(asked)), strict=True))
-        grades = []
-        for key, (answer, place) in zip(asked, found, strict=True):
-            verdict, method = results[key]
-            shown = answer[:SHOWN] + "..." if method == "oversized" and answer else answer
-            grades.append(Grade(verdict, shown, f"{place}:{method}" if method else place))
+        compare, grades = cache(self._compare), []
+        for item in items:
+            answer, place = find(item.output, item.verifier)
+            if answer is None:
+                grades.append(Grade("unparsed", None, place))
+            else:
+                verdict, method = compare(item.verifier, gold_of(item.gold), answer)
+                grades.append(Grade(verdict, answer, f"{place}:{method}"))
         return grades
 
-    def _compare(self, asked: tuple[str, str, str | None]) -> tuple[str, str]:
-        if result := _at_once(*asked):
-            return result
-        worker = self._free.get()
-        try:
-            return worker.ask(_bare(asked[1]), _bare(asked[2] or ""))
-        finally:
-            self._free.put(worker)
+    def _compare(self, verifier: str, gold: str, answer: str) -> tuple[str, str]:
+        """Verdict and method; the worker is asked last."""
+        if verifier == "choice":
+            right, given = _letter(gold), _letter(answer)
+            return ("correct" if right == given else "wrong") if right and given else "unparsed", "choice"
+        plain = _plain(gold), _plain(answer)
+        if verifier == "text":
+            return "correct" if plain[0] == plain[1] else "wrong", "text"
+        numbers = decimal(gold, words=verifier == "number"), decimal(answer, words=verifier == "number")
+        if numbers[0] and numbers[1]:
+            (right, per_cent), (given, per_cent_given) = numbers
+            if right == given or per_cent == per_cent_given:  # 0.2 and 20% are left to math-verify
+                return "correct" if right == given else "wrong", "decimal"
+        if plain[0] == plain[1]:
+            return "correct", "string"
+        if not _comparable(*plain):
+            return "wrong", "math"
+        with self._lock:
+            return self._worker.ask(_bare(gold), _bare(answer))
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C: nobody waits for the rest
-        for worker in self._workers:
-            worker.close()
-
-
-def extract(text: str, verifier: str = "math") -> str | None:
-    """The final answer as it stands in a text, or None."""
-    return find(text, verifier)[0]
+        self._worker.close()
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
-    """The final answer and where it stood: boxed, hashes, phrase; (None, "none") where there is none."""
+    """The final answer as it stands in a text, and where: boxed, hashes, phrase; (None, "none" | "oversized")."""
     text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
     if box := last_box(text):
-        return box, "boxed"
+        return (box, "boxed") if len(box) <= LONGEST else (None, "oversized")
     if hashes := _HASHES.findall(text):
-        return hashes[-1].strip(), "hashes"
+        return (hashes[-1].strip(), "hashes") if len(hashes[-1]) <= LONGEST else (None, "oversized")
     for rest in reversed(_ANSWER.findall(text)[-1000:]):
         named = _NAMED.get(verifier, _NUMERIC).match(_SENTENCE_END.split(rest, maxsplit=1)[0])
         if named and (answer := named[1].strip(" *").rstrip(",")):
@@ -172,7 +167,9 @@ def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
         text: `8,000`, `-3.0`, `\$5.50`, `20\%`, `90^\circ`, `15\text{ cm}`.
         words: allow any words as a unit (`8 apples`), a scale (`2 million`) and what goes before `=` (`x = 8`).
     """
-    plain = _undressed(text)
+    plain = _bare(_MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ","))
+    plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", plain.replace("\\$", "$"))
+    plain = re.sub(r"\\[,!;: ]|~", " ", re.sub(r",\\!\s*", ",", plain)).strip()
     match = _NUMBER.fullmatch(plain.rsplit("=", 1)[-1].strip() if words else plain)
     if match is None or not (match[2] or match[3]) or not _UNIT.fullmatch(match[4]):
         return None
@@ -184,32 +181,10 @@ def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
     return value.scaleb(_SCALES.get(first, 0)), unit.startswith("%") or first == "percent"
 
 
-def _at_once(verifier: str, gold: str, answer: str | None) -> tuple[str, str] | None:
-    """Verdict and method where no worker is needed."""
-    if answer is None or len(answer) > LONGEST:
-        return "unparsed", "oversized" if answer else ""
-    if verifier in ("choice", "text"):
-        method, (right, given) = verifier, map(_letter if verifier == "choice" else _words, (gold, answer))
-        if right is None or given is None:
-            return "unparsed", method
-    else:
-        mine, theirs = (decimal(text, words=verifier == "number") for text in (gold, answer))
-        if mine is None or theirs is None or (mine[0] != theirs[0] and mine[1] != theirs[1]):  # the last: 0.2 and 20%
-            return None
-        method, right, given = "decimal", mine[0], theirs[0]
-    return "correct" if right == given else "wrong", method
-
-
 def _letter(text: str) -> str | None:
     """The one option letter that an answer names; None for several or none."""
     match = _LETTER.match(_MACRO.sub(r"\1", text).replace("\\", " ").strip(" $*.{}"))
     return match[1].upper() if match else None
-
-
-def _words(text: str) -> str:
-    """Text as compared word for word: case, spacing, LaTeX text macros and outer punctuation aside."""
-    text = unicodedata.normalize("NFKC", _MACRO.sub(r"\1", text)).casefold()
-    return " ".join(text.replace("\\ ", " ").split()).strip(" .,;:!\"'$*`")
 
 
 def _bare(text: str) -> str:
@@ -218,8 +193,15 @@ def _bare(text: str) -> str:
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
 
 
-def _undressed(text: str) -> str:
-    """A number without LaTeX's clothes."""
-    text = _bare(_MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ","))
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", text.replace("\\$", "$"))
-    return re.sub(r"\\[,!;: ]|~", " ", re.sub(r",\\!\s*", ",", text)).strip()
+def _plain(text: str) -> str:
+    """Without what makes no difference: LaTeX's clothes, case, spacing and outer punctuation."""
+    text = unicodedata.normalize("NFKC", _MACRO.sub(r"\1", _bare(text))).casefold()
+    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text.replace("\\{", "{").replace("\\}", "}"))
+    return re.sub(r"\\(?:left|right)(?![a-z])|\\[,!;: ]|\s+", "", text).strip(".,;:!\"'")
+
+
+def _comparable(gold: str, answer: str) -> bool:
+    """Whether brackets and number bases allow equality: [1,2] is not (1,2), {1,2} neither; 12_5 is not 12_7."""
+    kinds = [text[0] + text[-1] for text in (gold, answer) if "," in text and text[0] in "([{" and text[-1] in ")]}"]
+    bases = [base[1] for text in (gold, answer) if (base := re.fullmatch(r"[\da-z]+_\{?(\d+)\}?", text))]
+    return len(set(kinds)) < 2 and len(set(bases)) < 2

@@ -1,4 +1,4 @@
-"""Answers found and graded: the verdicts of a careful person, and workers that never outlive their limit."""
+"""Answers found and graded: the verdicts of a careful person, and a worker that never outlives its limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from kit.answers import LONGEST, Grader, Item, decimal, extract, find, last_box
+from kit.answers import LONGEST, Grader, Item, decimal, find, last_box
 from kit.graders import GRACE_SECONDS
 from tests.conftest import ROOT
 from tests.grading_cases import PAIRS
@@ -80,10 +80,10 @@ def test_how_names_the_place_and_the_method(warm):
 
 
 def test_answer_is_recorded_as_it_stands_in_the_text():
-    assert extract(r"so \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert find(r"so \boxed{\frac{1}{2}}") == (r"\frac{1}{2}", "boxed")
     assert find("The answer is 12 apples.", "number") == ("12", "phrase")
     assert last_box(r"\boxed{a {b} \{ c}") == r"a {b} \{ c"
-    assert extract("") is None
+    assert find("") == (None, "none")
 
 
 def test_decimals_are_exact_and_never_guess():
@@ -102,20 +102,20 @@ def test_plain_numbers_start_no_worker(started):
 def test_tower_of_powers_times_out_and_the_rest_is_graded(started):
     items = [Item("1/2", f"\\boxed{{{n}/{2 * n}}}") for n in range(1, 9)]
     with Grader(timeout_seconds=1.0) as grader:
-        grader.grade(items[:2] * 2)  # warm
+        grader.grade(items[:1])  # warm
         begun = time.monotonic()
         grades = grader.grade([*items[:4], Item("5", TOWER), *items[4:]])
         seconds = time.monotonic() - begun
         assert (grades[4].verdict, grades[4].how) == ("timeout", "boxed:time")
         assert [g.verdict for g in grades[:4] + grades[5:]] == ["correct"] * 8
-        assert seconds < 1.0 + 6  # the other worker goes on; a new one may have to start
+        assert seconds > 1.0 and len(started()) == 1
         assert grader.grade([Item("3", r"\boxed{\sqrt{9}}")])[0].verdict == "correct"
     assert started() == []
 
 
 def test_a_worker_outlives_its_thread_and_is_replaced_after_a_crash_and_at_its_memory_limit(started):
     root = Item("3", r"\boxed{\sqrt{9}}")
-    with Grader(workers=1, timeout_seconds=20, memory_bytes=160 << 20) as grader:
+    with Grader(timeout_seconds=20, memory_bytes=160 << 20) as grader:
         thread = threading.Thread(target=lambda: grader.grade([root]))
         thread.start()
         thread.join()
@@ -145,11 +145,11 @@ def test_a_worker_outlives_its_thread_and_is_replaced_after_a_crash_and_at_its_m
     ids=["digits", "boxes", "braces", "brackets", "phrases", "hashes"],
 )
 def test_a_megabyte_is_refused_cheaply(text, started):
-    with Grader(workers=1) as grader:
+    with Grader() as grader:
         begun = time.monotonic()
         grade = grader.grade([Item("8", text)])[0]
         assert grade.verdict == "unparsed" and time.monotonic() - begun < 5
-        assert len(grade.answer or "") < 300
+        assert grade.answer is None and grade.how in ("oversized", "none")
         assert started() == []
 
 
@@ -174,7 +174,7 @@ def test_grading_from_threads_leaves_signals_alone(warm):
 def test_workers_end_when_their_parent_is_killed():
     code = (
         "from kit.answers import Grader, Item\n"
-        "g = Grader(workers=1, timeout_seconds=2)\n"
+        "g = Grader(timeout_seconds=2)\n"
         "g.grade([Item('3', r'\\boxed{\\sqrt{9}}')]); print('busy', flush=True)\n"
         "g.grade([Item('5', r'\\boxed{9^{9^{9^9}}}')])\n"
     )
@@ -191,23 +191,41 @@ def test_workers_end_when_their_parent_is_killed():
     assert alive == [], "a worker outlived its limit"
 
 
-def test_ctrl_c_ends_a_grading_call_at_once():
-    code = (
-        "from kit.answers import Grader, Item\n"
-        "try:\n"
-        "    with Grader(workers=1, timeout_seconds=60) as g:\n"
-        "        g.grade([Item('3', r'\\boxed{\\sqrt{9}}')]); print('busy', flush=True)\n"
-        "        g.grade([Item('5', r'\\boxed{9^{9^{9^%d}}}' % n) for n in range(2, 9)])\n"
-        "except KeyboardInterrupt: print('ended', flush=True)\n"
-    )
+@pytest.mark.parametrize("moment", ["comparing", "starting"])
+def test_ctrl_c_ends_a_grading_call_at_once(moment):
+    """While math-verify computes, and while a worker is being started after a kill: neither is waited for."""
+    code = r"""
+import os, signal, subprocess, threading, time
+from kit.answers import Grader, Item
+
+starts, start = [], subprocess.Popen
+
+def interrupted(*args, **options):
+    starts.append(1)
+    if len(starts) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+    return start(*args, **options)
+
+subprocess.Popen = interrupted if MOMENT == "starting" else start
+towers = [Item("5", r"\boxed{9^{9^{9^9}} + %d}" % n) for n in range(9)]
+try:
+    with Grader(timeout_seconds=0.5 if MOMENT == "starting" else 60) as grader:
+        grader.grade([Item("3", r"\boxed{\sqrt{9}}")])
+        print("busy", flush=True)
+        grader.grade(towers)
+except KeyboardInterrupt:
+    print("ended", threading.active_count(), flush=True)
+"""
+    code = code.replace("MOMENT", repr(moment))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
     try:
         assert process.stdout.readline() == "busy\n"
-        time.sleep(0.5)
-        begun = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=20)
-        assert out == "ended\n" and time.monotonic() - begun < 2
+        if moment == "comparing":
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)  # a tower alone takes 60 seconds
+        assert out == "ended 1\n"
     finally:
         process.kill()
 

@@ -1,4 +1,4 @@
-"""How fast grading is: 1,000 grade-school answers and 500 of MATH, worker start included, on two workers.
+"""How fast grading is: 1,000 grade-school answers and 500 of MATH, worker start included.
 
 Every gold answer is taken once as it is and once exchanged for a neighbour's, so that half the answers are wrong and
 cost a whole comparison; right ones of MATH are rewritten, so that they are not equal as strings.
@@ -28,7 +28,7 @@ def bench(repeats: int = 3) -> dict[str, Any]:
         worker), verdicts}].
     """
     sets = {"gsm8k": _gsm8k(1000), "math": _math(500)}
-    return {"subject": "grade", "workers": 2, "rows": [_measure(name, items, repeats) for name, items in sets.items()]}
+    return {"subject": "grade", "rows": [_measure(name, items, repeats) for name, items in sets.items()]}
 
 
 def _measure(name: str, items: list[Item], repeats: int) -> dict[str, Any]:
