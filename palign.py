@@ -125,7 +125,7 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
             raise
         from kit import metrics, report
 
-        numbers = metrics.collect(run.folder)
+        numbers = metrics.numbers(metrics.Files(run.folder))
         if args.json:
             print(json.dumps(numbers, ensure_ascii=False))
         elif not args.quiet:
@@ -178,11 +178,11 @@ def _quality(path: str) -> Any:
     """What compares reasoning: the teacher of a config, as a judge."""
     from kit import config as configs
     from kit.backends import open_backend
-    from kit.quality import compare_reasoning, pairs_of
+    from kit.quality import compare_reasoning
 
     config = configs.load(path)
     backend = open_backend(config.teacher)
-    return lambda first, second: compare_reasoning(backend, config.prompts, pairs_of(first, second))
+    return lambda first, second: compare_reasoning(backend, config.prompts, first, second)
 
 
 def _plan(args: argparse.Namespace, progress: Any) -> int:

@@ -57,30 +57,21 @@ class Files:
             return []
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """All numbers of a run that may have stopped after any stage: ratios in [0, 1], lengths in characters.
-
-    Raises:
-        KitError: there is no run in the folder.
-    """
-    return numbers(Files(Path(folder)))
-
-
 def numbers(files: Files) -> dict[str, Any]:
-    """As `collect`, from files already read."""
+    """All numbers of a run that may have stopped after any stage: ratios in [0, 1], lengths in characters."""
     told, log, cut = files.told, files.log, [row for row in files.prefixes if not row.rejected]
     scores = told["eval"].get("scores") or []
     first = {score["which"]: score["accuracy"] for score in scores if score["dataset"] == scores[0]["dataset"]}
     labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
-    kept = ("rows_in", "rows_out", "seconds", "done")
+    entry, ratios = ("rows_in", "rows_out", "seconds", "done"), percentiles([row.ratio for row in cut])
     found = {key: files.config[key] for key in ("name", "method", "seed")} | {"folder": str(files.folder)}
-    found["stages"] = [{"name": name, **{key: e.get(key) for key in kept}} for name, e in files.stages.items()]
+    found["stages"] = [{"name": name, **{key: e.get(key) for key in entry}} for name, e in files.stages.items()]
     found |= {"accuracy_before": first.get("before"), "accuracy_after": first.get("after")}
     found |= {"n_eval": scores[0]["n"] if scores else None, "scores": scores}
     found |= {"comparisons": told["eval"].get("comparisons") or [], "train": told["train"]}
     found |= {"loss_first": log[0]["loss"] if log else None, "loss_last": log[-1]["loss"] if log else None}
-    found |= {"prefix_ratio": percentiles([row.ratio for row in cut]), "verdicts_asked": labels.total()}
-    found |= {"prefix_ratio_median": found["prefix_ratio"]["p50"], "verdicts_unparsed": labels["UNPARSED"]}
+    found |= {"prefix_ratio": ratios, "prefix_ratio_median": ratios["p50"]}
+    found |= {"verdicts_asked": labels.total(), "verdicts_unparsed": labels["UNPARSED"]}
     found |= {key: sum(getattr(row, key) for row in cut) for key in ("evaluated_tokens", "reused_tokens")}
     found |= {"judged_traces": sum(bool(row.verdicts) for row in cut)}
     found |= {"insufficient_traces": sum(not row.sufficient for row in cut)}
@@ -124,20 +115,21 @@ def percentiles(values: Sequence[float]) -> dict[str, float | int | None]:
 
 def _rows(files: Files) -> dict[str, Any]:
     """Rows lost and kept, their lengths, and what became of the samples they were made from."""
-    stages = {"teach": files.traces, "truncate": files.prefixes, "align": files.aligned}
+    stages = {"teach": files.traces, "truncate": files.prefixes, "align": files.aligned, "train": files.train}
     lost = Counter(("data", row["reason"]) for row in files.manifest.get("rejected", ()))
-    lost.update((stage, row.rejected) for stage, rows in stages.items() for row in rows if row.rejected)
+    lost.update((name, row.rejected) for name in STAGES[:3] for row in stages[name] if row.rejected)
     lost.update({("train", why): len(names) for why, names in (files.told["train"].get("dropped") or {}).items()})
-    of = {"train": len(files.train), **{stage: len(rows) for stage, rows in stages.items()}}
+    of = {name: len(rows) for name, rows in stages.items()}
     kept = [row for row in files.aligned if not row.rejected]
-    texts = [(len(row.prefix), len(row.continuation)) for row in kept if row.continuation]
-    lengths = {"prefix_characters": [len(row.prefix) for row in kept], "prefix_share": [a / (a + b) for a, b in texts]}
-    lengths["continuation_characters"] = [continuation for _, continuation in texts]
-    traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    texts = [(len(row.prefix), len(row.continuation)) for row in kept]
+    lengths = {"prefix_characters": [prefix for prefix, _ in texts]}
+    lengths["continuation_characters"] = [continuation for _, continuation in texts if continuation]
+    lengths["prefix_share"] = [prefix / (prefix + continuation) for prefix, continuation in texts if continuation]
+    traces = of["truncate"] or sum(len(row.kept) for row in files.traces)
     ratio = len(kept) / traces if traces and files.aligned else None
     return {
         "rejections": [{"stage": s, "reason": why, "rows": n, "of": of.get(s)} for (s, why), n in lost.items()],
-        "train_rows": len(files.train),
+        "train_rows": of["train"],
         "retention": {"rows": len(kept), "of": traces, "ratio": ratio, "paper": PAPER_RETENTION},
         "lengths": {name: percentiles(values) for name, values in lengths.items()},
         "samples": {stage: _tally(stages[stage]) for stage in ("teach", "align")},
@@ -146,10 +138,9 @@ def _rows(files: Files) -> dict[str, Any]:
 
 
 def _tally(rows: Sequence[Any]) -> dict[str, Any]:
-    """Samples by verdict, and how many ended at the token limit or in a loop."""
+    """Samples by verdict, and how many ended at the token limit."""
     samples = [sample for row in rows for sample in row.samples]
-    capped = Counter(sample.verdict == "correct" for sample in samples if sample.finish == "length")
+    capped = [sample.verdict == "correct" for sample in samples if sample.finish == "length"]
     found = {"samples": len(samples), "verdicts": dict(Counter(sample.verdict for sample in samples))}
-    found |= {"cap_hits": capped.total(), "cap_hits_not_right": capped[False]}
-    found |= {"loops": sum(sample.finish == "loop" for sample in samples)}
+    found |= {"cap_hits": len(capped), "cap_hits_not_right": capped.count(False)}
     return found | {"tokens": sum(sample.tokens for sample in samples)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from kit.backends import Backend, Probe
@@ -23,24 +22,10 @@ LABELS = "ABT"  # the first shown is better, the second, neither
 WINNERS = {"AB": "first", "BA": "second", "AA": "flips", "BB": "flips"}  # by both orders' verdicts; else a tie
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two runs' reasoning on one question."""
-
-    id: str
-    question: str
-    first: str
-    second: str
-
-
-def pairs_of(first: Sequence[EvalRow], second: Sequence[EvalRow]) -> list[Pair]:
-    """The first samples of two runs' eval rows on the problems that both answered."""
-    others = {row.id: row.samples[0].text for row in second if row.samples}
-    return [Pair(r.id, r.question, r.samples[0].text, others[r.id]) for r in first if r.samples and r.id in others]
-
-
-def compare_reasoning(backend: Backend, prompts: Prompts, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Judge pairs in both orders.
+def compare_reasoning(
+    backend: Backend, prompts: Prompts, first: Sequence[EvalRow], second: Sequence[EvalRow]
+) -> dict[str, Any]:
+    """Judge the first samples of two runs' eval rows on the problems that both answered, in both orders.
 
     Returns:
         judge, pairs (judged), first and second (wins in both orders) with p_value (exact sign test), ties, flips (the
@@ -53,23 +38,26 @@ def compare_reasoning(backend: Backend, prompts: Prompts, pairs: Sequence[Pair])
     tokens = tuple(backend.tokenizer.encode(label, special=False)[0] for label in LABELS)
     if len(set(tokens)) < len(LABELS):
         raise KitError(f"{backend.name} begins {', '.join(LABELS)} with the same first token.", "Use another judge.")
-    rows, too_long = [], []
-    for pair in pairs:
-        orders, text = ((pair.first, pair.second), (pair.second, pair.first)), text_of(prompts, "compare")
-        texts = [fill(text, question=pair.question, first=first, second=second) for first, second in orders]
+    template, rows, too_long = text_of(prompts, "compare"), [], []
+    others = {(row.id, row.question): row.samples[0].text for row in second if row.samples}
+    for row in first:
+        if not row.samples or (other := others.get((row.id, row.question))) is None:
+            continue
+        orders = (row.samples[0].text, other), (other, row.samples[0].text)
+        texts = [fill(template, question=row.question, first=one, second=two) for one, two in orders]
         shown = [render(backend.tokenizer, text) for text in texts]
         if max(map(len, shown)) >= backend.context_tokens:
-            too_long.append(pair.id)
+            too_long.append(row.id)
             continue
         with closing(backend.session()) as session:
             reads = [session.read([Probe(ids, ((len(ids) - 1, tokens),))])[0][0] for ids in shown]
         verdicts = [LABELS[scores.index(max(scores))] for scores in reads]
         margins = [round(best - next, 4) for next, best in (sorted(scores)[1:] for scores in reads)]
         winner = WINNERS.get("".join(verdicts), "ties")
-        rows.append({"id": pair.id, "winner": winner, "verdicts": verdicts, "margins": margins})
-    wins = Counter(row["winner"] for row in rows)
+        rows.append({"id": row.id, "winner": winner, "verdicts": verdicts, "margins": margins})
+    wins = Counter({"first": 0, "second": 0, "ties": 0, "flips": 0})
+    wins.update(row["winner"] for row in rows)
     ahead, behind = (sum(row["verdicts"].count(label) for row in rows) for label in "AB")
-    counts = {name: wins[name] for name in ("first", "second", "ties", "flips")}
-    shares = {"first_shown_ratio": ahead / (ahead + behind) if ahead + behind else 0.5}
-    shares |= {"position_p_value": sign_test(ahead, behind), "p_value": sign_test(wins["first"], wins["second"])}
-    return {"judge": backend.name, "pairs": len(rows), **counts, **shares, "too_long": too_long, "rows": rows}
+    found = {"first_shown_ratio": ahead / (ahead + behind) if ahead + behind else 0.5}
+    found |= {"position_p_value": sign_test(ahead, behind), "p_value": sign_test(wins["first"], wins["second"])}
+    return {"judge": backend.name, "pairs": len(rows), **wins, **found, "too_long": too_long, "rows": rows}

@@ -7,24 +7,11 @@ only make its own mean surer. Nothing here reads rows or knows what was graded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb, sqrt
+from typing import Any
 
 import numpy as np
 from scipy import stats
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """b's mean minus a's over the same problems, in [-1, 1]. `detectable`: the smallest true difference that as many
-    such problems show at this level in 80% of experiments."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    method: str
-    detectable: float
 
 
 def pass_at(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
@@ -42,7 +29,7 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1, confidence
 
     The percentile bootstrap misses its level on few problems, Wilson's score interval holds it. Several samples of a
     problem count for more than one trial and less than as many: the variance between problems says for how many, and
-    as it is estimated, Student's t replaces the normal quantile. With one sample each it is Wilson's own interval.
+    as it is estimated, Student's t replaces the normal quantile.
 
     Args:
         means: share of right samples of each problem, (..., N); leading axes are experiments, for simulations.
@@ -69,23 +56,31 @@ def sign_test(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Comparison:
-    """Compare the shares of right samples (N,) of two models on the same problems, N > 0.
+def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """Compare the shares of right samples (N,) of two models on the same problems.
 
     One sample each: McNemar's exact p-value; several: that of flipping the differences' signs (exact up to 13
     problems, else 9,999 random flips). The interval is Agresti and Min's (2005), half a problem added to each cell of
     the table, taken over to shares: it does not shrink to a point where all problems agree.
+
+    Returns:
+        n, difference (b's mean minus a's, in [-1, 1]) with low and high, p_value and its method, and detectable: the
+        smallest true difference that as many such problems show at this level in 80% of experiments; {n: 0} for none.
     """
+    if not len(a):
+        return {"n": 0}
     difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    count, method = len(difference) + 2, "McNemar's exact test"
-    p_value = sign_test(int((difference > 0).sum()), int((difference < 0).sum()))
-    if not np.isin([*a, *b], (0.0, 1.0)).all():
-        flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(seed)}
+    if np.isin([*a, *b], (0.0, 1.0)).all():
+        method, p_value = "McNemar's exact test", sign_test(int((difference > 0).sum()), int((difference < 0).sum()))
+    else:
+        flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(0)}
         law = stats.permutation_test((b, a), lambda x, y, axis: (x - y).mean(axis=axis), **flips)
-        p_value, method = float(law.pvalue), "paired permutation test"
-    square = (np.square(difference).sum() + 1) / count
-    quantile, middle = stats.norm.ppf(0.5 + confidence / 2), difference.sum() / count
+        method, p_value = "paired permutation test", float(law.pvalue)
+    count = len(difference) + 2
+    square, middle = (np.square(difference).sum() + 1) / count, difference.sum() / count
+    quantile = stats.norm.ppf(0.5 + confidence / 2)
     half = quantile * sqrt((square - middle**2) / count)
-    detectable = min((quantile + stats.norm.ppf(0.8)) * sqrt(square / (count - 2)), 1.0)
-    low, high = max(middle - half, -1.0), min(middle + half, 1.0)
-    return Comparison(float(difference.mean()), float(low), float(high), p_value, method, float(detectable))
+    found = {"difference": difference.mean(), "low": max(middle - half, -1.0), "high": min(middle + half, 1.0)}
+    found |= {"detectable": min((quantile + stats.norm.ppf(0.8)) * sqrt(square / (count - 2)), 1.0)}
+    rounded = {name: round(float(value), 4) for name, value in found.items()}
+    return {"n": len(difference), **rounded, "p_value": p_value, "method": method}

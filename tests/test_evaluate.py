@@ -42,7 +42,7 @@ def settings(tmp_path):
         "out": str(tmp_path / "run"),
         "student": engine,
         "eval": {**engine, "samples": 3},
-        "data": {"eval": [{"path": str(data), "format": "fields", "fields": fields, "name": "sums"}]},
+        "data": {"eval": [{"path": str(data), "fields": fields, "name": "sums"}]},
     }
 
 
@@ -238,10 +238,10 @@ def test_grade_reads_our_rows_and_others(tmp_path):
     "line,words",
     [
         ('{"answer": "8", "outp', "line 2 is not JSON"),
-        ('{"output": "8"}', "line 2 has no answer .*; its keys: output"),
-        ('{"answer": "8", "text_": "8"}', "line 2 has no output"),
-        ('{"answer": "8", "output": [1]}', "line 2 has an answer or an output that is not text"),
-        ('{"answer": " ", "output": "8"}', "line 2 has an answer"),
+        ('{"output": "8"}', "line 2 lacks an answer .*; its keys are output"),
+        ('{"answer": "8", "text_": "8"}', "line 2 lacks an answer or outputs .*outputs: samples outputs"),
+        ('{"answer": "8", "output": [1]}', "line 2 lacks an answer or outputs that are text"),
+        ('{"answer": " ", "output": "8"}', "line 2 lacks an answer"),
         ('{"answer": "8", "output": ["8", "9"], "label": [1]}', "2 outputs and 1 labels"),
         ("[1]", "line 2 holds a list"),
     ],

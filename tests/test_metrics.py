@@ -15,6 +15,10 @@ from kit.records import AlignedRow, PrefixRow, RowFile
 from tests.make_run import make
 
 
+def collect(folder: Path) -> dict:
+    return metrics.numbers(metrics.Files(folder))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("runs") / "whole")
@@ -22,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict:
-    return metrics.collect(folder)
+    return collect(folder)
 
 
 def test_numbers_are_those_of_the_files(folder: Path, found: dict) -> None:
@@ -62,7 +66,7 @@ def test_the_funnel_adds_up(found: dict) -> None:
 
 @pytest.mark.parametrize("upto", ["teach", "truncate", "align", "train"])
 def test_a_run_that_stopped_early(tmp_path: Path, upto: str) -> None:
-    found = metrics.collect(make(tmp_path / "run", upto=upto))
+    found = collect(make(tmp_path / "run", upto=upto))
     assert found["accuracy_after"] is None and found["n_eval"] is None
     assert (found["loss_last"] is None) == (upto != "train")
     assert (found["retention"]["ratio"] is None) == (upto in ("teach", "truncate"))
@@ -73,7 +77,7 @@ def test_reading_changes_nothing_and_names_damage(tmp_path: Path) -> None:
     path = folder / "aligned.jsonl"
     path.write_bytes(path.read_bytes()[:-30])  # the last line, cut off
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found = metrics.collect(folder)
+    found = collect(folder)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert "aligned.jsonl line 24" in found["damaged"][0]
     assert found["findings"][0]["level"] == "warning" and "damaged" in found["findings"][0]["what"]
@@ -81,7 +85,7 @@ def test_reading_changes_nothing_and_names_damage(tmp_path: Path) -> None:
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no run"):
-        metrics.collect(tmp_path)
+        collect(tmp_path)
 
 
 def quiet(found: dict) -> dict:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kit import quality
 from kit.config import Engine, Prompts
 from kit.errors import KitError
-from kit.quality import Pair, compare_reasoning, pairs_of
 from kit.records import EvalRow, Sample
 from tests.scripted import ByteTokenizer, ScriptedBackend, ScriptedSession
 
@@ -43,11 +43,23 @@ def shorter(first, second):
     return "T" if len(first) == len(second) else "A" if len(first) < len(second) else "B"
 
 
+def row(id, *texts, question="q?"):
+    return EvalRow(
+        id=id, question=question, answer="1", samples=tuple(Sample(text=t, verdict="correct") for t in texts)
+    )
+
+
+def compare_reasoning(judge, prompts, pairs):
+    """Judge (id, first, second) triples."""
+    first, second = ([row(pair[0], pair[side]) for pair in pairs] for side in (1, 2))
+    return quality.compare_reasoning(judge, prompts, first, second)
+
+
 PAIRS = [
-    Pair("p1", "q?", "short", "a good deal longer"),
-    Pair("p2", "q?", "short", "longer too"),
-    Pair("p3", "q?", "far too long", "short"),
-    Pair("p4", "q?", "equal", "alike"),
+    ("p1", "short", "a good deal longer"),
+    ("p2", "short", "longer too"),
+    ("p3", "far too long", "short"),
+    ("p4", "equal", "alike"),
 ]
 
 
@@ -59,20 +71,20 @@ def test_a_fair_judge_has_wins_and_ties_and_no_bias():
 
 
 def test_a_judge_that_always_takes_the_first_shown_wins_nothing_for_anyone():
-    pairs = [Pair(f"p{n}", "q?", "one", "two") for n in range(12)]
+    pairs = [(f"p{n}", "one", "two") for n in range(12)]
     found = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
     assert (found["first"], found["second"], found["flips"]) == (0, 0, 12)
     assert found["first_shown_ratio"] == 1.0 and found["position_p_value"] < 1e-6 and found["p_value"] == 1.0
 
 
 def test_a_clear_preference_is_significant():
-    pairs = [Pair(f"p{n}", "q?", "x", "longer") for n in range(12)]
+    pairs = [(f"p{n}", "x", "longer") for n in range(12)]
     found = compare_reasoning(Judge(shorter), Prompts(), pairs)
     assert found["first"] == 12 and found["p_value"] == pytest.approx(2 / 2**12)
 
 
 def test_long_pairs_are_set_aside_by_name():
-    pairs = [*PAIRS, Pair("long", "q?", "x" * 3000, "y")]
+    pairs = [*PAIRS, ("long", "x" * 3000, "y")]
     found = compare_reasoning(Judge(shorter, context=1000), Prompts(), pairs)
     assert found["too_long"] == ["long"] and found["pairs"] == 4
 
@@ -90,12 +102,11 @@ def test_labels_must_differ_in_their_first_token():
 
 
 def test_pairs_are_of_shared_problems():
-    def row(id, *texts):
-        samples = tuple(Sample(text=text, verdict="correct") for text in texts)
-        return EvalRow(id=id, question=f"{id}?", answer="1", samples=samples)
-
-    found = pairs_of([row("a", "x", "other"), row("b", "y"), row("c")], [row("b", "z"), row("a", "w"), row("c", "v")])
-    assert found == [Pair("a", "a?", "x", "w"), Pair("b", "b?", "y", "z")]
+    """The first answers to the same question under the same id, whatever the order of the rows."""
+    first = [row("a", "x", "other"), row("b", "y"), row("c"), row("d", "x", question="another?"), row("e", "x")]
+    second = [row("e"), row("d", "z"), row("b", "yy"), row("a", "x"), row("c", "v")]
+    found = quality.compare_reasoning(Judge(shorter), Prompts(), first, second)
+    assert [(r["id"], r["winner"]) for r in found["rows"]] == [("a", "ties"), ("b", "first")]
 
 
 def test_a_real_model_judges(shared):
@@ -104,7 +115,7 @@ def test_a_real_model_judges(shared):
 
     backend = open_backend(Engine(backend="gguf", parallel=1, context_tokens=1024, threads=2))
     try:
-        pairs = [Pair("sum", "What is 2 + 2?", "2 + 2 = 4, so \\boxed{4}.", "I like trains.")]
+        pairs = [("sum", "2 + 2 = 4, so \\boxed{4}.", "I like trains.")]
         first, second = (compare_reasoning(backend, Prompts(), pairs) for _ in range(2))
     finally:
         backend.close()

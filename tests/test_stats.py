@@ -112,16 +112,16 @@ def test_sign_test_is_mcnemars_exact():
 def test_compare_single_samples():
     a, b = [1.0] * 20 + [0.0] * 80, [1.0] * 15 + [0.0] * 5 + [1.0] * 20 + [0.0] * 60
     found = compare(a, b)
-    assert found.difference == pytest.approx(0.15)
-    assert found.p_value == pytest.approx(sign_test(20, 5)) and "McNemar" in found.method
-    assert found.low < 0.15 < found.high and found.low > 0
+    assert found["difference"] == pytest.approx(0.15)
+    assert found["p_value"] == pytest.approx(sign_test(20, 5)) and "McNemar" in found["method"]
+    assert found["low"] < 0.15 < found["high"] and found["low"] > 0
     back = compare(b, a)
-    assert (back.difference, back.low, back.high) == pytest.approx((-0.15, -found.high, -found.low))
+    assert (back["difference"], back["low"], back["high"]) == pytest.approx((-0.15, -found["high"], -found["low"]))
 
 
 def test_compare_equal_models_is_no_point():
     found = compare([1.0, 0.0] * 15, [1.0, 0.0] * 15)
-    assert found.difference == 0 and found.p_value == 1 and found.low < -0.05 and found.high > 0.05
+    assert found["difference"] == 0 and found["p_value"] == 1 and found["low"] < -0.05 and found["high"] > 0.05
 
 
 def test_permutation_test_is_exact_on_few_problems():
@@ -130,7 +130,7 @@ def test_permutation_test_is_exact_on_few_problems():
     flips = np.array(list(product((1, -1), repeat=len(a)))) @ differences
     by_hand = (np.abs(flips) >= abs(differences.sum()) - 1e-9).mean()
     found = compare(a, b)
-    assert found.p_value == pytest.approx(by_hand) and "permutation" in found.method
+    assert found["p_value"] == pytest.approx(by_hand) and "permutation" in found["method"]
 
 
 def test_detectable_difference_is_found_in_about_80_percent():
@@ -139,11 +139,11 @@ def test_detectable_difference_is_found_in_about_80_percent():
     base = generator.random((400, 300)) < 0.4
     flip = generator.random((400, 300))
     seen = [compare(a, np.where(f < 0.1, ~a, a)) for a, f in zip(base[:50], flip[:50], strict=True)]
-    target = float(np.mean([found.detectable for found in seen]))
+    target = float(np.mean([found["detectable"] for found in seen]))
     gain, loss = 0.05 + target / 2, 0.05 - target / 2  # of all problems: the same 10% differ
     assert 0 < target < 0.1
     better = np.where(base, flip >= loss / 0.4, flip < gain / 0.6)
-    power = np.mean([compare(a, b).p_value < 0.05 for a, b in zip(base, better, strict=True)])
+    power = np.mean([compare(a, b)["p_value"] < 0.05 for a, b in zip(base, better, strict=True)])
     assert 0.7 < power < 0.9
 
 
@@ -156,5 +156,5 @@ def test_compare_interval_covers(problems, shift):
         a = generator.random(problems) < ease
         b = generator.random(problems) < ease + shift
         found = compare(a, b)
-        inside += found.low <= shift <= found.high
+        inside += found["low"] <= shift <= found["high"]
     assert 0.92 <= inside / 500 <= 0.99
