@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub must fail, not wait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -39,3 +43,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real inputs (../shared/data) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="module")  # no longer: while it is open, this thread counts as inside an event loop
+def browser() -> Iterator[Any]:
+    """Debian's Chromium. Where it is absent the test skips, in CI it fails."""
+    path = shutil.which("chromium")
+    if path is None:
+        message = "no chromium: install it (apt-get install chromium) to have the pages looked at"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield chromium
+        chromium.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit.records import PrefixRow, RowFile
+from tests.browser import REPORT, check
 from tests.conftest import ROOT
 from tests.test_kills import steady
 
@@ -85,6 +86,10 @@ def test_prefixes_are_exact_slices_and_the_adapter_has_learnt(whole):
     assert told["train"]["adapter_change"] > 0
     assert told["train"]["fixed_batch_after"] < told["train"]["fixed_batch_before"]
     assert any(value.any() for name, value in adapter(folder).items() if "lora_B" in name), "B starts at zero"
+
+
+def test_its_report_in_a_browser(whole, browser):
+    check(browser, whole[0] / "report.html", REPORT)
 
 
 def test_killed_in_every_stage_the_run_ends_as_if_it_had_not_been(config, whole, tmp_path):
