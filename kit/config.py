@@ -6,18 +6,20 @@ saved in the run. Nothing here loads a model or opens a data file.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kit.errors import KitError
 
-STAGES = ("teach", "truncate", "align", "train", "eval", "report")
-METHODS = ("palign", "zero-shot", "label-only", "long-trace", "prefix-only", "continuation-only", "no-search")
+Stage = Literal["teach", "truncate", "align", "train", "eval", "report"]
+STAGES = get_args(Stage)
+Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject"]  # what a row of data may hold
+BASELINES = r"zero-shot|label-only|long-trace|prefix-only|continuation-only|no-search|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)"
 
 
 class Section(BaseModel):
@@ -30,10 +32,9 @@ class Source(Section):
     """Where problems come from. A bare string is its `path`."""
 
     path: str = "builtin"  # builtin | holdout (rows of data.train that training never sees) | a file | a hub id
-    format: Literal["auto", "gsm8k", "math", "aime", "s1k", "fields"] = "auto"
-    fields: dict[str, str] = {}  # for any JSONL: {question: ..., answer: ..., id: ..., trace: ...}
+    fields: dict[Role, str] = {}  # which key holds what, for any JSONL: {question: KEY, answer: KEY}
     name: str | None = None  # the dataset's name in eval/ and in tables; default: from the path
-    subset: str | None = None  # a hub dataset's configuration, e.g. main
+    subset: str | None = None  # a hub dataset's configuration, e.g. main; builtin: steps and largest number, 1-2 to 10
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
@@ -41,25 +42,15 @@ class Source(Section):
     verifier: Literal["math", "number", "choice", "text"] = "math"
 
 
+PathOrSource = Annotated[Source, BeforeValidator(lambda raw: {"path": raw} if isinstance(raw, str) else raw)]
+OneOrSeveral = BeforeValidator(lambda raw: raw if isinstance(raw, (list, tuple)) else [raw])
+
+
 class Data(Section):
     """Training problems and the held-out problems of the evaluation."""
 
-    train: Source = Source()
-    eval: tuple[Source, ...] = (Source(),)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _strings(cls, raw: Any) -> Any:
-        """A string is a source's path; a single source is a list of one."""
-        if not isinstance(raw, dict):
-            return raw
-        raw = dict(raw)
-        if isinstance(raw.get("train"), str):
-            raw["train"] = {"path": raw["train"]}
-        if "eval" in raw:
-            sources = raw["eval"] if isinstance(raw["eval"], (list, tuple)) else [raw["eval"]]
-            raw["eval"] = [{"path": s} if isinstance(s, str) else s for s in sources]
-        return raw
+    train: PathOrSource = Source()
+    eval: Annotated[tuple[PathOrSource, ...], OneOrSeveral] = (Source(),)
 
 
 class Sampling(Section):
@@ -101,7 +92,7 @@ class Teacher(Engine):
 
     backend: Literal["hf", "gguf", "http", "scripted", "file", "worked"] = "gguf"  # type: ignore[assignment]
     path: str | None = None  # backend file: JSONL of {id, question, answer, long_cot} or data.train's s1K rows
-    fields: dict[str, str] = {}
+    fields: dict[Role, str] = {}
     wordiness: float = Field(1.0, ge=0)  # backend worked: how much a trace wanders; 0 is the bare solution
     samples: int = Field(1, ge=1)
     keep: Literal["first", "shortest", "all"] = "first"  # among the right ones
@@ -172,7 +163,7 @@ class Eval(Engine):
 
 
 class Prompts(Section):
-    """Our own words, each replaceable by text, or by `file:PATH`. None: the text in kit/prompts.py."""
+    """The prompts' words, each replaceable by text, or by `file:PATH`. None: our own, in configs/prompts.yaml."""
 
     instruction: str | None = None  # joined to the question by one newline: teaching, training, evaluation
     judge: str | None = None  # holds {question} and {prefix}; the prefix comes last for the cache's sake
@@ -187,8 +178,8 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
     seed: int = 0
-    method: str = "palign"  # palign, or a baseline: METHODS above or ratio-0.25
-    stop_after: Literal["teach", "truncate", "align", "train", "eval", "report"] = "report"
+    method: str = Field("palign", pattern=f"^(palign|{BASELINES})$")  # ratio-0.25: this share of the sentences
+    stop_after: Stage = "report"
     data: Data = Data()
     teacher: Teacher = Teacher()
     student: Engine = Engine()
@@ -197,13 +188,6 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     prompts: Prompts = Prompts()
-
-    @field_validator("method")
-    @classmethod
-    def _method(cls, value: str) -> str:
-        if value in METHODS or (re.fullmatch(r"ratio-(0?\.\d+|1(\.0+)?)", value) and float(value[6:]) > 0):
-            return value
-        raise ValueError(f"is none of {', '.join(METHODS)}, ratio-0.25 (any share of the sentences)")
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +199,7 @@ class Config(Section):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.out) if self.out else Path("runs") / self.name
+        return Path(self.out or f"runs/{self.name}")
 
     @property
     def ratio(self) -> float | None:
@@ -224,41 +208,29 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML config and apply `key=value` overrides.
-
-    Args:
-        path: a YAML file; an empty one is all defaults.
-        overrides: `a.b.c=value`, the value parsed as YAML. A string over a mapping that has a `path` sets that path.
+    """Read a YAML file, set `a.b.c=value` overrides (YAML values; a string over a source sets its path), validate.
 
     Raises:
         KitError: (exit 2) with every mistake and the nearest valid name of each unknown key.
     """
-    path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        runs = (
-            p for p in sorted(Path("configs").glob("*.yaml")) if re.search(rb"^name:", p.read_bytes(), re.MULTILINE)
-        )
-        near = ", ".join(map(str, runs)) or "none here"  # without the files of texts that lie there too
-        raise KitError(f"There is no config file {path}.", f"Configs that come along: {near}.", 2) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise KitError(f"{path} cannot be read as YAML: {error}", "Mend that line and run again.", 2) from None
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        hint = "Mend it, or start from one that comes along, like configs/smoke.yaml."
+        raise KitError(f"The config {path} cannot be read: {error}.", hint, 2) from None
     if not isinstance(raw, dict):
         raise KitError(f"{path} holds {type(raw).__name__}, not keys.", "See configs/smoke.yaml.", 2)
-    problems: list[str] = []
-    for text in overrides:
-        _override(raw, text, problems)
+    problems = [problem for text in overrides if (problem := _override(raw, text))]
     return resolve(raw, str(path), problems)
 
 
 def resolve(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
-    """Validate a mapping into a `Config`, all problems in one error (exit 2)."""
-    problems = list(problems or [])
+    """Validate a mapping into a `Config`; all mistakes, `problems` found before included, in one error (exit 2)."""
+    problems = problems or []
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(item) for item in error.errors()]
+        problems = problems + [_explain(item) for item in error.errors()]
     if problems:
         listed = "\n".join(f"  - {line}" for line in problems)
         raise KitError(f"{where} has {len(problems)} problem(s):\n{listed}", code=2)
@@ -271,58 +243,42 @@ def dump(config: Config) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as {dotted key: leaf value}; how two configs are compared key by key."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
+    """A config or nested mapping as {dotted key: leaf value}; how two configs are compared key by key."""
+    value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
 
 
-def _override(raw: dict[str, Any], text: str, problems: list[str]) -> None:
-    key, equals, value_text = text.partition("=")
-    if not equals or not key:
-        problems.append(f"{text!r} is not key=value")
-        return
-    try:
-        value = yaml.safe_load(value_text) if value_text else None
-    except yaml.YAMLError:
-        value = value_text
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Set one key=value in place. Returns what is wrong with it, if anything."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        return f"{text!r} is not key=value"
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-            continue
-        if not isinstance(node, dict):
-            problems.append(f"{key}: {part} is not a section")
-            return
         if isinstance(node.get(part), str):  # data.train: PATH in the file, data.train.limit=4 here
             node[part] = {"path": node[part]}
         node = node.setdefault(part, {})
-    if not isinstance(node, dict):
-        problems.append(f"{key}: {'.'.join(parents)} is not a section")
-    elif isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]:
-        node[last] = {**node[last], "path": value}
-    else:
-        node[last] = value
+        if not isinstance(node, dict):
+            return f"{key}: {part} is not a section"
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is text
+        value = yaml.safe_load(value)
+    if isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]:
+        value = {**node[last], "path": value}
+    node[last] = value
+    return None
 
 
 def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {item.get('input')!r}"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        model = Source if part == "eval" and model is Data else annotation
-    return sorted(model.model_fields)
+    """One of pydantic's errors in our words."""
+    where = ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+    section: Any = Config()
+    for part in item["loc"][:-1]:
+        section = section[0] if isinstance(part, int) else getattr(section, part)
+    known = sorted(type(section).model_fields)
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+    return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")

@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kit.errors import KitError
 
@@ -24,20 +25,28 @@ VOLATILE = frozenset({"seconds", "tokens_per_second"})  # fields in which equal 
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
 
 
+def sound(text: str) -> str:
+    """Text with U+FFFD for lone surrogates, which neither UTF-8 nor any tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 class Part(BaseModel):
-    """A frozen piece of a row."""
+    """A frozen piece of a row; its texts are sound."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sound(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {key: sound(value) if isinstance(value, str) else value for key, value in raw.items()}
 
 
 class Row(Part):
     """A record with a stable id."""
 
     id: str
-
-    def digest_text(self) -> str:
-        """Canonical JSON without volatile fields: what two equal runs agree on."""
-        return json.dumps(_steady(self.model_dump(mode="json")), ensure_ascii=False, sort_keys=True)
 
 
 class Problem(Row):
@@ -139,56 +148,48 @@ class RowFile(Generic[R]):
 
     def __init__(self, path: Path, kind: type[R]) -> None:
         self.path, self.kind = path, kind
-        self.damaged: list[str] = []  # what `read` set aside, in words
+        self.damaged: list[str] = []  # what `read` found, in words
 
     def read(self, mend: bool = True) -> list[R]:
         """All sound rows, in file order. Damaged lines are named in `damaged`; `mend` moves them to NAME.damaged."""
-        if not self.path.exists():
-            return []
         rows: dict[str, R] = {}
         bad: list[bytes] = []
         self.damaged = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in enumerate(self.path.read_bytes().split(b"\n") if self.path.exists() else (), 1):
             try:
-                row = self._parse(line)
+                if line.strip():
+                    row = self._parse(line)
+                    rows.setdefault(row.id, row)
             except ValueError as error:
                 self.damaged.append(f"{self.path.name} line {number}: {error}")
-                bad.append(line)
-                continue
-            rows.setdefault(row.id, row)
+                bad.append(line + b"\n")
         if bad and mend:
             with open(self.path.with_name(self.path.name + ".damaged"), "ab") as aside:
-                aside.write(b"\n".join(bad) + b"\n")
+                aside.writelines(bad)
             self.write_all(rows.values())
         return list(rows.values())
 
     def append(self, *new: R) -> None:
         """Add rows in one write and flush them to the disk."""
-        data = "".join(line_of(row) for row in new).encode()
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as out:
-                out.write(data)
+                out.write("".join(map(line_of, new)).encode())
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)  # a torn row would swallow the next one
-            raise KitError(
-                f"{self.path} could not be written: {error.strerror}.",
-                "Rows written before are safe. Make room or mend the folder, then run the same command again.",
-            ) from None
+            raise unwritable(self.path, error) from None
 
     def write_all(self, rows: Iterable[R]) -> None:
-        """Replace the file's content at once (through a temporary file)."""
-        write_atomic(self.path, "".join(line_of(row) for row in rows))
+        """Replace the file's content at once."""
+        write_atomic(self.path, "".join(map(line_of, rows)))
 
     def _parse(self, line: bytes) -> R:
         try:
             raw = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             raise ValueError("cut off or not JSON") from None
         if not isinstance(raw, dict) or "sha" not in raw:
             raise ValueError("has no digest")
@@ -217,23 +218,29 @@ def write_atomic(path: Path, text: str) -> None:
             os.fsync(out.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise KitError(
-            f"{path} could not be written: {error.strerror}.",
-            "Nothing already finished is lost. Make room or mend the folder, then run the same command again.",
-        ) from None
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> KitError:
+    """What to say when the disk is full, read-only or gone."""
+    hint = "Every finished row is safe. Make room or mend the folder, then run the same command again."
+    return KitError(f"{path} could not be written: {error.strerror}.", hint)
 
 
 def digest(rows: Iterable[Row]) -> str:
-    """One hash over rows, volatile fields aside: equal for an interrupted and an uninterrupted run."""
-    total = hashlib.sha256()
-    for text in sorted(row.digest_text() for row in rows):
-        total.update(text.encode())
-    return total.hexdigest()[:16]
+    """One hash over rows, volatile fields and order aside: equal for an interrupted and an uninterrupted run."""
+    texts = sorted(_canonical(_steady(row.model_dump(mode="json"))) for row in rows)
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _canonical(raw: Any) -> str:
+    return json.dumps(raw, ensure_ascii=False, sort_keys=True)
 
 
 def _sha(raw: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(_canonical(raw).encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def _steady(value: Any) -> Any:

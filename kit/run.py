@@ -103,7 +103,7 @@ class Run:
         from kit.data import load_all
 
         loaded = load_all(self.config)
-        self.record(data=loaded.facts, rejected=[vars(row) for row in loaded.rejected])
+        self.record(data=loaded.facts, rejected=loaded.rejected)
         return loaded
 
     def require(self, stage: str) -> None:

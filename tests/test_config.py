@@ -31,16 +31,15 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
         assert part in text, part
 
 
-@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00", "a: 2024-13-45", "[" * 5000])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     with pytest.raises(KitError):
         load(tmp_path, text)
 
 
-def test_a_missing_config_names_those_that_exist(tmp_path):
-    with pytest.raises(KitError, match=r"configs/smoke\.yaml") as caught:
+def test_a_missing_config_is_named_and_one_that_exists(tmp_path):
+    with pytest.raises(KitError, match=r"none\.yaml.*configs/smoke\.yaml"):
         configs.load(tmp_path / "none.yaml")
-    assert "problems.yaml" not in str(caught.value) and "findings.yaml" not in str(caught.value)
 
 
 def test_eval_follows_the_student_where_it_says_nothing_else(tmp_path):

@@ -23,8 +23,12 @@ def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
     return str(path)
 
 
+def load(source: Source, seed: int) -> list[Problem]:
+    return data.subset(data.read(source, seed).problems, source, seed)
+
+
 def one(folder: Path, row: dict[str, Any], **source: Any) -> Problem:
-    return data.load(Source(path=write(folder, [row]), **source), 0)[0]
+    return load(Source(path=write(folder, [row]), **source), 0)[0]
 
 
 def configured(train: Any, evals: Any, **more: Any) -> Config:
@@ -63,14 +67,14 @@ def test_s1k(tmp_path: Path) -> None:
 def test_fields_and_unknown_keys(tmp_path: Path) -> None:
     row = {"Frage": "Wie viel?", "gold": "3", "nr": 17, "thinking": "Hm. 3."}
     fields = {"question": "Frage", "answer": "gold", "id": "nr", "trace": "thinking"}
-    problem = one(tmp_path, row, format="fields", fields=fields)
+    problem = one(tmp_path, row, fields=fields)
     assert problem == Problem(id="17", question="Wie viel?", answer="3", trace="Hm. 3.")
-    with pytest.raises(KitError, match=r"no key for question .* and answer .*Its keys: frage, gold, nr, thinking"):
+    with pytest.raises(KitError, match=r"no question in any key of .*'Frage', 'gold', 'nr', 'thinking'.*fields="):
         one(tmp_path, row)
-    with pytest.raises(KitError, match=r"no key for answer \(golden\)"):
+    with pytest.raises(KitError, match=r"no answer in any key"):
         one(tmp_path, row, fields={**fields, "answer": "golden"})
-    with pytest.raises(KitError, match="unknown antwort"):
-        one(tmp_path, row, fields={**fields, "antwort": "gold"})
+    with pytest.raises(KitError, match=r"data\.train\.fields\.antwort.*'question', 'answer'"):
+        configured({"path": "x", "fields": {"antwort": "gold"}}, "builtin")
 
 
 def test_real_files(shared: Path) -> None:
@@ -78,7 +82,6 @@ def test_real_files(shared: Path) -> None:
     for name, size in sizes.items():
         reading = data.read(Source(path=str(shared / f"{name}.jsonl")), 0)
         assert (reading.name, len(reading.problems), reading.rejected) == (name, size, [])
-        assert reading.format == name.split("_")[0].removesuffix("500")
         assert len({problem.id for problem in reading.problems}) == size
         assert all("<<" not in str(p.solution) and "####" not in p.answer for p in reading.problems)
     traces = data.read(Source(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
@@ -90,25 +93,14 @@ def test_real_files(shared: Path) -> None:
 )
 def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
     path = Path(write(tmp_path, QA))
-    plain = data.load(Source(path=str(path)), 0)
+    plain = load(Source(path=str(path)), 0)
     path.write_bytes(mangle(path.read_bytes()))
-    assert data.load(Source(path=str(path)), 0) == plain
+    assert load(Source(path=str(path)), 0) == plain
 
 
-def test_json_and_json_with_a_list_inside(tmp_path: Path) -> None:
-    for content in (QA, {"version": 1, "data": QA}):
-        (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
-        assert [p.answer for p in data.load(Source(path=str(tmp_path / "rows.json")), 0)] == [q["answer"] for q in QA]
-
-
-def test_parquet_and_csv(tmp_path: Path) -> None:
-    import datasets
-
-    made = datasets.Dataset.from_list(QA)
-    made.to_parquet(str(tmp_path / "rows.parquet"))
-    made.to_csv(str(tmp_path / "rows.csv"))
-    for name in ("rows.parquet", "rows.csv"):
-        assert [p.answer for p in data.load(Source(path=str(tmp_path / name)), 0)] == [q["answer"] for q in QA]
+def test_json_that_is_one_list(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(QA), encoding="utf-8")
+    assert [p.answer for p in load(Source(path=str(tmp_path / "rows.json")), 0)] == [q["answer"] for q in QA]
 
 
 @pytest.mark.parametrize(
@@ -121,16 +113,14 @@ def test_parquet_and_csv(tmp_path: Path) -> None:
         (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: int, not an object"),
         (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken JSON .*utf-8"),
         (b"[" * 100_000, "line 1: broken JSON"),
-        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: no question"),
-        (b'{"id": "x", "problem": "a", "answer": 1}\n{"id": "x", "problem": "b", "answer": 1}', "line 1 and line 2"),
-        (b'{"id": 7, "question": "a", "answer": "1"}\n{"id": "7", "question": "b", "answer": "1"}', "same id '7'"),
+        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: .*line 1: no question in question"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(KitError, match=said) as caught:
-        data.load(Source(path=str(path)), 0)
+        load(Source(path=str(path)), 0)
     assert "bad.jsonl" in str(caught.value)
 
 
@@ -140,71 +130,69 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) ->
 def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KitError):
-        data.load(Source(path=path), 0)
+        load(Source(path=path), 0)
 
 
 def test_hub_out_of_reach_says_what_was_tried() -> None:
     with pytest.raises(
         KitError, match=r"openai/gsm8k \(no such file; asked the hub\).*'main'.*'train'.*data.train=FILE"
     ):
-        data.load(Source(path="openai/gsm8k"), 0)
+        load(Source(path="openai/gsm8k", subset="main"), 0)
 
 
 def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
     bad: list[dict[str, Any]] = [{"question": "No answer?"}, {"question": "Empty?", "answer": " "}, {"answer": "1"}]
     bad += [{"id": "l", "question": "A list?", "answer": ["1"]}, {"question": "Truth?", "answer": True}]
     bad += [{"question": "Nan?", "answer": float("nan")}, {"question": "HOW much  is 1 and 1?", "answer": "2"}]
+    bad += [{"id": 7, "question": "One seven?", "answer": "7"}, {"id": "7", "question": "Another?", "answer": "7"}]
     reading = data.read(Source(path=write(tmp_path, [*QA, *bad])), 0)
-    assert len(reading.problems) == 20
-    assert Counter(gone.reason.split(" in ")[0] for gone in reading.rejected) == {
+    assert len(reading.problems) == 21
+    assert Counter(gone["reason"].split(" in ")[0] for gone in reading.rejected) == {
         "no answer": 5,
         "no question": 1,
-        "duplicate question": 1,
+        "duplicate id or text": 2,
     }
-    assert reading.rejected[3].id == "l" and "line 24" in reading.rejected[3].detail
-    assert reading.rejected[-1].detail.endswith("line 27: stands already in line 1")
-    assert reading.facts()["rejected"] == 7
+    assert reading.rejected[3]["id"] == "l" and "line 24" in reading.rejected[3]["detail"]
+    assert reading.rejected[-1]["detail"].endswith("line 29: duplicate id or text: stands in line 28")
+    assert reading.rejected[-2]["detail"].endswith("stands in line 1")
 
 
-def test_lone_surrogates_are_replaced_and_counted(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "a \\ud83d b \\ud83d\\ude00?", "answer": "1"}\n')
-    reading = data.read(Source(path=str(path)), 0)
-    assert reading.problems[0].question == "a \ufffd b \U0001f600?"
-    assert reading.notes == ["1 broken characters (lone surrogates become U+FFFD)"]
+    assert load(Source(path=str(path)), 0)[0].question == "a \ufffd b \U0001f600?"
 
 
 def test_ids_are_stable(tmp_path: Path) -> None:
-    here = data.load(Source(path=write(tmp_path, QA), name="set"), 0)
-    there = data.load(Source(path=write(tmp_path, QA[::-1], "other.jsonl"), name="set"), 1)
+    here = load(Source(path=write(tmp_path, QA), name="set"), 0)
+    there = load(Source(path=write(tmp_path, QA[::-1], "other.jsonl"), name="set"), 1)
     assert {p.id: p.question for p in here} == {p.id: p.question for p in there}
     assert all(p.id.startswith("set-") for p in here)
 
 
 def test_subsets(tmp_path: Path) -> None:
     path = write(tmp_path, QA)
-    every = data.load(Source(path=path), 0)
-    assert data.load(Source(path=path, limit=5), 9) == every[:5]
-    chosen = data.load(Source(path=path, limit=5, seed=1), 9)
-    assert chosen == data.load(Source(path=path, limit=5, seed=1), 0) != every[:5]
+    every = load(Source(path=path), 0)
+    assert load(Source(path=path, limit=5), 9) == every[:5]
+    chosen = load(Source(path=path, limit=5, seed=1), 9)
+    assert chosen == load(Source(path=path, limit=5, seed=1), 0) != every[:5]
     assert chosen == [p for p in every if p in chosen]
-    assert chosen != data.load(Source(path=path, limit=5, seed=2), 9)
-    long = data.subset(data.read(Source(path=path, limit=50), 0), 0)
-    assert len(long.problems) == 20 and long.notes == ["limit 50, but there are 20 rows"]
+    assert chosen != load(Source(path=path, limit=5, seed=2), 9)
+    assert len(load(Source(path=path, limit=50), 0)) == 20
 
 
 def test_strata_keep_their_shares(tmp_path: Path) -> None:
     rows = [{**QA[0], "question": f"{i}?", "level": "a" if i < 60 else "b" if i < 93 else "c"} for i in range(100)]
     path = write(tmp_path, rows)
     for limit, wanted in ((100, (60, 33, 7)), (10, (6, 3, 1)), (20, (12, 7, 1)), (1, (1, 0, 0))):
-        taken = data.load(Source(path=path, limit=limit, stratify="level"), 3)
+        taken = load(Source(path=path, limit=limit, stratify="level"), 3)
         assert tuple(Counter(p.level for p in taken)[name] for name in "abc") == wanted
-    once = data.load(Source(path=path, limit=10, stratify="level"), 3)
-    assert once == data.load(Source(path=path, limit=10, stratify="level"), 3)
-    assert once != data.load(Source(path=path, limit=10, stratify="level"), 4)
+    once = load(Source(path=path, limit=10, stratify="level"), 3)
+    assert once == load(Source(path=path, limit=10, stratify="level"), 3)
+    assert once != load(Source(path=path, limit=10, stratify="level"), 4)
     for wrong in ("subject", "lvl"):
         with pytest.raises(KitError, match=f"no {wrong} to stratify by"):
-            data.load(Source(path=path, limit=10, stratify=wrong), 3)
+            load(Source(path=path, limit=10, stratify=wrong), 3)
 
 
 def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
@@ -226,7 +214,7 @@ def test_holdout_of_builtin_problems() -> None:
     assert {p.level for p in loaded.evals["holdout"]} == {"2"} and len(loaded.evals["holdout"]) == 20
     assert not {p.question for p in loaded.train} & {p.question for p in loaded.evals["holdout"]}
     with pytest.raises(KitError, match="is no range"):
-        data.load(Source(subset="many"), 0)
+        load(Source(subset="many"), 0)
 
 
 def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
@@ -242,12 +230,7 @@ def test_near_duplicates_are_counted(tmp_path: Path) -> None:
     far = {"question": "A train leaves the station at noon and arrives somewhere else in the evening.", "answer": "1"}
     train = write(tmp_path, [{"id": "a", "question": text.format(48), "answer": "1"}, far], "train.jsonl")
     held = write(tmp_path, [{"id": "b", "question": text.format(50) + "!", "answer": "1"}, QA[0]], "held.jsonl")
-    facts = data.load_all(configured(train, held)).facts["evals"]["held"]
-    assert facts["near_duplicates"] == 1
-    [(mine, theirs, ratio)] = facts["near_examples"]
-    assert (mine, theirs) == ("a", "b") and ratio == pytest.approx(
-        16 / 22, abs=0.001
-    )  # of 19 grams each, 3 hold the number
+    assert data.load_all(configured(train, held)).facts["evals"]["held"]["near_duplicates"] == 1
 
 
 def test_near_duplicates_equal_the_plain_comparison() -> None:
@@ -255,13 +238,11 @@ def test_near_duplicates_equal_the_plain_comparison() -> None:
 
     first, second = generate(150, 0, steps=(1, 2)), generate(150, 0, held_out=True, steps=(1, 2))
     second += [p.model_copy(update={"question": p.question.replace("How many", "So how many")}) for p in first[:20]]
-    plain = []
-    for b in second:
-        for a in first:
-            x, y = data._grams(a.question), data._grams(b.question)
-            if len(x & y) / len(x | y) >= data.NEAR_RATIO:
-                plain.append((a.id, b.id))
-    assert len(plain) >= 15 and [(a, b) for a, b, _ in data.near_duplicates(first, second)] == plain
+    grams = {p.id: data._grams(p.question) for p in [*first, *second]}
+    plain = [
+        b.id for b in second if any(len(grams[a.id] & grams[b.id]) >= data.NEAR_RATIO * len(grams[b.id]) for a in first)
+    ]
+    assert len(plain) >= 15 and data.near_duplicates(first, second) == plain
 
 
 def test_names_of_evaluation_sets_are_unique(tmp_path: Path) -> None:
@@ -287,9 +268,8 @@ def test_traces_from_a_file_stand_alone(tmp_path: Path) -> None:
     config = configured({"path": "no/such", "limit": 3}, "builtin", teacher=teacher)
     assert [p.trace for p in data.load_traces(config)] == ["Hm. 0.", "Hm. 1.", "Hm. 2."]
     loaded = data.load_all(config)
-    assert loaded.train == data.load_traces(config) and [gone.reason for gone in loaded.rejected] == [
-        "no trace in any key"
-    ]
+    assert loaded.train == data.load_traces(config) and len(loaded.rejected) == 1
+    assert loaded.rejected[0]["reason"] == "no trace in any key of ['question', 'answer', 'id']"
     mapped = configured({}, "builtin", teacher={**teacher, "fields": {"trace": "question"}})
     assert data.load_traces(mapped)[0].trace == QA[0]["question"]
     with pytest.raises(KitError, match="stand in training and in evaluation"):

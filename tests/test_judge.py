@@ -331,8 +331,8 @@ def test_threads_give_the_same_rows(tmp_path: Path, scripted: list[Any]) -> None
     rows = [row_of().model_copy(update={"id": str(i)}) for i in range(6)]
     run = SimpleNamespace(config=config, progress=Progress(quiet=True))
     cutter = judging.Cutter(run, rows, ExitStack())
-    together = {row.id: row.digest_text() for row in cutter.work(rows)}
-    assert together == {row.id: row.digest_text() for one in rows for row in cutter.work([one])}
+    together = {row.id: digest([row]) for row in cutter.work(rows)}
+    assert together == {row.id: digest([row]) for one in rows for row in cutter.work([one])}
 
 
 def test_curve_marks_the_cut_in_words(capsys: pytest.CaptureFixture[str]) -> None:

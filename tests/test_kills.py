@@ -60,10 +60,10 @@ def launch(args: list[str], seconds_an_answer: float) -> int:
 def write_config(folder: Path, method: str) -> Path:
     """A run of 24 built-in problems, everything scripted."""
     from kit.config import Source
-    from kit.data import load
+    from kit.data import read
 
-    train = load(Source(limit=24, seed=1), 0)
-    held_out = load(Source(path="builtin", limit=24, seed=2), 0)
+    train = read(Source(limit=24, seed=1), 0).problems
+    held_out = read(Source(limit=24, seed=2), 0, held_out=True).problems
     answers = folder / "answers.json"
     answers.write_text(json.dumps({p.question: p.answer for p in [*train, *held_out]}))
     engine = {"backend": "scripted", "model": str(answers), "parallel": 2}
