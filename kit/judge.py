@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
+from statistics import median_high
 from typing import Any
 
 from kit import search
@@ -30,21 +31,14 @@ from kit.run import Run, file_digest, stopwatch, work_through
 from kit.sentences import ends
 
 NAME = "prefixes.jsonl"
+Force = Callable[[int], bool] | None
 THRESHOLD = {"verbal": 0.0, "answer": -1.0}  # nats; answer: a gold token more likely than exp(-1) on average
 SUMS = ("evaluated_tokens", "reused_tokens", "sufficient", "violations")
 _BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")  # up to the brace that closes the forced box
 
 
 class Judge:
-    """Asks one backend about prefixes.
-
-    Args:
-        config: its `judge`, `prompts` and `student` sections are used.
-        backend: the student.
-
-    Raises:
-        KitError: the labels cannot be told apart by one token.
-    """
+    """What is asked about a prefix of one backend, and how the answer is read; see `part` for what it raises."""
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.keys, self.backend = config, config.judge, backend
@@ -80,6 +74,10 @@ class Judge:
             return readings[0][0] - readings[0][1]
         return sum(values[0] for values in readings) / len(readings)
 
+    def label(self, margin: float) -> Label:
+        """ENOUGH from the threshold on."""
+        return "ENOUGH" if margin >= self.threshold else "NOT_ENOUGH"
+
     def close(self) -> None:
         """End the graders, if any; the backend stays open."""
         self.held.close()
@@ -92,9 +90,7 @@ class Asking:
         force: measurements only: steers the search, while the verdicts are asked all the same.
     """
 
-    def __init__(
-        self, judge: Judge, row: PrefixRow, session: Session, force: Callable[[int], bool] | None = None
-    ) -> None:
+    def __init__(self, judge: Judge, row: PrefixRow, session: Session, force: Force = None) -> None:
         self.judge, self.row, self.session, self.force = judge, row, session, force
         self.verdicts: dict[int, Verdict] = {}
         self.cost, self.prompt_tokens, self.base, self.ends = Cost(), 0, 0.0, ends(row.trace)
@@ -119,18 +115,15 @@ class Asking:
 
     def _settled(self, k: int, probe: Probe, margin: float) -> Verdict:
         """A margin's verdict; a near-tie is read again without a cache."""
-        judge, label = self.judge, self._label(margin)
+        judge, label = self.judge, self.judge.label(margin)
         if abs(margin - judge.threshold) < judge.keys.recheck:
             fresh = judge.backend.session(fresh=True)
             margin = judge.margin(fresh.read([probe])[0]) - self.base
             self.cost.add(fresh.cost)
             fresh.close()
             judge.rechecked += 1
-            judge.flips += self._label(margin) != label
-        return Verdict(sentences=k, label=self._label(margin), margin=round(margin, 6))
-
-    def _label(self, margin: float) -> Label:
-        return "ENOUGH" if margin >= self.judge.threshold else "NOT_ENOUGH"
+            judge.flips += judge.label(margin) != label
+        return Verdict(sentences=k, label=judge.label(margin), margin=round(margin, 6))
 
     def _generated(self, boundaries: Sequence[int], probes: Sequence[Probe]) -> dict[int, Verdict]:
         """Verdicts by greedy generation; what is neither label is UNPARSED, and counts as not enough in the search."""
@@ -141,8 +134,8 @@ class Asking:
             if made.error:
                 raise KitError(f"{self.row.id}: no verdict on {made.id} sentences: {made.error}", "Run again to go on.")
             self.cost.add(Cost(made.evaluated_tokens, made.prompt_tokens - made.evaluated_tokens))
-            k, label = int(made.id), self._parsed(made.completions[0].text)
-            found[k] = Verdict(sentences=k, label=label, margin=None)
+            label = self._parsed(made.completions[0].text)
+            found[int(made.id)] = Verdict(sentences=int(made.id), label=label, margin=None)
         return found
 
     def _parsed(self, text: str) -> Label:
@@ -155,7 +148,7 @@ class Asking:
         return {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}.get(grade.verdict, "UNPARSED")  # type: ignore[return-value]
 
 
-def cut(judge: Judge, row: PrefixRow, force: Callable[[int], bool] | None = None, how: str | None = None) -> PrefixRow:
+def cut(judge: Judge, row: PrefixRow, force: Force = None, how: str | None = None) -> PrefixRow:
     """Judge one trace and cut it.
 
     Args:
@@ -201,17 +194,19 @@ def truncate(run: Run) -> None:
         units = [(row.id, row) for row in rows]
         made = work_through(run, "truncate", RowFile(run.path(NAME), PrefixRow), units, cutter.size, cutter.work)
     sound = [row for row in made if row.rejected is None]
-    ratios, labels = sorted(row.ratio for row in sound), Counter(v.label for row in sound for v in row.verdicts)
+    labels, judge = Counter(v.label for row in sound for v in row.verdicts), cutter.judge
     told = {
         "verdicts": dict(labels),
-        "median_ratio": ratios[len(ratios) // 2] if ratios else None,
+        "median_ratio": median_high(row.ratio for row in sound) if sound else None,
         "degenerate": degenerate(sound),
         "rejected": dict(Counter(row.rejected for row in made if row.rejected)),
+        "notes": list(judge.backend.notes) if judge else [],
         **{name: sum(getattr(row, name) for row in sound) for name in SUMS},
+        **({name: getattr(judge, name) for name in ("threshold", "rechecked", "flips")} if judge else {}),
     }
     if told["degenerate"]:
         run.progress.warn(told["degenerate"])
-    run.finish("truncate", digest(made), len(rows), len(sound), seconds(), **told, **cutter.facts())
+    run.finish("truncate", digest(made), len(rows), len(sound), seconds(), **told)
 
 
 class Cutter:
@@ -232,18 +227,10 @@ class Cutter:
             for done in as_completed([pool.submit(cut, judge, row) for row in rows]):
                 yield done.result()
 
-    def facts(self) -> dict[str, Any]:
-        """What the report must know of the judge, beside its rows."""
-        if (judge := self.judge) is None:
-            return {"notes": []}
-        found = {name: getattr(judge, name) for name in ("threshold", "rechecked", "flips")}
-        return found | {"notes": list(judge.backend.notes)}
-
     def _open(self) -> Judge:
         judge, run = open_judge(self.config, self.held), self.run
         if judge.keys.calibration == "share":
-            stage = run.manifest["stages"]["truncate"]["keys"]
-            known = run.manifest.get("judge_threshold", {})
+            stage, known = run.manifest["stages"]["truncate"]["keys"], run.manifest.get("judge_threshold", {})
             if known.get("keys") != stage:
                 run.progress.say("truncate: reading every whole trace once, to choose the threshold")
                 known = {"keys": stage, "value": share_threshold(judge, self.rows)}
@@ -327,24 +314,8 @@ def shown(row: PrefixRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names} | found
 
 
-def show(result: dict[str, Any], width: int = 20) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print each trace's verdict curve: the margin's distance from the threshold by position, the cut in words."""
-    from rich.console import Console
+    from kit.report import render
 
-    console = Console(highlight=False, soft_wrap=True)
-    for trace in result["traces"]:
-        unsure = "" if trace["sufficient"] or trace["rejected"] else ", never judged sufficient"
-        kept = trace["detail"] or f"kept {trace['kept']} of {trace['sentences']} sentences"
-        cost = f"{trace['evaluated_tokens']} tokens evaluated, {trace['reused_tokens']} reused, {trace['seconds']} s"
-        console.print(f"\n{trace['id']}: {kept}{unsure} ({cost})", markup=False)
-        verdicts = sorted(trace["verdicts"], key=lambda v: v["sentences"])
-        gaps = [0.0 if v["margin"] is None else v["margin"] - result["threshold"] for v in verdicts]
-        for v, gap in zip(verdicts, gaps, strict=True):
-            bar = "#" * round(abs(gap) / (max(map(abs, gaps)) or 1.0) * width)
-            bar = f"{bar if gap < 0 else '':>{width}}|{bar if gap > 0 else '':<{width}}"
-            margin = "none" if v["margin"] is None else f"{v['margin']:+.2f}"
-            mark = "  <- kept" if v["sentences"] == trace["kept"] and trace["sufficient"] else ""
-            style = "green" if v["label"] == "ENOUGH" else "yellow"
-            console.print(f"{v['sentences']:5d} {margin:>8} {bar} {v['label']}{mark}", style=style, markup=False)
-    for text in filter(None, [result["degenerate"], *result["notes"]]):
-        console.print(f"note: {text}", markup=False)
+    print(render("judge.txt.j2", **result))

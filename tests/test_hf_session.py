@@ -103,7 +103,7 @@ def test_self_check_finds_a_broken_cache(tear: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(attention.TrunkCache, "restore", lambda *_: None)
     elif tear == "window":
         whole = attention.Layout.mask
-        monkeypatch.setattr(attention.Layout, "mask", lambda self, start, end, window: whole(self, start, end, None))
+        monkeypatch.setattr(attention.Layout, "mask", lambda *given: whole(*given[:3], window=4096))
     else:
         usable = sessions.usable
         monkeypatch.setattr(sessions, "usable", lambda *given: min(usable(*given) + 1, len(given[1]) - 2))

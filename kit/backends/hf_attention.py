@@ -7,58 +7,75 @@ keys are never copied. Features it does not know (softcap, sinks, biases) raise 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 NAME = "palign_tree"
 MASK_CELLS = 1 << 22  # queries by keys of one masked call: bounds memory (4 bytes a cell, times the heads folded)
+GROUP_TOKENS = 128  # tails that share one masked call on a CPU: fewer see keys in vain, more fill the kernel
+SKINNY_TOKENS = 64
 KNOWN = frozenset({"dropout", "use_cache", "position_ids", "is_causal", "output_attentions", "cache_position"})
 LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 class Unsupported(Exception):
-    """The model's attention does something that this function does not."""
+    """The model's attention does something that this module does not."""
 
 
 class Layout:
-    """Where the tokens of one forward pass stand: tails behind a trunk of `past` tokens.
+    """Where the tokens of one forward pass stand: tails behind a trunk.
 
     Args:
-        cuts: for each tail, the trunk tokens that it sees.
-        lengths: for each tail, its tokens. One tail with cut == past is plain causal continuation.
-        past: trunk tokens visible to the widest tail; `near` is what every tail sees.
+        cuts: for each tail, the trunk tokens that it sees. The widest cut is all that the pass sees of the trunk.
+        lengths: for each tail, its tokens; (q,) in all.
     """
 
-    def __init__(self, cuts: Sequence[int], lengths: Sequence[int], past: int, device: torch.device) -> None:
-        self.past, self.tokens, self.causal = past, sum(lengths), len(cuts) == 1 and cuts[0] == past
-        self.calls, self.near = 0, min(cuts)
-        size = torch.tensor(lengths)
-        self.tail = torch.repeat_interleave(torch.arange(len(cuts)), size).to(device)  # (q,)
-        self.cut = torch.repeat_interleave(torch.tensor(cuts), size).to(device)  # (q,)
-        starts = torch.repeat_interleave(size.cumsum(0) - size, size)
-        self.position = self.cut + (torch.arange(self.tokens) - starts).to(device)  # (q,)
+    def __init__(self, cuts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        self.past, self.tokens, self.single, self.device = max(cuts), sum(lengths), len(cuts) == 1, device
+        self.cut, self.begin = np.repeat(cuts, lengths), np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)  # (q,)
+        position = self.cut + np.arange(self.tokens) - self.begin  # (q,)
+        self.furthest, self.position = int(position.max()), torch.from_numpy(position).to(device)
         self.masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self.calls, self.groups = 0, [0]
+        for end in np.cumsum(lengths).tolist():
+            if end - self.groups[-1] >= GROUP_TOKENS or end == self.tokens:
+                self.groups.append(end)
 
-    def mask(self, start: int, end: int, window: int | None) -> torch.Tensor:
-        """What queries [start, end) see: bool (end - start, past + end)."""
-        key = (start, end, window)
-        if key not in self.masks:
-            position, cut, tail = (x[start:end, None] for x in (self.position, self.cut, self.tail))
-            trunk = torch.arange(self.past, device=self.cut.device)[None]
-            seen = torch.cat(
-                [trunk < cut, (self.tail[None, :end] == tail) & (self.position[None, :end] <= position)], 1
-            )
-            if window is not None:
-                seen &= torch.cat([trunk, self.position[None, :end]], 1) > position - window
-            self.masks[key] = seen
-        return self.masks[key]
+    def rows(self, whole_tails: bool) -> list[tuple[int, int]]:
+        """The pass's queries, [start, end) by [start, end): by whole tails, or as many as a mask has room for."""
+        step = max(16, MASK_CELLS // (self.past + self.tokens))
+        stops = self.groups if whole_tails else [*range(0, self.tokens, step), self.tokens]
+        return list(itertools.pairwise(stops))
+
+    def keys(self, start: int, end: int) -> tuple[int, slice, slice]:
+        """Of queries [start, end): the trunk that all see, the trunk that some see, and their own tails among keys."""
+        near, top = int(self.cut[start:end].min()), int(self.cut[start:end].max())
+        return near, slice(near, top), slice(self.past + int(self.begin[start]), self.past + end)
+
+    def mask(self, start: int, end: int, window: int | None = None) -> torch.Tensor:
+        """What queries [start, end) see of `keys`' two slices (of the whole trunk and tails, where there is a window):
+        bool (end - start, keys)."""
+        if (start, end, window) not in self.masks:
+            _, some, own = self.keys(start, end)
+            trunk = torch.arange(0 if window else some.start, some.stop, device=self.device)[None]
+            cut, begin = (torch.from_numpy(x).to(self.device) for x in (self.cut, self.begin))
+            tails, position = slice(own.start - self.past, end), self.position[start:end, None]
+            same = begin[None, tails] == begin[start:end, None]
+            seen = torch.cat([trunk < cut[start:end, None], same & (self.position[None, tails] <= position)], 1)
+            if window:
+                seen &= torch.cat([trunk, self.position[None, tails]], 1) > position - window
+            self.masks[start, end, window] = seen
+        return self.masks[start, end, window]
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -73,11 +90,12 @@ class TrunkCache(Cache):
 
     def save(self, start: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Copies of [start, end) of every layer, to be put back when a tail that overwrote them is done with."""
-        return [(x.keys[:, :, start:end].clone(), x.values[:, :, start:end].clone()) for x in self.layers if x.ready]
+        held = [layer for layer in self.layers if layer.keys is not None]
+        return [(x.keys[:, :, start:end].clone(), x.values[:, :, start:end].clone()) for x in held]
 
     def restore(self, start: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Put saved tokens back."""
-        for layer, (keys, values) in zip((x for x in self.layers if x.ready), saved, strict=True):
+        for layer, (keys, values) in zip([x for x in self.layers if x.keys is not None], saved, strict=True):
             layer.keys[:, :, start : start + keys.shape[2]] = keys
             layer.values[:, :, start : start + keys.shape[2]] = values
 
@@ -87,21 +105,16 @@ class _TrunkLayer(DynamicLayer):
         super().__init__()
         self.cache = cache
 
-    @property
-    def ready(self) -> bool:
-        return self.keys is not None
-
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (1, H, q, d) behind `length` tokens of the trunk; returns views of trunk and new tokens together."""
         start, end = self.cache.length, self.cache.length + keys.shape[2]
-        if not self.ready or self.keys.shape[2] < end:
-            self.keys, self.values = (
-                self._grow(old, new, end) for old, new in ((self.keys, keys), (self.values, values))
-            )
+        if self.keys is None or self.keys.shape[2] < end:
+            self.keys, self.values = self._grown(self.keys, keys, end), self._grown(self.values, values, end)
             self.is_initialized = True
         self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grow(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
+    def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
         grown = new.new_empty(*new.shape[:2], max(end, self.cache.room), new.shape[3])
         if old is not None:
             grown[:, :, : self.cache.length] = old[:, :, : self.cache.length]
@@ -111,6 +124,17 @@ class _TrunkLayer(DynamicLayer):
         return self.cache.length
 
 
+class _Skinny(TorchFunctionMode):
+    """y = W x^T for few tokens on a CPU: MKL's x W^T repacks W at each call, two to three times slower at 16 to 64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not linear or kwargs or args[0].shape[0] != 1 or len(args[0].shape) != 3:
+            return function(*args, **(kwargs or {}))
+        shown, weight, *bias = args
+        made = (weight @ shown[0].T).T.contiguous()[None]
+        return made + bias[0] if bias and bias[0] is not None else made
+
+
 @contextmanager
 def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     """Run the model's forward passes inside with this module's attention.
@@ -118,21 +142,25 @@ def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     Raises:
         Unsupported: the model did not call it once for a layer, or called it with features it does not know.
     """
-    other = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    text = model.config.get_text_config()
+    other = set(getattr(text, "layer_types", None) or ()) - LAYERS
     if other:  # chunked attention past its chunk would pass a short self-check
         raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
-    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    configs = list({id(c): c for c in (model.config, text)}.values())
     before = [config._attn_implementation_internal for config in configs]
     token = _layout.set(layout)
     try:
         for config in configs:
             config._attn_implementation_internal = NAME
-        yield
+        with ExitStack() as held:
+            if layout.device.type == "cpu" and layout.tokens <= SKINNY_TOKENS:
+                held.enter_context(_Skinny())
+            yield
     finally:
         _layout.reset(token)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
-    if layout.calls != model.config.get_text_config().num_hidden_layers:
+    if layout.calls != text.num_hidden_layers:
         raise Unsupported(f"{layout.calls} of its layers are attention that can be masked")
 
 
@@ -153,25 +181,21 @@ def attend(
         raise Unsupported(f"its attention uses {', '.join(odd) or 'keys of its own'}")
     layout.calls += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window if sliding_window and sliding_window < int(layout.position.max()) + 1 else None
-    if layout.causal and window is None and layout.past == 0 and query.shape[2] > 1:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2), None
-    split = window is None and query.is_cpu and query.shape[2] > 1 and layout.near and key.shape[-1] == value.shape[-1]
-    if split and layout.causal:
-        return _split(query, key, value, layout.near, scale).transpose(1, 2), None
-    rows, parts = max(16, MASK_CELLS // key.shape[2]), []
-    for start in range(0, query.shape[2], rows):
-        end = min(start + rows, query.shape[2])
-        seen, piece = layout.mask(start, end, window), query[:, :, start:end]
-        keys, values = key[:, :, : seen.shape[1]], value[:, :, : seen.shape[1]]
+    window = sliding_window if sliding_window and sliding_window <= layout.furthest else None
+    split = window is None and query.is_cpu and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
+    parts = []
+    for start, end in layout.rows(split):
+        near, some, own = layout.keys(start, end)
+        piece, pairs = query[:, :, start:end], ((x[:, :, :near], x[:, :, some], x[:, :, own]) for x in (key, value))
         if split:
-            parts.append(_split(piece, keys, values, layout.near, scale, seen[:, layout.near :]))
-        else:
-            seen = seen.repeat(query.shape[1] // key.shape[1], 1)[None, None]
-            out = scaled_dot_product_attention(_fold(piece, key.shape[1]), keys, values, attn_mask=seen, scale=scale)
-            parts.append(out.reshape(*piece.shape[:3], -1))
+            parts.append(_split(piece, *pairs, scale, None if layout.single else layout.mask(start, end)))
+            continue
+        (far, *rest), (far_value, *rest_value) = pairs
+        seen = layout.mask(start, end, window or layout.furthest + 1)  # a window past everything hides nothing
+        seen = seen.repeat(query.shape[1] // key.shape[1], 1)[None, None]
+        keys, values = torch.cat([far, *rest], 2), torch.cat([far_value, *rest_value], 2)
+        out = scaled_dot_product_attention(_fold(piece, key.shape[1]), keys, values, attn_mask=seen, scale=scale)
+        parts.append(out.reshape(*piece.shape[:3], -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2), None
 
 
@@ -180,32 +204,30 @@ def _fold(query: torch.Tensor, heads: int) -> torch.Tensor:
     return query.reshape(1, heads, -1, query.shape[-1])
 
 
-def _split(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    near: int,
-    scale: float,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Keys before `near`, which every query sees, without a mask; the rest causally or under `mask` (q, k - near).
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-    The two are joined by their log-sum-exp. A mask over all keys would cost a quarter more, and a chunk behind the
-    first would be computed as a whole rectangle.
+
+def _split(query: torch.Tensor, keys: _Parts, values: _Parts, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """What every query sees, without a mask; the rest causally (None) or under `mask`; joined by their log-sum-exp.
+
+    A mask over all keys would cost a quarter more, and a chunk behind the first would be a whole rectangle.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    far, far_sum = kernel(_fold(query, heads), key[:, :, :near], value[:, :, :near], 0.0, False, scale=scale)
-    key, value = key[:, :, near:], value[:, :, near:]
+    heads, groups = keys[0].shape[1], query.shape[1] // keys[0].shape[1]
+    folded = _fold(query, heads)
     if mask is None:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out, out_sum = kernel(query, key, value, 0.0, True, scale=scale)
+        key, value = (x[2].repeat_interleave(groups, 1) for x in (keys, values))
+        out, total = kernel(query, key, value, 0.0, True, scale=scale)
     else:
         hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(groups, 1)
-        folded = _fold(query, heads)
-        out, out_sum = kernel(folded, key, value, 0.0, False, attn_mask=hidden[None, None], scale=scale)
-    share = torch.sigmoid(far_sum.reshape(query.shape[:3]) - out_sum.reshape(query.shape[:3]))
-    return torch.lerp(out.reshape(query.shape), far.reshape(query.shape), share.unsqueeze(-1).to(out.dtype))
+        key, value = torch.cat(keys[1:], 2), torch.cat(values[1:], 2)
+        out, total = kernel(folded, key, value, 0.0, False, attn_mask=hidden[None, None], scale=scale)
+    out, total = out.reshape(query.shape), total.reshape(query.shape[:3])
+    if keys[0].shape[2] == 0:
+        return out
+    far, far_total = kernel(folded, keys[0], values[0], 0.0, False, scale=scale)
+    share = torch.sigmoid(far_total.reshape(total.shape) - total).unsqueeze(-1).to(out.dtype)
+    return torch.lerp(out, far.reshape(query.shape), share)
 
 
 AttentionInterface.register(NAME, attend)

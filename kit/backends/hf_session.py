@@ -157,7 +157,7 @@ class _Tree(_Fresh):
             self.cache.restore(cut, saved)
 
     def _run(self, ids: np.ndarray, reads: _Reads, cuts: list[int], lengths: list[int], start: int = 0) -> Readings:
-        layout = Layout(cuts, lengths, max(cuts), self.device)
+        layout = Layout(cuts, lengths, self.device)
         options = {"past_key_values": self.cache, "position_ids": layout.position[None], "use_cache": True}
         with laid_out(self.model, layout):
             found = self.forward(ids, reads, start, **options)
