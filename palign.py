@@ -156,15 +156,20 @@ def _grade(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:
-    from kit import look
+    from kit import config as configs
+    from kit import judge, step
 
-    return look.command(args, progress)
+    keys = {"search": args.search, "kind": args.kind, "threshold": args.threshold}
+    student = {"backend": args.backend, "model": args.model, "dtype": args.dtype, "url": args.url}
+    raw = {"judge": keys, "student": student, "teacher": {"backend": "file", "path": args.file}}
+    config = configs.resolve({**raw, "data": {"train": {"limit": args.limit}}}, "the command line")
+    return step.step(config) if args.step else _print(args, judge.judge_file(config, progress), judge.show)
 
 
 def _bench(args: argparse.Namespace, progress: Any) -> int:
     from tests import bench
 
-    return _print(args, bench.run(args, progress), bench.show)
+    return _print(args, bench.run(args, progress))
 
 
 def _compare(args: argparse.Namespace, progress: Any) -> int:
@@ -189,7 +194,7 @@ def _plan(args: argparse.Namespace, progress: Any) -> int:
     from kit import config as configs
     from kit import plan
 
-    return _print(args, plan.plan(configs.load(args.config, args.overrides)), plan.show)
+    return _print(args, plan.plan(configs.load(args.config, args.overrides)))
 
 
 def _doctor(args: argparse.Namespace, progress: Any) -> int:
@@ -203,22 +208,44 @@ def _doctor(args: argparse.Namespace, progress: Any) -> int:
 def _export(args: argparse.Namespace, progress: Any) -> int:
     from kit import export
 
-    return _print(args, export.export(Path(args.run), args.to, Path(args.out) if args.out else None), export.show)
+    return _print(args, export.export(Path(args.run), progress, args.to, Path(args.out) if args.out else None))
 
 
 def _prompt(args: argparse.Namespace, progress: Any) -> int:
     from kit import config as configs
     from kit import look
 
-    return _print(args, look.prompt(configs.load(args.config, args.overrides), args.of), look.show_prompt)
+    return _print(args, look.prompt(configs.load(args.config, args.overrides), args.of))
 
 
-def _print(args: argparse.Namespace, result: dict[str, Any], show: Any) -> int:
+def _print(args: argparse.Namespace, result: dict[str, Any], show: Any = None) -> int:
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        show(result)
+        (show or _show)(result)
     return 0
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Print any result: a line for each value, a table for each list of rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for key, value in result.items():
+        if not isinstance(value, list):
+            console.print(f"{key}:{chr(10) if isinstance(value, str) and chr(10) in value else ' '}{text(value)}")
+        elif value:
+            names = list(dict.fromkeys(name for row in value for name in row))
+            table = Table(*names, title=key)
+            for row in value:
+                table.add_row(*(text(row.get(name, "")) for name in names))
+            console.print(table)
 
 
 def _shared() -> argparse.ArgumentParser:

@@ -34,21 +34,3 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     from tests.bench.grade import bench as grade
 
     return grade(args.repeats)
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the rows as a table and the other numbers below it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"bench {result.get('subject', '')}".strip())
-    names = list(dict.fromkeys(key for row in result["rows"] for key in row))
-    for name in names:
-        table.add_column(name, justify="left" if name == "name" else "right")
-    for row in result["rows"]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in names))
-    console = Console()
-    console.print(table)
-    for key, value in result.items():
-        if not isinstance(value, (list, dict)):
-            console.print(f"{key}: {value}", highlight=False)
