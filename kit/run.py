@@ -17,6 +17,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -39,20 +40,15 @@ KEYS = {  # what each stage's rows depend on, besides its input
     "report": (),
 }
 NEUTRAL = {"threads", "timeout_seconds", "retries", "url", "api_key_env", "memory_gib", "save_steps", "overfit"}
-FILES = {
-    "teach": ("traces.jsonl",),
-    "truncate": ("prefixes.jsonl",),
-    "align": ("aligned.jsonl", "train.jsonl"),
-    "train": ("adapter", "checkpoints", "train_log.jsonl"),
-    "eval": ("eval",),
-    "report": (),
+FILES: dict[str, dict[str, type[Row] | None]] = {  # what each stage writes, and what its rows are
+    "teach": {"traces.jsonl": TraceRow},
+    "truncate": {"prefixes.jsonl": PrefixRow},
+    "align": {"aligned.jsonl": AlignedRow, "train.jsonl": None},
+    "train": {"adapter": None, "checkpoints": None, "train_log.jsonl": None},
+    "eval": {"eval": EvalRow},
+    "report": {},
 }
-ROWS: tuple[tuple[str, str, Any], ...] = (
-    ("teach", "traces.jsonl", TraceRow),
-    ("truncate", "prefixes.jsonl", PrefixRow),
-    ("align", "aligned.jsonl", AlignedRow),
-    ("eval", "eval/*.jsonl", EvalRow),
-)
+MANIFESTS = ("manifest.json", ".manifest.json")  # the second is read where the first is damaged
 R = TypeVar("R", bound=Row)
 T = TypeVar("T")
 
@@ -70,18 +66,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the run's life)
         except OSError as error:
-            raise KitError(
-                f"The run folder {self.folder} cannot be written: {error.strerror}.",
-                "Choose another with out=DIR, or mend its permissions.",
-            ) from None
+            what = f"The run folder {self.folder} cannot be written: {error.strerror}."
+            raise KitError(what, "Choose another with out=DIR, or mend its permissions.") from None
         self._take_lock(command)
         progress.log = self.folder / "run.log"
         self.manifest = self._read_manifest()
-        self.manifest |= {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
-        self.manifest |= {"versions": versions(), "machine": {**self.manifest.get("machine", {}), **machine()}}
-        self.manifest.setdefault("stages", {})
+        facts = {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
+        self.manifest = {"stages": {}, **self.manifest, **facts, "versions": versions()}
         write_atomic(self.folder / "config.yaml", dump(config))
-        self.save()
+        self.record(machine={**self.manifest.get("machine", {}), **machine()})
 
     def path(self, name: str) -> Path:
         """A file of this run; its folder is made."""
@@ -109,10 +102,8 @@ class Run:
     def require(self, stage: str) -> None:
         """Raise unless a stage is done."""
         if not self.manifest["stages"].get(stage, {}).get("done"):
-            raise KitError(
-                f"{self.folder} has no finished stage {stage} yet.",
-                f"Run `palign.py {stage}` with the same config first, or `palign.py run`.",
-            )
+            hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
+            raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
 
     def begin(self, stage: str, source: str, output: Callable[[], str]) -> bool:
         """Open a stage whose input has the digest `source`; `output` computes the digest of what it has written.
@@ -120,37 +111,34 @@ class Run:
         Returns:
             Whether there is work to do. False: it is done and whole.
         """
-        now = {**self.stage_keys(stage), "input": source}
+        now = {**stage_keys(self.config, stage), "input": source}
         old = self.manifest["stages"].get(stage)
-        if old is not None:
-            changed = sorted(k for k in {*now, *old["keys"]} if now.get(k) != old["keys"].get(k))
-            if changed:
-                shown = ", ".join(f"{k}: {_short(old['keys'].get(k))} -> {_short(now.get(k))}" for k in changed[:4])
-                self.progress.say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
-                self._set_aside(stage)
-                old = None
-        elif any((self.folder / name).exists() for name in FILES[stage]):
+        changed = sorted(k for k in {*now, *old["keys"]} if now.get(k) != old["keys"].get(k)) if old else []
+        if changed:
+            shown = ", ".join(f"{k}: {old['keys'].get(k)!s:.40} -> {now.get(k)!s:.40}" for k in changed[:4])
+            self.progress.say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
+        elif not old and any((self.folder / name).exists() for name in FILES[stage]):
             self.progress.warn(f"{stage}: files of unknown origin in {self.folder}; set aside under stale/")
-            self._set_aside(stage)
-        if old is not None and old.get("done"):
-            if output() == old.get("output"):
-                self.progress.say(f"{stage}: done before, skipped")
-                return False
-            self.progress.warn(f"{stage}: what it wrote was deleted or changed since; the missing part is made again")
-        elif old is not None:
+        elif old and not old.get("done"):
             self.progress.say(f"{stage}: resumed")
-        self.manifest["stages"][stage] = {**(old or {}), "keys": now, "done": False}
+        elif old and output() == old.get("output"):
+            self.progress.say(f"{stage}: done before, skipped")
+            return False
+        elif old:
+            self.progress.warn(f"{stage}: what it wrote was deleted or changed since; the missing part is made again")
+        if changed or not old:
+            self._set_aside(stage)
+            old = {}
+        self.manifest["stages"][stage] = {**old, "keys": now, "done": False}
         self.save()
         return True
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, seconds: float, **summary: Any) -> None:
         """Mark a stage done. `seconds` adds up over resumed sittings."""
         entry = self.manifest["stages"][stage]
-        entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out}
+        entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out, "summary": summary}
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
-        entry["summary"] = summary
-        self.manifest["machine"] = {**self.manifest.get("machine", {}), **machine()}
-        self.save()
+        self.record(machine={**self.manifest["machine"], **machine()})
         self._write_rejections()
 
     def record(self, **facts: Any) -> None:
@@ -159,15 +147,9 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Write manifest.json."""
-        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
-        for name in ("manifest.json", ".manifest.json"):  # the second is read where the first is damaged
-            write_atomic(self.folder / name, text)
-
-    def stage_keys(self, stage: str) -> dict[str, Any]:
-        """The config keys that a stage depends on, with their values."""
-        chosen = {k: v for k, v in flat(self.config).items() if f"{k}.".startswith(tuple(f"{w}." for w in KEYS[stage]))}
-        return {k: v for k, v in chosen.items() if k.split(".")[-1] not in NEUTRAL}
+        """Write the manifest."""
+        for name in MANIFESTS:
+            write_atomic(self.folder / name, json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Release the folder."""
@@ -181,14 +163,14 @@ class Run:
 
     def _write_rejections(self) -> None:
         """rejected.jsonl: every row that left, with its stage and reason, gathered from the stages' own files."""
-        lines = [json.dumps({"stage": "data", **row}, ensure_ascii=False) for row in self.manifest.get("rejected", ())]
-        for stage, name, kind in ROWS:
-            for path in sorted(self.folder.glob(name)):
-                for row in RowFile(path, kind).read():
-                    if row.rejected:
-                        gone = {"stage": stage, "id": row.id, "reason": row.rejected, "detail": row.detail}
-                        lines.append(json.dumps(gone, ensure_ascii=False))
-        write_atomic(self.folder / "rejected.jsonl", "".join(line + "\n" for line in lines))
+        gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
+        kinds = [(stage, name, kind) for stage, files in FILES.items() for name, kind in files.items() if kind]
+        for stage, name, kind in kinds:
+            path = self.folder / name
+            for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+                rows = [row for row in RowFile(file, kind).read(mend=False) if row.rejected]
+                gone += [{"stage": stage, "id": row.id, "reason": row.rejected, "detail": row.detail} for row in rows]
+        write_atomic(self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone))
 
     def _take_lock(self, command: str) -> None:
         try:
@@ -197,42 +179,39 @@ class Run:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise KitError(
-                f"The run folder {self.folder} is in use by {holder}.",
-                "Wait for it, stop it, or choose another out=DIR.",
-            ) from None
+            what = f"The run folder {self.folder} is in use by {holder}."
+            raise KitError(what, "Wait for it, stop it, or choose another out=DIR.") from None
         self._lock.truncate(0)
         self._lock.write(f"palign {command}, process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
     def _read_manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {}
-        for name in ("manifest.json", ".manifest.json"):
-            path = self.folder / name
-            if not path.exists():
-                continue
+        for path in filter(Path.exists, [self.folder / name for name in MANIFESTS]):
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 break
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                path.rename(path.with_name(f"{name}.damaged"))
-                self.progress.warn(f"{name} was not JSON; kept as {name}.damaged, its copy is used")
+            except ValueError:
+                self.progress.warn(f"{path.name} was not JSON; its copy is used")
         if manifest.get("format", 0) > FORMAT:
-            raise KitError(
-                f"{self.folder} was made by palign {manifest.get('palign')} (run format {manifest['format']}; "
-                f"this palign reads up to {FORMAT}).",
-                "Upgrade palign, or choose another out=DIR.",
+            made = (
+                f"palign {manifest.get('palign')} (run format {manifest['format']}; this palign reads up to {FORMAT})"
             )
+            raise KitError(f"{self.folder} was made by {made}.", "Upgrade palign, or choose another out=DIR.")
         return manifest
 
     def _set_aside(self, stage: str) -> None:
-        for name in FILES[stage]:
-            path = self.folder / name
-            if path.exists():
-                aside = self.folder / "stale" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{name}"
-                aside.parent.mkdir(exist_ok=True)
-                shutil.move(path, aside)
-        self.manifest["stages"].pop(stage, None)
+        for path in filter(Path.exists, [self.folder / name for name in FILES[stage]]):
+            aside = self.folder / "stale" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(path, aside)
+
+
+def stage_keys(config: Config, stage: str) -> dict[str, Any]:
+    """The config keys that a stage depends on, with their values."""
+    wanted = tuple(f"{key}." for key in KEYS[stage])
+    leaves = flat(config).items()
+    return {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
 
 
 def work_through(
@@ -267,14 +246,15 @@ def work_through(
                 if row.id not in rows:
                     file.append(row)
                     rows[row.id] = row
-                    bar.advance(tokens=row_tokens(row))
+                    samples = sum(sample.tokens for sample in getattr(row, "samples", ()))
+                    bar.advance(tokens=samples or getattr(row, "evaluated_tokens", 0))
     return [rows[id] for id, _ in units]
 
 
-def row_tokens(row: Row) -> int:
-    """Tokens that a row cost, for rates."""
-    samples = sum(sample.tokens for sample in getattr(row, "samples", ()))
-    return samples or getattr(row, "evaluated_tokens", 0)
+def tallies(rows: Sequence[Any]) -> dict[str, Any]:
+    """For a stage's summary: tokens generated, and how many rows left for which reason."""
+    tokens = sum(sample.tokens for row in rows for sample in row.samples)
+    return {"tokens": tokens, "rejected": dict(Counter(row.rejected for row in rows if row.rejected))}
 
 
 def file_digest(run: Run, name: str, kind: type[R]) -> str:
@@ -305,8 +285,3 @@ def machine() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

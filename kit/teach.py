@@ -6,17 +6,19 @@ traces that reach the gold answer go on; traces from a file are graded for the r
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import cached_property
 
 from kit.answers import Grader, Item
 from kit.backends import Backend, Request, open_backend
 from kit.prompts import render, solve_text
 from kit.records import Problem, RowFile, Sample, TraceRow, digest
-from kit.run import Run, file_digest, stopwatch, work_through
+from kit.run import Run, file_digest, stopwatch, tallies, work_through
 
 NAME = "traces.jsonl"
+Texts = Sequence[tuple[str, str, int]]  # (text, finish, tokens) of samples
 
 
 def teach(run: Run) -> None:
@@ -24,94 +26,67 @@ def teach(run: Run) -> None:
     problems = run.data.train
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
         return
-    units = [(problem.id, problem) for problem in problems]
-    file = RowFile(run.path(NAME), TraceRow)
-    with stopwatch() as seconds, Grader() as grader, Teacher(run, grader) as writer:
-        rows = work_through(run, "teach", file, units, writer.batch_rows, writer.write)
+    given = run.config.teacher.backend in ("file", "worked")
+    units, file = [(problem.id, problem) for problem in problems], RowFile(run.path(NAME), TraceRow)
+    with stopwatch() as seconds, Grader() as grader, ExitStack() as held:
+        teacher = Teacher(run, grader, held)
+        work, size = (teacher.take, 64) if given else (teacher.write, 4 * run.config.teacher.parallel)
+        rows = work_through(run, "teach", file, units, size, work)
     kept = sum(len(row.kept) for row in rows)
-    run.finish(
-        "teach",
-        digest(rows),
-        rows_in=len(problems),
-        rows_out=kept,
-        seconds=seconds(),
-        samples=sum(len(row.samples) for row in rows),
-        verdicts=dict(Counter(sample.verdict for row in rows for sample in row.samples)),
-        tokens=sum(sample.tokens for row in rows for sample in row.samples),
-        rejected=dict(Counter(row.rejected for row in rows if row.rejected)),
-    )
+    run.finish("teach", digest(rows), len(problems), kept, seconds(), **tallies(rows))
 
 
 class Teacher:
-    """Writes traces for a batch of problems; loads a model only when one is needed."""
+    """Makes rows for a batch of problems; a model is loaded when it is first needed, and closed with `held`."""
 
-    def __init__(self, run: Run, grader: Grader) -> None:
-        self.run, self.grader, self.config = run, grader, run.config.teacher
-        self.given = self.config.backend in ("file", "worked")
-        self.batch_rows = 64 if self.given else 4 * self.config.parallel
-        self.backend: Backend | None = None
+    def __init__(self, run: Run, grader: Grader, held: ExitStack) -> None:
+        self.run, self.grader, self.config, self.held = run, grader, run.config.teacher, held
 
-    def write(self, problems: list[Problem]) -> Iterator[TraceRow]:
-        """A row for each problem, as its traces are finished."""
-        if self.given:
-            for problem in problems:
-                begun = time.perf_counter()
-                samples = self._graded(problem, [(self._trace(problem), "stop", 0)])
-                kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
-                yield self._row(problem, samples, kept, "empty trace", None, time.perf_counter() - begun)
-            return
-        if self.backend is None:
-            self.backend = open_backend(self.config)
-        by_id = {problem.id: problem for problem in problems}
-        for generation in self.backend.generate([self._request(problem) for problem in problems]):
-            problem = by_id[generation.id]
-            samples = self._graded(problem, [(c.text, c.finish, len(c.ids)) for c in generation.completions])
-            kept = choose(samples, self.config.keep)
-            reason = "generation failed" if generation.error else "no right trace"
-            yield self._row(problem, samples, kept, reason, generation.error, generation.seconds)
+    @cached_property
+    def backend(self) -> Backend:
+        """The teacher's model."""
+        return self.held.enter_context(closing(open_backend(self.config)))
 
-    def _trace(self, problem: Problem) -> str:
-        if self.config.backend == "file":
-            return problem.trace or ""
+    def take(self, problems: list[Problem]) -> Iterator[TraceRow]:
+        """Rows of the traces that the problems have, right or wrong."""
         from kit.problems import wander
 
-        return wander(problem, self.config.wordiness, self.run.config.seed)
+        for problem in problems:
+            worked = self.config.backend == "worked"
+            text = wander(problem, self.config.wordiness, self.run.config.seed) if worked else problem.trace or ""
+            with stopwatch() as seconds:
+                samples = self._graded(problem, [(text, "stop", 0)])
+            why = {} if text.strip() else {"rejected": "empty trace", "detail": tally(samples)}
+            yield self._row(problem, samples, (0,) if text.strip() else (), seconds(), why)
 
-    def _request(self, problem: Problem) -> Request:
-        assert self.backend is not None
-        config, teacher = self.run.config, self.config
-        user = solve_text(config.prompts, problem.question)
-        prompt = render(self.backend.tokenizer, user, teacher.system, thinking=teacher.thinking)
-        return Request(problem.id, prompt, teacher.sampling, n=teacher.samples, seed=config.seed)
+    def write(self, problems: list[Problem]) -> Iterator[TraceRow]:
+        """Rows of sampled traces, each as it is finished; only right ones are kept."""
+        run, teacher, requests = self.run.config, self.config, []
+        for problem in problems:
+            user = solve_text(run.prompts, problem.question)
+            prompt = render(self.backend.tokenizer, user, teacher.system, thinking=teacher.thinking)
+            requests.append(Request(problem.id, prompt, teacher.sampling, n=teacher.samples, seed=run.seed))
+        by_id = {problem.id: problem for problem in problems}
+        for done in self.backend.generate(requests):
+            problem = by_id[done.id]
+            samples = self._graded(problem, [(c.text, c.finish, len(c.ids)) for c in done.completions])
+            kept = choose(samples, teacher.keep)
+            reason = "generation failed" if done.error else "no right trace"
+            why = {} if kept else {"rejected": reason, "detail": done.error or tally(samples)}
+            yield self._row(problem, samples, kept, done.seconds, why)
 
-    def _graded(self, problem: Problem, texts: Sequence[tuple[str, str, int]]) -> tuple[Sample, ...]:
+    def _graded(self, problem: Problem, texts: Texts) -> tuple[Sample, ...]:
         return graded_samples(self.grader, texts, problem.answer, self.run.config.data.train.verifier)
 
     def _row(
-        self,
-        problem: Problem,
-        samples: tuple[Sample, ...],
-        kept: tuple[int, ...],
-        reason: str,
-        error: str | None,
-        s: float,
+        self, problem: Problem, samples: tuple[Sample, ...], kept: tuple[int, ...], seconds: float, why: dict[str, str]
     ) -> TraceRow:
-        why = {} if kept else {"rejected": reason, "detail": error or tally(samples)}
-        fields = {"id": problem.id, "question": problem.question, "answer": problem.answer}
-        return TraceRow(**fields, samples=samples, kept=kept, seconds=round(s, 3), **why)
-
-    def __enter__(self) -> Teacher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.backend is not None:
-            self.backend.close()
+        fields = problem.model_dump(include={"id", "question", "answer"})
+        return TraceRow(**fields, samples=samples, kept=kept, seconds=round(seconds, 3), **why)
 
 
-def graded_samples(
-    grader: Grader, texts: Sequence[tuple[str, str, int]], gold: str, verifier: str
-) -> tuple[Sample, ...]:
-    """Grade the samples of one problem, given as (text, finish, tokens)."""
+def graded_samples(grader: Grader, texts: Texts, gold: str, verifier: str) -> tuple[Sample, ...]:
+    """Grade the samples of one problem."""
     grades = grader.grade([Item(gold=gold, output=text, verifier=verifier) for text, _, _ in texts])
     return tuple(
         Sample(text=text, verdict=grade.verdict, answer=grade.answer, finish=finish, tokens=tokens)

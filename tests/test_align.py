@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
 from kit import config as configs
-from kit.align import Aligner, Draft, align, holds_answer, target, train_file_rows
+from kit.align import Aligner, Draft, align, holds_answer, target, training_rows
 from kit.answers import Grader
 from kit.backends import Completion, Generation
 from kit.progress import Progress
 from kit.prompts import BEGIN, END
-from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow
+from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow, TrainRow
 from kit.run import Run
 from kit.sentences import ends
 from kit.teach import choose
@@ -50,6 +51,10 @@ def make_run(folder, prefixes=(), **keys):
     return run
 
 
+def trained_on(run):
+    return [TrainRow.model_validate_json(line) for line in run.path("train.jsonl").read_bytes().splitlines()]
+
+
 class Recorder(ScriptedBackend):
     """Answers rightly from a given round on; keeps the prompts it was asked."""
 
@@ -75,7 +80,7 @@ def test_only_right_samples_are_kept_and_a_finished_one_goes_first():
 
 def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
     with make_run(tmp_path, align={"lengthen": 2, "samples": 3}) as run, Grader() as grader:
-        aligner = Aligner(run, grader)
+        aligner = Aligner(run, grader, ExitStack())
         aligner.backend = Recorder(run.config.student, right_from=2)
         (row,) = aligner.extend([Draft(prefix_row(), 1)])
     cuts = ends(TRACE)
@@ -87,7 +92,7 @@ def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
 
 def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
     with make_run(tmp_path, align={"lengthen": 1, "samples": 2}) as run, Grader() as grader:
-        aligner = Aligner(run, grader)
+        aligner = Aligner(run, grader, ExitStack())
         aligner.backend = Recorder(run.config.student, right_from=99)
         rows = list(aligner.extend([Draft(prefix_row("a"), 1), Draft(prefix_row("b", kept=5), 5)]))
     assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, "a whole trace cannot be lengthened"
@@ -99,7 +104,7 @@ def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
 @pytest.mark.parametrize("mode", ["prompt", "prefill"])
 def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
     with make_run(tmp_path, align={"mode": mode}) as run, Grader() as grader:
-        aligner = Aligner(run, grader)
+        aligner = Aligner(run, grader, ExitStack())
         aligner.backend = Recorder(run.config.student)
         (row,) = aligner.extend([Draft(prefix_row(kept=3), 3)])
     prompt = aligner.backend.prompts["a"]
@@ -115,7 +120,7 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
     with make_run(tmp_path / "run", prefixes, student=student) as run:
         align(run)
         rows = run.rows("aligned.jsonl", AlignedRow)
-        lines = train_file_rows(run)
+        lines = trained_on(run)
         stage = run.manifest["stages"]["align"]
     kept = [row for row in rows if not row.rejected]
     assert 0 < len(kept) < 12 and len(rows) == 12 and stage["rows_out"] == len(kept) == len(lines)
@@ -129,10 +134,8 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
 
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
     with make_run(tmp_path, [prefix_row()], align={"keep": "all", "samples": 3}) as run, Grader() as grader:
-        aligner = Aligner(run, grader)
+        aligner = Aligner(run, grader, ExitStack())
         aligner.backend = Recorder(run.config.student)
-        from kit.align import training_rows
-
         lines = training_rows(run, list(aligner.extend([Draft(prefix_row(), 1)])))
     assert [line.output.split("\n")[1] for line in lines] == [f" sample {j} \\boxed{{9}}" for j in range(3)]
 
@@ -162,7 +165,7 @@ def test_methods_without_a_cut_read_the_traces(tmp_path, method):
         RowFile(run.path("traces.jsonl"), TraceRow).append(row)
         run.finish("teach", "output", 1, 1, 0.0)
         align(run)
-        (line,) = train_file_rows(run)
+        (line,) = trained_on(run)
     assert line.output == ("\\boxed{9}" if method == "label-only" else TRACE)
 
 
