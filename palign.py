@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tame_libraries(args.verbose or args.debug)
     interrupts.watch()
-    progress = Progress(quiet=args.quiet, verbose=args.verbose or args.debug)
+    progress = Progress(quiet=args.quiet)
     try:
         return globals()[f"_{args.command}"](args, progress) if args.command not in ABOUT else _stages(args, progress)
     except KitError as error:

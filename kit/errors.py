@@ -1,14 +1,10 @@
-"""The one exception that users meet: what happened, the value, and the next step.
-
-Everything a user can cause (a bad file, a key, a model that is not there) is raised as a `KitError`
-and printed as one paragraph. Any other exception is a defect of ours and keeps its traceback.
-"""
+"""The one exception that users meet. Any other is a defect of ours and keeps its traceback."""
 
 from __future__ import annotations
 
 
 class KitError(Exception):
-    """A failure that the user can mend.
+    """A failure that the user can mend, printed as one paragraph.
 
     Args:
         message: what happened and the value it happened with.
@@ -18,8 +14,7 @@ class KitError(Exception):
 
     def __init__(self, message: str, hint: str = "", code: int = 1) -> None:
         super().__init__(message)
-        self.hint = hint
-        self.code = code
+        self.hint, self.code = hint, code
 
     def __str__(self) -> str:
         return f"{self.args[0]} {self.hint}".rstrip()

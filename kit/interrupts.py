@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 
 PATIENCE_SECONDS = 1.5  # for Python to come back from a library call
 MESSAGE = "\nInterrupted. Every finished row is on the disk; run the same command again to go on."
@@ -22,25 +21,20 @@ def watch() -> None:
     """Start the watch: KeyboardInterrupt is raised as usual, and the process ends if that does not get through."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # written by C, so no library call can delay it
 
     def guard() -> None:
+        """Count the Ctrl-C that arrive: the first starts a timer, the second ends the process."""
         hits = 0
-        while True:
-            hits += sum(byte == signal.SIGINT for byte in reader.recv(16))
+        while hits < 2:
+            hits += reader.recv(16).count(signal.SIGINT)
             if hits == 1:
-                threading.Thread(target=_after_patience, daemon=True).start()
-            if hits >= 2:
-                leave()
+                threading.Timer(PATIENCE_SECONDS, leave).start()
+        leave()
 
     threading.Thread(target=guard, name="interrupts", daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     watch.sockets = (reader, writer)  # type: ignore[attr-defined]  # kept open for the process's life
-
-
-def _after_patience() -> None:
-    time.sleep(PATIENCE_SECONDS)
-    leave()
 
 
 def leave() -> None:

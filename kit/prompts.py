@@ -1,6 +1,6 @@
-"""The four prompts (solve, judge, continue, compare) and the one function that renders chat to token ids.
+"""The prompts (solve, judge, continue, compare) and the one function that renders chat to token ids.
 
-Own words; every text is replaceable from the config, so that the paper's can stand here. Training,
+The words are in configs/prompts.yaml, replaceable from the config, so that the paper's can stand here. Training,
 evaluation and generation all go through `render`, so their prompt ids are equal by construction.
 Text from data never becomes a special token: `<|im_end|>` in a trace stays text.
 """
@@ -11,34 +11,25 @@ import hashlib
 import itertools
 import json
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
+
+import yaml
 
 from kit.backends import Tokenizer
 from kit.config import Prompts
 from kit.errors import KitError
 
+WORDS = Path(__file__).parents[1] / "configs" / "prompts.yaml"
 BEGIN, END = "<Begin_of_Prefix>", "<End_of_Prefix>"  # plain text, no added tokens
 
-INSTRUCTION = "Solve the problem step by step and give the final answer inside \\boxed{}."
-JUDGE = (
-    "Below are a problem and the first part of a worked solution. Decide whether this part already holds every idea "
-    "and intermediate result that is needed, so that what is left to reach the final answer is routine. "
-    "Reply [ENOUGH] if it does and [NOT_ENOUGH] if an essential step is still missing. Reply with the label only.\n\n"
-    "Problem:\n{question}\n\nFirst part of the solution:\n{prefix}"
-)
-DRAFT = (
-    "{instruction}\n{question}\n\nHere is the beginning of a solution. Take up the thread where it stops, do not "
-    "repeat it, and carry it through to the final answer inside \\boxed{}.\n\n{prefix}"
-)
-FORCED = "\n\nThe final answer is \\boxed{"
-COMPARE = (
-    "Two solutions of one problem follow. Judge the reasoning alone: is each step justified, does it lead anywhere, "
-    "is it free of detours? Name the better one with A or B, or T if neither is better. Reply with that one letter.\n\n"
-    "Problem:\n{question}\n\nSolution A:\n{first}\n\nSolution B:\n{second}"
-)
 _NEEDED = {"judge": ("question", "prefix"), "draft": ("question", "prefix"), "compare": ("question", "first", "second")}
+
+
+@cache
+def words() -> dict[str, str]:
+    """Our own texts, by name."""
+    return yaml.safe_load(WORDS.read_text(encoding="utf-8"))
 
 
 def text_of(prompts: Prompts, name: str) -> str:
@@ -49,14 +40,12 @@ def text_of(prompts: Prompts, name: str) -> str:
     """
     text = getattr(prompts, name)
     if text is None:
-        return {"instruction": INSTRUCTION, "judge": JUDGE, "draft": DRAFT, "forced": FORCED, "compare": COMPARE}[name]
+        return words()[name]
     if text.startswith("file:"):
         try:
             text = Path(text[5:]).read_text(encoding="utf-8")
-        except OSError as error:
-            raise KitError(
-                f"prompts.{name}: {text[5:]} cannot be read ({error.strerror}).", "Mend the path.", 2
-            ) from None
+        except (OSError, ValueError) as error:
+            raise KitError(f"prompts.{name}: {text[5:]} cannot be read ({error}).", "Mend the path.", 2) from None
     for field in _NEEDED.get(name, ()):
         if "{" + field + "}" not in text:
             raise KitError(f"prompts.{name} lacks {{{field}}}.", f"Put {{{field}}} where it belongs.", 2)
@@ -75,9 +64,8 @@ def solve_text(prompts: Prompts, question: str) -> str:
 
 def draft_text(prompts: Prompts, question: str, prefix: str) -> str:
     """The user turn of alignment, the kept prefix inside it."""
-    return fill(
-        text_of(prompts, "draft"), instruction=text_of(prompts, "instruction"), question=question, prefix=prefix
-    )
+    instruction = text_of(prompts, "instruction")
+    return fill(text_of(prompts, "draft"), instruction=instruction, question=question, prefix=prefix)
 
 
 def target_text(prefix: str, continuation: str) -> str:
@@ -103,20 +91,31 @@ def render(
     """
     hidden: dict[str, str] = {}
     taken = f"{user}{system}{answer}"
-    user, answer = _hide(tokenizer, user, hidden, taken), _hide(tokenizer, answer, hidden, taken)
-    system = _hide(tokenizer, system, hidden, taken) if system else None
-    text = _chat(tokenizer, user, system, thinking) + answer
-    if not hidden:
-        return tuple(tokenizer.encode(text))
+    user, system, answer = (_hide(tokenizer, text, hidden, taken) for text in (user, system or "", answer))
+    text = render_text(tokenizer, user, system, thinking) + answer
     ids: list[int] = []
-    for piece in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text):
-        ids += tokenizer.encode(hidden[piece], special=False) if piece in hidden else tokenizer.encode(piece)
+    for piece in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text) if hidden else [text]:
+        ids += tokenizer.encode(hidden.get(piece, piece), special=piece not in hidden)
     return tuple(ids)
 
 
 def render_text(tokenizer: Tokenizer, user: str, system: str | None = None, thinking: bool = False) -> str:
-    """The rendered chat as text, for a person to look at."""
-    return _chat(tokenizer, user, system, thinking)
+    """The rendered chat as text, up to where the assistant begins."""
+    if not tokenizer.template:
+        return f"{tokenizer.bos}{system or ''}{chr(10) if system else ''}{user}\n"
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # sandboxed, cached, the reference
+
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+    fields = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "enable_thinking": thinking, "tools": None}
+    today = {"strftime_now": lambda _format: "2026-01-01"}  # Here: fixed, so that prompts do not change with the day
+    try:
+        template = _compile_jinja_template(tokenizer.template)
+        return template.render(messages=messages, add_generation_prompt=True, **fields, **today)
+    except jinja2.TemplateError as error:
+        if system:  # Gemma's and Mistral's templates raise on the role: the words go before the question
+            return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
+        raise KitError(f"The model's chat template fails: {error}", "Use a model whose template works.") from None
 
 
 def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool) -> str:
@@ -135,38 +134,3 @@ def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str], taken: str) -
         marks[name] = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in taken and m not in hidden)
         hidden[marks[name]] = name
     return re.sub("|".join(map(re.escape, found)), lambda m: marks[m[0]], text)  # one pass: no mark is searched again
-
-
-def _chat(tokenizer: Tokenizer, user: str, system: str | None, thinking: bool) -> str:
-    if not tokenizer.template:
-        return f"{tokenizer.bos}{system + chr(10) if system else ''}{user}\n"
-    import jinja2
-
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
-    fields: dict[str, Any] = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "enable_thinking": thinking}
-    fields |= {"add_generation_prompt": True, "tools": None}
-    try:
-        return _compiled(tokenizer.template).render(messages=messages, **fields)
-    except jinja2.TemplateError as error:
-        if system:  # Gemma's and Mistral's templates raise on the role: the words go before the question
-            return _chat(tokenizer, f"{system}\n\n{user}", None, thinking)
-        raise KitError(f"The model's chat template fails: {error}", "Use a model whose template works.") from None
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        import jinja2
-
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(_format: str) -> str:
-        return "2026-01-01"  # Here: fixed, so that prompts do not change with the day
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
-    return environment.from_string(template)

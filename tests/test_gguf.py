@@ -57,7 +57,7 @@ def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[l
         cuts = ends(row["long_cot"])
         probes = []
         for cut in sorted({*cuts[every - 1 :: every], cuts[-1]}):
-            text = prompts.fill(prompts.JUDGE, question=row["question"], prefix=row["long_cot"][:cut])
+            text = prompts.fill(prompts.words()["judge"], question=row["question"], prefix=row["long_cot"][:cut])
             ids = (*prompts.render(backend.tokenizer, text), *labels[0][:same])
             probes.append(Probe(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))
         found.append(probes)

@@ -18,7 +18,7 @@ from kit.errors import KitError
 from kit.examples import Example, collate, end_of_turn, order, prepare, read_rows
 from kit.models import hf_folder, load_tokenizer
 from kit.progress import Progress
-from kit.prompts import INSTRUCTION, render, solve_text, template_hash
+from kit.prompts import render, solve_text, template_hash, words
 from kit.records import TrainRow
 from kit.run import Run
 
@@ -56,7 +56,7 @@ def settings(out: Path, model: str, **train) -> Config:
 def rows(count: int = 8) -> list[TrainRow]:
     return [
         TrainRow(
-            instruction=INSTRUCTION,
+            instruction=words()["instruction"],
             input=f"Ann has {i} pens and buys {i % 3} more. How many has she?",
             output=f"<Begin_of_Prefix>{i} + {i % 3}.{' So it goes.' * (i % 4)}<End_of_Prefix>\n\\boxed{{{i + i % 3}}}",
         )
@@ -298,7 +298,7 @@ def test_a_step_whose_labels_are_all_masked_is_refused(
 
 
 def test_another_instruction_than_evaluations_is_refused(tiny: str) -> None:
-    odd = rows()[0].model_copy(update={"instruction": INSTRUCTION + "\n"})
+    odd = rows()[0].model_copy(update={"instruction": words()["instruction"] + "\n"})
     with pytest.raises(KitError, match="line 1 asks"):
         prepare([odd], load_tokenizer(tiny), settings(Path("unused"), tiny))
 
