@@ -1,7 +1,7 @@
 """Cross-entropy that never builds the full logits (Eq. 2 of the paper).
 
-Only supervised positions are projected, a slice of bounded size at a time; each slice's gradient is taken while it is
-there, so nothing is recomputed and nothing of size (N, V) outlives its slice. Router losses are not added.
+Only supervised positions are projected, a slice of bounded size at a time; backward recomputes each slice, so nothing
+of size (N, V) outlives it. Router losses are not added.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import types
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
 
 from kit.errors import KitError
 
 IGNORED = -100  # label of a position that is not learned
+LIVE_BYTES = 16  # a logit's own in a slice's backward: fp32 logit, log-softmax and the gradients of both
 
 
 class Head(NamedTuple):
@@ -26,39 +29,18 @@ class Head(NamedTuple):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) in fp32 of hidden states (N, D)."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
-        logits.mul_(self.scale)
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        logits = logits * self.scale if self.scale != 1 else logits
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """Cross-entropy (N,) of each hidden state (N, D) with its target (N,), `rows` of them at a time."""
 
-class SlicedLoss(torch.autograd.Function):
-    """apply(hidden (N, D), weight, bias, targets (N,), head, rows a slice) -> (summed loss (), each one (N,))."""
+        def part(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.logits(states), wanted, reduction="none")
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, head: Head, rows: int) -> Any:
-        wanted = zip(ctx.needs_input_grad, (hidden, weight, bias), strict=False)
-        ctx.grads = [torch.zeros_like(x) if needed else None for needed, x in wanted]
-        losses = torch.empty(len(targets), device=hidden.device)
-        for part in (slice(start, start + rows) for start in range(0, len(targets), rows)):
-            target, logits = targets[part, None], head.logits(hidden[part])
-            slope = 1 - (logits / head.softcap).square_() if head.softcap else 1.0
-            right, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)  # from here on the logits' storage is reused
-            losses[part] = (total.log() + top - right).squeeze(1)
-            grad = logits.div_(total).scatter_add_(1, target, torch.full_like(right, -1.0))  # softmax minus one-hot
-            grad = grad.mul_(slope).mul_(head.scale).to(weight.dtype)
-            if ctx.grads[0] is not None:
-                ctx.grads[0][part] = grad @ weight
-            if ctx.grads[1] is not None:
-                ctx.grads[1].addmm_(grad.T, hidden[part].to(weight.dtype))
-            if ctx.grads[2] is not None:
-                ctx.grads[2].add_(grad.sum(dim=0))
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, outer: Any, _losses: Any) -> Any:
-        return (*(None if grad is None else grad.mul_(outer.to(grad.dtype)) for grad in ctx.grads), None, None, None)
+        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.cat([checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts])
 
 
 def head_of(causal: Any) -> Head:
@@ -88,18 +70,19 @@ def attach(causal: Any, logits_bytes: int) -> None:
     """Let a causal model's forward with `labels` (B, T) return {loss, losses: of each position} without logits.
 
     It is called through the outermost wrapper (PEFT, DDP), so that their hooks run. `denominator` is the supervised
-    tokens of the whole optimizer step; `logits_bytes` bounds a slice of fp32 logits (one row at least).
+    tokens of the whole optimizer step; `logits_bytes` bounds what a slice takes (one row at least).
     """
     head = head_of(causal)
-    rows = max(1, logits_bytes // (4 * head.weight.shape[0]))
+    rows = max(1, logits_bytes // (LIVE_BYTES * head.weight.shape[0]))
 
     def forward(self: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
         if labels is None:
             return type(self).forward(self, **inputs)
         hidden, targets = _states(self, **inputs), labels[:, 1:]
         kept = targets != IGNORED
-        total, losses = SlicedLoss.apply(hidden[:, :-1][kept], head.weight, head.bias, targets[kept], head, rows)
-        return {"loss": total / (kept.sum() if denominator is None else denominator), "losses": losses}
+        losses = head.losses(hidden[:, :-1][kept], targets[kept], rows)
+        count = kept.sum() if denominator is None else denominator
+        return {"loss": losses.sum() / count, "losses": losses.detach()}
 
     causal.forward = types.MethodType(forward, causal)
 
