@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import traceback
@@ -120,8 +121,9 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
             for stage in wanted:
                 _stage(stage)(run)
         except KitError:
-            if args.command == "run":  # a run that cannot go on has a page that shows why
-                _stage("report")(run)
+            with contextlib.suppress(KitError):  # a run that cannot go on has a page that shows why, where it can
+                if args.command == "run":
+                    _stage("report")(run)
             raise
         from kit import metrics, report
 

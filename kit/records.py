@@ -8,6 +8,7 @@ off by a power failure are found when the file is read, set aside, and made agai
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -164,27 +165,30 @@ class RowFile(Generic[R]):
                 self.damaged.append(f"{self.path.name} line {number}: {error}")
                 bad.append(line + b"\n")
         if bad and mend:
-            with open(self.path.with_name(self.path.name + ".damaged"), "ab") as aside:
-                aside.writelines(bad)
+            self._write(self.path.with_name(self.path.name + ".damaged"), b"".join(bad))
             self.write_all(rows.values())
         return list(rows.values())
 
     def append(self, *new: R) -> None:
         """Add rows in one write and flush them to the disk."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "ab") as out:
-                out.write("".join(map(line_of, new)).encode())
-                out.flush()
-                os.fsync(out.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # a torn row would swallow the next one
-            raise unwritable(self.path, error) from None
+        self._write(self.path, "".join(map(line_of, new)).encode())
 
     def write_all(self, rows: Iterable[R]) -> None:
         """Replace the file's content at once."""
         write_atomic(self.path, "".join(map(line_of, rows)))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Append all of the data, or nothing: a torn row would swallow the next one."""
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab", buffering=0) as out:
+                if out.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(out.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise unwritable(path, error) from None
 
     def _parse(self, line: bytes) -> R:
         try:
@@ -211,7 +215,6 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a whole file through a neighbour and a rename, so that no reader ever sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w", encoding="utf-8", newline="") as out:
             out.write(text)
             out.flush()

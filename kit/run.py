@@ -77,9 +77,10 @@ class Run:
         self.record(machine={**self.manifest.get("machine", {}), **machine()})
 
     def path(self, name: str) -> Path:
-        """A file of this run; its folder is made."""
+        """A file of this run; a folder inside the run's is made, the run's own is not when it has vanished."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != self.folder:
+            path.parent.mkdir(exist_ok=True)
         return path
 
     def rows(self, name: str, kind: type[R]) -> list[R]:
@@ -181,9 +182,10 @@ class Run:
             self._lock.close()
             what = f"The run folder {self.folder} is in use by {holder}."
             raise KitError(what, "Wait for it, stop it, or choose another out=DIR.") from None
-        self._lock.truncate(0)
-        self._lock.write(f"palign {command}, process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(self._lock.fileno(), 0)
+            holder = f"palign {command}, process {os.getpid()} on {socket.gethostname()}\n"
+            os.write(self._lock.fileno(), holder.encode())
 
     def _read_manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {}

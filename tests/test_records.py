@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from kit.errors import KitError
-from kit.records import PrefixRow, RowFile, Verdict, digest, line_of
+from kit.records import PrefixRow, RowFile, Sample, TraceRow, Verdict, digest, line_of
 from tests.conftest import ROOT
 
 
@@ -25,6 +25,16 @@ def test_rows_come_back_equal(tmp_path):
     file.append(rows[0])
     file.append(rows[1])
     assert file.read() == rows and not file.damaged
+
+
+def test_lone_surrogates_in_what_a_model_wrote_are_stored_as_replacement_characters(tmp_path):
+    file = RowFile(tmp_path / "t.jsonl", TraceRow)
+    wrote = TraceRow(
+        id="\ud800", question="q", answer="7", kept=(), samples=(Sample(text="so \udc00", verdict="wrong"),)
+    )
+    file.append(wrote)
+    assert file.read() == [wrote] and not file.damaged
+    assert (wrote.id, wrote.samples[0].text) == ("\ufffd", "so \ufffd")
 
 
 def test_a_cut_off_line_is_set_aside_and_nothing_else_is_lost(tmp_path):
