@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from kit import memory
+from kit import plan as planning
 from kit.errors import KitError
-from kit.plan import GIB, _shape, check_fit, longest, plan, training_bytes
+from kit.plan import GIB, RESERVE_BYTES, _shape, check_fit, longest, plan, training_bytes
 from kit.progress import Progress
 from kit.run import Run
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
@@ -40,7 +42,7 @@ def test_what_does_not_fit_is_refused_with_the_key_to_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = settings(tmp_path / "r", tiny, checkpointing=False, cutoff_tokens=1024)
-    monkeypatch.setattr(memory, "limit_bytes", lambda: (False, int(0.03 * GIB)))
+    monkeypatch.setattr(planning, "limit_bytes", lambda: (False, RESERVE_BYTES + int(0.03 * GIB)))
     result = plan(config)
     assert not result["fits"] and "train.checkpointing=true" in result["change"]
     with Run(config, Progress(quiet=True)) as run:
@@ -61,6 +63,66 @@ def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path:
     source = config.data.train.model_copy(update={"limit": 40})
     larger = config.model_copy(update={"data": config.data.model_copy(update={"train": source})})
     assert plan(larger)["times"] == [{"stage": "teach", "rows": 40, "seconds": 100.0}]
+
+
+STEP = """
+import gc, json, sys
+from kit import memory
+from kit.config import resolve
+from kit.plan import torch, training_bytes
+from kit.train import make_model
+
+tokens, keys = int(sys.argv[1]), json.loads(sys.argv[2])
+memory.return_at_once()
+memory.reset_peak()
+before = memory.peak_bytes()
+config = resolve({"student": {"model": "smollm2-135m"}, "train": keys}, "test")
+model = make_model(config).train()
+for parameter in model.parameters():  # off the mapped file, whose pages are the system's to take back
+    parameter.data = parameter.data.clone()
+gc.collect()
+memory.reset_peak()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+ids = torch.randint(0, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
+model(input_ids=ids, labels=ids)["loss"].backward()
+optimizer.step()
+print(json.dumps([memory.peak_bytes() - before, sum(training_bytes(config, tokens, False).values())]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys"),
+    [
+        (512, {}),
+        pytest.param(2048, {}, marks=pytest.mark.slow),
+        pytest.param(1024, {"logits_bytes": 1 << 24}, marks=pytest.mark.slow),
+        pytest.param(512, {"checkpointing": False, "dtype": "fp32"}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_within_a_fifth_of_what_a_step_of_the_packaged_model_takes(
+    tokens: int, keys: dict[str, object]
+) -> None:
+    command = [sys.executable, "-c", STEP, str(tokens), json.dumps(keys)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    measured, estimated = json.loads(done.stdout.splitlines()[-1])
+    print(f"{tokens} tokens {keys}: measured {measured / GIB:.3f} GiB, estimated {estimated / GIB:.3f} GiB")
+    assert 0.8 * measured < estimated < 1.2 * measured
+
+
+def test_where_memory_is_short_freed_blocks_go_back_at_once(
+    tiny: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(planning, "return_at_once", lambda: called.append(1))
+    config = settings(tmp_path / "r", tiny)
+    whole = sum(training_bytes(planning._with(config, checkpointing=False), 512, False).values())
+    with Run(config, Progress(quiet=True)) as run:
+        for room, times in ((whole + 1, 0), (whole - 1, 1)):
+            monkeypatch.setattr(planning, "limit_bytes", lambda room=room: (False, RESERVE_BYTES + room))
+            check_fit(config, run, 512)
+            assert len(called) == times
 
 
 GPU_SHAPES = {  # shape, tokens a row, card
