@@ -10,28 +10,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal, Protocol
 
 from kit.config import Engine, Sampling
 from kit.errors import KitError
 
 Finish = Literal["stop", "length", "loop", "error"]
+BACKENDS = {
+    "hf": ("kit.backends.hf", "HfBackend"),
+    "gguf": ("kit.backends.gguf", "GgufBackend"),
+    "http": ("kit.backends.http", "HttpBackend"),
+    "scripted": ("tests.scripted", "ScriptedBackend"),
+}
 
 
 @dataclass(frozen=True)
 class Request:
-    """n samples of one prompt.
-
-    Args:
-        id: stable; returned with the result.
-        prompt: token ids, special tokens included, as `prompts.render` made them.
-        n: samples drawn; they share the prompt's prefill.
-        sampling: how they are drawn.
-        seed: sample j draws from its own generator, seeded `sample_seed(seed, id, j)`, whatever runs beside it.
-    """
+    """n samples of one prompt, which share its prefill. Sample j draws from a generator of its own, seeded
+    `sample_seed(seed, id, j)`, whatever runs beside it."""
 
     id: str
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...]  # token ids, special tokens included, as `prompts.render` made them
     sampling: Sampling
     n: int = 1
     seed: int = 0
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated sample. `ids` are its tokens without the end token; `text` is their decoding."""
+    """One sample. `ids` are its tokens without the end token; `text` is their decoding up to a stop string."""
 
     text: str
     ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generation:
-    """All samples of one request. `error` says why there are none (a prompt too long, a server gone)."""
+    """All samples of one request. `error` says why there are none: a prompt too long, one that a server refuses."""
 
     id: str
     completions: tuple[Completion, ...] = ()
@@ -60,12 +60,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Probe:
-    """Log-probabilities to read along one sequence.
-
-    Args:
-        ids: the whole sequence shown, token ids (T,).
-        reads: pairs (position p in [0, T), candidate ids): what stands at p+1 after ids[:p+1]. Positions ascend.
-    """
+    """Log-probabilities to read along one sequence of token ids (T,): of candidate ids to stand at p+1, after
+    ids[:p+1], for each (p in [0, T), candidates) of `reads`; positions ascend."""
 
     ids: tuple[int, ...]
     reads: tuple[tuple[int, tuple[int, ...]], ...]
@@ -110,8 +106,7 @@ class Session(Protocol):
     cost: Cost  # of everything read so far
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        """Read probes, reusing the longest token prefix that is cached. One probe: the binary search's question;
-        many: a scan, their tails evaluated together, each seeing only its own prefix."""
+        """Read probes, reusing the longest token prefix that is cached. Each sees only its own prefix."""
         ...
 
     def close(self) -> None: ...
@@ -143,48 +138,29 @@ def sample_seed(seed: int, request: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def looping(ids: Sequence[int], window: int = 256, longest: int = 64, repeats: int = 4) -> bool:
-    """Whether a sample ends in an n-gram (1 to `longest` tokens) repeated to no end.
-
-    True when the last `n * max(repeats, 24 // n)` tokens are one n-gram repeated, for some n. Cheap: each n fails at
-    its first differing token.
-    """
-    for n in range(1, min(longest, window // repeats) + 1):
-        span = n * max(repeats, -(-24 // n))
+def looping(ids: Sequence[int], longest: int = 64) -> bool:
+    """Whether a sample ends in an n-gram repeated to no end: n of 1 to `longest` tokens, at least 4 times and over
+    24 tokens. Cheap: each n fails at its first differing token."""
+    for n in range(1, longest + 1):
+        span = n * max(4, -(-24 // n))
         if len(ids) >= span and all(ids[-i] == ids[-i - n] for i in range(1, span - n + 1)):
             return True
     return False
 
 
 def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
-    """Load the model that an engine names.
-
-    Args:
-        engine: the config section.
-        adapter: a PEFT adapter's folder, applied to the model (hf only).
+    """Load the model that an engine names, with a PEFT adapter's folder on top of it (hf only).
 
     Raises:
         KitError: no such model, no such file, a server that does not answer, a library that is missing.
     """
-    if engine.backend == "hf":
-        from kit.backends.hf import HfBackend
-
-        return HfBackend(engine, adapter=adapter)
-    if adapter and engine.backend != "scripted":
+    if engine.backend not in BACKENDS:
+        raise KitError(f"backend {engine.backend} runs no model.", "Use hf, gguf or http.", 2)
+    if adapter and engine.backend in ("gguf", "http"):
         raise KitError(
             f"An adapter runs on backend hf, not {engine.backend}.",
             "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that.",
         )
-    if engine.backend == "gguf":
-        from kit.backends.gguf import GgufBackend
-
-        return GgufBackend(engine)
-    if engine.backend == "http":
-        from kit.backends.http import HttpBackend
-
-        return HttpBackend(engine)
-    if engine.backend == "scripted":
-        from tests.scripted import ScriptedBackend
-
-        return ScriptedBackend(engine)
-    raise KitError(f"backend {engine.backend} runs no model.", "Use hf, gguf or http.", 2)
+    module, name = BACKENDS[engine.backend]
+    opened = getattr(import_module(module), name)
+    return opened(engine, adapter=adapter) if engine.backend == "hf" else opened(engine)

@@ -54,6 +54,40 @@ def library() -> Any:
     return llama_cpp
 
 
+def load(path: Path, gpu_layers: int = 0, vocab_only: bool = False) -> Any:
+    """A llama_model; KitError: a file that llama.cpp cannot read."""
+    lib = library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers, params.vocab_only = gpu_layers, vocab_only
+    lib.complaints.clear()
+    if model := lib.llama_model_load_from_file(str(path).encode(), params):
+        return model
+    raise KitError(
+        f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}",
+        "Is the download complete? Compare its size with the source's, or name another GGUF.",
+    )
+
+
+def unpacked(path: Path) -> Path:
+    """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; OSError: it cannot be."""
+    lib, stat = library(), path.stat()
+    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
+    target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
+    part = target.with_suffix(f".{os.getpid()}")
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = 1, True  # F16
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
+                raise OSError(" ".join(lib.complaints))
+            part.rename(target)
+    finally:
+        if part.exists():
+            part.unlink()
+    return target
+
+
 class GgufTokenizer:
     """The tokenizer inside a loaded llama_model; see kit.backends.Tokenizer."""
 
@@ -113,20 +147,21 @@ class Context:
         Returns its length; 0 where a cache cannot be cut (`cuttable` is then False): recurrent states refuse, sliding
         windows have lost what comes before.
         """
-        remove, memory = self._lib.llama_memory_seq_rm, self._memory
+        lib, memory = self._lib, self._memory
         shared = [common(held, ids) for held in self.held]
         best = int(np.argmax(shared))
         best = best if shared[best] >= shared[sequence] + WORTH_TOKENS else sequence
         length = shared[best]
         if best != sequence:
-            remove(memory, sequence, -1, -1)  # a whole sequence: never fails
-            self._lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # a whole sequence: never fails
+            lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
         if 0 < length < len(self.held[best]):
-            done, ends = remove(memory, sequence, length, -1), ("llama_memory_seq_pos_min", "llama_memory_seq_pos_max")
-            if not done or [getattr(self._lib, end)(memory, sequence) for end in ends] != [0, length - 1]:
+            done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
+            left = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
+            if not done or left != (0, length - 1):
                 self.cuttable, length = False, 0
         if not length:
-            remove(memory, sequence, -1, -1)
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
         self.held[sequence] = list(ids[:length])
         return length
 
@@ -151,12 +186,11 @@ class Context:
             if status := lib.llama_decode(self._context, batch):
                 why = f"llama_decode failed ({status}) on {len(chunk)} tokens: {' '.join(lib.complaints)}"
                 raise KitError(why, "Set a smaller context_tokens or parallel, or try another GGUF of the model.")
-            for _, sequence, _, token in chunk:
+            for i, (row, sequence, position, token) in enumerate(chunk):
                 self.held[sequence].append(token)
-            for i in range(len(chunk)):
                 if batch.logits[i]:
                     pointer = lib.llama_get_logits_ith(self._context, i)
-                    yield chunk[i][0], chunk[i][2], np.ctypeslib.as_array(pointer, (self._size,))
+                    yield row, position, np.ctypeslib.as_array(pointer, (self._size,))
 
     def close(self) -> None:
         """Free it."""
@@ -178,11 +212,15 @@ class GgufBackend:
         on_gpu = engine.gpu_layers != 0 and lib.llama_supports_gpu_offload()
         if engine.gpu_layers > 0 and not on_gpu:
             self.notes.append(f"gpu_layers={engine.gpu_layers}: this llama.cpp was built without a GPU, all on the CPU")
-        self.model = self._load(path)
+        self.model = load(path, engine.gpu_layers)
         slow = lib.llama_model_ftype(self.model) in SLOW and not on_gpu
         if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
-            lib.llama_model_free(self.model)
-            self.model = self._load(self._unpacked(path))
+            try:
+                copy = unpacked(path)
+                lib.llama_model_free(self.model)
+                self.model = load(copy)
+            except OSError as error:
+                self.notes.append(f"{path.name} runs at half speed: its 16-bit copy cannot be cached ({error})")
         self.tokenizer = GgufTokenizer(self.model)
         trained = lib.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained, trained)
@@ -198,52 +236,10 @@ class GgufBackend:
         """Open a judging session; fresh=True evaluates every probe without a cache."""
         return GgufSession(self, fresh)
 
-    def judging_context(self, tokens: int) -> Context:
-        """The context of all sessions, with room for a probe of so many tokens."""
-        if tokens > self.context_tokens:
-            why = f"A judging prompt has {tokens} tokens, the model's context {self.context_tokens}."
-            raise KitError(why, "Set judge.limit_tokens, or judge with a model of longer context.")
-        if not self.judging or self.judging.tokens < tokens:
-            self.judging = self.judging and self.judging.close()
-            room = min(max(2 * tokens, ROOM_TOKENS), self.context_tokens)
-            self.judging = Context(self, room, 2, self.engine.flash_attention)
-        return self.judging
-
     def close(self) -> None:
         """Free the context and the weights."""
         self.judging = self.judging and self.judging.close()
         self.model = self.model and self._lib.llama_model_free(self.model)
-
-    def _load(self, path: Path) -> Any:
-        params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = self.engine.gpu_layers
-        self._lib.complaints.clear()
-        model = self._lib.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            why = f"llama.cpp cannot load {path}: {' '.join(self._lib.complaints)}"
-            raise KitError(why, "Is the download complete? Compare its size with the source's, or name another GGUF.")
-        return model
-
-    def _unpacked(self, path: Path) -> Path:
-        """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; `path` if that fails."""
-        lib, stat = self._lib, path.stat()
-        root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-        target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
-        part = target.with_suffix(f".{os.getpid()}")
-        params = lib.llama_model_quantize_default_params()
-        params.ftype, params.allow_requantize = 1, True  # F16
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
-                    raise OSError(" ".join(lib.complaints))
-                part.rename(target)
-        except OSError as error:
-            if part.exists():
-                part.unlink()
-            self.notes.append(f"{path.name} runs at half speed: its 16-bit copy cannot be cached in {root} ({error})")
-            return path
-        return target
 
 
 class GgufSession:
@@ -260,7 +256,7 @@ class GgufSession:
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
         """Read probes; KitError: one is longer than the model's context."""
-        context = self.backend.judging_context(max((len(probe.ids) for probe in probes), default=0))
+        context = self._context(max((len(probe.ids) for probe in probes), default=0))
         found: list[Readings] = [[] for _ in probes]
         for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
             ids, reads = probes[i].ids, dict(probes[i].reads)
@@ -277,6 +273,18 @@ class GgufSession:
 
     def close(self) -> None:
         """Nothing to do: the context stays for the next trace."""
+
+    def _context(self, tokens: int) -> Context:
+        """The backend's judging context, grown where it has no room for a probe of so many tokens."""
+        backend, limit = self.backend, self.backend.context_tokens
+        if tokens > limit:
+            why = f"A judging prompt has {tokens} tokens, the model's context {limit}."
+            raise KitError(why, "Set judge.limit_tokens, or judge with a model of longer context.")
+        if not backend.judging or backend.judging.tokens < tokens:
+            backend.judging = backend.judging and backend.judging.close()
+            room = min(max(2 * tokens, ROOM_TOKENS), limit)
+            backend.judging = Context(backend, room, 2, backend.engine.flash_attention)
+        return backend.judging
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

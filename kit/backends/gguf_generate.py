@@ -7,15 +7,16 @@ apart, llama.cpp would split a mixed batch anyway.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kit.backends import Completion, Generation, Request, looping, sample_seed
+from kit.backends import Completion, Finish, Generation, Request, looping, sample_seed
 from kit.backends.gguf import Context, GgufBackend
-from kit.config import Sampling
+from kit.backends.sampling import draw
 
 STOP_WINDOW = 64  # last tokens searched for a stop string
 
@@ -38,13 +39,18 @@ class Sample:
 
     job: Job
     number: int
-    random: np.random.Generator
+    random: random.Random
     ids: list[int] = field(default_factory=list)
 
     def draw(self, logits: np.ndarray) -> None:
         """Write the next token."""
-        request = self.job.request
-        self.ids.append(draw(logits, request.sampling, self.random, (*request.prompt, *self.ids)))
+        import torch
+
+        request, rows, seen = self.job.request, torch.from_numpy(logits)[None], None
+        if request.sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(rows, dtype=torch.bool)
+            seen[0, [*request.prompt, *self.ids]] = True
+        self.ids += draw(rows, request.sampling, [self.random.random()], seen)
 
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
@@ -72,14 +78,14 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
                     places[busy[row]].draw(logits)
             for place in free or busy:
                 sample = places[place]
-                completion = sample and _ended(backend, sample)
-                if completion:
-                    places[place], job = None, sample.job
-                    job.done[sample.number] = completion
-                    if len(job.done) == job.request.n:
-                        completions = tuple(done for _, done in sorted(job.done.items()))
-                        lengths = len(job.request.prompt), job.evaluated_tokens
-                        yield Generation(job.request.id, completions, *lengths, time.perf_counter() - job.begun)
+                if not sample or not (completion := _ended(backend, sample)):
+                    continue
+                places[place], job = None, sample.job
+                job.done[sample.number] = completion
+                if len(job.done) == job.request.n:
+                    completions = tuple(done for _, done in sorted(job.done.items()))
+                    lengths = len(job.request.prompt), job.evaluated_tokens
+                    yield Generation(job.request.id, completions, *lengths, time.perf_counter() - job.begun)
     finally:
         context.close()
 
@@ -88,7 +94,7 @@ def _start(context: Context, place: int, waiting: list[Job]) -> Sample:
     """Put the next sample's prompt into a place and draw its first token."""
     job, request, prompt = waiting[0], waiting[0].request, waiting[0].request.prompt
     job.begun = job.begun or time.perf_counter()
-    sample = Sample(job, job.started, np.random.default_rng(sample_seed(request.seed, request.id, job.started)))
+    sample = Sample(job, job.started, random.Random(sample_seed(request.seed, request.id, job.started)))
     job.started += 1
     if job.started == request.n:
         waiting.pop(0)
@@ -103,40 +109,17 @@ def _start(context: Context, place: int, waiting: list[Job]) -> Sample:
 def _ended(backend: GgufBackend, sample: Sample) -> Completion | None:
     """The completion, if the last token ended it: its text stops before a stop string, its ids before an end token."""
     request, ids, decode = sample.job.request, sample.ids, backend.tokenizer.decode
+    stops: Sequence[str] = request.sampling.stop
+    finish: Finish | None = None
     if ids[-1] in backend.tokenizer.eos_ids:
         return Completion(decode(ids[:-1]), tuple(ids[:-1]), "stop")
-    stops = request.sampling.stop
     if stops and any(stop in decode(ids[-STOP_WINDOW:]) for stop in stops):
-        text = decode(ids)
-        return Completion(text[: min(text.find(stop) for stop in stops if stop in text)], tuple(ids), "stop")
-    if request.sampling.stop_loops and looping(ids):
-        return Completion(decode(ids), tuple(ids), "loop")
-    full = len(request.prompt) + len(ids) >= backend.context_tokens or len(ids) >= request.sampling.max_new_tokens
-    return Completion(decode(ids), tuple(ids), "length") if full else None
-
-
-def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]) -> int:
-    """Draw a token: repetition penalty, temperature, top-k, top-p, min-p, in the order of transformers.
-
-    Args:
-        logits: (V,), left as they are.
-        sampling: temperature 0 takes the best token.
-        random: the sample's own; gives one number a token.
-        seen: what the penalty looks at, the prompt included.
-    """
-    if sampling.repetition_penalty != 1:
-        logits, known = logits.copy(), np.unique(seen)
-        factor = np.where(logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits[known] *= factor.astype(np.float32)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
-    # tokens under this floor weigh less than 1 - top_p together, so the nucleus lies above it and few need sorting
-    tokens = np.flatnonzero(weights > weights.sum() * max((1 - sampling.top_p) / len(weights), 1e-12))
-    tokens = tokens[np.argsort(-weights[tokens], kind="stable")][: sampling.top_k or None]
-    total = weights[tokens].sum() if sampling.top_k else weights.sum()
-    weights = weights[tokens]
-    running = np.cumsum(weights)
-    left = (running - weights < sampling.top_p * total) & (weights >= sampling.min_p * weights[0])
-    running = np.cumsum(weights * left)
-    return int(tokens[np.searchsorted(running, random.random() * running[-1], "right")])
+        finish = "stop"
+    elif request.sampling.stop_loops and looping(ids):
+        finish = "loop"
+    elif len(request.prompt) + len(ids) >= backend.context_tokens or len(ids) >= request.sampling.max_new_tokens:
+        finish = "length"
+    if not finish:
+        return None
+    text = decode(ids)
+    return Completion(text[: min((text.find(s) for s in stops if s in text), default=None)], tuple(ids), finish)

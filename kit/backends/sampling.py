@@ -1,8 +1,7 @@
-"""Drawing the next token for many rows at once, each from its own random number.
+"""Drawing the next token for many rows at once, each with a random number of its own.
 
-Order of the filters: repetition penalty, temperature, top_k, top_p, min_p, as in transformers. Everything over the
-vocabulary is one tensor operation for all rows; a row's randomness is one uniform number that it brings along, so its
-draw does not depend on its neighbours.
+Filters in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p. Every operation runs over
+all rows, but a row's draw depends on its own logits and number alone.
 """
 
 from __future__ import annotations
@@ -21,51 +20,38 @@ HEAD = 256  # likeliest tokens looked at before the whole vocabulary is sorted
 def draw(
     logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float], seen: torch.Tensor | None = None
 ) -> list[int]:
-    """One token a row.
+    """One token id for each row.
 
     Args:
-        logits: (B, V), any float type.
+        logits: (B, V), any float type, left as they are.
         sampling: shared by these rows; temperature 0 takes the likeliest token.
         uniforms: B numbers in [0, 1), one a row; unused when greedy.
         seen: (B, V) bool, tokens of prompt and sample so far; None without a repetition penalty.
-
-    Returns:
-        B token ids.
     """
     import torch
 
     logits = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1:
+    if seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    weights, ids = _candidates(logits / sampling.temperature, sampling)
-    cumulative = weights.double().cumsum(-1)
-    where = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(-1) * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, where, right=True).clamp(max=weights.shape[-1] - 1)
-    return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1).tolist()
+    weights, ids = torch.softmax(logits / sampling.temperature, -1), None
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        weights, ids = _filtered(weights, sampling)
+    running = weights.double().cumsum(-1)
+    at = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * running[:, -1:]
+    at = torch.searchsorted(running, at, right=True)
+    return (at if ids is None else ids.gather(-1, at))[:, 0].tolist()
 
 
-def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights (B, K) of the tokens that the filters leave, else zero, and their ids (None: K is the vocabulary)."""
-    import torch
-
-    size = logits.shape[-1]
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return torch.softmax(logits, -1), None
-    top, ids = logits.topk(min(sampling.top_k or HEAD, size))
-    total = torch.logsumexp(top if sampling.top_k else logits, -1, keepdim=True)
-    weights = torch.exp(top - total)
-    if not sampling.top_k and weights.shape[-1] < size:
-        enough = weights[:, -1] < sampling.min_p * weights[:, 0]
-        if sampling.top_p < 1:
-            enough |= weights.sum(-1) >= sampling.top_p
-        if not bool(enough.all()):
-            top, ids = logits.sort(-1, descending=True)
-            weights = torch.exp(top - total)
-    dropped = weights < sampling.min_p * weights[:, :1]
-    if sampling.top_p < 1:
-        dropped |= weights.cumsum(-1) - weights >= sampling.top_p
-    dropped[:, 0] = False
-    return weights.masked_fill(dropped, 0), ids
+def _filtered(weights: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (B, K), likeliest first, those that the filters drop set to zero, and the tokens' ids (B, K)."""
+    top_p = sampling.top_p if sampling.top_p < 1 else 2.0  # rounded sums may pass 1 before the last token
+    top, ids = weights.topk(min(sampling.top_k or HEAD, weights.shape[-1]))
+    if sampling.top_k:
+        top = top / top.sum(-1, keepdim=True)
+    elif not bool(((top.sum(-1) >= top_p) | (top[:, -1] < sampling.min_p * top[:, 0])).all()):
+        top, ids = weights.sort(-1, descending=True)
+    dropped = (top.cumsum(-1) - top >= top_p) | (top < sampling.min_p * top[:, :1])
+    return top.masked_fill(dropped, 0), ids
