@@ -101,7 +101,6 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     """All rows of a source, before any subset (built-in problems aside: they are as many as asked for).
 
     Args:
-        source: the config section. Built-in problems take their number of steps from `subset` ("1-2").
         seed: of built-in problems, where the source has none of its own.
         held_out: for evaluation: built-in problems of the held-out half; a hub dataset's split `test`.
         traces: rows need a trace, and a question may come more than once.
@@ -234,21 +233,16 @@ def _builtin(source: Source, seed: int, held_out: bool) -> list[Problem]:
 
 
 def _file_rows(name: str) -> Located:
-    """The objects of a file: one a line, or a .json file's list of them."""
+    """The objects of a file, one a line."""
     path, where, rows = Path(os.path.expanduser(name)), "", []  # pathlib would raise where there is no such user
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        if path.suffix == ".json":
-            found = json.loads(data.decode())
-            rows = [(f"row {i}", row) for i, row in enumerate(found if isinstance(found, list) else [found], 1)]
-        else:
-            for number, line in enumerate(data.split(b"\n"), 1):
-                where = f", line {number}"
-                rows += [(where[2:], json.loads(line.decode()))] if line.strip() else []
+        for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+            where = f"line {number}"
+            rows += [(where, json.loads(line.decode()))] if line.strip() else []
     except OSError as error:
         raise KitError(f"{path} cannot be read: {error.strerror}.", "Mend the path.") from None
     except (ValueError, RecursionError) as error:
-        raise KitError(f"{path}{where}: broken JSON ({error}).", "Mend it; nothing was done yet.") from None
+        raise KitError(f"{path}, {where}: broken JSON ({error}).", "Mend it; nothing was done yet.") from None
     wrong = [f", {where}: {type(row).__name__}, not an object" for where, row in rows if not isinstance(row, dict)]
     if wrong or not rows:
         what = f"{path}{wrong[0] if wrong else ' is empty'}."
@@ -272,9 +266,7 @@ def _hub_rows(source: Source, held_out: bool) -> Located:
 def _complete(values: dict[str, str | None], name: str, marked: bool, s1k: bool, traces: bool) -> str:
     """Fill in a row's answer and id in place; returns the role that it lacks, or nothing.
 
-    Args:
-        marked: answers are GSM8K's: worked text, and the value behind ####.
-        s1k: a solution without a box is the answer itself.
+    `marked`: answers are worked text with the value behind ####. `s1k`: a solution without a box is the answer itself.
     """
     answer, solution = values["answer"], values["solution"]
     if marked and answer:

@@ -193,11 +193,10 @@ class RowFile(Generic[R]):
     def _parse(self, line: bytes) -> R:
         try:
             raw = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError("cut off or not JSON") from None
-        if not isinstance(raw, dict) or "sha" not in raw:
-            raise ValueError("has no digest")
-        if raw.pop("sha") != _sha(raw):
+            sha = raw.pop("sha")
+        except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
+            raise ValueError("cut off or no row of ours") from None
+        if sha != _sha(raw):
             raise ValueError(f"row {raw.get('id')!r} was edited: its digest differs")
         try:
             return self.kind.model_validate(raw)

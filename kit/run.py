@@ -225,18 +225,11 @@ def work_through(
     work: Callable[[list[T]], Iterator[R]],
     unit: str = "rows",
 ) -> list[R]:
-    """Make one row for every unit, resuming where the file ends.
+    """Make one row for every unit (row id, item), resuming where the file ends; all rows, in the order of `units`.
 
-    Batches are planned from all units, so that a resumed batch has the neighbours it would have had: a batch with a
-    missing row runs whole, and rows that are already written stay as they are.
-
-    Args:
-        units: pairs (row id, item), in order.
-        size: units a batch.
-        work: yields a row (its id among the batch's) as each is finished.
-
-    Returns:
-        All rows in the order of `units`.
+    Batches of `size` are planned from all units, so that a resumed batch has the neighbours it would have had: a batch
+    with a missing row runs whole, and rows that are already written stay as they are. `work` yields each row as it is
+    finished, its id among the batch's.
     """
     rows = {row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)}
     with run.progress.bar(stage, len(units), unit, done=sum(id in rows for id, _ in units)) as bar:
@@ -273,11 +266,8 @@ def stopwatch() -> Iterator[Callable[[], float]]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that shape numbers; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    found = {name: next((d.version for d in metadata.distributions(name=name)), "") for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def machine() -> dict[str, Any]:

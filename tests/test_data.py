@@ -98,11 +98,6 @@ def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
     assert load(Source(path=str(path)), 0) == plain
 
 
-def test_json_that_is_one_list(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(QA), encoding="utf-8")
-    assert [p.answer for p in load(Source(path=str(tmp_path / "rows.json")), 0)] == [q["answer"] for q in QA]
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [

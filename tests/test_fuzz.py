@@ -132,17 +132,17 @@ def check_source(source: Source, traces: bool) -> None:
 
 
 @fuzz
-@given(ROWS, SOURCES, st.booleans(), st.sampled_from(["jsonl", "json"]))
-def test_rows_of_any_shape(tmp_path: Path, rows: list[Any], source: dict[str, Any], traces: bool, suffix: str) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+@given(ROWS, SOURCES, st.booleans())
+def test_rows_of_any_shape(tmp_path: Path, rows: list[Any], source: dict[str, Any], traces: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     check_source(Source(path=str(path), **source), traces)
 
 
 @fuzz
-@given(st.binary(max_size=300), st.integers(0, 400), st.sampled_from(["jsonl", "json"]))
-def test_files_of_any_bytes(tmp_path: Path, junk: bytes, where: int, suffix: str) -> None:
-    path = tmp_path / f"rows.{suffix}"
+@given(st.binary(max_size=300), st.integers(0, 400))
+def test_files_of_any_bytes(tmp_path: Path, junk: bytes, where: int) -> None:
+    path = tmp_path / "rows.jsonl"
     sound = b"".join(b'{"question": "How much is %d?", "answer": "%d"}\n' % (i, i) for i in range(8))
     path.write_bytes(sound[:where] + junk + sound[where:])
     check_source(Source(path=str(path)), False)
