@@ -8,14 +8,12 @@ No code from a model's repository is ever run, and no pickle is read. Generation
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,15 +32,6 @@ PROBE = (  # ids of this text must be the same in both engines
     " 한국어 Ελληνικά naïve café Ⅻ ² ½ 😀👩‍👩‍👧 zero\u200bwidth \u00a0nbsp ... -- !!!??? <b>&amp;</b> CamelCaseWord "
     "ALLCAPS 2024-01-31T23:59:59Z"
 )
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """What a name stands for: one of the two is set."""
-
-    name: str
-    gguf: Path | None = None
-    folder_or_hub: str | None = None
 
 
 class HfTokenizer:
@@ -64,83 +53,66 @@ class HfTokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def resolve(name: str) -> ModelFiles:
-    """Find what a model name stands for; a hub id is taken at its word until it is loaded.
+def resolve(name: str) -> Path | str:
+    """What a model name stands for: a GGUF file's path, or as text the folder or hub id that from_pretrained takes.
 
     Raises:
-        KitError: nothing of that name; says what was tried.
+        KitError: nothing of that name; a hub id is taken at its word until it is loaded.
     """
     if name in ALIASES:
         package, file = ALIASES[name]
         found = find_spec(package)  # finds without importing: the package's own imports are heavy
         path = Path((found.submodule_search_locations if found else [""])[0]) / file
-        if found is None or not path.is_file():
+        if not path.is_file():
             raise KitError(f"{name} is {file} of the package {package}: missing.", "pip install -r requirements.txt")
-        return ModelFiles(name, gguf=path)
+        return path
     path = Path(name).expanduser()
     if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                return ModelFiles(name, gguf=path)
-        raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder that holds config.json.")
+        if path.open("rb").read(4) != b"GGUF":
+            raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json.")
+        return path
     if name and path.is_dir():
-        if (path / "config.json").is_file():
-            return ModelFiles(name, folder_or_hub=str(path))
-        inside = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "no .gguf either"
-        raise KitError(f"The folder {name} holds no config.json ({inside}).", "Name a model's folder or a .gguf file.")
+        if not (path / "config.json").is_file():
+            inside = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "no .gguf either"
+            raise KitError(f"The folder {name} holds no config.json ({inside}).", "Name a model's folder or a .gguf.")
+        return str(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf"):
-        return ModelFiles(name, folder_or_hub=name)
-    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.4)
-    raise KitError(
-        f"There is no model {name!r}: no alias ({', '.join(ALIASES)}), no file or folder, no hub id (OWNER/NAME).",
-        f"Did you mean {near[0]}?" if near else "Give a .gguf file, a folder with config.json, or a hub id.",
-    )
+        return name
+    what = f"There is no model {name!r}: no alias ({', '.join(ALIASES)}), no file or folder, no hub id (OWNER/NAME)."
+    raise KitError(what, "Give an alias, a .gguf file, a folder with config.json, or a hub id.")
 
 
 def gguf_file(name: str) -> Path:
-    """The GGUF that llama.cpp loads.
-
-    Raises:
-        KitError: the name stands for something else.
-    """
-    if (path := resolve(name).gguf) is None:
+    """The GGUF that llama.cpp loads; KitError: the name stands for something else."""
+    if not isinstance(path := resolve(name), Path):
         raise KitError(f"{name} is no GGUF, and llama.cpp reads nothing else.", "Set backend=hf, or name a .gguf file.")
     return path
 
 
 def hf_folder(name: str) -> str:
-    """A folder or hub id that from_pretrained accepts; a GGUF is converted once and cached.
-
-    Raises:
-        KitError: no such model, an architecture that transformers cannot read from GGUF, a tokenizer that differs.
-    """
-    files = resolve(name)
-    if files.gguf is None:
-        return str(files.folder_or_hub)
-    stat = files.gguf.stat()
-    key = f"{_file_hash(str(files.gguf), stat.st_size, stat.st_mtime_ns)[:24]}-{CONVERSION}"
+    """A folder or hub id that from_pretrained accepts; a GGUF is converted once and cached (KitError: it cannot be)."""
+    gguf = resolve(name)
+    if isinstance(gguf, str):
+        return gguf
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    target, work = root / key, root / f"{key}.part"
+    key = f"{_file_hash(gguf, gguf.stat().st_mtime_ns)[:24]}-{CONVERSION}"
+    target, part = root / key, root / f"{key}.part"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            if not target.is_dir():  # one process converts; the others wait for it and find it done
-                fcntl.flock(stack.enter_context(open(root / f"{key}.lock", "w")), fcntl.LOCK_EX)
-            if not target.is_dir():
-                shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
-                _convert(files.gguf, work)
-                work.rename(target)
+        if not target.is_dir():  # one process converts; the others wait for it and find it done
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f"{key}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.is_dir():
+                    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+                    _convert(gguf, part)
+                    part.rename(target)
     except OSError as error:
         raise KitError(f"{name} cannot be cached in {root}: {error}", "Make room, or set PALIGN_CACHE.") from error
     return str(target)
 
 
 def load_tokenizer(name: str) -> HfTokenizer:
-    """The tokenizer of a model, with every token that ends a turn.
-
-    Raises:
-        KitError: no such model, or it is not in the cache of an offline machine.
-    """
+    """The tokenizer of a model, with every token that ends a turn; KitError: no such model here."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder = hf_folder(name)
@@ -150,8 +122,7 @@ def load_tokenizer(name: str) -> HfTokenizer:
         with contextlib.suppress(OSError):  # many models come without generation_config.json
             named.append(GenerationConfig.from_pretrained(folder))
     ends = turn_ends(inner) | {i for i, token in inner.added_tokens_decoder.items() if token.content in ENDS}
-    for source in named:
-        value = getattr(source, "eos_token_id", None)
+    for value in (getattr(source, "eos_token_id", None) for source in named):
         ends |= {value} if isinstance(value, int) else set(value or ())
     return HfTokenizer(inner, frozenset(ends))
 
@@ -163,7 +134,7 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
         name: as for `resolve`.
         dtype: auto (bf16 with CUDA, fp32 without), fp32, bf16, int8 or nf4 (double quantization).
         adapter: folder of a PEFT adapter in safetensors.
-        for_training: leave the adapter trainable and the KV cache off; else evaluation mode, nothing trainable.
+        for_training: training mode, no KV cache; else evaluation mode, nothing trainable.
 
     Raises:
         KitError: no such model or adapter, not in an offline machine's cache, gated, or too large for the memory.
@@ -184,7 +155,7 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
     with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter is not None:
-        model = _with_adapter(model, adapter, for_training)
+        model = _with_adapter(model, adapter)
     model.config.use_cache = not for_training
     return model.train() if for_training else model.eval().requires_grad_(False)
 
@@ -202,21 +173,12 @@ def turn_ends(tokenizer: Any) -> set[int]:
     return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)}
 
 
-def compare_ids(tokenizer: Any, gguf: Path, text: str = PROBE) -> None:
-    """Refuse a tokenizer whose ids of a text differ from llama.cpp's.
+def compare_ids(tokenizer: Any, gguf: Path) -> None:
+    """Refuse a tokenizer whose ids of a probe text differ from llama.cpp's; KitError: with the place."""
+    from llama_cpp import Llama
 
-    Raises:
-        KitError: with the place where they part.
-    """
-    import llama_cpp
-    from llama_cpp._internals import LlamaModel
-
-    ours = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    llama = LlamaModel(path_model=str(gguf), params=params, verbose=False)
-    theirs = llama.tokenize(text.encode(), False, False)
-    llama.close()
+    ours = tokenizer.encode(PROBE, add_special_tokens=False, split_special_tokens=True)
+    theirs = Llama(str(gguf), vocab_only=True, verbose=False).tokenize(PROBE.encode(), add_bos=False, special=False)
     if ours != theirs:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
         raise KitError(
@@ -227,7 +189,7 @@ def compare_ids(tokenizer: Any, gguf: Path, text: str = PROBE) -> None:
 
 
 @lru_cache(maxsize=8)
-def _file_hash(path: str, _size: int, _mtime_ns: int) -> str:
+def _file_hash(path: Path, _mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -258,14 +220,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _with_adapter(model: Any, adapter: str, trainable: bool) -> Any:
+def _with_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (Path(adapter) / n).is_file()]
     if missing:
         raise KitError(f"{adapter} is no adapter: {' and '.join(missing)} missing.", "Name a run's adapter/ folder.")
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        return PeftModel.from_pretrained(model, adapter)
     except (ValueError, RuntimeError) as error:
         raise KitError(f"{adapter} does not fit the model: {error}", "Use the base it was trained on.") from error
 

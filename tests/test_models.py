@@ -34,11 +34,11 @@ def llama():
 
 
 def test_names(tmp_path: Path) -> None:
-    assert models.resolve(NAME).gguf == models.gguf_file(NAME)
-    assert models.resolve(str(models.gguf_file(NAME))).gguf is not None
-    assert models.resolve("Qwen/Qwen2.5-7B-Instruct").folder_or_hub == "Qwen/Qwen2.5-7B-Instruct"
+    assert models.resolve(NAME) == models.gguf_file(NAME)
+    assert models.resolve(str(models.gguf_file(NAME))) == models.gguf_file(NAME)
+    assert models.resolve("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
     (tmp_path / "config.json").write_text("{}")
-    assert models.resolve(str(tmp_path)).folder_or_hub == str(tmp_path)
+    assert models.resolve(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135", "no/such/model", "missing.gguf", "dir/missing.gguf", "", "bert"])
@@ -193,7 +193,4 @@ def test_adapters(tmp_path: Path) -> None:
         assert torch.allclose(loaded(ids).logits, wanted, atol=1e-4)
         assert not torch.allclose(plain, wanted, atol=1e-2)
     assert not any(p.requires_grad for p in loaded.parameters())
-    trainable = models.load_model(NAME, adapter=str(tmp_path), for_training=True)
-    names = {n for n, p in trainable.named_parameters() if p.requires_grad}
-    assert names and all("lora_" in n for n in names)
     shutil.rmtree(tmp_path)

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kit import prompts
@@ -43,7 +44,7 @@ def bench(
     asked = make_prompts(hf.tokenizer, limit)
     context = max(map(len, asked)) + new_tokens
     ways: dict[str, Callable[[int], int]] = {}
-    if resolve(model).gguf is not None:
+    if isinstance(resolve(model), Path):
         gguf = open_backend(Engine(backend="gguf", model=model, parallel=parallel))
         ways["gguf-sequential"] = _completions(model, gguf, asked, context)
         ways["gguf-parallel"] = _backend(gguf, asked)
