@@ -154,7 +154,7 @@ def _stage(name: str) -> Any:
 def _grade(args: argparse.Namespace, progress: Any) -> int:
     from kit import grade
 
-    return _print(args, grade.grade_file(Path(args.file), args.verifier), grade.show)
+    return _print(args, grade.grade_file(Path(args.file), args.verifier))
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:

@@ -2,8 +2,7 @@ r"""Final answers: found in a text, and graded against the gold answer (section 
 
 Found: the last `\boxed{...}` behind the last end-of-prefix tag, so that a prefix which already holds the answer earns
 nothing; else what follows the last `####`; else the value that the last sentence about "the answer" names. Graded:
-as exact decimals where both sides are plain numbers, as option letters or text where the data asks for it, else by
-math-verify in a killable worker (kit/graders.py).
+as exact decimals where both are plain numbers, else by math-verify in a killable worker (kit/graders.py).
 
 Paper: math-verify or-ed with an OAT grader, which take the last number of a text that names no answer. Here: such a
 text is `unparsed`. Nothing that a text says is executed, and nothing is known here of how it was drawn.
@@ -36,10 +35,7 @@ _VALUE = (
 )
 _IS = r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?"
 _NUMERIC = re.compile(r"(?!.*(?:\bnot\b|n['\u2019]t\b))(?:.*=\s*|" + _IS + ")" + _VALUE, re.IGNORECASE)
-_NAMED = {  # what the words behind "answer" name, by verifier; else a number
-    "choice": re.compile(r"\W*(?:is|:|=)?[\s*:]*(?:option|choice)?[\s*$]*(?:\\text(?:bf)?\{)?[\s(\[*]*([A-Z])\b"),
-    "text": re.compile(r"\W*?(?:is|are|was|:)\s*:?\s*(.+)"),
-}
+_SAID = re.compile(r"\W*?(?:is|are|was|:|=)\s*:?\s*(.+)")  # where the answer is no number
 _LETTER = re.compile(  # the one option letter, not the first of several
     r"(?![\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b)"
     r"[\s(\[]*(?:option|choice)?[\s(\[]*([a-z])(?:[)\].:,]+(?:\s.*)?|\s*)$",
@@ -108,11 +104,9 @@ class Grader:
         plain = _plain(gold), _plain(answer)
         if verifier == "text":
             return "correct" if plain[0] == plain[1] else "wrong", "text"
-        numbers = decimal(gold, words=verifier == "number"), decimal(answer, words=verifier == "number")
-        if numbers[0] and numbers[1]:
-            (right, per_cent), (given, per_cent_given) = numbers
-            if right == given or per_cent == per_cent_given:  # 0.2 and 20% are left to math-verify
-                return "correct" if right == given else "wrong", "decimal"
+        right, given = decimal(gold, words=verifier == "number"), decimal(answer, words=verifier == "number")
+        if right and given and (right[0] == given[0] or right[1] == given[1]):  # 0.2 and 20% are left to math-verify
+            return "correct" if right[0] == given[0] else "wrong", "decimal"
         if plain[0] == plain[1]:
             return "correct", "string"
         if not _comparable(*plain):
@@ -135,7 +129,7 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     if hashes := _HASHES.findall(text):
         return (hashes[-1].strip(), "hashes") if len(hashes[-1]) <= LONGEST else (None, "oversized")
     for rest in reversed(_ANSWER.findall(text)[-1000:]):
-        named = _NAMED.get(verifier, _NUMERIC).match(_SENTENCE_END.split(rest, maxsplit=1)[0])
+        named = (_SAID if verifier in ("choice", "text") else _NUMERIC).match(_SENTENCE_END.split(rest, maxsplit=1)[0])
         if named and (answer := named[1].strip(" *").rstrip(",")):
             return answer, "phrase"
     return None, "none"

@@ -64,7 +64,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the table of runs, the paired tests and where the page is."""
+    """Print what was found for a person."""
     print(render("compare.txt.j2", found=found))
 
 

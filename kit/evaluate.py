@@ -126,7 +126,8 @@ def accuracy(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any
     """{n (problems), accuracy, low, high}: every problem weighs the same, however many rows and samples it has."""
     means = list(shares(rows).values())
     ends = stats.interval(means, sum(len(row.samples) or 1 for row in rows) / max(len(means), 1), confidence)
-    return {"n": len(means), "accuracy": _mean(means), "low": _rounded(ends[0]), "high": _rounded(ends[1])}
+    low, high = (round(float(end), 4) for end in ends)
+    return {"n": len(means), "accuracy": _mean(means), "low": low, "high": high}
 
 
 def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
     found = accuracy(rows, confidence) | {
         "samples": len(samples),
         "rejected": sum(not row.samples for row in rows),
-        "pass_at": {str(k): _rounded(ratio) for k, ratio in stats.pass_at(counts).items()},
+        "pass_at": {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()},
         "verdicts": dict(Counter(sample.verdict for sample in samples)),
         "cap_hit_ratio": _mean([sample.finish == "length" for sample in samples]),
         "loop_ratio": _mean([loops(sample) for sample in samples]),
@@ -172,8 +173,4 @@ def loops(sample: Sample) -> bool:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return _rounded(mean(values)) if values else 0.0
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 4)
+    return round(sum(values) / len(values), 4) if values else 0.0

@@ -55,13 +55,6 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
     return {**about, "agreement": agreement, "differ": differ}
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print a result for a person."""
-    from kit.report import render
-
-    print(render("grade.txt.j2", **result))
-
-
 def _read(path: Path) -> Iterator[tuple[int, str, list[str], list[bool]]]:
     """(line, answer, outputs, labels) of each row; no labels where the row has none."""
     try:

@@ -82,10 +82,8 @@ def numbers(files: Files) -> dict[str, Any]:
 
 
 def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, str]]:
-    """What a reader should notice, as {level: warning | note, what, evidence, try}, warnings first.
-
-    A rule of configs/findings.yaml speaks where its `when` holds: once for the run, or for each item of `each`.
-    """
+    """What a reader should notice by the rules of findings.yaml, as {level: warning | note, what, evidence, try},
+    warnings first."""
     from jinja2 import Environment
 
     texts, spoken = Environment(), []  # noqa: S701 (plain text; the page escapes it)

@@ -27,7 +27,7 @@ _BAD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u2
 
 
 def report(run: Run) -> None:
-    """The stage: metrics.json and report.html from whatever the run holds. Made anew each time: it takes a second."""
+    """The stage: metrics.json and report.html from whatever the run holds, made anew each time."""
     files = Files(run.folder)
     found = numbers(files)
     write_atomic(run.path("metrics.json"), json.dumps(found, indent=1) + "\n")
@@ -47,7 +47,7 @@ def page(files: Files, found: dict[str, Any]) -> str:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a run's numbers: rows of each stage, what judging cost, loss, accuracy, what to notice."""
+    """Print a run's numbers for a person."""
     print(render("report.txt.j2", run=found))
 
 
