@@ -112,7 +112,9 @@ class Run:
         Returns:
             Whether there is work to do. False: it is done and whole.
         """
-        now = {**stage_keys(self.config, stage), "input": source}
+        wanted, leaves = tuple(f"{key}." for key in KEYS[stage]), flat(self.config).items()
+        now = {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
+        now["input"] = source
         old = self.manifest["stages"].get(stage)
         changed = sorted(k for k in {*now, *old["keys"]} if now.get(k) != old["keys"].get(k)) if old else []
         if changed:
@@ -131,7 +133,7 @@ class Run:
             self._set_aside(stage)
             old = {}
         self.manifest["stages"][stage] = {**old, "keys": now, "done": False}
-        self.save()
+        self.record()
         return True
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, seconds: float, **summary: Any) -> None:
@@ -143,24 +145,16 @@ class Run:
         self._write_rejections()
 
     def record(self, **facts: Any) -> None:
-        """Put facts (fingerprints, hashes, devices) into the manifest."""
+        """Put facts (fingerprints, hashes, devices) into the manifest, and write it."""
         self.manifest |= facts
-        self.save()
-
-    def save(self) -> None:
-        """Write the manifest."""
         for name in MANIFESTS:
             write_atomic(self.folder / name, json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        """Release the folder."""
-        self._lock.close()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._lock.close()
 
     def _write_rejections(self) -> None:
         """rejected.jsonl: every row that left, with its stage and reason, gathered from the stages' own files."""
@@ -196,10 +190,8 @@ class Run:
             except ValueError:
                 self.progress.warn(f"{path.name} was not JSON; its copy is used")
         if manifest.get("format", 0) > FORMAT:
-            made = (
-                f"palign {manifest.get('palign')} (run format {manifest['format']}; this palign reads up to {FORMAT})"
-            )
-            raise KitError(f"{self.folder} was made by {made}.", "Upgrade palign, or choose another out=DIR.")
+            what = f"{self.folder} was made by palign {manifest.get('palign')} in run format {manifest['format']}"
+            raise KitError(f"{what}; this one reads up to {FORMAT}.", "Upgrade palign, or choose another out=DIR.")
         return manifest
 
     def _set_aside(self, stage: str) -> None:
@@ -209,21 +201,11 @@ class Run:
             shutil.move(path, aside)
 
 
-def stage_keys(config: Config, stage: str) -> dict[str, Any]:
-    """The config keys that a stage depends on, with their values."""
-    wanted = tuple(f"{key}." for key in KEYS[stage])
-    leaves = flat(config).items()
-    return {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
+Work = Callable[[list[T]], Iterator[R]]
 
 
 def work_through(
-    run: Run,
-    stage: str,
-    file: RowFile[R],
-    units: Sequence[tuple[str, T]],
-    size: int,
-    work: Callable[[list[T]], Iterator[R]],
-    unit: str = "rows",
+    run: Run, stage: str, file: RowFile[R], units: Sequence[tuple[str, T]], size: int, work: Work[T, R]
 ) -> list[R]:
     """Make one row for every unit (row id, item), resuming where the file ends; all rows, in the order of `units`.
 
@@ -232,7 +214,7 @@ def work_through(
     finished, its id among the batch's.
     """
     rows = {row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)}
-    with run.progress.bar(stage, len(units), unit, done=sum(id in rows for id, _ in units)) as bar:
+    with run.progress.bar(stage, len(units), done=sum(id in rows for id, _ in units)) as bar:
         for start in range(0, len(units), size):
             batch = units[start : start + size]
             if all(id in rows for id, _ in batch):

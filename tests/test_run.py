@@ -106,11 +106,13 @@ def test_files_of_unknown_origin_never_mix_with_new_rows(tmp_path):
 def test_a_second_run_on_one_folder_is_refused_by_process(tmp_path):
     with open_run(tmp_path), pytest.raises(KitError, match=rf"palign run, process {os.getpid()}"):
         open_run(tmp_path)
-    open_run(tmp_path).close()
+    with open_run(tmp_path):
+        pass
 
 
 def test_a_newer_format_is_refused_by_version(tmp_path):
-    open_run(tmp_path).close()
+    with open_run(tmp_path):
+        pass
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99, "palign": "9.9"}))
     with pytest.raises(KitError, match=r"palign 9\.9"):
