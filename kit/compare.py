@@ -86,7 +86,8 @@ def _answers(runs: list[Files]) -> dict[str, list[list[EvalRow]]]:
     for run in runs:
         last = {score["dataset"]: score for score in run.told["eval"].get("scores") or []}  # before stands before after
         for name, score in last.items():
-            found.setdefault(name, []).append(run.rows(file_name(score["model"], score["which"], name), EvalRow))
+            if rows := run.rows(file_name(score["model"], score["which"], name), EvalRow):
+                found.setdefault(name, []).append(rows)
     return found
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from kit import quality
 from kit.config import Engine, Prompts
 from kit.errors import KitError
-from kit.records import EvalRow, Sample
+from kit.records import EvalRow, RowFile, Sample
+from tests.conftest import ROOT
+from tests.make_run import make
 from tests.scripted import ByteTokenizer, ScriptedBackend, ScriptedSession
 
 
@@ -109,15 +115,19 @@ def test_pairs_are_of_shared_problems():
     assert [(r["id"], r["winner"]) for r in found["rows"]] == [("a", "ties"), ("b", "first")]
 
 
-def test_a_real_model_judges(shared):
-    """SmolLM2-135M through llama.cpp: verdicts come from its own logits, and repeat."""
-    from kit.backends import open_backend
-
-    backend = open_backend(Engine(backend="gguf", parallel=1, context_tokens=1024, threads=2))
-    try:
-        pairs = [("sum", "2 + 2 = 4, so \\boxed{4}.", "I like trains.")]
-        first, second = (compare_reasoning(backend, Prompts(), pairs) for _ in range(2))
-    finally:
-        backend.close()
-    assert first["pairs"] == 1 and all(margin > 0 for margin in first["rows"][0]["margins"])
-    assert first["rows"] == second["rows"]
+def test_compare_asks_a_real_judge(tmp_path):
+    """SmolLM2-135M through llama.cpp and the command line: margins come from its own logits, and the page tells."""
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    for path in tmp_path.glob("*/eval/*.jsonl"):  # one problem of one set of data; the other file has lost its rows
+        file = RowFile(path, EvalRow)
+        file.write_all(file.read()[:1] if "builtin" in path.name else [])
+    config, page = tmp_path / "judge.yaml", tmp_path / "page.html"
+    config.write_text("teacher: {backend: gguf, parallel: 1, context_tokens: 1024, threads: 2}\n")
+    command = [sys.executable, "palign.py", "compare", *runs, "--quality", config, "--out", page, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    [(name, found)] = json.loads(done.stdout)["quality"].items()
+    assert name == "builtin" and found["pairs"] == 1
+    assert found["first"] + found["second"] + found["ties"] + found["flips"] == 1
+    assert all(margin > 0 for margin in found["rows"][0]["margins"])
+    assert "Reasoning compared" in page.read_text(encoding="utf-8")
