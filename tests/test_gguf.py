@@ -14,6 +14,7 @@ import pytest
 from kit import prompts
 from kit.backends import Completion, Generation, Probe, Request, looping, open_backend
 from kit.backends.gguf import GgufBackend, library
+from kit.backends.gguf_generate import draw
 from kit.config import Engine, Prompts, Sampling
 from kit.errors import KitError
 from kit.models import gguf_file
@@ -222,13 +223,29 @@ def test_tokenizer(backend: GgufBackend) -> None:
 
 
 def test_a_penalty_reaches_the_prompt_and_the_sample(backend: GgufBackend) -> None:
-    """The filters themselves are tested beside transformers' (the draw is the same function)."""
     ids = tuple(backend.tokenizer.encode("ha ha ha ha ha ha ha ha ha ha ha ha ha ha"))
     plain = Sampling(temperature=0, max_new_tokens=24)
     penal = plain.model_copy(update={"repetition_penalty": 1.5})
     found = by_id(backend.generate([Request("plain", ids, plain), Request("penal", ids, penal)]))
     kinds = {name: len(set(result.completions[0].ids)) for name, result in found.items()}
     assert kinds["penal"] > 2 * kinds["plain"]
+
+
+def test_draw() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+    def shares(**settings: float) -> list[float]:
+        sampling, random = Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)), np.random.default_rng(0)
+        return (np.bincount([draw(logits, sampling, random, [0]) for _ in range(1500)], minlength=4) / 1500).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert shares(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert shares(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
+    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+    assert shares(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
+    assert logits[0] == np.float32(np.log(np.float32(0.5)))  # left as they were
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
