@@ -36,11 +36,7 @@ class Example:
 
 
 def read_rows(path: Path) -> list[TrainRow]:
-    """The rows of train.jsonl; blank lines are skipped.
-
-    Raises:
-        KitError: a line that is no alpaca row, by its number.
-    """
+    """The rows of train.jsonl, without blank lines; KitError: a line that is no alpaca row, by its number."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -99,16 +95,14 @@ def prepare(
 def order(lengths: Sequence[int], config: Config) -> list[int]:
     """Which example stands where, for the whole training.
 
-    Epochs are shuffled each by its own seed and follow one another without a gap, so that every optimizer step but the
-    last has `batch_rows` rows. With `group_by_length` a step's rows are sorted, longest first: rows of like length are
-    padded together, no step has other rows for it, and a card that is too small shows at once.
+    Epochs are shuffled each by its own seed and follow one another without a gap: every step but the last has
+    `batch_rows` rows. With `group_by_length` a step's rows are sorted, longest first: rows of like length are padded
+    together, and a card that is too small shows at once.
     """
     settings, count = config.train, len(lengths)
-    total = settings.max_steps * settings.batch_rows if settings.max_steps else round(settings.epochs * count)
-    plan: list[int] = []
-    for epoch in range(math.ceil(max(total, 1) / count)):
-        plan += torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
-    plan = plan[: max(total, 1)]
+    total = settings.max_steps * settings.batch_rows if settings.max_steps else max(1, round(settings.epochs * count))
+    seeds = [torch.Generator().manual_seed(config.seed + epoch) for epoch in range(math.ceil(total / count))]
+    plan = [i for seed in seeds for i in torch.randperm(count, generator=seed).tolist()][:total]
     if settings.group_by_length:
         steps = [plan[i : i + settings.batch_rows] for i in range(0, len(plan), settings.batch_rows)]
         plan = [i for step in steps for i in sorted(step, key=lambda i: -lengths[i])]
@@ -128,11 +122,7 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 
 
 def end_of_turn(tokenizer: HfTokenizer) -> int:
-    """The token that the chat template writes behind an answer; EOS where it writes none.
-
-    Raises:
-        KitError: there is neither, so a student could never learn to stop.
-    """
+    """The token that the chat template writes behind an answer, else EOS; KitError: a student could never stop."""
     ends = turn_ends(tokenizer.inner) or {tokenizer.inner.eos_token_id} - {None}
     if not ends:
         raise KitError("The student's tokenizer has no token that ends a turn.", "Choose an instruction-tuned student.")

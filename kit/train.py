@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kit.config import Config
@@ -33,9 +32,8 @@ from kit.prompts import template_hash
 from kit.records import write_atomic
 from kit.run import Run, stopwatch
 
-LOG, WEIGHTS, MARK = "train_log.jsonl", "adapter_model.safetensors", "complete.json"
+LOG, WEIGHTS, MARK = "train_log.jsonl", "adapter_model.safetensors", "complete"
 FIXED_ROWS = 4  # rows whose loss is read before and after
-TRAIN_COLLATE = collate  # fixed rows are always collated by `collate` itself
 
 
 def train(run: Run) -> None:
@@ -90,7 +88,7 @@ class AdapterTrainer(Trainer):
         self.run, self.names = run, {e.line: e for e in examples}
         self.parts: list[tuple[list[int], torch.Tensor]] = []  # of the step under way: lines and their position losses
         plan = [examples[i] for i in order([len(e.ids) for e in examples], run.config)]
-        super().__init__(model, _arguments(run), data_collator=TRAIN_COLLATE, train_dataset=plan)
+        super().__init__(model, _arguments(run), data_collator=collate, train_dataset=plan)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.bar: Any = None
@@ -136,7 +134,7 @@ class AdapterTrainer(Trainer):
         return shown + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One line of train_log.jsonl a step."""
+        """One line of train_log.jsonl a step. The Trainer's state keeps them, so that a checkpoint holds its past."""
         lines = [line for part, _ in self.parts for line in part]
         self.parts.clear()
         if "loss" not in logs or not self.is_world_process_zero():
@@ -144,109 +142,80 @@ class AdapterTrainer(Trainer):
         now = time.perf_counter()
         seconds, self.told = now - self.told, now
         tokens = sum(len(self.names[line].ids) for line in lines)
-        row = {"step": self.state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-        row |= {"grad_norm": logs["grad_norm"], "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
-        row |= {"peak_bytes": peak_bytes(), "seconds": round(seconds, 3)}
-        with open(self.run.folder / LOG, "a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        row = {"step": self.state.global_step, **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm")}}
+        row |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
+        self.state.log_history.append(row | {"peak_bytes": peak_bytes()})
+        write_atomic(self.run.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.state.log_history))
         if self.bar is not None:
             self.bar.advance(tokens=tokens)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter alone, as safetensors: no pickled arguments."""
-        self.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then mark as whole: without its mark a checkpoint counts as half-written by a kill or a power cut."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_atomic(folder / MARK, json.dumps(_inventory(folder)))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put the saved values into the adapter that is there; no second one is wrapped around it."""
-        target = model or self.model
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        missing = get_peft_model_state_dict(target).keys() ^ saved.keys()
-        if missing:
-            raise KitError(
-                f"{resume_from_checkpoint} is of another adapter ({len(missing)} weights differ).", "Delete it."
-            )
-        set_peft_model_state_dict(target, saved)
+            for path in folder.iterdir():  # a power cut must not leave the mark alone
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            (folder / MARK).touch()
 
 
 def _fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """Train, save the adapter, and say what changed."""
-    config = run.config
-    run.record(template_hash=template_hash(tokenizer, config.prompts, config.student.system, config.student.thinking))
+    config, student = run.config, run.config.student
+    run.record(template_hash=template_hash(tokenizer, config.prompts, student.system, student.thinking))
     reset_peak()
     model = make_model(config)
     start = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
-    trainer = AdapterTrainer(run, model, examples)
+    trainer, fixed = AdapterTrainer(run, model, examples), examples[:FIXED_ROWS]
     checkpoint, step = last_checkpoint(run)
-    cut_log(run.folder / LOG, step)
     steps = math.ceil(len(trainer.train_dataset) / config.train.batch_rows)
     if step:
         run.progress.say(f"train: going on from step {step} of {steps}")
     with run.progress.bar("train", steps, "steps", done=step) as trainer.bar:
         trainer.told = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    fixed = examples[:FIXED_ROWS]
+        trainer.train(resume_from_checkpoint=checkpoint)
     after = mean_loss(model, fixed)
     with model.disable_adapter():  # an untrained adapter adds exactly nothing
         before = mean_loss(model, fixed)
-    _save_adapter(model, run.folder / "adapter")
-    log = [json.loads(line) for line in (run.folder / LOG).read_text(encoding="utf-8").splitlines()]
-    end = get_peft_model_state_dict(model)
-    change = math.sqrt(sum((end[k].float() - v.float()).square().sum().item() for k, v in start.items()))
-    summary = {"steps": len(log), "loss_first": log[0]["loss"], "loss_last": log[-1]["loss"], "adapter_change": change}
-    summary |= {"fixed_batch_before": before, "fixed_batch_after": after, "fixed_batch_rows": len(fixed)}
-    summary |= {"peak_bytes": max(row["peak_bytes"] for row in log), "tokens": sum(row["tokens"] for row in log)}
-    summary["tokens_per_second"] = round(summary["tokens"] / max(sum(row["seconds"] for row in log), 1e-9), 1)
-    del trainer, model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return summary
+    model.save_pretrained(run.folder / "adapter")
+    log, end = trainer.state.log_history, get_peft_model_state_dict(model)
+    tokens, seconds = (sum(row[key] for row in log) for key in ("tokens", "seconds"))
+    return {
+        "steps": len(log),
+        "loss_first": log[0]["loss"],
+        "loss_last": log[-1]["loss"],
+        "adapter_change": math.sqrt(sum((end[k].float() - v.float()).square().sum().item() for k, v in start.items())),
+        "fixed_batch_before": before,
+        "fixed_batch_after": after,
+        "fixed_batch_rows": len(fixed),
+        "peak_bytes": max(row["peak_bytes"] for row in log),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Loss a supervised token of examples, one at a time, without dropout."""
-    training = model.training
+    """Loss a supervised token of examples, one at a time; leaves the model in evaluation mode."""
     model.eval()
-    total, tokens = 0.0, 0
+    losses = []
     with torch.no_grad():
         for example in examples:
             batch = collate([example])
             out = model(input_ids=batch["input_ids"].to(model.device), labels=batch["labels"].to(model.device))
-            total += out["losses"].sum().item()
-            tokens += len(out["losses"])
-    model.train(training)
-    return total / tokens
+            losses.append(out["losses"])
+    return torch.cat(losses).mean().item()
 
 
-def last_checkpoint(run: Run) -> tuple[Path | None, int]:
+def last_checkpoint(run: Run) -> tuple[str | None, int]:
     """The newest whole checkpoint and its step; half-written and newer ones are deleted, and that is said."""
     folders = sorted(run.path("checkpoints/.").glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
     for folder in folders:
-        mark = folder / MARK
-        if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == _inventory(folder):
-            return folder, int(folder.name.split("-")[1])
-        run.progress.warn(f"{folder.name} is half-written or damaged; deleted")
+        if (folder / MARK).exists():
+            return str(folder), int(folder.name.split("-")[1])
+        run.progress.warn(f"{folder.name} is half-written; deleted")
         shutil.rmtree(folder)
     return None, 0
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop the log's lines behind a step, and a last line that was cut off."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:
-            continue
-    write_atomic(path, "".join(line + "\n" for line in kept))
 
 
 def _arguments(run: Run) -> TrainingArguments:
@@ -256,30 +225,30 @@ def _arguments(run: Run) -> TrainingArguments:
         what = f"train.batch_rows={settings.batch_rows} is no multiple of train.micro_rows={settings.micro_rows}"
         raise KitError(f"{what} times the processes ({together // settings.micro_rows}).", "Change one of them.", 2)
     paged = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
-    keys: dict[str, Any] = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay}
-    keys |= {"lr_scheduler_type": settings.schedule.replace("constant", "constant_with_warmup")}
-    keys |= {"warmup_steps": settings.warmup_ratio, "max_grad_norm": settings.max_grad_norm}
-    keys |= {"optim": "paged_adamw_8bit" if paged else "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999}
-    keys |= {"per_device_train_batch_size": settings.micro_rows, "seed": run.config.seed}
-    keys |= {"gradient_accumulation_steps": settings.batch_rows // together}
-    keys |= {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}  # `order` lays all epochs out in one
-    keys |= {"bf16": cuda and settings.dtype != "fp32", "use_cpu": not cuda, "dataloader_pin_memory": cuda}
-    keys |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True}
-    keys |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2}
-    return TrainingArguments(str(run.folder / "checkpoints"), remove_unused_columns=False, **keys)
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    beside = folder.with_name(f".adapter.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
-
-
-def _inventory(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
-    return {str(path.relative_to(folder)): _file_hash(path) for path in files}
+    return TrainingArguments(
+        str(run.folder / "checkpoints"),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule.replace("constant", "constant_with_warmup"),
+        warmup_steps=settings.warmup_ratio,
+        max_grad_norm=settings.max_grad_norm,
+        optim="paged_adamw_8bit" if paged else "adamw_torch",
+        per_device_train_batch_size=settings.micro_rows,
+        gradient_accumulation_steps=settings.batch_rows // together,
+        num_train_epochs=1,  # `order` lays all epochs out in one
+        train_sampling_strategy="sequential",
+        seed=run.config.seed,
+        bf16=cuda and settings.dtype != "fp32",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+    )
 
 
 def _adapter_hash(folder: Path) -> str:
