@@ -23,7 +23,7 @@ from kit.records import Problem
 LARGEST = 5000  # of any number in a story
 _EQUATION = re.compile(r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?([1-9]\d{0,8}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)")
 _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
-_UNDO = {"+": "-", "-": "+", "*": "/", "/": "*"}
+_UNDO = dict(zip("+-*/", "-+/*", strict=True))
 
 
 @functools.cache
@@ -39,18 +39,12 @@ def texts() -> dict[str, Any]:
 def generate(
     count: int, seed: int, held_out: bool = False, steps: tuple[int, int] = (1, 4), largest: int = 60
 ) -> list[Problem]:
-    """Make distinct problems.
+    """Make distinct problems with worked solutions; `level` is the number of steps, `subject` the kind of story.
 
     Args:
-        count: how many.
-        seed: another seed gives other problems (with some of the same among thousands).
         held_out: the other half of all questions; no held-out question is ever a training question.
-        steps: fewest and most arithmetic steps, each number of them equally likely.
+        steps: fewest and most arithmetic steps within 1 to 4, each number of them equally likely.
         largest: number that a story begins with or adds; 10 is for the weakest of models.
-
-    Returns:
-        problems with worked solutions; `level` is the number of steps, `subject` the kind of story. The id is a hash
-        of the question.
 
     Raises:
         KitError: steps outside 1 to 4, or more problems asked for than could be found.
@@ -73,9 +67,11 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
     """One problem, or None where the numbers do not come out whole."""
     women, men = texts()["she"].split(), texts()["he"].split()
     hero, friend = rng.sample(women + men, 2)
-    they, their, them = ("she", "her", "her") if hero in women else ("he", "his", "him")
-    words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), "they": they, "their": their}
-    words |= {"They": they.title(), "Their": their.title(), "them": them}
+    pronouns = dict(
+        zip(("they", "their", "them"), "she her her".split() if hero in women else "he his him".split(), strict=True)
+    )
+    words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), **pronouns}
+    words |= {name.title(): word.title() for name, word in pronouns.items()}
     inner, last = ([event for event in story["events"] if len(event) == parts] for parts in (3, 4))
     events = rng.sample(inner, min(steps, len(inner)))
     if rng.random() < 0.5 or len(events) < steps:
@@ -93,8 +89,7 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
         told.append(tell.format(b=number, **words))
         worked.append(f"{note.format(**words)}: {value} {op} {number} = {result}.")
         value = result
-    asked = [*events[-1], story["ask"]][3].format(**words)
-    question = " ".join([*told, asked])
+    question = " ".join([*told, [*events[-1], story["ask"]][3].format(**words)])
     made = "b" + hashlib.sha256(question.encode()).hexdigest()[:12]
     solution = "\n".join([*worked, f"The answer is \\boxed{{{value}}}."])
     level, subject = str(len(events)), story["name"]
@@ -107,7 +102,6 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
     Args:
         problem: with a `solution`, one step a line; equations `a op b = c` in it are what goes astray and is checked.
         wordiness: 0 is the bare solution; 1 a trace some eight times as long, 3 some twenty times.
-        seed: the same problem, wordiness and seed give the same text.
 
     Raises:
         KitError: the problem has no worked solution.
