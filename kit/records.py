@@ -214,7 +214,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a whole file through a neighbour and a rename, so that no reader ever sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8", newline="") as out:
+        with open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())

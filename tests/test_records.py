@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from kit.errors import KitError
-from kit.records import PrefixRow, RowFile, Sample, TraceRow, Verdict, digest, line_of
+from kit.records import PrefixRow, RowFile, Sample, TraceRow, Verdict, digest, line_of, write_atomic
 from tests.conftest import ROOT
 
 
@@ -103,3 +103,8 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path):
 def test_a_folder_that_is_gone_is_an_error_with_a_next_step(tmp_path):
     with pytest.raises(KitError, match="run the same command again"):
         RowFile(tmp_path / "gone" / "p.jsonl", PrefixRow).append(row("a"))
+
+
+def test_a_file_of_facts_can_hold_a_path_that_is_no_text(tmp_path):
+    write_atomic(tmp_path / "facts.json", json.dumps({"path": "/data/\udcff"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"path": "/data/\udcff"}
