@@ -49,6 +49,8 @@ class Judge:
         self.threshold = THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
         labels = (tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels)
         self.common, self.parting = part(*labels)
+        # In transformers a pass of few tokens costs as much as dozens more: two of the search's steps may share one.
+        self.ahead_tokens = 64 if config.student.backend == "hf" else 0
         self.rechecked = self.flips = 0
         self.held = ExitStack()
         self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
@@ -93,29 +95,43 @@ class Asking:
     def __init__(self, judge: Judge, row: PrefixRow, session: Session, force: Force = None) -> None:
         self.judge, self.row, self.session, self.force = judge, row, session, force
         self.verdicts: dict[int, Verdict] = {}
+        self.margins: dict[int, float] = {}  # of what was asked, or read ahead
         self.cost, self.prompt_tokens, self.base, self.ends = Cost(), 0, 0.0, ends(row.trace)
         if judge.keys.calibration == "content-free" and not judge.generates:
             self.base = judge.margin(session.read([judge.probe(row, "")])[0])
 
-    def ask(self, k: int) -> bool:
-        """Whether the first k sentences suffice."""
-        return self.ask_many([k])[0]
+    def ask(self, k: int, *ahead: int) -> bool:
+        """Whether the first k sentences suffice. What may be asked next is read along where that costs little."""
+        return self.ask_many([k], ahead)[0]
 
-    def ask_many(self, boundaries: Sequence[int]) -> list[bool]:
+    def ask_many(self, boundaries: Sequence[int], ahead: Sequence[int] = ()) -> list[bool]:
         """Ask several boundaries together."""
-        probes = [self.judge.probe(self.row, self.row.trace[: self.ends[k - 1]]) for k in boundaries]
-        self.prompt_tokens = max(self.prompt_tokens, *(len(probe.ids) for probe in probes))
+        probes = {k: self._probe(k) for k in boundaries}
+        self.prompt_tokens = max(self.prompt_tokens, *(len(probe.ids) for probe in probes.values()))
         if self.judge.generates:
-            found = self._generated(boundaries, probes)
+            found = self._generated(probes)
         else:
-            margins = [self.judge.margin(readings) - self.base for readings in self.session.read(probes)]
-            found = {k: self._settled(k, *pair) for k, *pair in zip(boundaries, probes, margins, strict=True)}
+            self._read(probes, ahead)
+            found = {k: self._settled(k, probe) for k, probe in probes.items()}
         self.verdicts |= {k: found[k] for k in boundaries}
         return [self.force(k) if self.force else found[k].label == "ENOUGH" for k in boundaries]
 
-    def _settled(self, k: int, probe: Probe, margin: float) -> Verdict:
+    def _probe(self, k: int) -> Probe:
+        return self.judge.probe(self.row, self.row.trace[: self.ends[k - 1]])
+
+    def _read(self, probes: dict[int, Probe], ahead: Sequence[int]) -> None:
+        unread = {k: probe for k, probe in probes.items() if k not in self.margins}
+        if unread and self.judge.ahead_tokens:
+            limit = max(len(probe.ids) for probe in probes.values()) + self.judge.ahead_tokens
+            more = {k: self._probe(k) for k in ahead if k not in self.margins}
+            unread |= {k: probe for k, probe in more.items() if len(probe.ids) <= limit}
+        for k, readings in zip(unread, self.session.read([*unread.values()]) if unread else [], strict=True):
+            self.margins[k] = self.judge.margin(readings) - self.base
+
+    def _settled(self, k: int, probe: Probe) -> Verdict:
         """A margin's verdict; a near-tie is read again without a cache."""
-        judge, label = self.judge, self.judge.label(margin)
+        judge, margin = self.judge, self.margins[k]
+        label = judge.label(margin)
         if abs(margin - judge.threshold) < judge.keys.recheck:
             fresh = judge.backend.session(fresh=True)
             margin = judge.margin(fresh.read([probe])[0]) - self.base
@@ -125,10 +141,10 @@ class Asking:
             judge.flips += judge.label(margin) != label
         return Verdict(sentences=k, label=judge.label(margin), margin=round(margin, 6))
 
-    def _generated(self, boundaries: Sequence[int], probes: Sequence[Probe]) -> dict[int, Verdict]:
+    def _generated(self, probes: dict[int, Probe]) -> dict[int, Verdict]:
         """Verdicts by greedy generation; what is neither label is UNPARSED, and counts as not enough in the search."""
         sampling = Sampling(temperature=0, top_p=1, max_new_tokens=self.judge.keys.max_new_tokens)
-        asked = [Request(str(k), probe.ids, sampling) for k, probe in zip(boundaries, probes, strict=True)]
+        asked = [Request(str(k), probe.ids, sampling) for k, probe in probes.items()]
         found = {}
         for made in self.judge.backend.generate(asked):
             if made.error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-Ask = Callable[[int], bool]  # whether the first k sentences suffice
+Ask = Callable[..., bool]  # ask(k, *ahead): whether the first k sentences suffice; ahead: what may be asked next
 
 
 def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | None:
@@ -20,7 +20,8 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        if ask(middle):
+        lower, upper = (low + middle - 1) // 2, (middle + 1 + high) // 2
+        if ask(middle, *[k for k in (lower, upper) if low <= k <= high and k != middle]):
             kept, high = middle, middle - 1
         else:
             low = middle + 1
@@ -45,7 +46,7 @@ def choose(enough: Sequence[bool], rule: str) -> int | None:
     """
     m = len(enough)
     if rule == "binary":
-        return binary(m, lambda k: enough[k - 1])
+        return binary(m, lambda k, *_: enough[k - 1])
     if rule == "first":
         return next((k for k in range(1, m + 1) if enough[k - 1]), None)
     last = max((k for k in range(1, m + 1) if not enough[k - 1]), default=0)

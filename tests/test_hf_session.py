@@ -17,7 +17,7 @@ import transformers as t
 from kit.backends import Probe
 from kit.backends import hf_attention as attention
 from kit.backends import hf_session as sessions
-from kit.backends.hf_session import HfSession, cache_kind
+from kit.backends.hf_session import cache_kind, open_session
 from kit.errors import KitError
 
 BASE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -75,11 +75,11 @@ def test_cached_equals_fresh(name: str) -> None:
     assert cache_kind(own) == KINDS[name], own.notes
     assert bool(own.notes) == (KINDS[name] != "tree")
     asked = probes(CUTS)
-    fresh = np.asarray(HfSession(own, fresh=True).read(asked))
+    fresh = np.asarray(open_session(own, fresh=True).read(asked))
     assert fresh.std() > 0.4  # differences of a broken cache would be large
-    one_by_one = HfSession(own, chunk_tokens=64)
+    one_by_one = open_session(own, chunk_tokens=64)
     assert np.abs(np.asarray([one_by_one.read([p])[0] for p in asked]) - fresh).max() < 5e-4
-    scan = HfSession(own, chunk_tokens=150)
+    scan = open_session(own, chunk_tokens=150)
     scan.read(asked[:1])  # a scan may follow a question
     assert np.abs(np.asarray(scan.read(asked)) - fresh).max() < 5e-4
     if KINDS[name] == "tree":
@@ -90,7 +90,7 @@ def test_cached_equals_fresh(name: str) -> None:
 
 def test_never_past_the_furthest_boundary() -> None:
     own = backend(_model("llama"))
-    session = HfSession(own)
+    session = open_session(own)
     for probe in probes((210, 105, 52, 78)):
         session.read([probe])
     assert session.cost.evaluated_tokens <= 215 + 3 * 5
@@ -116,7 +116,7 @@ def test_bf16_stays_a_tree() -> None:
     own = backend(_model("llama").to(torch.bfloat16))
     assert cache_kind(own) == "tree"
     asked = probes(CUTS)
-    fresh, scan = (np.asarray(s.read(asked)) for s in (HfSession(own, fresh=True), HfSession(own)))
+    fresh, scan = (np.asarray(s.read(asked)) for s in (open_session(own, fresh=True), open_session(own)))
     assert np.abs(scan - fresh).max() < 0.15 * fresh.std()
 
 
@@ -124,7 +124,7 @@ def test_generation_is_untouched() -> None:
     own = backend(_model("gemma3"))
     ids = torch.tensor([probes((60,))[0].ids])
     before = own.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    HfSession(own).read(probes(CUTS))
+    open_session(own).read(probes(CUTS))
     assert own.model.config._attn_implementation == "sdpa"
     assert torch.equal(before, own.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
 
@@ -132,7 +132,7 @@ def test_generation_is_untouched() -> None:
 def test_prompt_longer_than_the_context() -> None:
     own = backend(_model("llama"), context_tokens=100)
     with pytest.raises(KitError, match=r"205 tokens.*context 100"):
-        HfSession(own).read(probes((200,)))
+        open_session(own).read(probes((200,)))
 
 
 MEMORY = """
@@ -140,14 +140,14 @@ import json, os, sys, threading, time
 import psutil, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_hf_session as here
-from kit.backends.hf_session import HfSession
+from kit.backends.hf_session import open_session
 torch.set_num_threads(2)
 keys = here.BASE | dict(hidden_size=128, num_hidden_layers=2, intermediate_size=256, max_position_embeddings=32768)
 model = here.t.LlamaForCausalLM(here.t.LlamaConfig(**keys)).eval()
 own = here.backend(model, 32768)
 cuts = (16000, 8000, 24000, 28000, 30000, 31000, 32000, 32700)
 asked = [here.Probe(p.ids, p.reads[-1:]) for p in here.probes(cuts, 32700)]
-session = HfSession(own)  # the self-check comes first
+session = open_session(own)  # the self-check comes first
 me, peak, running = psutil.Process(), [0], [True]
 begin = me.memory_info().rss
 def watch():

@@ -68,9 +68,9 @@ class HfBackend:
 
     def session(self, fresh: bool = False) -> Session:
         """Open a judging session; fresh=True evaluates every probe without a cache."""
-        from kit.backends.hf_session import HfSession
+        from kit.backends.hf_session import open_session
 
-        return HfSession(self, fresh=fresh)
+        return open_session(self, fresh)
 
     def close(self) -> None:
         """Drop the weights."""
@@ -190,7 +190,7 @@ class _Work:
         from kit.backends.hf_batch import assemble
 
         live = [i for i, row in enumerate(self.rows) if row]
-        if live and len(self.rows) - len(live) < max(1, self.limit // 4):
+        if live and self.rows.count(None) < max(1, len(self.rows) // 4):
             return
         parts = [(self.batch, live)] if live else []
         self.rows = [self.rows[i] for i in live]

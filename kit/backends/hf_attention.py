@@ -33,32 +33,34 @@ class Unsupported(Exception):
 
 
 class Layout:
-    """Where the tokens of one forward pass stand: tails behind a trunk.
+    """Where the tokens of one forward pass stand: pieces behind a trunk of `past` tokens.
 
     Args:
-        cuts: for each tail, the trunk tokens that it sees. The widest cut is all that the pass sees of the trunk.
-        lengths: for each tail, its tokens; (q,) in all.
+        cuts: for each piece, the tokens before it that it sees: of the trunk, and of the first piece where a cut lies
+            past the trunk (that piece then goes on from the trunk: cuts[0] == past).
+        lengths: for each piece, its tokens; (q,) in all.
     """
 
-    def __init__(self, cuts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
-        self.past, self.tokens, self.single, self.device = max(cuts), sum(lengths), len(cuts) == 1, device
+    def __init__(self, past: int, cuts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        self.past, self.tokens, self.device = past, sum(lengths), device
+        self.lead = lengths[0] if cuts[0] == past else 0  # tokens of plain causal continuation
         self.cut, self.begin = np.repeat(cuts, lengths), np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)  # (q,)
         position = self.cut + np.arange(self.tokens) - self.begin  # (q,)
         self.furthest, self.position = int(position.max()), torch.from_numpy(position).to(device)
         self.masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self.calls, self.groups = 0, [0]
         for end in np.cumsum(lengths).tolist():
-            if end - self.groups[-1] >= GROUP_TOKENS or end == self.tokens:
+            if end - self.groups[-1] >= GROUP_TOKENS or end in (self.lead, self.tokens):
                 self.groups.append(end)
 
-    def rows(self, whole_tails: bool) -> list[tuple[int, int]]:
-        """The pass's queries, [start, end) by [start, end): by whole tails, or as many as a mask has room for."""
+    def rows(self, whole: bool) -> list[tuple[int, int]]:
+        """The pass's queries, [start, end) by [start, end): by whole pieces, or as many as a mask has room for."""
         step = max(16, MASK_CELLS // (self.past + self.tokens))
-        stops = self.groups if whole_tails else [*range(0, self.tokens, step), self.tokens]
+        stops = self.groups if whole else [*range(0, self.tokens, step), self.tokens]
         return list(itertools.pairwise(stops))
 
     def keys(self, start: int, end: int) -> tuple[int, slice, slice]:
-        """Of queries [start, end): the trunk that all see, the trunk that some see, and their own tails among keys."""
+        """Of queries [start, end), among the keys: what all see, what some see besides, and their own pieces."""
         near, top = int(self.cut[start:end].min()), int(self.cut[start:end].max())
         return near, slice(near, top), slice(self.past + int(self.begin[start]), self.past + end)
 
@@ -188,7 +190,7 @@ def attend(
         near, some, own = layout.keys(start, end)
         piece, pairs = query[:, :, start:end], ((x[:, :, :near], x[:, :, some], x[:, :, own]) for x in (key, value))
         if split:
-            parts.append(_split(piece, *pairs, scale, None if layout.single else layout.mask(start, end)))
+            parts.append(_split(piece, *pairs, scale, None if end == layout.lead else layout.mask(start, end)))
             continue
         (far, *rest), (far_value, *rest_value) = pairs
         seen = layout.mask(start, end, window or layout.furthest + 1)  # a window past everything hides nothing

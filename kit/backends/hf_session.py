@@ -25,29 +25,25 @@ from kit.errors import KitError
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
-PACK_TOKENS = 512  # tails evaluated together
 READ_BYTES = 64 << 20  # logits alive at once
 STRIDE_TOKENS, SNAPSHOTS = 64, 64  # between snapshots, and how many; past that every other one is dropped
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of the spread of log-probabilities
 SPEED = {
-    "tree": "",
     "snapshots": f"snapshots every {STRIDE_TOKENS} tokens and recomputes up to so many for a question",
     "none": "every question is a whole prefill",
 }
 
 
-class HfSession:
-    """See kit.backends.Session.
+_Reads = Sequence[tuple[int, tuple[int, ...]]]
 
-    Args:
-        backend: the model.
-        fresh: evaluate every probe from its first token, without a cache.
-        chunk_tokens: tokens of one forward pass; bounds memory.
-    """
 
-    def __init__(self, backend: HfBackend, fresh: bool = False, chunk_tokens: int = 1024) -> None:
+class FreshSession:
+    """No cache at all: the slow, obvious way that the others are tested against. See kit.backends.Session."""
+
+    def __init__(self, backend: HfBackend, chunk_tokens: int) -> None:
         self.backend, self.chunk_tokens, self.cost = backend, chunk_tokens, Cost()
-        self.reader: _Fresh = _Fresh(self) if fresh else _KINDS[cache_kind(backend)](self)
+        self.model, self.device = backend.model, backend.device
+        self.path = np.empty(0, np.int64)  # token ids (T,) of the longest probe whose states are cached
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
         """Read probes; see kit.backends.Session.
@@ -62,29 +58,17 @@ class HfSession:
                 "Set judge.limit_tokens, or judge with a model of longer context.",
             )
         with torch.inference_mode():
-            return self.reader.read(probes)
+            return self._readings([np.asarray(probe.ids) for probe in probes], probes)
 
     def close(self) -> None:
-        """Drop the cache."""
-        self.reader = _Fresh(self)
+        """Nothing to drop: the cache goes with the session."""
 
+    def _readings(self, ids: list[np.ndarray], probes: Sequence[Probe]) -> list[Readings]:
+        for own in ids:
+            self._count(len(own), 0)
+        return [self._forward(own, probe.reads, use_cache=False) for own, probe in zip(ids, probes, strict=True)]
 
-_Reads = Sequence[tuple[int, tuple[int, ...]]]
-
-
-class _Fresh:
-    """No cache at all: the slow, obvious way that the others are tested against."""
-
-    def __init__(self, session: HfSession) -> None:
-        self.session, self.model, self.device = session, session.backend.model, session.backend.device
-        self.path = np.empty(0, np.int64)  # token ids (T,) of the longest probe whose states are cached
-
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        for probe in probes:
-            self.count(len(probe.ids), 0)
-        return [self.forward(np.asarray(probe.ids), probe.reads, use_cache=False) for probe in probes]
-
-    def forward(self, ids: np.ndarray, reads: _Reads, start: int = 0, **options: Any) -> Readings:
+    def _forward(self, ids: np.ndarray, reads: _Reads, start: int = 0, **options: Any) -> Readings:
         """Evaluate ids (n,), the first at index `start` of its probe, and read what lies among them."""
         wanted = [(p - start, candidates) for p, candidates in reads if start <= p < start + len(ids)]
         rows = torch.tensor([p for p, _ in wanted], dtype=torch.long, device=self.device)
@@ -92,92 +76,93 @@ class _Fresh:
         logits = self.model(input_ids=shown, logits_to_keep=rows, **options).logits[0].float()  # (reads, V)
         return [(row[list(c)] - row.logsumexp(-1)).tolist() for row, (_, c) in zip(logits, wanted, strict=True)]
 
-    def count(self, evaluated: int, reused: int) -> None:
-        self.session.cost.add(Cost(evaluated, reused))
+    def _count(self, evaluated: int, reused: int) -> None:
+        self.cost.add(Cost(evaluated, reused))
 
 
-class _Tree(_Fresh):
+class _Tree(FreshSession):
     """A trunk in buffers; tails borrow the place behind their cut and give it back."""
 
-    def __init__(self, session: HfSession) -> None:
-        super().__init__(session)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         config = self.model.config.get_text_config()
         self.cache = TrunkCache(config.num_hidden_layers)
         self.reads_limit = max(1, READ_BYTES // (4 * config.vocab_size))
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        ids = [np.asarray(probe.ids) for probe in probes]
+    def _readings(self, ids: list[np.ndarray], probes: Sequence[Probe]) -> list[Readings]:
+        """The longest probe first, in chunks; it becomes the trunk if it is longer than that. Tails fill its last chunk
+        and further passes."""
+        chunk, found = self.chunk_tokens, [[] for _ in probes]
         lead = max(range(len(ids)), key=lambda i: len(ids[i]))
-        found = {lead: self._single(ids[lead], probes[lead])}
-        pack: list[tuple[int, int]] = []
-        for cut, i in sorted((usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if i != lead):
-            tokens = sum(len(ids[j]) - c for c, j in [*pack, (cut, i)])
-            if pack and (tokens > PACK_TOKENS or sum(len(probes[j].reads) for _, j in pack) >= self.reads_limit):
-                found |= self._together(pack, ids, probes)
-                pack = []
-            pack.append((cut, i))
-        found |= self._together(pack, ids, probes)
-        return [found[i] for i in range(len(ids))]
-
-    def _single(self, ids: np.ndarray, probe: Probe) -> Readings:
-        """Evaluate what the trunk lacks, in chunks; the longer of trunk and probe is the trunk afterwards."""
-        cut, chunk = usable(self.path, ids, probe), self.session.chunk_tokens
-        with self._borrowed(cut, len(ids)):
-            found: Readings = []
-            for start in range(cut, len(ids), chunk):
-                piece = ids[start : start + chunk]
-                found += self._run(piece, probe.reads, [start], [len(piece)], start)
-        if len(ids) > len(self.path):
-            self.path = ids
-        self.count(len(ids) - cut, cut)
+        start, end, held = usable(self.path, ids[lead], probes[lead]), len(ids[lead]), self.path
+        extends = end > len(held)
+        self.path = ids[lead] if extends else held
+        tails = sorted((usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if i != lead)
+        with self._borrowed(start, 0 if extends else end):
+            self.cache.room = max(self.cache.room, end)
+            for at in range(start, end, chunk):
+                pieces = [(at, lead, ids[lead][at : at + chunk])]
+                if extends and at + chunk >= end:
+                    pieces += self._next(tails, ids, probes, chunk - (end - at), 0)
+                self._run(at, pieces, probes, found)
+        self._count(end - start, start)
+        while tails:
+            pieces = self._next(tails, ids, probes, chunk, 1)
+            past = pieces[-1][0]
+            with self._borrowed(past, past + sum(len(piece) for *_, piece in pieces)):
+                self._run(past, pieces, probes, found)
         return found
 
-    def _together(self, pack: list[tuple[int, int]], ids: list[np.ndarray], probes: Sequence[Probe]) -> dict[int, Any]:
-        """One forward pass over several tails (cut, probe), each seeing the trunk up to its own cut and itself."""
-        if len(pack) == 1:  # it may be longer than a chunk
-            return {i: self._single(ids[i], probes[i]) for _, i in pack}
-        if not pack:
-            return {}
-        cuts, lengths = [cut for cut, _ in pack], [len(ids[i]) - cut for cut, i in pack]
-        starts = np.cumsum([0, *lengths])
-        reads = [(p - cut + at, c) for (cut, i), at in zip(pack, starts, strict=False) for p, c in probes[i].reads]
-        tails = np.concatenate([ids[i][cut:] for cut, i in pack])
-        with self._borrowed(max(cuts), min(max(cuts) + len(tails), len(self.path))):
-            rows = iter(self._run(tails, reads, cuts, lengths))
-        self.count(len(tails), sum(cuts))
-        return {i: [next(rows) for _ in probes[i].reads] for _, i in pack}
+    def _next(
+        self, tails: list[tuple[int, int]], ids: list[np.ndarray], probes: Sequence[Probe], room: int, least: int
+    ) -> list[tuple[int, int, np.ndarray]]:
+        """Take tails (cut, probe) off the list, at least so many, while they fit into `room` tokens."""
+        taken, reads = [], 0
+        while tails:
+            cut, i = tails[0]
+            reads, room = reads + len(probes[i].reads), room - (len(ids[i]) - cut)
+            if (room < 0 or reads > self.reads_limit) and len(taken) >= least:
+                break
+            taken.append((*tails.pop(0), ids[i][cut:]))
+            self._count(len(ids[i]) - cut, cut)
+        return taken
 
     @contextmanager
-    def _borrowed(self, cut: int, end: int) -> Iterator[None]:
-        """Let [cut, end) of the trunk be overwritten, and put it back; a tail past the trunk's end becomes trunk."""
-        saved = self.cache.save(cut, end) if end <= len(self.path) else None
-        self.cache.length, self.cache.room = cut, max(end, self.cache.room)
+    def _borrowed(self, start: int, end: int) -> Iterator[None]:
+        """Let [start, end) of the trunk be overwritten, and put it back."""
+        end = min(end, len(self.path))
+        saved = self.cache.save(start, end) if end > start else None
         yield
         if saved is not None:
-            self.cache.restore(cut, saved)
+            self.cache.restore(start, saved)
 
-    def _run(self, ids: np.ndarray, reads: _Reads, cuts: list[int], lengths: list[int], start: int = 0) -> Readings:
-        layout = Layout(cuts, lengths, self.device)
+    def _run(self, past: int, pieces: list[tuple[int, int, np.ndarray]], probes: Sequence[Probe], found: Any) -> None:
+        """One forward pass over pieces (cut, probe, ids (n,)) behind `past` tokens of the trunk; adds to `found`."""
+        cuts, lengths = [cut for cut, *_ in pieces], [len(piece) for *_, piece in pieces]
+        layout, reads, owners = Layout(past, cuts, lengths, self.device), [], []
+        for (cut, i, piece), at in zip(pieces, np.cumsum([0, *lengths]), strict=False):
+            inside = [(p - cut + at, candidates) for p, candidates in probes[i].reads if 0 <= p - cut < len(piece)]
+            reads, owners = reads + inside, owners + [i] * len(inside)
+        self.cache.length = past
         options = {"past_key_values": self.cache, "position_ids": layout.position[None], "use_cache": True}
         with laid_out(self.model, layout):
-            found = self.forward(ids, reads, start, **options)
-        self.cache.length += len(ids)
-        return found
+            made = self._forward(np.concatenate([piece for *_, piece in pieces]), reads, **options)
+        for i, values in zip(owners, made, strict=True):
+            found[i].append(values)
 
 
-class _Snapshots(_Fresh):
+class _Snapshots(FreshSession):
     """The model's own cache, copied every so many tokens along the longest probe; the rest is recomputed."""
 
-    def __init__(self, session: HfSession) -> None:
-        super().__init__(session)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.kept: list[tuple[int, Any]] = []  # (tokens, cache), ascending, along `path`
         arguments = inspect.signature(self.model.forward).parameters
         self.name = "past_key_values" if "past_key_values" in arguments else "cache_params"
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
-        found = {i: self._single(np.asarray(probes[i].ids), probes[i]) for i in order}
-        return [found[i] for i in range(len(probes))]
+    def _readings(self, ids: list[np.ndarray], probes: Sequence[Probe]) -> list[Readings]:
+        found = {i: self._single(ids[i], probes[i]) for i in sorted(range(len(ids)), key=lambda i: len(ids[i]))}
+        return [found[i] for i in range(len(ids))]
 
     def _single(self, ids: np.ndarray, probe: Probe) -> Readings:
         shared, limit = common(self.path, ids), usable(self.path, ids, probe)
@@ -189,17 +174,27 @@ class _Snapshots(_Fresh):
         stops = [*range(first, len(ids), STRIDE_TOKENS), len(ids)]
         found: Readings = []
         for start, end in zip([begin, *stops], stops, strict=False):
-            found += self.forward(ids[start:end], probe.reads, start, use_cache=True, **{self.name: cache})
+            found += self._forward(ids[start:end], probe.reads, start, use_cache=True, **{self.name: cache})
             if end < len(ids) and end <= shared and all(n != end for n, _ in self.kept):
                 self.kept.append((end, copied(cache)))
         self.kept.sort(key=lambda x: x[0])
         while len(self.kept) > SNAPSHOTS:
             self.kept = self.kept[1::2]
-        self.count(len(ids) - begin, begin)
+        self._count(len(ids) - begin, begin)
         return found
 
 
-_KINDS: dict[str, type[_Fresh]] = {"tree": _Tree, "snapshots": _Snapshots, "none": _Fresh}
+_KINDS: dict[str, type[FreshSession]] = {"tree": _Tree, "snapshots": _Snapshots, "none": FreshSession}
+
+
+def open_session(backend: HfBackend, fresh: bool = False, chunk_tokens: int = 1024) -> FreshSession:
+    """A session on a model.
+
+    Args:
+        fresh: evaluate every probe from its first token, without a cache.
+        chunk_tokens: tokens of one forward pass; bounds memory.
+    """
+    return (FreshSession if fresh else _KINDS[cache_kind(backend)])(backend, chunk_tokens)
 
 
 def cache_kind(backend: HfBackend) -> str:
@@ -223,20 +218,20 @@ def _check(backend: HfBackend) -> tuple[str, str]:
     every = tuple(range(min(config.vocab_size, 512)))
     probes = [Probe((*ids[: n - 6], *ids[length + i % 3 :]), ()) for i, n in enumerate(cuts)]
     probes = [Probe(p.ids, ((len(p.ids) - 2, every), (len(p.ids) - 1, every))) for p in probes]
-    fresh = np.asarray(HfSession(backend, fresh=True).read(probes))
+    fresh = np.asarray(FreshSession(backend, 0).read(probes))
     allowed = TOLERANCE.get(backend.model.dtype, 1e-3) * max(float(fresh.std()), 1e-6)
     if getattr(backend.model, "hf_quantizer", None) is not None:
         allowed = max(allowed, TOLERANCE[torch.bfloat16] * float(fresh.std()))
     why = []
     for kind in ("tree", "snapshots"):
-        backend.cache_kind = kind  # type: ignore[attr-defined]
-        session = HfSession(backend, chunk_tokens=40)
-        try:
-            found = np.asarray([session.read([p])[0] for p in probes[:3]] + session.read(probes[3:]))
+        session = _KINDS[kind](backend, 40)
+        try:  # a question, many that go past it, one that stays within, many that do
+            first, rest = probes[:1], probes[1:]
+            found = [session.read(first) + session.read(rest), session.read(first) + session.read(rest)]
         except Exception as error:  # whatever a model's own cache raises, the next way is tried and the user told
             why.append(f"{kind}: {type(error).__name__}: {str(error)[:120]}")
             continue
-        worst = float(np.abs(found - fresh).max())
+        worst = float(np.abs(np.asarray(found) - fresh).max())
         if worst <= allowed:
             return kind, "; ".join(why)
         why.append(f"{kind}: log-probabilities moved by {worst:.2g}")
