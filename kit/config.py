@@ -63,7 +63,7 @@ class Sampling(Section):
     repetition_penalty: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(512, ge=1)
     stop: tuple[str, ...] = ()
-    stop_loops: bool = False  # end a sample whose n-grams repeat to no end, as its own finish reason
+    stop_loops: bool = False  # end a sample that repeats to no end (http: only name it), as its own finish reason
 
 
 class Engine(Section):
@@ -79,8 +79,8 @@ class Engine(Section):
     flash_attention: bool = False  # llama.cpp: faster prefill, margins move by up to some tenths
     memory_gib: float | None = Field(None, gt=0)  # HF: KV-cache budget of a batch; None: what is free
     url: str | None = None  # http: the server's address up to and with /v1
-    tokenizer: str | None = None  # http: whose tokenizer and chat template; None: asked of the server
-    api_key_env: str = "OPENAI_API_KEY"  # the variable's name; its value is never written anywhere
+    tokenizer: str | None = None  # http: the served model's: a hub id, folder or .gguf; None: as vLLM names it
+    api_key_env: str | None = None  # http: variable with the key; None: OPENAI_API_KEY, for api.openai.com alone
     timeout_seconds: float = Field(600.0, gt=0)
     retries: int = Field(6, ge=0)
     system: str | None = None  # a system message; None: none

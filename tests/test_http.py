@@ -1,6 +1,7 @@
 """kit.backends.http against llama.cpp's real server, directly and through a proxy that misbehaves.
 
-Everything listens on 127.0.0.1. The server runs with one thread: on busy cores two of them spin on each other.
+Everything listens on 127.0.0.1. The server runs the 16-bit copy that the in-process engine runs as well, with one
+thread: on busy cores two of them spin on each other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 from kit.backends import Probe, Request, open_backend, sample_seed
+from kit.backends.gguf import unpacked
 from kit.backends.http import HttpBackend
 from kit.config import Engine, Sampling
 from kit.errors import KitError
@@ -66,7 +68,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self, wait: bool = True) -> None:
-        command = [sys.executable, "-c", SERVE, str(gguf_file("smollm2-135m")), str(self.port), *self.more]
+        command = [sys.executable, "-c", SERVE, str(unpacked(gguf_file("smollm2-135m"))), str(self.port), *self.more]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -133,7 +135,7 @@ class Proxy:
                     data = json.dumps(body).encode()
                     outer.done[action] += 1
                 if action == "hang":
-                    time.sleep(11)
+                    time.sleep(4)
                 if action in ("cut", "hang"):
                     self.close_connection = True
                 elif isinstance(action, int):
@@ -180,7 +182,8 @@ class Proxy:
 
 
 def engine(url: str, **keys: Any) -> Engine:
-    return Engine(**{"backend": "http", "model": "smollm2", "url": url, "parallel": 4, "timeout_seconds": 60, **keys})
+    keys = {"model": "smollm2", "tokenizer": "smollm2-135m", "parallel": 4, "timeout_seconds": 60} | keys
+    return Engine(backend="http", url=url, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -203,21 +206,7 @@ def test_start_learns_context_slots_and_template(backend: HttpBackend) -> None:
     assert (backend.tokenizer.bos, backend.tokenizer.eos) == ("<|im_start|>", "<|im_end|>")
 
 
-def test_server_tokenizer_equals_the_local_one(backend: HttpBackend, local: Any) -> None:
-    texts = ["", "Foxes, 1,024 of them:\n\n  \\boxed{7}", "x <|im_end|> y<|endoftext|>", "日本語 naïve 😀"]
-    for text in texts:
-        for special in (True, False):
-            assert backend.tokenizer.encode(text, special) == list(local.tokenizer.encode(text, special))
-        assert backend.tokenizer.decode(backend.tokenizer.encode(text)) == text
-    assert set(backend.tokenizer.special) == set(local.tokenizer.special)
-    user = "Is <|im_end|> a token?"
-    assert render(backend.tokenizer, user) == render(local.tokenizer, user)
-
-
-def test_named_tokenizer_is_compared_with_the_servers(server: Server, tmp_path: Path) -> None:
-    good = open_backend(engine(server.url, tokenizer="smollm2-135m"))
-    assert good.tokenizer.encode("It is 12.") == good.call("/tokenize", {"content": "It is 12."})["tokens"]
-    good.close()
+def test_another_models_tokenizer_is_noticed(server: Server, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -225,8 +214,10 @@ def test_named_tokenizer_is_compared_with_the_servers(server: Server, tmp_path: 
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<unk>").save_pretrained(tmp_path)
     LlamaConfig(vocab_size=2).save_pretrained(tmp_path)
-    with pytest.raises(KitError, match="one text gives other ids"):
+    with pytest.raises(KitError, match=r"is not .*'s tokenizer.*Set tokenizer"):
         open_backend(engine(server.url, tokenizer=str(tmp_path)))
+    with pytest.raises(KitError, match=r"not found as 'smollm2'.*Set tokenizer"):
+        open_backend(engine(server.url, tokenizer=None))
 
 
 def test_start_up_errors_say_what_to_do(server: Server) -> None:
@@ -249,6 +240,8 @@ def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-place")
         with pytest.raises(KitError, match="LAB_KEY is not set"):
             open_backend(engine(server.url, api_key_env="LAB_KEY"))
+        with pytest.raises(KitError, match="api_key_env names no variable"):  # OPENAI_API_KEY is for its own host
+            open_backend(engine(server.url))
         monkeypatch.setenv("LAB_KEY", "sk-wrong-98765")
         with pytest.raises(KitError, match="LAB_KEY is set, but not accepted") as wrong:
             open_backend(engine(server.url, api_key_env="LAB_KEY"))
@@ -272,11 +265,14 @@ def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog:
 
     listener = http.server.HTTPServer(("127.0.0.1", 0), Echoes)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{listener.server_port}/v1"
     with pytest.raises(KitError, match=r"bad Bearer \*\*\*") as echoed:  # a server that repeats what it was sent
-        open_backend(engine(f"http://127.0.0.1:{listener.server_port}/v1", api_key_env="LAB_KEY"))
+        open_backend(engine(url, api_key_env="LAB_KEY"))
+    with pytest.raises(KitError, match=r"bad Bearer") as unnamed:  # no key was sent that nobody named
+        open_backend(engine(url))
     listener.shutdown()
     listener.server_close()
-    said += [str(echoed.value), caplog.text]
+    said += [str(echoed.value), str(unnamed.value), caplog.text]
     assert not any(secret in text for text in said for secret in (key, "sk-wrong-98765", "sk-of-another-place"))
 
 
@@ -298,7 +294,7 @@ def test_greedy_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) ->
     """The same ids up to the first near-tie; the penalty is the same one (it changes these answers)."""
     questions = ["What is 2+2?", "Name a colour.", "Tell me about foxes."]
     for penalty in (1.0, 1.3):
-        sampling = Sampling(temperature=0, top_p=1, repetition_penalty=penalty, max_new_tokens=12)
+        sampling = Sampling(temperature=0, top_p=1, repetition_penalty=penalty, max_new_tokens=8)
         requests = [Request(q, render(local.tokenizer, q), sampling) for q in questions]
         here = {g.id: g.completions[0] for g in local.generate(requests)}
         there = {g.id: g.completions[0] for g in backend.generate(requests)}
@@ -335,7 +331,7 @@ def test_a_refused_prompt_costs_no_other(backend: HttpBackend) -> None:
     requests += [Request("bad", (5, 10**8), GREEDY), Request("empty", (), GREEDY)]
     found = {g.id: g for g in backend.generate(requests)}
     assert "2100 tokens, the context 2048" in found["long"].error and "invalid tokens" in found["bad"].error
-    assert found["empty"].error == "the prompt is empty" and found["good"].completions and not found["good"].error
+    assert "0 tokens" in found["empty"].error and found["good"].completions and not found["good"].error
 
 
 def test_retokenizing_server_is_refused(server: Server) -> None:
@@ -358,7 +354,7 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
     def meddle(number: int, body: dict[str, Any]) -> Any:
         if number == 80:
             mortal.kill()
-            threading.Timer(1.0, mortal.start, kwargs={"wait": False}).start()
+            threading.Timer(0.5, mortal.start, kwargs={"wait": False}).start()
         with lock:
             roll = dice.random()
         if number in (40, 41):
@@ -367,7 +363,7 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
         return next((action for share, action in choices if roll < share and number > 4), None)
 
     proxy = Proxy(mortal.port, meddle)
-    backend = open_backend(engine(proxy.url, timeout_seconds=10, retries=8))
+    backend = open_backend(engine(proxy.url, timeout_seconds=3, retries=8))
     pairs = [(" c", " a"), (" a", " cat"), (" c", " d")]  # after eight rounds the second follows with p 0.56 to 0.86
     turns = [tuple(tuple(backend.tokenizer.encode(word)) for word in pair) for pair in pairs]
     sampling = GREEDY.model_copy(update={"max_new_tokens": 1})
@@ -400,7 +396,7 @@ def test_a_dead_server_loses_nothing_that_was_finished(mortal: Server) -> None:
     backend.close()
 
 
-def judging_probes(tokenizer: Any, count: int = 6) -> list[Probe]:
+def judging_probes(tokenizer: Any, count: int = 4) -> list[Probe]:
     """Prompts as the judge asks them: one beginning, `count` boundaries; the labels at the token where they part."""
     sentences = [f"Step {i}: we add {i} to the sum and get {i * (i + 1) // 2}. " for i in range(1, count + 1)]
     labels = [tuple(tokenizer.encode(label)) for label in ("[ENOUGH]", "[NOT_ENOUGH]")]
@@ -418,48 +414,38 @@ def margins(readings: list[list[list[float]]]) -> list[float]:
 
 
 def test_judging_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -> None:
-    """Two builds of llama.cpp differ on Q4_1 weights, whose activations are rounded to 8 bits: by 0.27 nats in a margin
-    here, where each of the two differs from the dequantized weights in fp32 by 0.29 and 0.39 (12 boundaries). So the
-    values are compared loosely with the other build, and exactly with the server's own whole distribution below."""
+    """The same 16-bit weights in two builds of llama.cpp."""
     probes = judging_probes(local.tokenizer)
     expected = margins(local.session(fresh=True).read(probes))
     session = backend.session()
     found = margins(session.read(probes))
     print("margins in process", [round(m, 3) for m in expected], "over HTTP", [round(m, 3) for m in found])
-    assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < 0.5
+    assert found == pytest.approx(expected, abs=0.05)
     assert [m > 0 for m in expected] == [m > 0 for m in found]
     assert session.cost.reused_tokens > session.cost.evaluated_tokens
     assert any(note.startswith("prefix cache:") for note in backend.notes)
     fresh = backend.session(fresh=True)
-    assert margins(fresh.read(probes)) == pytest.approx(found, abs=1e-3)  # cached equals uncached
+    assert margins(fresh.read(probes)) == pytest.approx(found, abs=1e-2)  # cached equals uncached
     assert fresh.cost.reused_tokens == 0 and fresh.cost.evaluated_tokens == sum(len(p.ids) for p in probes)
 
 
-def test_values_beyond_the_listed_ones_are_exact(backend: HttpBackend) -> None:
-    """Tokens beyond the 20 likeliest are forced by a bias, which leaves the log-probability that is told as it was."""
+def test_values_beyond_the_listed_ones_are_exact(backend: HttpBackend, local: Any) -> None:
     ids = render(backend.tokenizer, "Name a colour.")
-    whole = backend.run(backend.complete(ids, {"max_tokens": 1, "temperature": 0, "logprobs": 49152})).logprobs
-    ranked = sorted(whole, key=lambda token: -whole[token])
-    complete = [token for token in ranked[::97] if "\ufffd" not in backend.tokenizer.decode([token])]
-    wanted = (*ranked[:12:4], *complete[1::60])
-    (reading,) = backend.session().read([Probe(ids, ((len(ids) - 1, wanted),))])
-    assert (
-        len(wanted) > 8 and backend.forces and reading[0] == pytest.approx([whole[token] for token in wanted], abs=1e-3)
-    )
+    probe = Probe(ids, ((len(ids) - 1, tuple(range(0, 49152, 4001))),))
+    ((wanted,),), ((found,),) = local.session(fresh=True).read([probe]), backend.session().read([probe])
+    assert found == pytest.approx(wanted, abs=0.05) and min(found) < -10
 
 
-def test_a_server_that_ignores_the_bias_is_noticed(server: Server) -> None:
-    def ignore(number: int, body: dict[str, Any]) -> Any:
-        body.pop("logit_bias", None)
-
-    proxy = Proxy(server.port, ignore)
+def test_a_server_that_lists_the_likeliest_alone_is_noticed(server: Server) -> None:
+    proxy = Proxy(server.port, reshape=vllm)  # one that knows no logprob_token_ids
     other = open_backend(engine(proxy.url))
     ids = render(other.tokenizer, "Name a colour.")
-    likely = max(other.run(other.complete(ids, {"max_tokens": 1, "temperature": 0, "logprobs": 2})).logprobs)
+    told = other.run(other.complete(ids, {"max_tokens": 1, "temperature": 0, "logprobs": 20})).logprobs
     with pytest.raises(KitError, match="tells no log-probability"):
         other.session().read([Probe(ids, ((len(ids) - 1, (48000,)),))])
-    (reading,) = other.session().read([Probe(ids, ((len(ids) - 1, (likely, 48000)),))])
-    assert other.forces is False and reading[0][0] > reading[0][1] and "upper bound" in " ".join(other.notes)
+    (reading,) = other.session().read([Probe(ids, ((len(ids) - 1, (max(told, key=told.get), 48000)),))])
+    assert reading[0] == pytest.approx([max(told.values()), min(told.values())], abs=0.01)
+    assert "upper bound" in " ".join(other.notes)
     other.close()
     proxy.close()
 
@@ -503,7 +489,7 @@ def vllm(path: str, sent: dict[str, Any], answer: Any) -> Any:
         answer["data"][0] |= {"owned_by": "vllm", "max_model_len": 2048, "root": "smollm2-135m"}
     if path.endswith("/completions"):
         content = (answer["choices"][0].get("logprobs") or {}).get("content") or []
-        answer["choices"][0]["token_ids"] = [e["id"] for e in content]
+        answer["choices"][0]["token_ids"] = [e["id"] for e in content] or None
         answer["choices"][0]["logprobs"] = {
             "tokens": [f"token_id:{e['id']}" for e in content],
             "token_logprobs": [e["logprob"] for e in content],

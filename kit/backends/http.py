@@ -1,66 +1,49 @@
-"""OpenAI-compatible servers (llama-server, vLLM, SGLang): how the work leaves this machine.
+"""OpenAI-compatible servers (llama-server, vLLM): how the work leaves this machine.
 
 Prompts go to /v1/completions as token ids; every sample is a request of its own with its own seed. Retries, back-off
 with jitter, Retry-After and time-outs are the openai package's. Judging is in kit/backends/http_session.py. Nothing
-here starts a server or streams: a loop is told when its sample ends, and costs its tokens until then (vLLM is asked to
-end it at once). A key comes from the environment and stands in no message.
+here starts a server or streams: `stop_loops` only names a loop when its sample has ended, at its full length. A key
+comes from the environment and stands in no message.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import re
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from kit.backends import Completion, Finish, Generation, Request, Session, Tokenizer, looping, sample_seed
-from kit.backends.http_reply import Refused, Reply, read_reply
 from kit.config import Engine, Sampling
 from kit.errors import KitError
 
 REFUSED = (400, 413, 422)  # statuses of one request: asking again changes nothing
 SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # llama-server's, in the order of transformers
-FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "repetition": "loop"}
-LOOPS = {"max_pattern_size": 64, "min_pattern_size": 1, "min_count": 24}  # vLLM's own detection
+FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
 T = TypeVar("T")
 
 
-class ServerTokenizer:
-    """llama-server's own tokenizer and chat template, behind the protocol of kit.backends; answers are kept."""
+class Refused(Exception):
+    """A request that the server will never take; its message says why."""
 
-    def __init__(self, backend: HttpBackend, props: dict[str, Any], vocabulary: int) -> None:
-        self._backend, self._vocabulary, self.template = backend, vocabulary, props.get("chat_template") or None
-        self.bos, self.eos = props.get("bos_token") or "", props.get("eos_token") or ""
-        self._encoded, self._decoded = lru_cache(2048)(self._encode), lru_cache(2048)(self._decode)
-        self.eos_ids = frozenset(self.encode(self.eos))
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
-        return list(self._encoded(text, special))
+@dataclass(frozen=True)
+class Reply:
+    """A completion. None: the server does not tell. logprobs: of the first token and its rivals, by id."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens by their names."""
-        return self._decoded(tuple(ids))
-
-    @cached_property
-    def special(self) -> tuple[str, ...]:
-        """All special tokens' names: of the ids of the whole vocabulary's text that come only where they are parsed."""
-        text = self._decode(range(self._vocabulary))
-        found = set(self._encode(text, True)) - set(self._encode(text, False))
-        return tuple(name for i in sorted(found) if self.encode(name := self._decode([i])) == [i])
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": special}
-        return self._backend.call("/tokenize", body)["tokens"]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._backend.call("/detokenize", {"tokens": list(ids)})["content"]
+    text: str
+    ids: tuple[int, ...] | None
+    finish: str
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    logprobs: dict[int, float]
 
 
 class HttpBackend:
@@ -70,8 +53,8 @@ class HttpBackend:
         engine: url, model (the server's name for it), tokenizer, api_key_env, parallel, timeout_seconds, retries.
 
     Raises:
-        KitError: nothing answers, a key is wanted, the model is not served, the server takes no token ids, or its
-            tokenizer is not the named one.
+        KitError: nothing answers, a key is wanted, the model is not served, the server takes no token ids, or the
+            tokenizer is not the server's.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -81,10 +64,11 @@ class HttpBackend:
         if not (engine.url or "").rstrip("/").endswith("/v1"):
             raise KitError(f"url is {engine.url!r}; a server's address ends in /v1.", f"Set url={self.root}/v1.", 2)
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
-        self.forces: bool | None = None  # whether a bias shows a token's own log-probability; None: not yet tried
-        self._told: dict[str, None] = {}  # notes, each once
+        self.notes: list[str] = []
         self._sent_tokens = self._cached_tokens = 0
-        self._key = os.environ.get(engine.api_key_env) or "none"  # None would send the client looking for another
+        openais = urlsplit(self.root).hostname == "api.openai.com"  # no other host gets the key that is meant for it
+        self._key_name = engine.api_key_env or ("OPENAI_API_KEY" if openais else "")
+        self._key = os.environ.get(self._key_name) or "none"  # None would send the client looking for another
         self._client = openai.AsyncOpenAI(
             api_key=self._key,
             base_url=self.root,
@@ -100,15 +84,10 @@ class HttpBackend:
             self.close()
             raise
 
-    @property
-    def notes(self) -> list[str]:
-        """What the user must know; the hit rate of the server's prefix cache as measured so far."""
-        share = f"{self._cached_tokens / max(self._sent_tokens, 1):.1%} of {self._sent_tokens:,}"
-        return [*self._told, *([f"prefix cache: {share} prompt tokens reused"] if self._sent_tokens else [])]
-
     def note(self, text: str) -> None:
-        """Add a note, once."""
-        self._told[text] = None
+        """Add a note, once; one that begins with the same words up to a colon is replaced."""
+        kept = [note for note in self.notes if note.partition(":")[0] != text.partition(":")[0]]
+        self.notes[:] = [*kept, text]
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's result as it finishes, `parallel` requests in flight.
@@ -146,11 +125,7 @@ class HttpBackend:
         finally:
             future.cancel()  # at Ctrl-C nothing stays in flight
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """`ask`, waited for."""
-        return self.run(self.ask(path, body))
-
-    async def ask(self, path: str, body: dict[str, Any] | None = None, **options: Any) -> Any:
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """POST a body (None: GET) to a path under the server's root.
 
         Raises:
@@ -160,13 +135,14 @@ class HttpBackend:
         import openai
 
         try:
-            options = {"cast_to": object} | options
-            send = self._client.get(path, **options) if body is None else self._client.post(path, body=body, **options)
             async with self._room:
-                reply = await send
+                if body is None:
+                    reply = await self._client.get(path, cast_to=object)
+                else:
+                    reply = await self._client.post(path, body=body, cast_to=object)
         except openai.OpenAIError as error:
             raise self._explained(error) from None
-        if isinstance(reply, str):
+        if not isinstance(reply, dict):
             raise KitError(f"{self.root}{path} does not answer in JSON.", "Check url: it must be an API's.")
         return reply
 
@@ -176,24 +152,21 @@ class HttpBackend:
         Raises:
             Refused, KitError: as `ask`; KitError too where the server counted other tokens than were sent.
         """
-        reply = read_reply(
-            await self.ask("/v1/completions", {"model": self.engine.model, "prompt": list(prompt), **fields})
-        )
-        self.account(len(prompt), reply.prompt_tokens, reply.cached_tokens)
-        return reply
-
-    def account(self, sent_tokens: int, counted_tokens: int | None, cached_tokens: int | None) -> None:
-        """Check the server's count of a prompt (KitError: it is another) and keep what it says it reused."""
-        if counted_tokens not in (None, sent_tokens):
+        body = {"model": self.engine.model, "prompt": list(prompt), **fields}
+        reply = read_reply(await self.ask("/v1/completions", body))
+        if reply.prompt_tokens not in (None, len(prompt)):
             raise KitError(
-                f"{self.root} counts {counted_tokens} prompt tokens where {sent_tokens} ids were sent.",
-                "It tokenizes them again: use one that takes ids as they are (vLLM, SGLang, llama-server).",
+                f"{self.root} counts {reply.prompt_tokens} prompt tokens where {len(prompt)} ids were sent.",
+                "It tokenizes them again: use one that takes ids as they are (vLLM, llama-server).",
             )
-        if cached_tokens is None:
-            self.note("this server does not report reused tokens (vLLM: --enable-prompt-tokens-details)")
+        if reply.cached_tokens is None:
+            self.note("prefix cache: this server does not report reused tokens (vLLM: --enable-prompt-tokens-details)")
         else:
-            self._sent_tokens += sent_tokens
-            self._cached_tokens += cached_tokens
+            self._sent_tokens += len(prompt)
+            self._cached_tokens += reply.cached_tokens
+            share = self._cached_tokens / max(self._sent_tokens, 1)
+            self.note(f"prefix cache: {share:.1%} of {self._sent_tokens:,} prompt tokens reused")
+        return reply
 
     async def _generate(self, requests: Sequence[Request], finished: queue.SimpleQueue[Any]) -> None:
         failures: list[Exception] = []
@@ -216,11 +189,7 @@ class HttpBackend:
         there they go one by one through one slot."""
         length, begun = len(request.prompt), time.perf_counter()
         if not 0 < length < self.context_tokens:
-            why = (
-                f"the prompt has {length} tokens, the context {self.context_tokens}"
-                if length
-                else "the prompt is empty"
-            )
+            why = f"the prompt has {length} tokens, the context {self.context_tokens}"
             return Generation(request.id, prompt_tokens=length, error=why)
         samples: list[Any] = []
         while len(samples) < request.n:
@@ -245,11 +214,10 @@ class HttpBackend:
             fields |= {"samplers": SAMPLERS, "id_slot": slot}
         else:
             fields |= {"repetition_penalty": s.repetition_penalty, "return_token_ids": True}
-            fields |= {"repetition_detection": LOOPS} if s.stop_loops else {}
         reply = await self.complete(request.prompt, fields)
         ids, finish = reply.ids, FINISHES.get(reply.finish, "error")
         if ids is None:
-            ids = tuple(await asyncio.to_thread(self.tokenizer.encode, reply.text, False))
+            ids = tuple(self.tokenizer.encode(reply.text, False))
             self.note("this server does not tell generated ids: they are its text, tokenized again")
         while ids and finish == "stop" and ids[-1] in self._ends:
             ids = ids[:-1]
@@ -258,17 +226,17 @@ class HttpBackend:
         return Completion(reply.text, ids, finish), length - (reply.cached_tokens or 0)
 
     def _connect(self) -> None:
-        """Learn what is served, by whom, with which tokenizer; one generated token proves that ids are taken."""
-        listed = self.call("/v1/models").get("data", ())
+        """Learn what is served and by whom; a few generated tokens prove that ids are taken and mean the same."""
+        listed = self.run(self.ask("/v1/models")).get("data", ())
         models = {name: model for model in listed for name in (model["id"], *(model.get("aliases") or ()))}
         model = models.get(self.engine.model)
         if model is None:
             names = " or ".join(models)
             raise KitError(f"{self.root}/v1 serves no model {self.engine.model!r}.", f"Set model to {names}.")
-        self.llama, self.sglang = model.get("owned_by") == "llamacpp", model.get("owned_by") == "sglang"
-        limit, self.concurrent = model.get("max_model_len"), self.engine.parallel
-        props = self.call("/props") if self.llama else {}
+        self.llama, self.concurrent = model.get("owned_by") == "llamacpp", self.engine.parallel
+        limit = model.get("max_model_len")
         if self.llama:
+            props = self.run(self.ask("/props"))
             limit, slots = props["default_generation_settings"]["n_ctx"], props["total_slots"]
             self.concurrent = min(self.concurrent, slots)
             if slots < self.engine.parallel:
@@ -278,51 +246,72 @@ class HttpBackend:
         self.context_tokens = min(filter(None, (limit, self.engine.context_tokens)))
         for slot in range(self.concurrent):
             self._slots.put_nowait(slot)
-        self.tokenizer: Tokenizer = (
-            ServerTokenizer(self, props, model["meta"]["n_vocab"])
-            if self.llama and not self.engine.tokenizer
-            else self._local_tokenizer(self.engine.tokenizer or model.get("root") or self.engine.model)
-        )
+        name = self.engine.tokenizer or model.get("root") or self.engine.model
+        hint = "Set tokenizer to the served model's hub id, folder or .gguf file."
+        try:
+            self.tokenizer = open_tokenizer(name)
+        except KitError as error:
+            raise KitError(f"The served model's tokenizer is not found as {name!r}: {error.args[0]}", hint) from None
         special = [self.tokenizer.encode(name) for name in self.tokenizer.special]
         self._ends = self.tokenizer.eos_ids | {ids[0] for ids in special if len(ids) == 1}
-        self.start = tuple(self.tokenizer.encode("1, 2, 3,"))
+        start = Request("start", tuple(self.tokenizer.encode("1, 2, 3,")), Sampling(temperature=0, max_new_tokens=6))
         try:
-            self.run(self._sample(Request("start", self.start, Sampling(max_new_tokens=1)), 0, 0))
+            sample, _ = self.run(self._sample(start, 0, 0))
         except Refused as error:
-            raise KitError(f"{self.root} takes no token ids: {error}", "Use vLLM, SGLang or llama-server.") from None
-
-    def _local_tokenizer(self, name: str) -> Tokenizer:
-        """A tokenizer of this machine, compared with the server's where that can be asked."""
-        from kit.models import PROBE, load_tokenizer
-
-        tokenizer = load_tokenizer(name)
-        theirs = ours = tokenizer.encode(PROBE)
-        body = {"content": PROBE, "add_special": False, "parse_special": True}  # llama-server's words, then vLLM's
-        body |= {"model": self.engine.model, "prompt": PROBE, "add_special_tokens": False}
-        with contextlib.suppress(Refused, KitError):  # none there: every prompt's count is compared all the same
-            theirs = self.call("/tokenize", body)["tokens"]
-        if theirs != ours:
-            raise KitError(
-                f"{name} is not {self.root}'s tokenizer: one text gives other ids.",
-                "Set tokenizer to the served model's hub id or folder.",
-            )
-        return tokenizer
+            raise KitError(f"{self.root} takes no token ids: {error}", "Use vLLM or llama-server.") from None
+        if self.tokenizer.decode(sample.ids).strip() != sample.text.strip():
+            raise KitError(f"{name} is not {self.root}'s tokenizer: it reads {sample.text!r} otherwise.", hint)
 
     def _explained(self, error: Exception) -> Exception:
         """An error of the openai package as one for users; without the key, should the server have echoed it."""
         import openai
 
         text = " ".join(str(error).replace(self._key, "***").split())[:500]
-        status, name = getattr(error, "status_code", None), self.engine.api_key_env
+        status, name = getattr(error, "status_code", None), self._key_name
         if status in REFUSED:
             return Refused(text)
         what, hint = f"does not answer, {self.engine.retries} retries: {text}", "Start the server"
         if status in (401, 403):
-            state = "is set, but not accepted" if os.environ.get(name) else "is not set"
-            what, hint = f"wants a key, and the variable {name} {state}: {text}", f"Set {name}"
+            state = f"the variable {name} is {'set, but not accepted' if os.environ.get(name) else 'not set'}"
+            what = f"wants a key, and {state if name else 'api_key_env names no variable'}: {text}"
+            hint = f"Set {name or 'api_key_env to the name of the variable that holds it'}"
         elif status == 404:
             what, hint = f"knows no such address: {text}", "Check url (/v1/models must answer there)"
         elif isinstance(error, openai.APITimeoutError):
             what = f"did not answer within {self.engine.timeout_seconds:g} s, {self.engine.retries} retries"
             hint = "Set a larger timeout_seconds or a smaller parallel"
         return KitError(f"{self.root} {what}.", f"{hint}; the same command then goes on from here.")
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer of this machine, without weights: llama.cpp's for a GGUF, else transformers'.
+
+    Raises:
+        KitError: no such model.
+    """
+    from kit.models import load_tokenizer, resolve
+
+    if isinstance(file := resolve(name), Path):
+        from kit.backends.gguf import GgufTokenizer, load
+
+        return GgufTokenizer(load(file, vocab_only=True))
+    return load_tokenizer(name)
+
+
+def read_reply(body: dict[str, Any]) -> Reply:
+    """Read a completion as llama-server or vLLM write it; KitError: it is none."""
+    if not body.get("choices"):
+        raise KitError("The server's answer holds no completion.", "Check url: it must be an OpenAI-compatible API's.")
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    told, ids = choice.get("logprobs") or {}, choice.get("token_ids")
+    content, values = told.get("content"), {}
+    if content is not None:  # llama-server
+        ids = [entry["id"] for entry in content]
+        values = {entry["id"]: entry["logprob"] for first in content[:1] for entry in (*first["top_logprobs"], first)}
+    elif told.get("tokens"):  # vLLM, which names tokens by their ids when it is asked to
+        named = dict((told.get("top_logprobs") or [None])[0] or {}) | {told["tokens"][0]: told["token_logprobs"][0]}
+        values = {int(name[9:]): value for name, value in named.items() if name.startswith("token_id:")}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    finish = choice.get("finish_reason") or "none"
+    ids = None if ids is None else tuple(ids)
+    return Reply(choice["text"], ids, finish, usage.get("prompt_tokens"), cached, values)
