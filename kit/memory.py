@@ -31,11 +31,12 @@ def peak_bytes() -> int:
 
 
 def limit_bytes() -> tuple[bool, int]:
-    """(Whether there is a card, bytes free on it; without one: memory that processes can still get)."""
+    """(Whether there is a card, bytes that tensors can still get on it; without one: that processes can still get)."""
     import psutil
 
     if torch.cuda.is_available():
-        return True, torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return True, torch.cuda.mem_get_info()[0] + unused
     return False, psutil.virtual_memory().available
 
 

@@ -145,7 +145,9 @@ class AdapterTrainer(Trainer):
         row = {"step": self.state.global_step, **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm")}}
         row |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
         self.state.log_history.append(row | {"peak_bytes": peak_bytes()})
-        write_atomic(self.run.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.state.log_history))
+        write_atomic(
+            self.run.folder / LOG, "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.state.log_history)
+        )
         if self.bar is not None:
             self.bar.advance(tokens=tokens)
 

@@ -77,8 +77,12 @@ def run_stage(config: Config, lines: list[TrainRow] | None = None) -> dict:
         return run.manifest
 
 
+def logged(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+
+
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "train_log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in logged(out)]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     summary = manifest["stages"]["train"]["summary"]
     assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.1
     assert summary["adapter_change"] > 0 and summary["rows"] == 8 and summary["peak_bytes"] > 0
-    log = [json.loads(line) for line in (config.folder / "train_log.jsonl").read_text().splitlines()]
+    log = logged(config.folder)
     assert [row["step"] for row in log] == list(range(1, 13))
     assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "seconds"} <= log[
         0
@@ -165,8 +169,10 @@ def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: 
     path.write_text(dump(broken))
     done = subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(losses(broken.folder)) == 5
+    killed = logged(broken.folder)
+    assert len(killed) == 5
     run_stage(broken)
+    assert logged(broken.folder)[:3] == killed[:3]  # seconds and all: these steps were not trained again
     assert losses(broken.folder) == losses(whole.folder)  # bit for bit, dropout included
     ours, theirs = ((c.folder / "adapter" / "adapter_model.safetensors").read_bytes() for c in (broken, whole))
     assert ours == theirs
