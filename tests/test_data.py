@@ -104,8 +104,8 @@ def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
         (b"", "is empty"),
         (b" \n\n", "is empty"),
         (b'{"question": "a", "answer": "1"}\n' * 811 + b'{"question": "b", "ans', "line 812: broken JSON"),
-        (b'{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2: list, not an object"),
-        (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: int, not an object"),
+        (b'{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2: broken JSON .list, not an object"),
+        (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: broken JSON .int, not an object"),
         (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken JSON .*utf-8"),
         (b"[" * 100_000, "line 1: broken JSON"),
         (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: .*line 1: no question in question"),
@@ -195,7 +195,7 @@ def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
     loaded = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6}))
     train, held = {p.id for p in loaded.train}, {p.id for p in loaded.evals["holdout"]}
     assert (len(train), len(held)) == (8, 6) and not train & held
-    again = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6}, seed=1))
+    again = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6, "seed": 1}))
     assert {p.id for p in again.train} == train and {p.id for p in again.evals["holdout"]} != held
     whole = data.load_all(configured({"path": path, "limit": 8}, "holdout")).evals["holdout"]
     assert len(whole) == 12
@@ -203,11 +203,13 @@ def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
         data.load_all(configured(path, "holdout"))
 
 
-def test_holdout_of_builtin_problems() -> None:
+def test_builtin_problems_hold_out_by_themselves() -> None:
     train = {"path": "builtin", "limit": 30, "subset": "2"}
-    loaded = data.load_all(configured(train, {"path": "holdout", "limit": 20}))
-    assert {p.level for p in loaded.evals["holdout"]} == {"2"} and len(loaded.evals["holdout"]) == 20
-    assert not {p.question for p in loaded.train} & {p.question for p in loaded.evals["holdout"]}
+    loaded = data.load_all(configured(train, {**train, "limit": 20}))
+    assert {p.level for p in loaded.evals["builtin"]} == {"2"} and len(loaded.evals["builtin"]) == 20
+    assert not {p.question for p in loaded.train} & {p.question for p in loaded.evals["builtin"]}
+    with pytest.raises(KitError, match=r"Nothing is left.*data\.eval=builtin"):
+        data.load_all(configured(train, "holdout"))
     with pytest.raises(KitError, match="is no range"):
         load(Source(subset="many"), 0)
 
