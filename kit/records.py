@@ -8,7 +8,6 @@ off by a power failure are found when the file is read, set aside, and made agai
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -17,11 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from kit.errors import KitError
 
-VOLATILE = frozenset({"seconds", "tokens_per_second"})  # fields in which equal runs may differ
+VOLATILE = {"seconds"}  # fields in which equal runs may differ
 
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
 
@@ -36,27 +35,25 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _sound(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        return {key: sound(value) if isinstance(value, str) else value for key, value in raw.items()}
+    def _sound(cls, value: Any) -> Any:
+        return sound(value) if isinstance(value, str) else value
 
 
 class Row(Part):
-    """A record with a stable id."""
+    """A question with its gold answer; what every row has. Several traces of one question have ids of their own."""
 
     id: str
+    question: str
+    answer: str
 
 
 class Problem(Row):
-    """A question with its gold answer."""
+    """A question as the data has it."""
 
-    question: str
-    answer: str
-    solution: str | None = None  # a worked solution, where the data has one
-    trace: str | None = None  # a long chain of thought, where the data has one
+    solution: str | None = None  # a worked solution
+    trace: str | None = None  # a long chain of thought
     level: str | None = None
     subject: str | None = None
 
@@ -72,20 +69,18 @@ class Sample(Part):
 
 
 class Outcome(Row):
-    """What every stage's row has: its problem, what it took, and, where it left here, why."""
+    """What every stage's row has: what it took, and, where it left here, why."""
 
-    question: str
-    answer: str
     seconds: float = 0.0
     rejected: str | None = None
     detail: str | None = None
 
 
 class TraceRow(Outcome):
-    """teach: one problem, its sampled traces, and which of them go on (`kept`: indices into `samples`)."""
+    """teach: one problem, its sampled traces, and which of them go on."""
 
     samples: tuple[Sample, ...]
-    kept: tuple[int, ...]
+    kept: tuple[int, ...]  # indices into samples
 
 
 class Verdict(Part):
@@ -154,8 +149,7 @@ class RowFile(Generic[R]):
     def read(self, mend: bool = True) -> list[R]:
         """All sound rows, in file order. Damaged lines are named in `damaged`; `mend` moves them to NAME.damaged."""
         rows: dict[str, R] = {}
-        bad: list[bytes] = []
-        self.damaged = []
+        bad, self.damaged = b"", []
         for number, line in enumerate(self.path.read_bytes().split(b"\n") if self.path.exists() else (), 1):
             try:
                 if line.strip():
@@ -163,32 +157,19 @@ class RowFile(Generic[R]):
                     rows.setdefault(row.id, row)
             except ValueError as error:
                 self.damaged.append(f"{self.path.name} line {number}: {error}")
-                bad.append(line + b"\n")
+                bad += line + b"\n"
         if bad and mend:
-            self._write(self.path.with_name(self.path.name + ".damaged"), b"".join(bad))
+            _append(self.path.with_name(self.path.name + ".damaged"), bad)
             self.write_all(rows.values())
         return list(rows.values())
 
     def append(self, *new: R) -> None:
         """Add rows in one write and flush them to the disk."""
-        self._write(self.path, "".join(map(line_of, new)).encode())
+        _append(self.path, "".join(map(line_of, new)).encode())
 
     def write_all(self, rows: Iterable[R]) -> None:
         """Replace the file's content at once."""
         write_atomic(self.path, "".join(map(line_of, rows)))
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Append all of the data, or nothing: a torn row would swallow the next one."""
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with open(path, "ab", buffering=0) as out:
-                if out.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(out.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            raise unwritable(path, error) from None
 
     def _parse(self, line: bytes) -> R:
         try:
@@ -196,7 +177,7 @@ class RowFile(Generic[R]):
             sha = raw.pop("sha")
         except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
             raise ValueError("cut off or no row of ours") from None
-        if sha != _sha(raw):
+        if sha != _sha(_canonical(raw)):
             raise ValueError(f"row {raw.get('id')!r} was edited: its digest differs")
         try:
             return self.kind.model_validate(raw)
@@ -207,7 +188,7 @@ class RowFile(Generic[R]):
 def line_of(row: Row) -> str:
     """A row as its JSON line, digest last."""
     raw = row.model_dump(mode="json")
-    return json.dumps({**raw, "sha": _sha(raw)}, ensure_ascii=False) + "\n"
+    return json.dumps({**raw, "sha": _sha(_canonical(raw))}, ensure_ascii=False) + "\n"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -221,31 +202,38 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: OSError) -> KitError:
-    """What to say when the disk is full, read-only or gone."""
-    hint = "Every finished row is safe. Make room or mend the folder, then run the same command again."
-    return KitError(f"{path} could not be written: {error.strerror}.", hint)
+            beside.unlink()
+        raise _unwritable(path, error) from None
 
 
 def digest(rows: Iterable[Row]) -> str:
     """One hash over rows, volatile fields and order aside: equal for an interrupted and an uninterrupted run."""
-    texts = sorted(_canonical(_steady(row.model_dump(mode="json"))) for row in rows)
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    return _sha("".join(sorted(_canonical(row.model_dump(mode="json", exclude=VOLATILE)) for row in rows)), 16)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append all of the data and flush it to the disk, or nothing: a torn row would swallow the next one."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> KitError:
+    """What to say when the disk is full, read-only or gone."""
+    hint = "Every finished row is safe. Make room or mend the folder, then run the same command again."
+    return KitError(f"{path} could not be written: {error.strerror}.", hint)
 
 
 def _canonical(raw: Any) -> str:
     return json.dumps(raw, ensure_ascii=False, sort_keys=True)
 
 
-def _sha(raw: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical(raw).encode(errors="surrogatepass")).hexdigest()[:12]
-
-
-def _steady(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _steady(v) for k, v in value.items() if k not in VOLATILE}
-    return [_steady(v) for v in value] if isinstance(value, list) else value
+def _sha(text: str, digits: int = 12) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
