@@ -13,24 +13,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
-ALONE_SECONDS = {"CUDA": 60, "NF4 training": 60, "llama.cpp": 60, "model hub": 9}  # tried in a process of their own
-GIB = 1 << 30
+ALONE = {"CUDA", "NF4 training", "llama.cpp"}  # tried in a process of their own, which they may kill or hang
+ALONE_SECONDS = 60
 Finding = tuple[bool | None, str]  # ok (None: absent, but not every run needs it) and what was found
 
 
 def examine() -> dict[str, Any]:
-    """Examine everything, some of it side by side; seconds, most of them spent importing torch.
+    """Examine everything; seconds, most of them spent importing torch.
 
     Returns:
-        {ok, checks: [{name, ok, found, mend}]}; ok is false where something that every run needs is broken, and None
-        of a check where not every run needs it; `mend` is a command, empty where all is well.
+        {ok: nothing that every run needs is broken, checks: [{name, ok, found, mend: a command, or empty}]}.
     """
     with ThreadPoolExecutor(4) as pool:
         checks = list(pool.map(_examine, EXAMINED))
@@ -46,21 +46,17 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _examine(name: str) -> dict[str, Any]:
-    """One check; in a child where a library may kill its process or hang, for that is a finding too."""
     check, mend = EXAMINED[name]
     try:
-        ok, found = _alone(name) if name in ALONE_SECONDS else check()
+        ok, found = _alone(name) if name in ALONE else check()
     except Exception as error:  # whatever a broken installation raises is the finding
-        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
     return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend}
 
 
 def _alone(name: str) -> Finding:
-    command, seconds = [sys.executable, "-m", "kit.doctor", name], ALONE_SECONDS[name]
-    try:
-        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return None if name == "model hub" else False, f"no answer within {seconds} s"
+    command = [sys.executable, "-m", "kit.doctor", name]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ALONE_SECONDS, check=False)
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
     return False, (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1][:200]
@@ -74,22 +70,8 @@ def _packages() -> Finding:
     return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned"
 
 
-def _compiler() -> Finding:
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return bool(found) or None, found or "none; only building llama.cpp needs one"
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(".").free
-    return free > 5 * GIB or None, f"{free / GIB:.1f} GiB free here"
-
-
-def _memory() -> Finding:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    said = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {os.cpu_count()} cores"
-    return memory.available > 4 * GIB or None, said
+def _room(free: int, least_gib: int, where: str) -> Finding:
+    return free > least_gib << 30 or None, f"{free / (1 << 30):.1f} GiB free{where}"
 
 
 def _cuda() -> Finding:
@@ -97,8 +79,7 @@ def _cuda() -> Finding:
 
     if not torch.cuda.is_available():
         return None, f"no card that torch {torch.__version__} sees; runs use the CPU"
-    free, total = (size / GIB for size in torch.cuda.mem_get_info())
-    return True, f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free, CUDA {torch.version.cuda}"
+    return True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def _nf4() -> Finding:
@@ -107,16 +88,15 @@ def _nf4() -> Finding:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight, rows = torch.randn(68, 128, generator=torch.Generator().manual_seed(0)).split([64, 4])
+    weight, rows = torch.randn(64, 128), torch.randn(4, 128, requires_grad=True)
     layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     layer.load_state_dict({"weight": weight})
-    inputs = rows.to(device).requires_grad_()
-    out = layer.to(device)(inputs)
+    out = layer.to(device)(rows.to(device)).cpu()
     out.sum().backward()
-    pairs = (out.detach().cpu(), rows @ weight.T), (inputs.grad.cpu(), weight.sum(0).expand_as(rows))
+    pairs = (out, rows @ weight.T), (rows.grad, weight.sum(0).expand_as(rows))
     forward, backward = (((ours - exact).norm() / exact.norm()).item() for ours, exact in pairs)
-    said = f"forward off by {forward:.2f}, backward off by {backward:.2f}"  # four bits: by about a tenth
-    return max(forward, backward) < 0.25, f"bitsandbytes {bnb.__version__} on {device}, against 32 bits: {said}"
+    said = f"{bnb.__version__} on {device}: forward off by {forward:.2f}, backward off by {backward:.2f}"
+    return max(forward, backward) < 0.25, said  # four bits are off by about a tenth
 
 
 def _llama() -> Finding:
@@ -126,8 +106,8 @@ def _llama() -> Finding:
 
     llama_cpp.Llama(str(gguf_file("smollm2-135m")), vocab_only=True, verbose=False).close()
     offload, card = llama_cpp.llama_supports_gpu_offload(), shutil.which("nvidia-smi")
-    said = "GPU offload" if offload else f"no GPU offload{', though there is a card' if card else ''}"
-    return None if card and not offload else True, f"{llama_cpp.__version__}, loads the packaged model, {said}"
+    said = "GPU offload" if offload else f"no GPU offload{', though there is a card' * bool(card)}"
+    return (offload or not card) or None, f"{llama_cpp.__version__}, loads the packaged model, {said}"
 
 
 def _hub() -> Finding:
@@ -137,23 +117,27 @@ def _hub() -> Finding:
     if HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set: local files only"
     try:
-        get_session().head(ENDPOINT, timeout=3)  # a refusal is an answer too
+        return True, f"{ENDPOINT} answers {get_session().head(ENDPOINT, timeout=3).status_code}"
     except Exception as failure:  # whatever its HTTP library raises means the same
         return None, f"{ENDPOINT} does not answer ({failure}): local files only"
-    return True, f"{ENDPOINT} answers"
 
 
-PIP = "python -m pip install"
-AGAIN = f"{PIP} --force-reinstall --no-deps -c requirements.txt"  # the pinned version of one package, anew
-EXAMINED: dict[str, tuple[Callable[[], Finding], str]] = {  # name: (check, the command that mends it)
+AGAIN = "python -m pip install --force-reinstall --no-deps -c requirements.txt"  # one package, as pinned
+EXAMINED: dict[str, tuple[Any, str]] = {  # name: (check, the command that mends it)
     "Python": (lambda: (sys.version_info >= (3, 11), platform.python_version()), "python3.11 -m venv venv"),
-    "packages": (_packages, f"{PIP} -r requirements.txt"),
-    "C++ compiler": (_compiler, "apt-get install g++"),
-    "CUDA": (_cuda, f"nvidia-smi && {PIP} --force-reinstall -c requirements.txt torch"),
+    "packages": (_packages, "python -m pip install -r requirements.txt"),
+    "C++ compiler": (
+        lambda: (bool(shutil.which("c++")) or None, shutil.which("c++") or "none; only building llama.cpp needs one"),
+        "apt-get install g++",
+    ),
+    "CUDA": (_cuda, "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch"),
     "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
     "llama.cpp": (_llama, f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python'),
-    "memory": (_memory, "close other programs, or run with teacher.parallel=2 train.micro_rows=1"),
-    "disk": (_disk, "run with out=DIR on a disk with room"),
+    "memory": (
+        lambda: _room(psutil.virtual_memory().available, 4, f", {os.cpu_count()} cores"),
+        "close other programs, or run with teacher.parallel=2 train.micro_rows=1",
+    ),
+    "disk": (lambda: _room(shutil.disk_usage(".").free, 5, " here"), "run with out=DIR on a disk with room"),
     "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
 }
 

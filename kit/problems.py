@@ -1,9 +1,8 @@
 """Built-in grade-school word problems, and long traces that wander: runs without any data, and the workshop.
 
-A problem is one of the stories in configs/problems.yaml: a quantity and 1 to 4 events that change it. Training and
-held-out problems are disjoint by construction: a question belongs to the side that its own hash names.
-Nothing here is from a dataset; the wandering imitates what long chains of thought do (restating, a false start
-that is caught, checking the result again and again), not how a model phrases it.
+A problem is one of the stories in configs/problems.yaml: a quantity and 1 to 4 events that change it. A question is
+for training or held out by its own hash, so the two never meet. The wandering imitates what long chains of thought do
+(restating, a false start that is caught, checking the result again and again), not how a model phrases it.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ def generate(
     """Make distinct problems with worked solutions; `level` is the number of steps, `subject` the kind of story.
 
     Args:
-        held_out: the other half of all questions; no held-out question is ever a training question.
-        steps: fewest and most arithmetic steps within 1 to 4, each number of them equally likely.
+        steps: fewest and most arithmetic steps, each number of them equally likely.
         largest: number that a story begins with or adds; 10 is for the weakest of models.
 
     Raises:
@@ -65,13 +63,9 @@ def generate(
 
 def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
-    women, men = texts()["she"].split(), texts()["he"].split()
-    hero, friend = rng.sample(women + men, 2)
-    pronouns = dict(
-        zip(("they", "their", "them"), "she her her".split() if hero in women else "he his him".split(), strict=True)
-    )
-    words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), **pronouns}
-    words |= {name.title(): word.title() for name, word in pronouns.items()}
+    people = {name: who for who in texts()["people"] for name in who["names"].split()}
+    hero, friend = rng.sample(list(people), 2)
+    words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), **people[hero]}
     inner, last = ([event for event in story["events"] if len(event) == parts] for parts in (3, 4))
     events = rng.sample(inner, min(steps, len(inner)))
     if rng.random() < 0.5 or len(events) < steps:
@@ -86,25 +80,21 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
         result = _APPLY[op](value, number)
         if not 2 <= result <= LARGEST:
             return None
-        told.append(tell.format(b=number, **words))
+        sentence = tell.format(b=number, **words)
+        told.append(sentence[0].upper() + sentence[1:])
         worked.append(f"{note.format(**words)}: {value} {op} {number} = {result}.")
         value = result
     question = " ".join([*told, [*events[-1], story["ask"]][3].format(**words)])
-    made = "b" + hashlib.sha256(question.encode()).hexdigest()[:12]
     solution = "\n".join([*worked, f"The answer is \\boxed{{{value}}}."])
-    level, subject = str(len(events)), story["name"]
-    return Problem(id=made, question=question, answer=str(value), solution=solution, level=level, subject=subject)
+    facts = {"answer": str(value), "solution": solution, "level": str(len(events)), "subject": story["name"]}
+    return Problem(id="b" + hashlib.sha256(question.encode()).hexdigest()[:12], question=question, **facts)
 
 
 def wander(problem: Problem, wordiness: float, seed: int) -> str:
     """A long chain of thought over a worked solution: right in the end, essential steps early, then checks upon checks.
 
-    Args:
-        problem: with a `solution`, one step a line; equations `a op b = c` in it are what goes astray and is checked.
-        wordiness: 0 is the bare solution; 1 a trace some eight times as long, 3 some twenty times.
-
-    Raises:
-        KitError: the problem has no worked solution.
+    Equations `a op b = c` in the solution, one step a line, are what goes astray and is checked. A wordiness of 0 is
+    the bare solution; 1 a trace some eight times as long, 3 some twenty times. KitError without a worked solution.
     """
     if not problem.solution:
         hint = "Use teacher.backend=worked with the built-in problems, GSM8K or MATH, or another teacher."
@@ -120,37 +110,41 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
         lines.append(say["retell"].format(told=" ".join(told)))
     lines.append(say["asked"].format(asked=asked))
     for step in steps:
-        if rng.random() < min(0.9, 0.35 * wordiness):
-            lines += [_false_start(rng, *equation) for equation in _equations(step)[:1]]
+        if rng.random() < min(0.9, 0.35 * wordiness) and (equations := _equations(step)):
+            lines.append(_false_start(rng, equations[0]))
         lines.append(rng.choice(say["step"]).format(step=step))
     lines.append(say["result"].format(answer=problem.answer))
+    facts = {"answer": problem.answer, "asked": asked}
     for number in range(round(wordiness * rng.randint(4, 6))):
         opening = rng.choice(say["again"]) if number else say["doubt"]
-        lines.append(f"{opening} {_check(rng, problem.answer, asked, steps)}")
+        lines.append(f"{opening} {_check(rng, facts, steps)}")
     return "\n\n".join([*lines, say["end"].format(answer=problem.answer)])
 
 
-def _equations(step: str) -> list[tuple[int, str, int, int]]:
+def _equations(step: str) -> list[dict[str, Any]]:
     """The true equations `a op b = c` of a step."""
-    found = [(int(m[1]), m[2], int(m[3]), int(m[4])) for m in _EQUATION.finditer(step)]
-    return [(a, op, b, c) for a, op, b, c in found if _APPLY[op](a, b) == c and _APPLY[_UNDO[op]](c, b) == a]
+    found = []
+    for match in _EQUATION.finditer(step):
+        a, op, b, c = int(match[1]), match[2], int(match[3]), int(match[4])
+        if _APPLY[op](a, b) == c and _APPLY[_UNDO[op]](c, b) == a:
+            found.append({"a": a, "op": op, "b": b, "c": c})
+    return found
 
 
-def _false_start(rng: random.Random, a: int, op: str, b: int, right: int) -> str:
+def _false_start(rng: random.Random, known: dict[str, Any]) -> str:
     """A wrong operation or a slip, caught at once."""
-    other = rng.choice([o for o in "+-*" if o != op])
-    wrong, kind = _APPLY[other](a, b), "wrong"
-    if rng.random() >= 0.5 or wrong == right:
-        wrong, kind = right + rng.choice((-10, -2, -1, 1, 2, 10)), "slip"
-    return texts()["wander"][kind].format(a=a, op=op, b=b, other=other, wrong=wrong)
+    other = rng.choice([op for op in "+-*" if op != known["op"]])
+    wrong, kind = _APPLY[other](known["a"], known["b"]), "wrong"
+    if rng.random() >= 0.5 or wrong == known["c"]:
+        wrong, kind = known["c"] + rng.choice((-10, -2, -1, 1, 2, 10)), "slip"
+    return texts()["wander"][kind].format(**known, other=other, wrong=wrong)
 
 
-def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str:
+def _check(rng: random.Random, facts: dict[str, str], steps: list[str]) -> str:
     """One of several ways to check again what is already known."""
     known, way = [equation for step in steps for equation in _equations(step)], rng.randrange(5)
     way = way if known or way == 3 else 4
-    said = {"answer": answer, "asked": asked, "step": rng.choice(steps) if way == 4 else ""}
-    said["sums"] = " ".join(f"{a} {op} {b} = {c}, yes." for a, op, b, c in known)
-    said["undone"] = ", ".join(f"{c} {_UNDO[op]} {b} = {a}" for a, op, b, c in reversed(known))
-    equation = rng.choice(known) if way == 2 else ("",) * 4
-    return texts()["wander"]["checks"][way].format(**said, **dict(zip("a op b c".split(), equation, strict=True)))
+    facts = facts | {"step": rng.choice(steps) if way == 4 else ""}
+    facts["sums"] = " ".join("{a} {op} {b} = {c}, yes.".format(**equation) for equation in known)
+    facts["undone"] = ", ".join(f"{e['c']} {_UNDO[e['op']]} {e['b']} = {e['a']}" for e in reversed(known))
+    return texts()["wander"]["checks"][way].format(**facts, **(rng.choice(known) if way == 2 else {}))
