@@ -17,18 +17,13 @@ from kit.config import Engine, Sampling
 from kit.errors import KitError
 
 Finish = Literal["stop", "length", "loop", "error"]
-BACKENDS = {
-    "hf": ("kit.backends.hf", "HfBackend"),
-    "gguf": ("kit.backends.gguf", "GgufBackend"),
-    "http": ("kit.backends.http", "HttpBackend"),
-    "scripted": ("tests.scripted", "ScriptedBackend"),
-}
+BACKENDS = {"hf": "HfBackend", "gguf": "GgufBackend", "http": "HttpBackend", "scripted": "ScriptedBackend"}
+LOOP_EVERY_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """n samples of one prompt, which share its prefill. Sample j draws from a generator of its own, seeded
-    `sample_seed(seed, id, j)`, whatever runs beside it."""
+    """n samples of one prompt, which share its prefill. Each has a generator of its own, whatever runs beside it."""
 
     id: str
     prompt: tuple[int, ...]  # token ids, special tokens included, as `prompts.render` made them
@@ -60,11 +55,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Probe:
-    """Log-probabilities to read along one sequence of token ids (T,): of candidate ids to stand at p+1, after
-    ids[:p+1], for each (p in [0, T), candidates) of `reads`; positions ascend."""
+    """Log-probabilities to read along one sequence of token ids (T,): of candidates to stand after ids[:p+1]."""
 
     ids: tuple[int, ...]
-    reads: tuple[tuple[int, tuple[int, ...]], ...]
+    reads: tuple[tuple[int, tuple[int, ...]], ...]  # (p in [0, T), candidates), by ascending p
 
 
 Readings = list[list[float]]  # of one probe: natural-log probabilities, [read][candidate]
@@ -84,10 +78,8 @@ class Cost:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, and the model's chat template.
-
-    `encode` adds no BOS or EOS of its own; with special=False a special token's name in the text stays text.
-    """
+    """Text to ids and back, and the model's chat template. `encode` adds no BOS or EOS of its own; with special=False
+    a special token's name in the text stays text."""
 
     template: str | None  # Jinja chat template; None: the model has none
     bos: str  # text of the BOS token, "" if none
@@ -101,19 +93,19 @@ class Tokenizer(Protocol):
 
 
 class Session(Protocol):
-    """Reads of many probes that share a beginning: what one trace's judging is made of."""
+    """Reads of many probes that share a beginning: what one trace's judging is made of. `read` reuses the longest token
+    prefix that is cached; each probe sees only its own prefix."""
 
     cost: Cost  # of everything read so far
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
-        """Read probes, reusing the longest token prefix that is cached. Each sees only its own prefix."""
-        ...
+    def read(self, probes: Sequence[Probe]) -> list[Readings]: ...
 
     def close(self) -> None: ...
 
 
 class Backend(Protocol):
-    """A loaded model."""
+    """A loaded model. `generate` yields each request's result as it finishes, an over-long prompt's as an error;
+    `session(fresh=True)` evaluates every probe from its first token, without any cache."""
 
     name: str  # for tables and files: letters, digits, dots and dashes
     tokenizer: Tokenizer
@@ -121,13 +113,9 @@ class Backend(Protocol):
     concurrent: int  # sessions that may be open at once: 1 in process, many over HTTP
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield each request's result as it finishes. An over-long prompt yields an error of its own at once."""
-        ...
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]: ...
 
-    def session(self, fresh: bool = False) -> Session:
-        """Open a session; fresh=True evaluates every probe from its first token, without any cache."""
-        ...
+    def session(self, fresh: bool = False) -> Session: ...
 
     def close(self) -> None: ...
 
@@ -136,6 +124,31 @@ def sample_seed(seed: int, request: str, sample: int) -> int:
     """A 31-bit seed of one sample's own generator; does not depend on batch, order or machine."""
     text = f"{seed}\0{request}\0{sample}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def too_long(request: Request, context_tokens: int) -> Generation | None:
+    """The result of a request whose prompt is empty or leaves no room for an answer."""
+    size = len(request.prompt)
+    why = f"The prompt has {size} tokens, the context {context_tokens}."
+    return None if 0 < size < context_tokens else Generation(request.id, prompt_tokens=size, error=why)
+
+
+def ended(ids: Sequence[int], limit_tokens: int, sampling: Sampling, tokenizer: Tokenizer) -> Completion | None:
+    """The completion, if the last of a sample's ids ends it. A stop string and what follows it are not in its text."""
+    finish: Finish | None = None
+    tail = 4 + max((len(stop.encode()) for stop in sampling.stop), default=0)  # a token is a byte or more
+    if ids[-1] in tokenizer.eos_ids:
+        finish, ids = "stop", ids[:-1]
+    elif sampling.stop and any(stop in tokenizer.decode(ids[-tail:]) for stop in sampling.stop):
+        finish = "stop"
+    elif sampling.stop_loops and len(ids) % LOOP_EVERY_TOKENS == 0 and looping(ids):
+        finish = "loop"
+    elif len(ids) >= limit_tokens:
+        finish = "length"
+    if finish is None:
+        return None
+    text = tokenizer.decode(ids)
+    return Completion(text[: min((text.find(s) for s in sampling.stop if s in text), default=None)], tuple(ids), finish)
 
 
 def looping(ids: Sequence[int], longest: int = 64) -> bool:
@@ -149,18 +162,10 @@ def looping(ids: Sequence[int], longest: int = 64) -> bool:
 
 
 def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
-    """Load the model that an engine names, with a PEFT adapter's folder on top of it (hf only).
-
-    Raises:
-        KitError: no such model, no such file, a server that does not answer, a library that is missing.
-    """
-    if engine.backend not in BACKENDS:
-        raise KitError(f"backend {engine.backend} runs no model.", "Use hf, gguf or http.", 2)
+    """Load the model that an engine names, a PEFT adapter's folder on top of it (hf only); KitError: it cannot be."""
     if adapter and engine.backend in ("gguf", "http"):
-        raise KitError(
-            f"An adapter runs on backend hf, not {engine.backend}.",
-            "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that.",
-        )
-    module, name = BACKENDS[engine.backend]
-    opened = getattr(import_module(module), name)
-    return opened(engine, adapter=adapter) if engine.backend == "hf" else opened(engine)
+        hint = "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that."
+        raise KitError(f"An adapter runs on backend hf, not {engine.backend}.", hint)
+    module = import_module("tests.scripted" if engine.backend == "scripted" else f"kit.backends.{engine.backend}")
+    opened = getattr(module, BACKENDS[engine.backend])
+    return opened(engine, adapter) if adapter else opened(engine)

@@ -28,7 +28,6 @@ SLOW = {3, 9}  # file types Q4_1 and Q5_1, for which llama.cpp has no fast CPU k
 UNPACK_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
 ROOM_TOKENS = 8192  # of a judging trunk at least, where the model has them: growing forgets it
 RECOMPUTED = "the judge's cache cannot be cut for this architecture: every verdict evaluates its whole prompt"
-Row = tuple[int, Sequence[int], Collection[int]]
 
 
 @cache
@@ -62,29 +61,27 @@ def load(path: Path, gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     lib.complaints.clear()
     if model := lib.llama_model_load_from_file(str(path).encode(), params):
         return model
-    raise KitError(
-        f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}",
-        "Is the download complete? Compare its size with the source's, or name another GGUF.",
-    )
+    what = f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}"
+    raise KitError(what, "Is the download complete? Compare its size with the source's, or name another GGUF.")
 
 
 def unpacked(path: Path) -> Path:
-    """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; OSError: it cannot be."""
+    """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; KitError: it cannot be."""
     lib, stat = library(), path.stat()
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
     target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
-    part = target.with_suffix(f".{os.getpid()}")
-    params = lib.llama_model_quantize_default_params()
+    part, params = target.with_suffix(f".{os.getpid()}"), lib.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = 1, True  # F16
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
+                part.unlink(missing_ok=True)
                 raise OSError(" ".join(lib.complaints))
             part.rename(target)
-    finally:
-        if part.exists():
-            part.unlink()
+    except OSError as error:
+        what = f"{path.name} cannot be unpacked for speed into {root}: {error}"
+        raise KitError(what, "Make room, or set PALIGN_CACHE.") from None
     return target
 
 
@@ -127,7 +124,7 @@ class Context:
 
     def __init__(self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool) -> None:
         self._lib = lib = library()
-        self.tokens, self._size, self.cuttable = -(-tokens // 256) * 256, backend.tokenizer.size, True
+        self.tokens, self._size, self._notes = -(-tokens // 256) * 256, backend.tokenizer.size, backend.notes
         self.held: list[list[int]] = [[] for _ in range(sequences)]
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = self.tokens * sequences, sequences, False
@@ -144,8 +141,8 @@ class Context:
     def keep(self, sequence: int, ids: Sequence[int]) -> int:
         """Make a sequence hold the longest beginning of `ids` that any sequence has, and nothing else.
 
-        Returns its length; 0 where a cache cannot be cut (`cuttable` is then False): recurrent states refuse, sliding
-        windows have lost what comes before.
+        Returns its length; 0 where a cache cannot be cut, which is noted: recurrent states refuse, sliding windows have
+        lost what comes before.
         """
         lib, memory = self._lib, self._memory
         shared = [common(held, ids) for held in self.held]
@@ -159,38 +156,39 @@ class Context:
             done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
             left = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
             if not done or left != (0, length - 1):
-                self.cuttable, length = False, 0
+                length = 0
+                self._notes += [RECOMPUTED] if RECOMPUTED not in self._notes else []
         if not length:
             lib.llama_memory_seq_rm(memory, sequence, -1, -1)
         self.held[sequence] = list(ids[:length])
         return length
 
-    def evaluate(self, rows: Sequence[Row]) -> Iterator[tuple[int, int, np.ndarray]]:
+    def evaluate(self, rows: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> Iterator[tuple[int, np.ndarray]]:
         """Append rows (sequence, token ids, positions whose logits are wanted) to sequences.
 
-        Yields (index of the row, position, logits (V,)), in order; the logits are valid until the next is taken.
+        Yields (position, logits (V,)) in the order of the rows; valid until the next is taken.
         """
         lib, batch = self._lib, self._batch
         tokens = [
-            (row, sequence, position, token)
-            for row, (sequence, ids, _) in enumerate(rows)
+            (sequence, position, token, position in wanted)
+            for sequence, ids, wanted in rows
             for position, token in enumerate(ids, len(self.held[sequence]))
         ]
         while tokens:
             size = BATCH_TOKENS - (len(tokens) == BATCH_TOKENS + 1)  # one token alone takes other kernels: see read
             chunk, tokens = tokens[:size], tokens[size:]
             batch.n_tokens = len(chunk)
-            for i, (row, sequence, position, token) in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, position in rows[row][2]
+            for i, (sequence, position, token, wanted) in enumerate(chunk):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             if status := lib.llama_decode(self._context, batch):
-                why = f"llama_decode failed ({status}) on {len(chunk)} tokens: {' '.join(lib.complaints)}"
-                raise KitError(why, "Set a smaller context_tokens or parallel, or try another GGUF of the model.")
-            for i, (row, sequence, position, token) in enumerate(chunk):
+                what = f"llama.cpp cannot evaluate {len(self.held[sequence]) + len(chunk)} tokens (status {status})."
+                raise KitError(what, "Set judge.limit_tokens or a smaller context_tokens.")
+            for i, (sequence, position, token, wanted) in enumerate(chunk):
                 self.held[sequence].append(token)
-                if batch.logits[i]:
+                if wanted:
                     pointer = lib.llama_get_logits_ith(self._context, i)
-                    yield row, position, np.ctypeslib.as_array(pointer, (self._size,))
+                    yield position, np.ctypeslib.as_array(pointer, (self._size,))
 
     def close(self) -> None:
         """Free it."""
@@ -209,22 +207,15 @@ class GgufBackend:
         path = gguf_file(engine.model)
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
         self.threads = engine.threads or len(os.sched_getaffinity(0))
-        on_gpu = engine.gpu_layers != 0 and lib.llama_supports_gpu_offload()
-        if engine.gpu_layers > 0 and not on_gpu:
-            self.notes.append(f"gpu_layers={engine.gpu_layers}: this llama.cpp was built without a GPU, all on the CPU")
         self.model = load(path, engine.gpu_layers)
-        slow = lib.llama_model_ftype(self.model) in SLOW and not on_gpu
+        slow = lib.llama_model_ftype(self.model) in SLOW
+        slow = slow and not (engine.gpu_layers and lib.llama_supports_gpu_offload())
         if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
-            try:
-                copy = unpacked(path)
-                lib.llama_model_free(self.model)
-                self.model = load(copy)
-            except OSError as error:
-                self.notes.append(f"{path.name} runs at half speed: its 16-bit copy cannot be cached ({error})")
+            lib.llama_model_free(self.model)
+            self.model = load(unpacked(path))
         self.tokenizer = GgufTokenizer(self.model)
         trained = lib.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained, trained)
-        self.judging: Context | None = None  # kept from session to session
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """See kit/backends/gguf_generate.py."""
@@ -237,8 +228,7 @@ class GgufBackend:
         return GgufSession(self, fresh)
 
     def close(self) -> None:
-        """Free the context and the weights."""
-        self.judging = self.judging and self.judging.close()
+        """Free the weights."""
         self.model = self.model and self._lib.llama_model_free(self.model)
 
 
@@ -251,40 +241,34 @@ class GgufSession:
 
     def __init__(self, backend: GgufBackend, fresh: bool = False) -> None:
         self.backend, self.fresh, self.cost = backend, fresh, Cost()
-        for sequence in range(2 if backend.judging else 0):  # a trace's cost must not depend on the one before it
-            backend.judging.keep(sequence, ())
+        self._context: Context | None = None
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]:
         """Read probes; KitError: one is longer than the model's context."""
-        context = self._context(max((len(probe.ids) for probe in probes), default=0))
+        context = self._grown(max((len(probe.ids) for probe in probes), default=0))
         found: list[Readings] = [[] for _ in probes]
         for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
             ids, reads = probes[i].ids, dict(probes[i].reads)
             sequence = 0 if self.fresh or len(ids) >= len(context.held[0]) else 1
             # at least two tokens are evaluated: llama.cpp multiplies one alone otherwise, and logits moved by up to 0.4
             kept = context.keep(sequence, () if self.fresh else ids[: min([*reads, len(ids) - 2])])
-            for _, position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
+            for position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
                 shifted = logits - logits.max().astype(np.float64)
                 found[i].append((shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist())
             self.cost.add(Cost(len(ids) - kept, kept))
-        if not context.cuttable and RECOMPUTED not in self.backend.notes:
-            self.backend.notes.append(RECOMPUTED)
         return found
 
     def close(self) -> None:
-        """Nothing to do: the context stays for the next trace."""
+        """Free the context."""
+        self._context = self._context and self._context.close()
 
-    def _context(self, tokens: int) -> Context:
-        """The backend's judging context, grown where it has no room for a probe of so many tokens."""
-        backend, limit = self.backend, self.backend.context_tokens
-        if tokens > limit:
-            why = f"A judging prompt has {tokens} tokens, the model's context {limit}."
-            raise KitError(why, "Set judge.limit_tokens, or judge with a model of longer context.")
-        if not backend.judging or backend.judging.tokens < tokens:
-            backend.judging = backend.judging and backend.judging.close()
-            room = min(max(2 * tokens, ROOM_TOKENS), limit)
-            backend.judging = Context(backend, room, 2, backend.engine.flash_attention)
-        return backend.judging
+    def _grown(self, tokens: int) -> Context:
+        """The context, made anew where it has no room for a probe of so many tokens."""
+        if not self._context or self._context.tokens < tokens:
+            self.close()
+            room = min(max(2 * tokens, ROOM_TOKENS), self.backend.context_tokens)
+            self._context = Context(self.backend, room, 2 - self.fresh, self.backend.engine.flash_attention)
+        return self._context
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -8,16 +8,15 @@ apart, llama.cpp would split a mixed batch anyway.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kit.backends import Completion, Finish, Generation, Request, looping, sample_seed
+from kit.backends import Completion, Generation, Request, ended, sample_seed, too_long
 from kit.backends.gguf import Context, GgufBackend
 from kit.config import Sampling
-
-STOP_WINDOW = 64  # last tokens searched for a stop string
 
 
 @dataclass
@@ -26,20 +25,28 @@ class Job:
 
     request: Request
     begun: float = 0.0
-    started: int = 0
     evaluated_tokens: int = 0
     logits: np.ndarray | None = None
     done: dict[int, Completion] = field(default_factory=dict)
 
 
-@dataclass
 class Sample:
-    """What is being written at one place."""
+    """What is being written, or waits for a place."""
 
-    job: Job
-    number: int
-    random: np.random.Generator
-    ids: list[int] = field(default_factory=list)
+    def __init__(self, job: Job, number: int) -> None:
+        self.job, self.number, request = job, number, job.request
+        self.ids: list[int] = []
+        self.random = np.random.default_rng(sample_seed(request.seed, request.id, number))
+
+    def begin(self, context: Context, place: int) -> None:
+        """Put the prompt into a place and draw the first token."""
+        job, prompt = self.job, self.job.request.prompt
+        job.begun = job.begun or time.perf_counter()
+        kept = context.keep(place, prompt if job.logits is not None else prompt[:-1])
+        job.evaluated_tokens += len(prompt) - kept
+        for _, logits in context.evaluate([(place, prompt[kept:], {len(prompt) - 1})]):
+            job.logits = logits.copy()
+        self.draw(job.logits)
 
     def draw(self, logits: np.ndarray) -> None:
         """Write the next token."""
@@ -49,85 +56,47 @@ class Sample:
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
     """Yield each request's result as it finishes; the plan follows from the list of requests alone."""
-    limit = backend.context_tokens
+    limit, waiting, longest = backend.context_tokens, deque[Sample](), 0
     for request in requests:
-        if not 0 < len(request.prompt) < limit:
-            why = f"the prompt has {len(request.prompt)} tokens, the model's context {limit}"
-            yield Generation(request.id, prompt_tokens=len(request.prompt), error=why)
-    waiting = [Job(request) for request in requests if 0 < len(request.prompt) < limit]
+        if refused := too_long(request, limit):
+            yield refused
+            continue
+        job = Job(request)
+        waiting += [Sample(job, number) for number in range(request.n)]
+        longest = max(longest, len(request.prompt) + request.sampling.max_new_tokens)
     if not waiting:
         return
-    places: list[Sample | None] = [None] * min(backend.engine.parallel, sum(job.request.n for job in waiting))
-    longest = max(len(job.request.prompt) + job.request.sampling.max_new_tokens for job in waiting)
+    places: list[Sample | None] = [None] * min(backend.engine.parallel, len(waiting))
     context = Context(backend, min(longest, limit), len(places), flash_attention=True)
     try:
         while waiting or any(places):
-            free = [place for place, sample in enumerate(places) if sample is None] if waiting else []
-            for place in free[: sum(job.request.n - job.started for job in waiting)]:
-                places[place] = _start(context, place, waiting)
-            if not free:
+            busy = [place for place, sample in enumerate(places) if not sample][: len(waiting)]
+            for place in busy:
+                places[place] = waiting.popleft()
+                places[place].begin(context, place)
+            if not busy:
                 busy = [place for place, sample in enumerate(places) if sample]
                 rows = [(place, places[place].ids[-1:], {len(context.held[place])}) for place in busy]
-                for row, _, logits in context.evaluate(rows):
-                    places[busy[row]].draw(logits)
-            for place in free or busy:
-                sample = places[place]
-                if not sample or not (completion := _ended(backend, sample)):
-                    continue
-                places[place], job = None, sample.job
-                job.done[sample.number] = completion
-                if len(job.done) == job.request.n:
+                for place, (_, logits) in zip(busy, context.evaluate(rows), strict=True):
+                    places[place].draw(logits)
+            for place in busy:
+                request, job = places[place].job.request, places[place].job
+                room = min(request.sampling.max_new_tokens, limit - len(request.prompt))
+                completion = ended(places[place].ids, room, request.sampling, backend.tokenizer)
+                if completion:
+                    job.done[places[place].number] = completion
+                    places[place] = None
+                if completion and len(job.done) == request.n:
                     completions = tuple(done for _, done in sorted(job.done.items()))
-                    lengths = len(job.request.prompt), job.evaluated_tokens
-                    yield Generation(job.request.id, completions, *lengths, time.perf_counter() - job.begun)
+                    seconds = time.perf_counter() - job.begun
+                    yield Generation(request.id, completions, len(request.prompt), job.evaluated_tokens, seconds)
     finally:
         context.close()
 
 
-def _start(context: Context, place: int, waiting: list[Job]) -> Sample:
-    """Put the next sample's prompt into a place and draw its first token."""
-    job, request, prompt = waiting[0], waiting[0].request, waiting[0].request.prompt
-    job.begun = job.begun or time.perf_counter()
-    sample = Sample(job, job.started, np.random.default_rng(sample_seed(request.seed, request.id, job.started)))
-    job.started += 1
-    if job.started == request.n:
-        waiting.pop(0)
-    kept = context.keep(place, prompt if job.logits is not None else prompt[:-1])
-    job.evaluated_tokens += len(prompt) - kept
-    for _, _, logits in context.evaluate([(place, prompt[kept:], {len(prompt) - 1})]):
-        job.logits = logits.copy()
-    sample.draw(job.logits)
-    return sample
-
-
-def _ended(backend: GgufBackend, sample: Sample) -> Completion | None:
-    """The completion, if the last token ended it: its text stops before a stop string, its ids before an end token."""
-    request, ids, decode = sample.job.request, sample.ids, backend.tokenizer.decode
-    stops: Sequence[str] = request.sampling.stop
-    finish: Finish | None = None
-    if ids[-1] in backend.tokenizer.eos_ids:
-        return Completion(decode(ids[:-1]), tuple(ids[:-1]), "stop")
-    if stops and any(stop in decode(ids[-STOP_WINDOW:]) for stop in stops):
-        finish = "stop"
-    elif request.sampling.stop_loops and looping(ids):
-        finish = "loop"
-    elif len(request.prompt) + len(ids) >= backend.context_tokens or len(ids) >= request.sampling.max_new_tokens:
-        finish = "length"
-    if not finish:
-        return None
-    text = decode(ids)
-    return Completion(text[: min((text.find(s) for s in stops if s in text), default=None)], tuple(ids), finish)
-
-
 def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]) -> int:
-    """Draw a token, filtered as in kit/backends/sampling.py, whose tensors take 3 to 15 times as long on a CPU's row.
-
-    Args:
-        logits: (V,), left as they are.
-        sampling: temperature 0 takes the best token.
-        random: the sample's own; gives one number a token.
-        seen: what the penalty looks at, the prompt included.
-    """
+    """Draw a token from logits (V,), left as they are; the penalty looks at `seen`, the prompt included. Filtered as in
+    kit/backends/sampling.py, whose tensors take 3 to 15 times as long on a CPU's row."""
     if sampling.repetition_penalty != 1:
         logits, known = logits.copy(), np.unique(seen)
         factor = np.where(logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)

@@ -1,317 +1,261 @@
-"""OpenAI-compatible servers (llama-server, vLLM): how the work leaves this machine.
+"""OpenAI-compatible servers (vLLM, SGLang, llama-server): how the work leaves this machine.
 
-Prompts go to /v1/completions as token ids; every sample is a request of its own with its own seed. Retries, back-off
-with jitter, Retry-After and time-outs are the openai package's. Judging is in kit/backends/http_session.py. Nothing
-here starts a server or streams: `stop_loops` only names a loop when its sample has ended, at its full length. A key
-comes from the environment and stands in no message.
+Prompts go to /v1/completions as token ids. Retries, back-off with jitter, Retry-After and time-outs are the openai
+package's. A verdict is the log-probabilities of one generated token, its prompt's beginning taken from the server's
+prefix cache (vLLM computes those of prompts past it). Candidates are told apart by token id, never by text; SGLang
+names none by id: it generates, and does not judge. Nothing here starts a server or streams: `stop_loops` only names a
+loop when its sample has ended. A key comes from the environment and stands in no message.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import os
-import queue
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-from kit.backends import Completion, Finish, Generation, Request, Session, Tokenizer, looping, sample_seed
+from kit.backends import Completion, Cost, Generation, Probe, Readings, Request, looping, sample_seed, too_long
 from kit.config import Engine, Sampling
 from kit.errors import KitError
+from kit.models import load_tokenizer, resolve
 
 REFUSED = (400, 413, 422)  # statuses of one request: asking again changes nothing
 SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")  # llama-server's, in the order of transformers
-FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
-T = TypeVar("T")
+TOP = 20  # log-probabilities asked for; vLLM's default limit
+ALL = 1 << 20  # more than any vocabulary; llama-server tells as many as there are
 
 
-class Refused(Exception):
-    """A request that the server will never take; its message says why."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A completion. None: the server does not tell. logprobs: of the first token and its rivals, by id."""
-
-    text: str
-    ids: tuple[int, ...] | None
-    finish: str
-    prompt_tokens: int | None
-    cached_tokens: int | None
-    logprobs: dict[int, float]
+class Refused(KitError):
+    """A request that the server will never take."""
 
 
 class HttpBackend:
-    """A model that a server holds.
-
-    Args:
-        engine: url, model (the server's name for it), tokenizer, api_key_env, parallel, timeout_seconds, retries.
-
-    Raises:
-        KitError: nothing answers, a key is wanted, the model is not served, the server takes no token ids, or the
-            tokenizer is not the server's.
-    """
+    """A model that a server holds; KitError: nothing answers, a key is wanted, the model is not served, or the server's
+    token ids are not those of the tokenizer."""
 
     def __init__(self, engine: Engine) -> None:
         import openai
 
-        self.engine, self.root = engine, (engine.url or "http://HOST:PORT").rstrip("/").removesuffix("/v1")
-        if not (engine.url or "").rstrip("/").endswith("/v1"):
-            raise KitError(f"url is {engine.url!r}; a server's address ends in /v1.", f"Set url={self.root}/v1.", 2)
+        if not engine.url:
+            raise KitError("Backend http needs the server's address.", "Set url=http://HOST:PORT/v1.", 2)
+        self.engine, self.root = engine, engine.url.rstrip("/").removesuffix("/v1")
         self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
         self.notes: list[str] = []
-        self._sent_tokens = self._cached_tokens = 0
-        openais = urlsplit(self.root).hostname == "api.openai.com"  # no other host gets the key that is meant for it
-        self._key_name = engine.api_key_env or ("OPENAI_API_KEY" if openais else "")
-        self._key = os.environ.get(self._key_name) or "none"  # None would send the client looking for another
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key,
-            base_url=self.root,
-            max_retries=engine.retries,
-            timeout=openai.Timeout(engine.timeout_seconds, connect=min(10.0, engine.timeout_seconds)),
-        )
-        self._room, self._slots = asyncio.Semaphore(engine.parallel), asyncio.Queue[int]()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True, name="http").start()
-        try:
-            self._connect()
-        except BaseException:
-            self.close()
-            raise
-
-    def note(self, text: str) -> None:
-        """Add a note, once; one that begins with the same words up to a colon is replaced."""
-        kept = [note for note in self.notes if note.partition(":")[0] != text.partition(":")[0]]
-        self.notes[:] = [*kept, text]
+        self.turns, self._own, self._lock, self._spent = itertools.count(), threading.local(), threading.Lock(), Cost()
+        self._key = os.environ.get(engine.api_key_env or "") or "none"  # None would send the client looking for one
+        limits = openai.Timeout(engine.timeout_seconds, connect=min(10.0, engine.timeout_seconds))
+        given = {"api_key": self._key, "base_url": self.root, "timeout": limits, "max_retries": engine.retries}
+        self._client = openai.OpenAI(**given)
+        self._connect()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield each request's result as it finishes, `parallel` requests in flight.
-
-        Raises:
-            KitError: the server is gone past the retries; only after all that finished has been yielded.
-        """
-        finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(self._generate(requests, finished), self._loop)
+        """Yield each request's result as it finishes, `parallel` requests in flight; KitError: the server is gone past
+        the retries, raised after all that finished has been yielded."""
+        jobs = [self.pool.submit(self._answer, request) for request in requests]
+        failures: list[BaseException] = []
         try:
-            while (item := finished.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            for job in as_completed(jobs):
+                if job.cancelled():
+                    continue
+                if error := job.exception():
+                    failures.append(error)
+                    for waiting in jobs:  # those in flight still bring what they can
+                        waiting.cancel()
+                else:
+                    yield job.result()
         finally:
-            work.cancel()  # closes connections, at which servers stop generating
+            for waiting in jobs:
+                waiting.cancel()
+        if failures:
+            raise failures[0]
 
-    def session(self, fresh: bool = False) -> Session:
+    def session(self, fresh: bool = False) -> HttpSession:
         """Open a judging session; fresh=True has the server evaluate every probe without its cache."""
-        from kit.backends.http_session import HttpSession
-
         return HttpSession(self, fresh)
 
     def close(self) -> None:
-        """Close the connections and end their thread."""
-        if self._loop.is_running():
-            self.run(self._client.close())
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Close the connections."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the backend's loop, from any thread, and wait for it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # at Ctrl-C nothing stays in flight
-
-    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """POST a body (None: GET) to a path under the server's root.
+    def complete(self, prompt: Sequence[int], fields: dict[str, Any], cost: Cost) -> list[dict[str, Any]]:
+        """The choices of a completion of token ids; what it took is added to `cost`.
 
         Raises:
             Refused: of this request, for good.
-            KitError: the server is gone past the retries, wants a key, or is none.
+            KitError: the server is gone past the retries, wants a key, or counted other tokens than were sent.
         """
+        reply = self._call("/v1/completions", {"model": self.engine.model, "prompt": list(prompt), **fields})
+        choices, usage, wanted = reply.get("choices") or (), reply.get("usage") or {}, fields.get("n", 1)
+        counted = usage.get("prompt_tokens", len(prompt))
+        if (len(choices), counted) != (wanted, len(prompt)):
+            told = f"{self.root} gives {len(choices)} completions and counts {counted} prompt tokens"
+            what = f"{told} where {wanted} of {len(prompt)} ids were asked for."
+            raise KitError(what, "Use a server that takes ids as they are: vLLM, SGLang, llama-server.")
+        reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        spent = Cost(len(prompt) - (reused or 0), reused or 0)
+        with self._lock:
+            cost.add(spent)
+            if reused is not None:
+                self._spent.add(spent)
+                total = sum(vars(self._spent).values())
+                share = self._spent.reused_tokens / total
+                self.notes[:] = [f"prefix cache: {share:.1%} of {total:,} prompt tokens reused"]
+        return choices
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """POST a body (None: GET) to a path under the server's root; raises as `complete`."""
         import openai
 
         try:
-            async with self._room:
-                if body is None:
-                    reply = await self._client.get(path, cast_to=object)
-                else:
-                    reply = await self._client.post(path, body=body, cast_to=object)
+            get, post = self._client.get, self._client.post
+            reply = post(path, body=body, cast_to=object) if body else get(path, cast_to=object)
         except openai.OpenAIError as error:
             raise self._explained(error) from None
         if not isinstance(reply, dict):
             raise KitError(f"{self.root}{path} does not answer in JSON.", "Check url: it must be an API's.")
         return reply
 
-    async def complete(self, prompt: Sequence[int], fields: dict[str, Any]) -> Reply:
-        """Complete token ids.
+    def _explained(self, error: Exception) -> Exception:
+        """An error of the openai package as one for users; without the key, should the server have echoed it."""
+        status, name = getattr(error, "status_code", None), self.engine.api_key_env
+        text = " ".join(str(error).replace(self._key, "***").split())[:500]
+        if status in REFUSED:
+            return Refused(f"{self.root} refuses a prompt: {text}")
+        if status in (401, 403):
+            state = "set, but not accepted" if os.environ.get(name or "") else "not set"
+            what = f"{self.root} wants a key, and the variable that api_key_env names, {name}, is {state}: {text}"
+            return KitError(what, "Name the variable that holds the key, and set it.")
+        hint = "Start the server, check url or set a larger timeout_seconds; the same command then goes on from here."
+        return KitError(f"{self.root} does not answer, {self.engine.retries} retries: {text}", hint)
 
-        Raises:
-            Refused, KitError: as `ask`; KitError too where the server counted other tokens than were sent.
-        """
-        body = {"model": self.engine.model, "prompt": list(prompt), **fields}
-        reply = read_reply(await self.ask("/v1/completions", body))
-        if reply.prompt_tokens not in (None, len(prompt)):
-            raise KitError(
-                f"{self.root} counts {reply.prompt_tokens} prompt tokens where {len(prompt)} ids were sent.",
-                "It tokenizes them again: use one that takes ids as they are (vLLM, llama-server).",
-            )
-        if reply.cached_tokens is None:
-            self.note("prefix cache: this server does not report reused tokens (vLLM: --enable-prompt-tokens-details)")
-        else:
-            self._sent_tokens += len(prompt)
-            self._cached_tokens += reply.cached_tokens
-            share = self._cached_tokens / max(self._sent_tokens, 1)
-            self.note(f"prefix cache: {share:.1%} of {self._sent_tokens:,} prompt tokens reused")
-        return reply
+    def _take_slot(self) -> None:
+        self._own.slot = next(self.turns) % self.concurrent
 
-    async def _generate(self, requests: Sequence[Request], finished: queue.SimpleQueue[Any]) -> None:
-        failures: list[Exception] = []
+    def _answer(self, request: Request) -> Generation:
+        """All samples of a request at once; one by one through one slot of llama-server, whose cache is a slot's."""
+        if refused := too_long(request, self.context_tokens):
+            return refused
+        begun, samples, cost, step = time.perf_counter(), [], Cost(), 1 if self.llama else request.n
+        try:
+            for first in range(0, request.n, step):
+                choices = self.complete(request.prompt, self._fields(request, first, step), cost)
+                samples += [self._sample(choice, request.sampling) for choice in choices]
+        except Refused as error:
+            return Generation(request.id, prompt_tokens=len(request.prompt), error=str(error))
+        seconds = time.perf_counter() - begun
+        return Generation(request.id, tuple(samples), len(request.prompt), cost.evaluated_tokens, seconds)
 
-        async def one(request: Request) -> None:
-            slot = await self._slots.get()
-            try:
-                if not failures:
-                    finished.put(await self._answer(request, slot))
-            except Exception as error:  # raised in generate(), after what the requests in flight still bring
-                failures.append(error)
-            finally:
-                self._slots.put_nowait(slot)
-
-        await asyncio.gather(*map(one, requests))
-        finished.put(failures[0] if failures else None)
-
-    async def _answer(self, request: Request, slot: int) -> Generation:
-        """All samples of a request. The first fills the prefix cache for the others; llama-server's is a slot's, so
-        there they go one by one through one slot."""
-        length, begun = len(request.prompt), time.perf_counter()
-        if not 0 < length < self.context_tokens:
-            why = f"the prompt has {length} tokens, the context {self.context_tokens}"
-            return Generation(request.id, prompt_tokens=length, error=why)
-        samples: list[Any] = []
-        while len(samples) < request.n:
-            stop = len(samples) + 1 if self.llama or not samples else request.n
-            some = (self._sample(request, j, slot) for j in range(len(samples), stop))
-            samples += await asyncio.gather(*some, return_exceptions=True)
-            for failure in (s for s in samples if isinstance(s, BaseException)):
-                if not isinstance(failure, Refused):
-                    raise failure
-                return Generation(request.id, prompt_tokens=length, error=str(failure))
-        completions, evaluated = zip(*samples, strict=True)
-        return Generation(request.id, completions, length, sum(evaluated), time.perf_counter() - begun)
-
-    async def _sample(self, request: Request, number: int, slot: int) -> tuple[Completion, int]:
-        """One sample, and how many prompt tokens were evaluated for it."""
-        s, length = request.sampling, len(request.prompt)
-        fields: dict[str, Any] = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k or -1}
-        fields |= {"min_p": s.min_p, "seed": sample_seed(request.seed, request.id, number), "stop": list(s.stop)}
-        fields["max_tokens"] = min(s.max_new_tokens, self.context_tokens - length)
+    def _fields(self, request: Request, first: int, count: int) -> dict[str, Any]:
+        """What `count` samples are asked with; the server seeds the k-th of them with seed + k."""
+        s, room = request.sampling, self.context_tokens - len(request.prompt)
+        fields = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k or -1, "min_p": s.min_p}
+        fields |= {"stop": list(s.stop), "max_tokens": min(s.max_new_tokens, room)}
+        fields["seed"] = sample_seed(request.seed, request.id, first)
         if self.llama:  # logprobs because nothing else brings the ids
-            fields |= {"repeat_penalty": s.repetition_penalty, "repeat_last_n": self.context_tokens, "logprobs": 1}
-            fields |= {"samplers": SAMPLERS, "id_slot": slot}
-        else:
-            fields |= {"repetition_penalty": s.repetition_penalty, "return_token_ids": True}
-        reply = await self.complete(request.prompt, fields)
-        ids, finish = reply.ids, FINISHES.get(reply.finish, "error")
+            fields |= {"repeat_penalty": s.repetition_penalty, "repeat_last_n": self.context_tokens}
+            return fields | {"samplers": SAMPLERS, "logprobs": 1, "id_slot": self._own.slot}
+        return fields | {"n": count, "repetition_penalty": s.repetition_penalty, "return_token_ids": True}
+
+    def _sample(self, choice: dict[str, Any], sampling: Sampling) -> Completion:
+        """A choice's text and ids; where the server tells none (SGLang), they are its text's, tokenized again."""
+        text, finish, ids = choice["text"], choice.get("finish_reason"), choice.get("token_ids")
         if ids is None:
-            ids = tuple(self.tokenizer.encode(reply.text, False))
-            self.note("this server does not tell generated ids: they are its text, tokenized again")
-        while ids and finish == "stop" and ids[-1] in self._ends:
+            content = (choice.get("logprobs") or {}).get("content")
+            ids = [entry["id"] for entry in content or ()] if self.llama else self.tokenizer.encode(text, False)
+        while ids and finish == "stop" and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
-        if s.stop_loops and finish == "length" and looping(ids):
+        if finish == "length" and sampling.stop_loops and looping(ids):
             finish = "loop"
-        return Completion(reply.text, ids, finish), length - (reply.cached_tokens or 0)
+        return Completion(text, tuple(ids), finish if finish in ("stop", "length", "loop") else "error")
 
     def _connect(self) -> None:
         """Learn what is served and by whom; a few generated tokens prove that ids are taken and mean the same."""
-        listed = self.run(self.ask("/v1/models")).get("data", ())
-        models = {name: model for model in listed for name in (model["id"], *(model.get("aliases") or ()))}
-        model = models.get(self.engine.model)
-        if model is None:
-            names = " or ".join(models)
-            raise KitError(f"{self.root}/v1 serves no model {self.engine.model!r}.", f"Set model to {names}.")
+        models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
+        if (model := models.get(self.engine.model)) is None:
+            hint = f"Set model to {' or '.join(models)}."
+            raise KitError(f"{self.root}/v1 serves no model {self.engine.model!r}.", hint)
         self.llama, self.concurrent = model.get("owned_by") == "llamacpp", self.engine.parallel
         limit = model.get("max_model_len")
         if self.llama:
-            props = self.run(self.ask("/props"))
-            limit, slots = props["default_generation_settings"]["n_ctx"], props["total_slots"]
-            self.concurrent = min(self.concurrent, slots)
-            if slots < self.engine.parallel:
-                self.note(f"{slots} requests in flight, not {self.engine.parallel}: the server has as many slots")
+            props = self._call("/props")
+            limit = props["default_generation_settings"]["n_ctx"]
+            self.concurrent = min(self.concurrent, props["total_slots"])
+        self.pool = ThreadPoolExecutor(self.concurrent, initializer=self._take_slot)
         if not (limit or self.engine.context_tokens):
             raise KitError(f"{self.root} does not tell the model's context.", "Set context_tokens.")
         self.context_tokens = min(filter(None, (limit, self.engine.context_tokens)))
-        for slot in range(self.concurrent):
-            self._slots.put_nowait(slot)
         name = self.engine.tokenizer or model.get("root") or self.engine.model
         hint = "Set tokenizer to the served model's hub id, folder or .gguf file."
         try:
-            self.tokenizer = open_tokenizer(name)
+            self.tokenizer = _tokenizer(name)
         except KitError as error:
             raise KitError(f"The served model's tokenizer is not found as {name!r}: {error.args[0]}", hint) from None
-        special = [self.tokenizer.encode(name) for name in self.tokenizer.special]
-        self._ends = self.tokenizer.eos_ids | {ids[0] for ids in special if len(ids) == 1}
         start = Request("start", tuple(self.tokenizer.encode("1, 2, 3,")), Sampling(temperature=0, max_new_tokens=6))
-        try:
-            sample, _ = self.run(self._sample(start, 0, 0))
-        except Refused as error:
-            raise KitError(f"{self.root} takes no token ids: {error}", "Use vLLM or llama-server.") from None
-        if self.tokenizer.decode(sample.ids).strip() != sample.text.strip():
-            raise KitError(f"{name} is not {self.root}'s tokenizer: it reads {sample.text!r} otherwise.", hint)
-
-    def _explained(self, error: Exception) -> Exception:
-        """An error of the openai package as one for users; without the key, should the server have echoed it."""
-        import openai
-
-        text = " ".join(str(error).replace(self._key, "***").split())[:500]
-        status, name = getattr(error, "status_code", None), self._key_name
-        if status in REFUSED:
-            return Refused(text)
-        what, hint = f"does not answer, {self.engine.retries} retries: {text}", "Start the server"
-        if status in (401, 403):
-            state = f"the variable {name} is {'set, but not accepted' if os.environ.get(name) else 'not set'}"
-            what = f"wants a key, and {state if name else 'api_key_env names no variable'}: {text}"
-            hint = f"Set {name or 'api_key_env to the name of the variable that holds it'}"
-        elif status == 404:
-            what, hint = f"knows no such address: {text}", "Check url (/v1/models must answer there)"
-        elif isinstance(error, openai.APITimeoutError):
-            what = f"did not answer within {self.engine.timeout_seconds:g} s, {self.engine.retries} retries"
-            hint = "Set a larger timeout_seconds or a smaller parallel"
-        return KitError(f"{self.root} {what}.", f"{hint}; the same command then goes on from here.")
+        made = next(self.generate([start]))
+        text = made.error or made.completions[0].text
+        if made.error or self.tokenizer.decode(made.completions[0].ids).strip() != text.strip():
+            raise KitError(f"{self.root} takes or gives other token ids than {name}'s: {text!r}.", hint)
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer of this machine, without weights: llama.cpp's for a GGUF, else transformers'.
+class HttpSession:
+    """Reads of one trace's probes; several sessions may be open at once, each in a thread of its own."""
 
-    Raises:
-        KitError: no such model.
-    """
-    from kit.models import load_tokenizer, resolve
+    def __init__(self, backend: HttpBackend, fresh: bool = False) -> None:
+        self.backend, self.fresh, self.cost = backend, fresh, Cost()
+        self._slot = next(backend.turns) % backend.concurrent  # llama-server's cache is a slot's: stay in one
 
-    if isinstance(file := resolve(name), Path):
-        from kit.backends.gguf import GgufTokenizer, load
+    def read(self, probes: Sequence[Probe]) -> list[Readings]:
+        """Read probes, the longest first, which fills the cache; the others then at once, or, in the one slot of
+        llama-server, from the longest to the shortest. KitError: the server is gone, or does not judge."""
+        asked = [(probe.ids[: p + 1], candidates) for probe in probes for p, candidates in probe.reads]
+        order = sorted(range(len(asked)), key=lambda i: -len(asked[i][0]))
+        each = map if self.backend.llama else self.backend.pool.map
+        found = {i: self._values(*asked[i]) for i in order[:1]}
+        found |= zip(order[1:], each(lambda i: self._values(*asked[i]), order[1:]), strict=True)
+        values = (found[i] for i in range(len(asked)))
+        return [[next(values) for _ in probe.reads] for probe in probes]
 
-        return GgufTokenizer(load(file, vocab_only=True))
-    return load_tokenizer(name)
+    def close(self) -> None:
+        """Nothing to free: the cache is the server's."""
+
+    def _values(self, prompt: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        """Log-probabilities of the candidates after a prompt."""
+        backend, fields = self.backend, {"max_tokens": 1, "temperature": 0, "logprobs": TOP}
+        if backend.llama:
+            fields |= {"cache_prompt": not self.fresh, "id_slot": self._slot}
+        else:  # a salt of its own keeps a prompt out of vLLM's cache
+            fields |= {"return_tokens_as_token_ids": True, "logprob_token_ids": list(candidates)}
+            fields |= {"cache_salt": uuid.uuid4().hex} if self.fresh else {}
+        known = logprobs(backend.complete(prompt, fields, self.cost)[0])
+        if backend.llama and not known.keys() >= set(candidates):  # the rare label that is far from likely
+            known = logprobs(backend.complete(prompt, fields | {"logprobs": ALL}, self.cost)[0])
+        if not known.keys() >= set(candidates):
+            what = f"{backend.root} tells no log-probabilities of the tokens asked for, by their ids."
+            raise KitError(what, "Judge with llama-server, a vLLM that knows logprob_token_ids, or backend=hf or gguf.")
+        return [known[candidate] for candidate in candidates]
 
 
-def read_reply(body: dict[str, Any]) -> Reply:
-    """Read a completion as llama-server or vLLM write it; KitError: it is none."""
-    if not body.get("choices"):
-        raise KitError("The server's answer holds no completion.", "Check url: it must be an OpenAI-compatible API's.")
-    choice, usage = body["choices"][0], body.get("usage") or {}
-    told, ids = choice.get("logprobs") or {}, choice.get("token_ids")
-    content, values = told.get("content"), {}
-    if content is not None:  # llama-server
-        ids = [entry["id"] for entry in content]
-        values = {entry["id"]: entry["logprob"] for first in content[:1] for entry in (*first["top_logprobs"], first)}
-    elif told.get("tokens"):  # vLLM, which names tokens by their ids when it is asked to
-        named = dict((told.get("top_logprobs") or [None])[0] or {}) | {told["tokens"][0]: told["token_logprobs"][0]}
-        values = {int(name[9:]): value for name, value in named.items() if name.startswith("token_id:")}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    finish = choice.get("finish_reason") or "none"
-    ids = None if ids is None else tuple(ids)
-    return Reply(choice["text"], ids, finish, usage.get("prompt_tokens"), cached, values)
+def logprobs(choice: dict[str, Any]) -> dict[int, float]:
+    """What a server tells of the first token and its rivals, by id: as llama-server writes it, or vLLM."""
+    told = choice.get("logprobs") or {}
+    if content := told.get("content"):
+        return {entry["id"]: entry["logprob"] for entry in (*content[0]["top_logprobs"], content[0])}
+    named = dict(zip(told.get("tokens") or (), told.get("token_logprobs") or (), strict=True))
+    named |= (told.get("top_logprobs") or [None])[0] or {}
+    return {int(name[9:]): value for name, value in named.items() if name.startswith("token_id:")}
+
+
+def _tokenizer(name: str) -> Any:
+    """llama.cpp's for a GGUF, which takes no transformers and no weights."""
+    if not isinstance(file := resolve(name), Path):
+        return load_tokenizer(name)
+    from kit.backends.gguf import GgufTokenizer, load
+
+    return GgufTokenizer(load(file, vocab_only=True))

@@ -20,14 +20,8 @@ HEAD = 256  # likeliest tokens looked at before the whole vocabulary is sorted
 def draw(
     logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float], seen: torch.Tensor | None = None
 ) -> list[int]:
-    """One token id for each row.
-
-    Args:
-        logits: (B, V), any float type, left as they are.
-        sampling: shared by these rows; temperature 0 takes the likeliest token.
-        uniforms: B numbers in [0, 1), one a row; unused when greedy.
-        seen: (B, V) bool, tokens of prompt and sample so far; None without a repetition penalty.
-    """
+    """One token id for each row of logits (B, V), which are left as they are, with B numbers `uniforms` in [0, 1);
+    `seen` (B, V) bool marks tokens of prompt and sample so far, None without a repetition penalty."""
     import torch
 
     logits = logits.float()
