@@ -37,7 +37,6 @@ KEYS = {  # what each stage's rows depend on, besides its input
     "align": ("method", "student", "align", "prompts.instruction", "prompts.draft", "seed"),
     "train": ("method", "student.model", "student.system", "student.thinking", "train", "prompts.instruction", "seed"),
     "eval": ("method", "eval", "prompts.instruction", "seed"),
-    "report": (),
 }
 NEUTRAL = {"threads", "timeout_seconds", "retries", "url", "api_key_env", "memory_gib", "save_steps", "overfit"}
 FILES: dict[str, dict[str, type[Row] | None]] = {  # what each stage writes, and what its rows are
@@ -45,10 +44,8 @@ FILES: dict[str, dict[str, type[Row] | None]] = {  # what each stage writes, and
     "truncate": {"prefixes.jsonl": PrefixRow},
     "align": {"aligned.jsonl": AlignedRow, "train.jsonl": None},
     "train": {"adapter": None, "checkpoints": None, "train_log.jsonl": None},
-    "eval": {"eval": EvalRow},
-    "report": {},
+    "eval": {"eval/*.jsonl": EvalRow},
 }
-MANIFESTS = ("manifest.json", ".manifest.json")  # the second is read where the first is damaged
 R = TypeVar("R", bound=Row)
 T = TypeVar("T")
 
@@ -62,19 +59,12 @@ class Run:
 
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
         self.config, self.progress, self.folder = config, progress, config.folder
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the run's life)
-        except OSError as error:
-            what = f"The run folder {self.folder} cannot be written: {error.strerror}."
-            raise KitError(what, "Choose another with out=DIR, or mend its permissions.") from None
         self._take_lock(command)
         progress.log = self.folder / "run.log"
-        self.manifest = self._read_manifest()
         facts = {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
-        self.manifest = {"stages": {}, **self.manifest, **facts, "versions": versions()}
+        self.manifest = {"stages": {}, "machine": {}, **self._read_manifest(), **facts, "versions": versions()}
         write_atomic(self.folder / "config.yaml", dump(config))
-        self.record(machine={**self.manifest.get("machine", {}), **machine()})
+        self.record(machine=self.manifest["machine"] | machine())
 
     def path(self, name: str) -> Path:
         """A file of this run; a folder inside the run's is made, the run's own is not when it has vanished."""
@@ -115,40 +105,47 @@ class Run:
         wanted, leaves = tuple(f"{key}." for key in KEYS[stage]), flat(self.config).items()
         now = {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
         now["input"] = source
-        old = self.manifest["stages"].get(stage)
-        changed = sorted(k for k in {*now, *old["keys"]} if now.get(k) != old["keys"].get(k)) if old else []
+        files = [path for name in FILES[stage] if (path := self.folder / name.split("/")[0]).exists()]
+        entry, say = self.manifest["stages"].get(stage), self.progress.say
+        before = entry["keys"] if entry else now
+        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
         if changed:
-            shown = ", ".join(f"{k}: {old['keys'].get(k)!s:.40} -> {now.get(k)!s:.40}" for k in changed[:4])
-            self.progress.say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
-        elif not old and any((self.folder / name).exists() for name in FILES[stage]):
+            shown = ", ".join(f"{key}: {before.get(key)!s:.40} -> {now.get(key)!s:.40}" for key in changed[:4])
+            say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
+        elif not entry and files:
             self.progress.warn(f"{stage}: files of unknown origin in {self.folder}; set aside under stale/")
-        elif old and not old.get("done"):
-            self.progress.say(f"{stage}: resumed")
-        elif old and output() == old.get("output"):
-            self.progress.say(f"{stage}: done before, skipped")
+        elif entry and not entry["done"]:
+            say(f"{stage}: resumed")
+        elif entry and output() == entry["output"]:
+            say(f"{stage}: done before, skipped")
             return False
-        elif old:
+        elif entry:
             self.progress.warn(f"{stage}: what it wrote was deleted or changed since; the missing part is made again")
-        if changed or not old:
-            self._set_aside(stage)
-            old = {}
-        self.manifest["stages"][stage] = {**old, "keys": now, "done": False}
+        if changed or not entry:
+            entry = {}
+            for path in files:
+                shutil.move(path, self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"))
+        self.manifest["stages"][stage] = {**entry, "keys": now, "done": False}
         self.record()
         return True
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, seconds: float, **summary: Any) -> None:
-        """Mark a stage done. `seconds` adds up over resumed sittings."""
+        """Mark a stage done; `seconds` adds up over resumed sittings. rejected.jsonl gathers every row that left."""
         entry = self.manifest["stages"][stage]
         entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out, "summary": summary}
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
-        self.record(machine={**self.manifest["machine"], **machine()})
-        self._write_rejections()
+        self.record(machine=self.manifest["machine"] | machine())
+        gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
+        for name, pattern, kind in ((name, *file) for name, files in FILES.items() for file in files.items()):
+            for path in sorted(self.folder.glob(pattern)) if kind else ():
+                rows = [row for row in RowFile(path, kind).read(mend=False) if row.rejected]
+                gone += [{"stage": name, "id": row.id, "reason": row.rejected, "detail": row.detail} for row in rows]
+        write_atomic(self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone))
 
     def record(self, **facts: Any) -> None:
         """Put facts (fingerprints, hashes, devices) into the manifest, and write it."""
         self.manifest |= facts
-        for name in MANIFESTS:
-            write_atomic(self.folder / name, json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Run:
         return self
@@ -156,56 +153,43 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _write_rejections(self) -> None:
-        """rejected.jsonl: every row that left, with its stage and reason, gathered from the stages' own files."""
-        gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
-        kinds = [(stage, name, kind) for stage, files in FILES.items() for name, kind in files.items() if kind]
-        for stage, name, kind in kinds:
-            path = self.folder / name
-            for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-                rows = [row for row in RowFile(file, kind).read(mend=False) if row.rejected]
-                gone += [{"stage": stage, "id": row.id, "reason": row.rejected, "detail": row.detail} for row in rows]
-        write_atomic(self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone))
-
     def _take_lock(self, command: str) -> None:
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the run's life)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            what = f"The run folder {self.folder} is in use by {self._lock.read().strip() or 'another process'}."
             self._lock.close()
-            what = f"The run folder {self.folder} is in use by {holder}."
             raise KitError(what, "Wait for it, stop it, or choose another out=DIR.") from None
+        except OSError as error:
+            what = f"The run folder {self.folder} cannot be written: {error.strerror}."
+            raise KitError(what, "Choose another with out=DIR, or mend its permissions.") from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
             os.ftruncate(self._lock.fileno(), 0)
-            holder = f"palign {command}, process {os.getpid()} on {socket.gethostname()}\n"
-            os.write(self._lock.fileno(), holder.encode())
+            os.write(self._lock.fileno(), f"palign {command}, process {os.getpid()} on {socket.gethostname()}".encode())
 
     def _read_manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = {}
-        for path in filter(Path.exists, [self.folder / name for name in MANIFESTS]):
-            try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                break
-            except ValueError:
-                self.progress.warn(f"{path.name} was not JSON; its copy is used")
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            hint = "Mend it, or delete it: the stages' files are then set aside under stale/ and made anew."
+            raise KitError(f"{path} is not JSON ({error}).", hint) from None
         if manifest.get("format", 0) > FORMAT:
             what = f"{self.folder} was made by palign {manifest.get('palign')} in run format {manifest['format']}"
             raise KitError(f"{what}; this one reads up to {FORMAT}.", "Upgrade palign, or choose another out=DIR.")
         return manifest
 
-    def _set_aside(self, stage: str) -> None:
-        for path in filter(Path.exists, [self.folder / name for name in FILES[stage]]):
-            aside = self.folder / "stale" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"
-            aside.parent.mkdir(exist_ok=True)
-            shutil.move(path, aside)
-
-
-Work = Callable[[list[T]], Iterator[R]]
-
 
 def work_through(
-    run: Run, stage: str, file: RowFile[R], units: Sequence[tuple[str, T]], size: int, work: Work[T, R]
+    run: Run,
+    stage: str,
+    file: RowFile[R],
+    units: Sequence[tuple[str, T]],
+    size: int,
+    work: Callable[[list[T]], Iterator[R]],
 ) -> list[R]:
     """Make one row for every unit (row id, item), resuming where the file ends; all rows, in the order of `units`.
 
@@ -248,14 +232,12 @@ def stopwatch() -> Iterator[Callable[[], float]]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that shape numbers; absent ones are left out."""
-    found = {name: next((d.version for d in metadata.distributions(name=name)), "") for name in PACKAGES}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+    found = {name: package.version for name in PACKAGES for package in metadata.distributions(name=name)}
+    return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, Any]:
     """What the run ran on; the card's name once torch has been loaded for some stage."""
-    facts: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    card = {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
+    return {"system": platform.platform(), "cores": os.cpu_count(), **card}

@@ -119,14 +119,19 @@ def test_a_newer_format_is_refused_by_version(tmp_path):
         open_run(tmp_path)
 
 
-def test_a_damaged_manifest_loses_no_finished_stage(tmp_path, capsys):
+def test_a_damaged_manifest_is_said_with_what_to_do_and_loses_no_row(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
         run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+    rows = (tmp_path / "traces.jsonl").read_bytes()
     (tmp_path / "manifest.json").write_text('{"stages": ')
+    with pytest.raises(KitError, match=r"manifest\.json is not JSON .* set aside under stale/"):
+        open_run(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     with open_run(tmp_path) as run:
-        assert not run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
-    assert "manifest.json was not JSON; its copy is used" in capsys.readouterr().err
+        assert run.begin("teach", "input", lambda: "")
+    assert "unknown origin" in capsys.readouterr().err
+    assert next((tmp_path / "stale").glob("*-traces.jsonl")).read_bytes() == rows
 
 
 def test_an_unwritable_folder_is_an_error_with_a_next_step(tmp_path):
