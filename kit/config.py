@@ -80,7 +80,7 @@ class Engine(Section):
     memory_gib: float | None = Field(None, gt=0)  # HF: KV-cache budget of a batch; None: what is free
     url: str | None = None  # http: the server's address up to and with /v1
     tokenizer: str | None = None  # http: the served model's: a hub id, folder or .gguf; None: as vLLM names it
-    api_key_env: str | None = None  # http: variable with the key; None: OPENAI_API_KEY, for api.openai.com alone
+    api_key_env: str | None = None  # http: the environment's variable with the key; None: no key
     timeout_seconds: float = Field(600.0, gt=0)
     retries: int = Field(6, ge=0)
     system: str | None = None  # a system message; None: none
