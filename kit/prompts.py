@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -20,24 +21,18 @@ from kit.backends import Tokenizer
 from kit.config import Prompts
 from kit.errors import KitError
 
-WORDS = Path(__file__).parents[1] / "configs" / "prompts.yaml"
 BEGIN, END = "<Begin_of_Prefix>", "<End_of_Prefix>"  # plain text, no added tokens
-
-_NEEDED = {"judge": ("question", "prefix"), "draft": ("question", "prefix"), "compare": ("question", "first", "second")}
+NEEDED = {"judge": ("question", "prefix"), "draft": ("question", "prefix"), "compare": ("question", "first", "second")}
 
 
 @cache
 def words() -> dict[str, str]:
     """Our own texts, by name."""
-    return yaml.safe_load(WORDS.read_text(encoding="utf-8"))
+    return yaml.safe_load((Path(__file__).parents[1] / "configs" / "prompts.yaml").read_text(encoding="utf-8"))
 
 
 def text_of(prompts: Prompts, name: str) -> str:
-    """A prompt's text: the config's (or the file it names), else ours.
-
-    Raises:
-        KitError: the file is missing, or a placeholder that the prompt needs does not occur.
-    """
+    """The config's text, or the file's that it names, else ours. KitError: no such file, or it lacks a {place}."""
     text = getattr(prompts, name)
     if text is None:
         return words()[name]
@@ -46,7 +41,7 @@ def text_of(prompts: Prompts, name: str) -> str:
             text = Path(text[5:]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise KitError(f"prompts.{name}: {text[5:]} cannot be read ({error}).", "Mend the path.", 2) from None
-    for field in _NEEDED.get(name, ()):
+    for field in NEEDED.get(name, ()):
         if "{" + field + "}" not in text:
             raise KitError(f"prompts.{name} lacks {{{field}}}.", f"Put {{{field}}} where it belongs.", 2)
     return text
@@ -76,26 +71,24 @@ def target_text(prefix: str, continuation: str) -> str:
 def render(
     tokenizer: Tokenizer, user: str, system: str | None = None, answer: str = "", thinking: bool = False
 ) -> tuple[int, ...]:
-    """Chat to token ids, up to where the assistant goes on writing.
+    """Chat to token ids (T,), up to where the assistant goes on writing.
+
+    Special tokens come from the template alone; their names inside `user`, `system` or `answer` are tokenized as text.
 
     Args:
         tokenizer: the model's; without a chat template the user's text stands alone, with a newline after it.
-        user: the user turn.
         system: a system message; folded into the user turn where the template refuses the role.
         answer: the beginning of the assistant's answer, kept to the last space.
         thinking: the template's switch, where it has one.
-
-    Returns:
-        ids (T,). Special tokens come from the template alone; their names inside `user`, `system` or `answer` are
-        tokenized as text.
     """
-    hidden: dict[str, str] = {}
-    taken = f"{user}{system}{answer}"
-    user, system, answer = (_hide(tokenizer, text, hidden, taken) for text in (user, system or "", answer))
-    text = render_text(tokenizer, user, system, thinking) + answer
-    ids: list[int] = []
-    for piece in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text) if hidden else [text]:
-        ids += tokenizer.encode(hidden.get(piece, piece), special=piece not in hidden)
+    taken, marks = f"{user}{system}{answer}", (f"\ue000{n}\ue001" for n in itertools.count())
+    names = sorted((name for name in tokenizer.special if name and name in taken), key=len, reverse=True)
+    hidden = dict(zip(names, (mark for mark in marks if mark not in taken), strict=False))  # no template touches them
+    shown = {mark: name for name, mark in hidden.items()}
+    user, system, answer = (_replace(text, hidden) for text in (user, system or "", answer))
+    text, ids = render_text(tokenizer, user, system, thinking) + answer, []
+    for piece in re.split(f"({_any(shown)})", text) if shown else [text]:
+        ids += tokenizer.encode(shown.get(piece, piece), special=piece not in shown)
     return tuple(ids)
 
 
@@ -124,13 +117,10 @@ def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, th
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _hide(tokenizer: Tokenizer, text: str, hidden: dict[str, str], taken: str) -> str:
-    """Replace special tokens' names by private-use marks that no template touches and no data holds."""
-    found = sorted((name for name in tokenizer.special if name and name in text), key=len, reverse=True)
-    if not found:
-        return text
-    marks: dict[str, str] = {}
-    for name in found:
-        marks[name] = next(m for n in itertools.count() if (m := f"\ue000{n}\ue001") not in taken and m not in hidden)
-        hidden[marks[name]] = name
-    return re.sub("|".join(map(re.escape, found)), lambda m: marks[m[0]], text)  # one pass: no mark is searched again
+def _replace(text: str, by: dict[str, str]) -> str:
+    """Each key of `by` as its value, in one pass, so that no value is searched again."""
+    return re.sub(_any(by), lambda match: by[match[0]], text) if by else text
+
+
+def _any(texts: Iterable[str]) -> str:
+    return "|".join(map(re.escape, texts))
