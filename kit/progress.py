@@ -11,33 +11,25 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 PLAIN_EVERY_SECONDS = 10.0
 
 
 class Bar:
-    """One stage's progress; `advance` as units finish."""
+    """One stage's progress; `advance` as units finish. `tell` is given the count and its rate, in words."""
 
-    def __init__(self, progress: Progress, name: str, total: int, unit: str, done: int) -> None:
-        self.progress, self.name, self.total, self.unit = progress, name, total, unit
-        self.done, self.skipped, self.tokens = done, done, 0
-        self.begun = self.told = time.monotonic()
+    def __init__(self, total: int, done: int, tell: Callable[[int, str], None]) -> None:
+        self.total, self.skipped, self.done, self.tokens, self.tell = total, done, done, 0, tell
+        self.begun = time.monotonic()
 
     def advance(self, tokens: int = 0) -> None:
         """Count a finished unit, and tokens for the rate."""
-        self.done, self.tokens, now = self.done + 1, self.tokens + tokens, time.monotonic()
-        seconds = max(now - self.begun, 1e-9)
+        self.done, self.tokens, seconds = self.done + 1, self.tokens + tokens, time.monotonic() - self.begun
         left = (self.total - self.done) * seconds / (self.done - self.skipped)
-        rate = f"{self.tokens / seconds:.0f} tokens/s, " if self.tokens else ""
-        rate += f"{left:.0f} s left" if left else f"{seconds:.0f} s"
-        if self.progress.live:
-            self.progress.live.update(0, completed=self.done, rate=rate)
-        elif now - self.told >= PLAIN_EVERY_SECONDS or self.done >= self.total:
-            self.told = now
-            self.progress.say(f"{self.name}: {self.done}/{self.total} {self.unit}, {rate}", log=False)
+        rate = f"{self.tokens / max(seconds, 1e-9):.0f} tokens/s, " if self.tokens else ""
+        self.tell(self.done, rate + (f"{left:.0f} s left" if left else f"{seconds:.0f} s"))
 
 
 class Progress:
@@ -46,14 +38,10 @@ class Progress:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.log: Path | None = None  # a run sets its own
-        self.fancy = sys.stderr.isatty() and not os.environ.get("CI") and not quiet
-        self.live: Any = None
 
     def say(self, text: str, log: bool = True, always: bool = False) -> None:
         """One line for the user, with --quiet only in the log."""
-        if self.live:
-            self.live.console.print(text, markup=False, highlight=False)
-        elif always or not self.quiet:
+        if always or not self.quiet:
             print(text, file=sys.stderr, flush=True)
         if self.log and log:
             with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as out:
@@ -66,19 +54,25 @@ class Progress:
     @contextlib.contextmanager
     def bar(self, name: str, total: int, unit: str = "rows", done: int = 0) -> Iterator[Bar]:
         """A bar over `total` units, of which `done` were there before."""
-        bar = Bar(self, name, total, unit, done)
-        if not self.fancy:
-            yield bar
+        if self.quiet or os.environ.get("CI") or not sys.stderr.isatty():
+            told = time.monotonic()
+
+            def plain(count: int, rate: str) -> None:
+                nonlocal told
+                if count >= total or time.monotonic() - told >= PLAIN_EVERY_SECONDS:
+                    told = time.monotonic()
+                    self.say(f"{name}: {count}/{total} {unit}, {rate}", log=False)
+
+            yield Bar(total, done, plain)
             return
         from rich import progress as rich
         from rich.console import Console
 
         columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[rate]}")
         elapsed = rich.TimeElapsedColumn()
-        with rich.Progress(*columns, elapsed, console=Console(stderr=True), transient=True) as self.live:
-            self.live.add_task(name, total=total, completed=done, rate="")
-            yield bar
-        self.live = None
+        with rich.Progress(*columns, elapsed, console=Console(stderr=True), transient=True) as live:
+            task = live.add_task(name, total=total, completed=done, rate="")
+            yield Bar(total, done, lambda count, rate: live.update(task, completed=count, rate=rate))
 
 
 def tame_libraries(verbose: bool = False) -> None:

@@ -6,7 +6,6 @@ exchange is a win. Verdicts are read from the labels' probabilities; whether an 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -29,8 +28,8 @@ def compare_reasoning(
 
     Returns:
         judge, pairs (judged), first and second (wins in both orders) with p_value (exact sign test), ties, flips (the
-        winner changed with the order), first_shown_ratio (share of preferences for the one shown first; 0.5: no bias)
-        with position_p_value, too_long (ids set aside), rows [{id, winner, verdicts: of both orders, margins: nats}].
+        winner changed with the order), first_shown_ratio (of the preferences; 0.5: no bias) with position_p_value,
+        too_long (ids set aside), rows [{id, winner, verdicts: of both orders, margins: nats}].
 
     Raises:
         KitError: the judge's tokenizer does not tell the labels apart.
@@ -51,12 +50,11 @@ def compare_reasoning(
             continue
         with closing(backend.session()) as session:
             reads = [session.read([Probe(ids, ((len(ids) - 1, tokens),))])[0][0] for ids in shown]
-        verdicts = [LABELS[scores.index(max(scores))] for scores in reads]
+        verdicts = "".join(LABELS[scores.index(max(scores))] for scores in reads)
         margins = [round(best - next, 4) for next, best in (sorted(scores)[1:] for scores in reads)]
-        winner = WINNERS.get("".join(verdicts), "ties")
-        rows.append({"id": row.id, "winner": winner, "verdicts": verdicts, "margins": margins})
-    wins = Counter({"first": 0, "second": 0, "ties": 0, "flips": 0})
-    wins.update(row["winner"] for row in rows)
+        winner = WINNERS.get(verdicts, "ties")
+        rows.append({"id": row.id, "winner": winner, "verdicts": [*verdicts], "margins": margins})
+    wins = {name: sum(row["winner"] == name for row in rows) for name in ("first", "second", "ties", "flips")}
     ahead, behind = (sum(row["verdicts"].count(label) for row in rows) for label in "AB")
     found = {"first_shown_ratio": ahead / (ahead + behind) if ahead + behind else 0.5}
     found |= {"position_p_value": sign_test(ahead, behind), "p_value": sign_test(wins["first"], wins["second"])}

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,10 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
 def pieces(row: PrefixRow) -> dict[str, Any]:
     """A trace between the boundaries that were asked: {kept, rest}, lists of (text, the verdict behind it or None)."""
     places = ends(row.trace)
-    asked = spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)
-    marks = {places[v.sentences - 1]: v for v in asked if 0 < v.sentences <= len(places)}
-    parts: dict[str, list[Any]] = {"kept": [], "rest": []}
-    start = 0
-    for end in sorted({*marks, row.end, len(row.trace)} - {0}):
-        parts["kept" if end <= row.end else "rest"].append((row.trace[start:end], marks.get(end)))
-        start = end
-    return parts
+    marks = {places[v.sentences - 1]: v for v in spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)}
+    cuts = sorted({0, *marks, row.end, len(row.trace)})
+    parts = [(end <= row.end, row.trace[start:end], marks.get(end)) for start, end in pairwise(cuts)]
+    return {name: [(text, v) for kept, text, v in parts if kept == (name == "kept")] for name in ("kept", "rest")}
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:

@@ -48,7 +48,7 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1, confidence
     law = stats.t(count - 1) if samples > 1 and count > 1 else stats.norm
     square = law.ppf(0.5 + confidence / 2) ** 2 / trials
     center, half = mean + square / 2, np.sqrt(square * (spread + square / 4))
-    return np.clip((center - half) / (1 + square), 0, 1), np.clip((center + half) / (1 + square), 0, 1)
+    return tuple(np.clip(end / (1 + square), 0, 1) for end in (center - half, center + half))  # type: ignore[return-value]
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -64,14 +64,14 @@ def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) ->
     the table, taken over to shares: it does not shrink to a point where all problems agree.
 
     Returns:
-        n, difference (b's mean minus a's, in [-1, 1]) with low and high, p_value and its method, and detectable: the
-        smallest true difference that as many such problems show at this level in 80% of experiments; {n: 0} for none.
+        n, difference (b's mean minus a's) with low and high, p_value and its method, and detectable: the smallest true
+        difference that as many such problems show at this level in 80% of experiments; {n: 0} for none.
     """
     if not len(a):
         return {"n": 0}
-    difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
+    difference = np.subtract(b, a, dtype=float)
     if np.isin([*a, *b], (0.0, 1.0)).all():
-        method, p_value = "McNemar's exact test", sign_test(int((difference > 0).sum()), int((difference < 0).sum()))
+        method, p_value = "McNemar's exact test", sign_test(int(sum(difference > 0)), int(sum(difference < 0)))
     else:
         flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(0)}
         law = stats.permutation_test((b, a), lambda x, y, axis: (x - y).mean(axis=axis), **flips)
@@ -79,8 +79,8 @@ def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) ->
     count = len(difference) + 2
     square, middle = (np.square(difference).sum() + 1) / count, difference.sum() / count
     quantile = stats.norm.ppf(0.5 + confidence / 2)
-    half = quantile * sqrt((square - middle**2) / count)
+    half, power = quantile * sqrt((square - middle**2) / count), quantile + stats.norm.ppf(0.8)
     found = {"difference": difference.mean(), "low": max(middle - half, -1.0), "high": min(middle + half, 1.0)}
-    found |= {"detectable": min((quantile + stats.norm.ppf(0.8)) * sqrt(square / (count - 2)), 1.0)}
+    found["detectable"] = min(power * sqrt(square / len(difference)), 1.0)
     rounded = {name: round(float(value), 4) for name, value in found.items()}
     return {"n": len(difference), **rounded, "p_value": p_value, "method": method}
