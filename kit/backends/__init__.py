@@ -88,7 +88,6 @@ class Tokenizer(Protocol):
     special: tuple[str, ...]  # the texts of all special tokens
 
     def encode(self, text: str, special: bool = True) -> list[int]: ...
-
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -99,7 +98,6 @@ class Session(Protocol):
     cost: Cost  # of everything read so far
 
     def read(self, probes: Sequence[Probe]) -> list[Readings]: ...
-
     def close(self) -> None: ...
 
 
@@ -114,9 +112,7 @@ class Backend(Protocol):
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]: ...
-
     def session(self, fresh: bool = False) -> Session: ...
-
     def close(self) -> None: ...
 
 

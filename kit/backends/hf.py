@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.backends import Completion, Finish, Generation, Request, Session, Tokenizer, looping, sample_seed
+from kit.backends import Completion, Generation, Request, Session, Tokenizer, ended, sample_seed, too_long
 from kit.backends.sampling import draw
 from kit.config import Engine, Sampling
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FREE_SHARE = 0.7  # of free memory that caches may take when the config names no budget
 HEADROOM_TOKENS = 256  # a row is let in when this much of its sample fits; it may have to leave again
-LOOP_EVERY_TOKENS = 8
 
 
 class HfBackend:
@@ -118,22 +117,9 @@ class _Row:
         return (*self.ask.request.prompt, *self.ids)
 
     def push(self, token: int, tokenizer: Tokenizer) -> Completion | None:
-        """Take a drawn token; the sample, if it ends. A stop string and what follows it are not in its text."""
-        finish: Finish | None = "stop" if token in tokenizer.eos_ids else None
-        if not finish:
-            self.ids.append(token)
-            tail = 4 + max((len(stop.encode()) for stop in self.sampling.stop), default=0)  # a token is a byte or more
-            if self.sampling.stop and any(stop in tokenizer.decode(self.ids[-tail:]) for stop in self.sampling.stop):
-                finish = "stop"
-            elif self.sampling.stop_loops and len(self.ids) % LOOP_EVERY_TOKENS == 0 and looping(self.ids):
-                finish = "loop"
-            elif len(self.ids) >= self.limit:
-                finish = "length"
-        if not finish:
-            return None
-        text = tokenizer.decode(self.ids)
-        ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
-        return Completion(text[: min(ends, default=None)], tuple(self.ids), finish)
+        """Take a drawn token; the sample, if it ends."""
+        self.ids.append(token)
+        return ended(self.ids, self.limit, self.sampling, tokenizer)
 
     def marked(self, like: torch.Tensor) -> torch.Tensor:
         """(V,) bool: the tokens of prompt and sample, for the repetition penalty; `like` is (V,)."""
@@ -176,12 +162,11 @@ class _Work:
         self._shrink()
 
     def _enqueue(self, request: Request) -> None:
-        size, context = len(request.prompt), self.backend.context_tokens
-        if not 0 < size < context:
-            told = f"The prompt has {size} tokens, the context {context}."
-            self.finished.append(Generation(request.id, prompt_tokens=size, error=told))
+        room = self.backend.context_tokens - len(request.prompt)
+        if refused := too_long(request, self.backend.context_tokens):
+            self.finished.append(refused)
             return
-        ask, limit = _Ask(request), min(context - size, request.sampling.max_new_tokens)
+        ask, limit = _Ask(request), min(room, request.sampling.max_new_tokens)
         seeds = [sample_seed(request.seed, request.id, j) for j in range(request.n)]
         self.queue.extend(_Row(ask, j, limit, random.Random(seed)) for j, seed in enumerate(seeds))
 

@@ -135,9 +135,6 @@ class HttpBackend:
         hint = "Start the server, check url or set a larger timeout_seconds; the same command then goes on from here."
         return KitError(f"{self.root} does not answer, {self.engine.retries} retries: {text}", hint)
 
-    def _take_slot(self) -> None:
-        self._own.slot = next(self.turns) % self.concurrent
-
     def _answer(self, request: Request) -> Generation:
         """All samples of a request at once; one by one through one slot of llama-server, whose cache is a slot's."""
         if refused := too_long(request, self.context_tokens):
@@ -187,7 +184,8 @@ class HttpBackend:
             props = self._call("/props")
             limit = props["default_generation_settings"]["n_ctx"]
             self.concurrent = min(self.concurrent, props["total_slots"])
-        self.pool = ThreadPoolExecutor(self.concurrent, initializer=self._take_slot)
+        own, slots = self._own, itertools.count()  # each thread generates in a slot of its own
+        self.pool = ThreadPoolExecutor(self.concurrent, initializer=lambda: setattr(own, "slot", next(slots)))
         if not (limit or self.engine.context_tokens):
             raise KitError(f"{self.root} does not tell the model's context.", "Set context_tokens.")
         self.context_tokens = min(filter(None, (limit, self.engine.context_tokens)))
