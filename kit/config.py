@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kit.errors import KitError
 
 Stage = Literal["teach", "truncate", "align", "train", "eval", "report"]
+Dtype = Literal["auto", "fp32", "bf16", "int8", "nf4"]
+Keep = Literal["first", "shortest", "all"]  # of the right samples
 STAGES = get_args(Stage)
 Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject"]  # what a row of data may hold
 BASELINES = r"zero-shot|label-only|long-trace|prefix-only|continuation-only|no-search|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)"
@@ -71,7 +74,7 @@ class Engine(Section):
 
     backend: Literal["hf", "gguf", "http", "scripted"] = "hf"
     model: str = "smollm2-135m"  # an alias, a .gguf file, a folder, or a hub id; http: the server's name for it
-    dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"  # auto: bf16 with CUDA, fp32 without
+    dtype: Dtype = "auto"  # auto: bf16 with CUDA, fp32 without
     context_tokens: int | None = Field(None, ge=64)  # None: what the model was trained for
     parallel: int = Field(8, ge=1)  # sequences in flight: llama.cpp sequences, HF batch rows, HTTP requests
     threads: int | None = Field(None, ge=1)
@@ -95,7 +98,7 @@ class Teacher(Engine):
     fields: dict[Role, str] = {}
     wordiness: float = Field(1.0, ge=0)  # backend worked: how much a trace wanders; 0 is the bare solution
     samples: int = Field(1, ge=1)
-    keep: Literal["first", "shortest", "all"] = "first"  # among the right ones
+    keep: Keep = "first"
     sampling: Sampling = Sampling()
 
 
@@ -122,7 +125,7 @@ class Align(Section):
 
     mode: Literal["prompt", "prefill"] = "prompt"  # the draft in the user turn (paper), or as the answer's start
     samples: int = Field(1, ge=1)
-    keep: Literal["first", "shortest", "all"] = "first"
+    keep: Keep = "first"
     lengthen: int = Field(0, ge=0)  # rounds that move the cut to a longer prefix where no sample is right
     sampling: Sampling = Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.05, max_new_tokens=32768)
 
@@ -130,7 +133,7 @@ class Align(Section):
 class Train(Section):
     """QLoRA (Here: NF4; Paper: LoRA on 16-bit weights)."""
 
-    dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "nf4"  # of the frozen base
+    dtype: Dtype = "nf4"  # of the frozen base
     rank: int = Field(16, ge=1)
     alpha: int = Field(16, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
@@ -192,9 +195,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _eval_follows_student(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("student"), dict) and isinstance(raw.get("eval", {}), dict):
-            raw = {**raw, "eval": {**raw["student"], **raw.get("eval", {})}}
-        return raw
+        parts = [raw.get("student", {}), raw.get("eval", {})] if isinstance(raw, dict) else []
+        return {**raw, "eval": parts[0] | parts[1]} if parts and all(isinstance(p, dict) for p in parts) else raw
 
     @property
     def folder(self) -> Path:
@@ -207,7 +209,7 @@ class Config(Section):
         return float(self.method[6:]) if self.method.startswith("ratio-") else None
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, set `a.b.c=value` overrides (YAML values; a string over a source sets its path), validate.
 
     Raises:
@@ -215,25 +217,22 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         hint = "Mend it, or start from one that comes along, like configs/smoke.yaml."
         raise KitError(f"The config {path} cannot be read: {error}.", hint, 2) from None
-    if not isinstance(raw, dict):
-        raise KitError(f"{path} holds {type(raw).__name__}, not keys.", "See configs/smoke.yaml.", 2)
-    problems = [problem for text in overrides if (problem := _override(raw, text))]
-    return resolve(raw, str(path), problems)
+    return resolve(raw, str(path), [problem for text in overrides if (problem := _override(raw, text))])
 
 
-def resolve(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
+def resolve(raw: dict[str, Any], where: str, problems: Sequence[str] = ()) -> Config:
     """Validate a mapping into a `Config`; all mistakes, `problems` found before included, in one error (exit 2)."""
-    problems = problems or []
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems = problems + [_explain(item) for item in error.errors()]
+        problems = [*problems, *map(_explain, error.errors())]
     if problems:
-        listed = "\n".join(f"  - {line}" for line in problems)
-        raise KitError(f"{where} has {len(problems)} problem(s):\n{listed}", code=2)
+        raise KitError("\n  - ".join([f"{where} has {len(problems)} problem(s):", *problems]), code=2)
     return config
 
 
@@ -265,18 +264,16 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
             return f"{key}: {part} is not a section"
     with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is text
         value = yaml.safe_load(value)
-    if isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]:
-        value = {**node[last], "path": value}
-    node[last] = value
+    over = isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]
+    node[last] = {**node[last], "path": value} if over else value
     return None
 
 
 def _explain(item: Any) -> str:
     """One of pydantic's errors in our words."""
-    where = ".".join(map(str, item["loc"]))
+    where, section = ".".join(map(str, item["loc"])), Config()
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
-    section: Any = Config()
     for part in item["loc"][:-1]:
         section = section[0] if isinstance(part, int) else getattr(section, part)
     known = sorted(type(section).model_fields)
