@@ -6,7 +6,7 @@ runs, so seeds make a problem's own score surer but never count as more problems
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -39,22 +39,29 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     if len(folders) < 2:
         raise KitError("compare needs two runs or more.", "Name their folders: palign.py compare runs/a runs/b.", 2)
     files = [Files(Path(folder)) for folder in folders]
-    settings, labelled = [flat(run.config) for run in files], _groups(files)
+    labelled, settings = _groups(files), [flat(run.config) for run in files]
     found: dict[str, Any] = {"runs": [numbers(run) for run in files], "page": str(out)}
     found["groups"] = [{"label": label, "seeds": [run.config["seed"] for run in runs]} for label, runs in labelled]
     found |= {"scores": [], "pairs": [], "different": [], "quality": {}}
-    answers = {label: _answers(runs) for label, runs in labelled}
-    for name in dict.fromkeys(name for of in answers.values() for name in of):
-        groups = {label: of[name] for label, of in answers.items() if name in of}
+    answers: dict[str, dict[str, list[list[EvalRow]]]] = {}  # by data, then by group: each run's rows
+    for label, runs in labelled:
+        for run in runs:
+            for name, rows in _answers(run):
+                answers.setdefault(name, {}).setdefault(label, []).append(rows)
+    for name, groups in answers.items():
         pooled = {label: list(chain.from_iterable(runs)) for label, runs in groups.items()}
-        found["scores"] += [{"group": label, "dataset": name, **_score(runs)} for label, runs in groups.items()]
+        for label, runs in groups.items():
+            by_run = [mean(shares(rows).values()) for rows in runs]
+            spread = stdev(by_run) if len(by_run) > 1 else None  # over seeds
+            about = {"group": label, "dataset": name, "runs": len(runs), "by_run": by_run, "spread": spread}
+            found["scores"].append(about | accuracy(pooled[label]))
         for (a, first), (b, second) in combinations(pooled.items(), 2):
             test = compare_rows(first, second)
             found["pairs"] += [{"dataset": name, "a": a, "b": b, **test}] if test["n"] else []
         found["different"] += _different(pooled, name)
         if judge and len(groups) > 1:
-            (a, first), (b, second) = list(groups.items())[:2]
-            found["quality"][name] = {"a": a, "b": b, **judge(first[0], second[0])}
+            a, b, *_ = groups
+            found["quality"][name] = {"a": a, "b": b, **judge(groups[a][0], groups[b][0])}
     found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
     values = {key: [one.get(key) for one in settings] for one in settings for key in one if key not in NAMES}
     found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
@@ -74,53 +81,42 @@ def _groups(files: list[Files]) -> list[tuple[str, list[Files]]]:
     for run in files:
         steady = {key: value for key, value in flat(run.config).items() if key not in NAMES | {"seed"}}
         found.setdefault(repr(steady), []).append(run)
-    methods = [runs[0].config["method"] for runs in found.values()]
-    names = [runs[0].config["name"] for runs in found.values()]
-    labels = [m if methods.count(m) == 1 else f"{m} ({name})" for m, name in zip(methods, names, strict=True)]
+    firsts = [(runs[0].config["method"], runs[0].config["name"]) for runs in found.values()]
+    methods = [method for method, _ in firsts]
+    labels = [method if methods.count(method) == 1 else f"{method} ({name})" for method, name in firsts]
     return list(zip(labels, found.values(), strict=True))
 
 
-def _answers(runs: list[Files]) -> dict[str, list[list[EvalRow]]]:
-    """What each run's last model (the trained one, where there is one) answered, by data."""
-    found: dict[str, list[list[EvalRow]]] = {}
-    for run in runs:
-        last = {score["dataset"]: score for score in run.told["eval"].get("scores") or []}  # before stands before after
-        for name, score in last.items():
-            if rows := run.rows(file_name(score["model"], score["which"], name), EvalRow):
-                found.setdefault(name, []).append(rows)
-    return found
+def _answers(run: Files) -> Iterator[tuple[str, list[EvalRow]]]:
+    """What a run's last model (the trained one, where there is one) answered, by data."""
+    last = {score["dataset"]: score for score in run.told["eval"].get("scores") or []}  # before stands before after
+    for name, score in last.items():
+        if rows := run.rows(file_name(score["model"], score["which"], name), EvalRow):
+            yield name, rows
 
 
-def _score(runs: list[list[EvalRow]]) -> dict[str, Any]:
-    """Accuracy over the runs' problems; `spread` is the standard deviation of the runs' own."""
-    by_run = [mean(shares(rows).values()) for rows in runs]
-    spread = stdev(by_run) if len(by_run) > 1 else None
-    return {"runs": len(runs), "by_run": by_run, "spread": spread, **accuracy(list(chain.from_iterable(runs)))}
-
-
-def _cuts(a: Files, b: Files) -> list[dict[str, Any]]:
+def _cuts(a: Files, b: Files) -> Iterator[dict[str, Any]]:
     """How two different judges cut the same traces; nothing without any."""
     first = {(row.id, row.trace): row for row in a.prefixes if row.verdicts}
     both = [(first[row.id, row.trace], row) for row in b.prefixes if row.verdicts and (row.id, row.trace) in first]
-    if not both or a.config["judge"] == b.config["judge"]:
-        return []
-    found = {"a": a.config["name"], "b": b.config["name"], "traces": len(both)}
-    found |= {"median_a": median(one.ratio for one, _ in both), "median_b": median(two.ratio for _, two in both)}
-    return [{**found, "same_cut": sum(one.end == two.end for one, two in both)}]
+    if both and a.config["judge"] != b.config["judge"]:
+        found = {"a": a.config["name"], "b": b.config["name"], "traces": len(both)}
+        found |= {"median_a": median(one.ratio for one, _ in both), "median_b": median(two.ratio for _, two in both)}
+        yield found | {"same_cut": sum(one.end == two.end for one, two in both)}
 
 
 def _different(groups: dict[str, list[EvalRow]], dataset: str) -> list[dict[str, Any]]:
     """Problems on which groups disagree most, with one answer of each."""
     every = {label: shares(rows) for label, rows in groups.items()}
-    both = set.intersection(*(set(one) for one in every.values()))
-    gaps = {key: max(one[key] for one in every.values()) - min(one[key] for one in every.values()) for key in both}
+    rows = {label: {(row.id, row.question): row for row in reversed(rows)} for label, rows in groups.items()}
+    gaps = {}
+    for key in set.intersection(*map(set, every.values())):
+        values = [one[key] for one in every.values()]
+        gaps[key] = min(values) - max(values)
     found = []
-    for key in sorted((key for key in both if gaps[key]), key=lambda key: (-gaps[key], key))[:DIFFERENT]:
-        rows = {label: next(row for row in rows if (row.id, row.question) == key) for label, rows in groups.items()}
-        answers = [
-            {"group": label, "share": every[label][key], "text": row.samples[0].text if row.samples else ""}
-            for label, row in rows.items()
-        ]
-        gold = next(iter(rows.values())).answer
+    for key in sorted((key for key in gaps if gaps[key]), key=lambda key: (gaps[key], key))[:DIFFERENT]:
+        texts = {label: "".join(sample.text for sample in rows[label][key].samples[:1]) for label in groups}
+        answers = [{"group": label, "share": every[label][key], "text": text} for label, text in texts.items()]
+        gold = next(iter(rows.values()))[key].answer
         found.append({"dataset": dataset, "id": key[0], "question": key[1], "gold": gold, "answers": answers})
     return found
