@@ -32,33 +32,27 @@ def plan(config: Config) -> dict[str, Any]:
     """Reckon memory and time before anything is loaded.
 
     Returns:
-        {model, device, rows, tokens: of a forward pass, train_gib: {weights, adapter, optimizer, activations, logits,
-        total}, kv_cache_gib: of student.parallel sequences of align's length, free_gib: of this machine, less a
-        reserve, fits, change: keys that would make it fit, longest_tokens: {card: tokens a row that train on it, all
-        else as configured}, times: [{stage, rows, seconds}] scaled from the run in this folder}.
+        {model, device, rows, tokens: of a forward pass, train_gib: by part and in total, kv_cache_gib: of
+        student.parallel sequences of align's length, free_gib: less a reserve, fits, change: keys that would make it
+        fit, longest_tokens: {card: tokens a row that train on it}, times: [{stage, rows, seconds}] at the speed of the
+        run in this folder}.
 
     Raises:
         KitError: an unknown model or architecture.
     """
-    cuda, limit = _limit()
     settings, student = config.train, config.student
+    cuda, limit = _limit()
     parts = training_bytes(config, settings.cutoff_tokens, cuda)
-    parts["total"] = total = sum(parts.values())
-    shape = _shape(student.model, settings.rank, 2)
-    length = min(config.align.sampling.max_new_tokens, shape["context_tokens"])
-    return {
-        "model": student.model,
-        "device": "cuda" if cuda else "cpu",
-        "rows": settings.micro_rows,
-        "tokens": settings.cutoff_tokens,
-        "train_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
-        "kv_cache_gib": round(shape["kv_elements"] * (2 if cuda else 4) * length * student.parallel / GIB, 3),
-        "free_gib": round(limit / GIB, 3),
-        "fits": total <= limit,
-        "change": None if total <= limit else _change(config, settings.cutoff_tokens, cuda, limit),
-        "longest_tokens": {f"{size} GB": longest(config, size * GIB - RESERVE_BYTES) for size in CARDS_GIB},
-        "times": _times(config),
-    }
+    total, shape = sum(parts.values()), _shape(student.model, settings.rank, 2)
+    cached = student.parallel * min(config.align.sampling.max_new_tokens, shape["context_tokens"])
+    found = {"model": student.model, "device": "cuda" if cuda else "cpu"}
+    found |= {"rows": settings.micro_rows, "tokens": settings.cutoff_tokens}
+    found["train_gib"] = {name: round(size / GIB, 3) for name, size in (parts | {"total": total}).items()}
+    found["kv_cache_gib"] = round(shape["kv_elements"] * (2 if cuda else 4) * cached / GIB, 3)
+    found |= {"free_gib": round(limit / GIB, 3), "fits": total <= limit}
+    found["change"] = None if found["fits"] else _change(config, settings.cutoff_tokens, cuda, limit)
+    found["longest_tokens"] = {f"{size} GB": longest(config, size * GIB - RESERVE_BYTES) for size in CARDS_GIB}
+    return found | {"times": _times(config)}
 
 
 def training_bytes(config: Config, tokens: int, cuda: bool) -> dict[str, float]:
@@ -70,9 +64,8 @@ def training_bytes(config: Config, tokens: int, cuda: bool) -> dict[str, float]:
     settings = config.train
     wide = 4 if settings.dtype == "fp32" or not (cuda or settings.dtype == "bf16") else 2  # bytes of an activation
     weight = {"nf4": NF4_BYTES, "int8": 1.0}.get(settings.dtype, wide)
-    shape = _shape(config.student.model, settings.rank, wide)
+    shape, count = _shape(config.student.model, settings.rank, wide), tokens * settings.micro_rows
     eight_bit = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
-    count = tokens * settings.micro_rows
     states = shape["hidden"] * wide * count
     flowing = 3 * shape["widest"] * wide * count + shape["largest"] * wide * (weight != wide)  # gradients; dequantized
     layers = shape["layers"] * shape["saved_bytes"] * count
@@ -87,21 +80,17 @@ def training_bytes(config: Config, tokens: int, cuda: bool) -> dict[str, float]:
     }
 
 
-def longest(config: Config, limit: float, cuda: bool = True) -> int:
-    """Most tokens a row with which a training step stays within `limit` bytes; 0: none."""
+def longest(config: Config, limit: float, cuda: bool = True, **keys: Any) -> int:
+    """Most tokens a row with which a training step (with `keys` of train) stays within `limit` bytes; 0: none."""
     lengths = range(1, _shape(config.student.model, config.train.rank, 2)["context_tokens"] + 1)
-    return bisect_right(lengths, limit, key=lambda tokens: _total(config, tokens, cuda))
+    return bisect_right(lengths, limit, key=lambda tokens: _total(config, tokens, cuda, **keys))
 
 
 def check_fit(config: Config, run: Run, tokens: int) -> None:
-    """Refuse, before training starts, rows of `tokens` that will not fit; with train.overfit=ignore, say so.
-
-    Raises:
-        KitError: with the sum, what there is, and the key to change.
-    """
+    """Refuse rows of `tokens` that will not fit (KitError), before training starts; warn with train.overfit=ignore."""
     cuda, limit = _limit()
     need = _total(config, tokens, cuda)
-    if not cuda and _total(_with(config, checkpointing=False), tokens, cuda) > limit:
+    if not cuda and _total(config, tokens, cuda, checkpointing=False) > limit:
         return_at_once()  # malloc hoards about what checkpointing frees: faster, where there is room
     if need <= limit:
         return
@@ -117,35 +106,32 @@ def _limit() -> tuple[bool, int]:
     return cuda, free - RESERVE_BYTES
 
 
-def _total(config: Config, tokens: int, cuda: bool) -> float:
+def _total(config: Config, tokens: int, cuda: bool, **keys: Any) -> float:
+    """Bytes of a step, with other values of some keys of train."""
+    config = config.model_copy(update={"train": config.train.model_copy(update=keys)})
     return sum(training_bytes(config, tokens, cuda).values())
-
-
-def _with(config: Config, **keys: Any) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
 
 
 def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str:
     """The fewest keys, in the order of what they cost, with which it fits."""
-    chosen: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     slice_bytes = min(config.train.logits_bytes, 1 << 26)
     for key, value in {"checkpointing": True, "micro_rows": 1, "logits_bytes": slice_bytes, "dtype": "nf4"}.items():
         if getattr(config.train, key) != value:
-            chosen[key] = value
-            if _total(_with(config, **chosen), tokens, cuda) <= limit:
+            keys[key] = value
+            if _total(config, tokens, cuda, **keys) <= limit:
                 break
     else:
-        chosen["cutoff_tokens"] = longest(_with(config, **chosen), limit, cuda) // 16 * 16
-        if not chosen["cutoff_tokens"]:
+        keys["cutoff_tokens"] = longest(config, limit, cuda, **keys) // 16 * 16
+        if not keys["cutoff_tokens"]:
             return "a smaller student.model"
-    return ", ".join(f"train.{key}={str(value).lower()}" for key, value in chosen.items())
+    return ", ".join(f"train.{key}={str(value).lower()}" for key, value in keys.items())
 
 
 @lru_cache(maxsize=4)
 def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
     """What a model's config says of its size, and the bytes a token that a layer keeps for its backward pass."""
     dtype = torch.float32 if wide == 4 else torch.bfloat16
-    lora = LoraConfig(r=rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     try:
         model_config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
         with torch.device("meta"):
@@ -157,23 +143,16 @@ def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
     total, linear = sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in linears)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    lora = LoraConfig(r=rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.device("meta"):
-        peft = get_peft_model(model.requires_grad_(False), lora, autocast_adapter_dtype=False)
+        get_peft_model(model.requires_grad_(False), lora, autocast_adapter_dtype=False)  # changes `model` itself
     short, long = (_saved_bytes(model, tokens) for tokens in (128, 256))
-    return {
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "vocabulary": head.weight.shape[0],
-        "context_tokens": text.max_position_embeddings,
-        "linear": linear,
-        "other": total - linear,
-        "largest": max(weight.numel() for weight in linears),
-        "widest": max(max(weight.shape) for weight in linears),
-        "adapter": sum(p.numel() for p in peft.parameters() if p.requires_grad),
-        "kv_elements": 2 * text.num_hidden_layers * heads * width,
-        # s(T) = aT + bT^2, for without storage attention is traced as if it kept its matrix; a is what is wanted
-        "saved_bytes": (4 * short - long) // (2 * 128 * text.num_hidden_layers),
-    }
+    found = {"layers": text.num_hidden_layers, "hidden": text.hidden_size, "vocabulary": head.weight.shape[0]}
+    found |= {"context_tokens": text.max_position_embeddings, "kv_elements": 2 * found["layers"] * heads * width}
+    found |= {"linear": linear, "other": total - linear, "adapter": rank * sum(sum(weight.shape) for weight in linears)}
+    found |= {"largest": max(w.numel() for w in linears), "widest": max(max(w.shape) for w in linears)}
+    # s(T) = aT + bT^2, for without storage attention is traced as if it kept its matrix; a is what is wanted
+    return found | {"saved_bytes": (4 * short - long) // (2 * 128 * found["layers"])}
 
 
 def _saved_bytes(model: Any, tokens: int) -> int:
@@ -182,8 +161,7 @@ def _saved_bytes(model: Any, tokens: int) -> int:
     seen: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage())._cdata not in weights:
-            seen[storage._cdata] = storage
+        seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     like = {"device": "meta", "dtype": model.dtype}
@@ -191,7 +169,7 @@ def _saved_bytes(model: Any, tokens: int) -> int:
     mask = torch.zeros(1, 1, tokens, tokens, **like)  # given, so that none is made from values that are not there
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-    return sum(storage.nbytes() for storage in seen.values())
+    return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
 
 
 def _times(config: Config) -> list[dict[str, Any]]:
@@ -200,6 +178,6 @@ def _times(config: Config) -> list[dict[str, Any]]:
     stages = json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.exists() else {}
     for stage, entry in stages.items():
         if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
-            rows = (config.data.train.limit or entry["rows_in"]) if stage == "teach" else entry["rows_in"]
+            rows = (stage == "teach" and config.data.train.limit) or entry["rows_in"]
             times.append({"stage": stage, "rows": rows, "seconds": entry["seconds"] * rows / entry["rows_in"]})
     return times

@@ -117,7 +117,7 @@ def test_where_memory_is_short_freed_blocks_go_back_at_once(
     called: list[int] = []
     monkeypatch.setattr(planning, "return_at_once", lambda: called.append(1))
     config = settings(tmp_path / "r", tiny)
-    whole = sum(training_bytes(planning._with(config, checkpointing=False), 512, False).values())
+    whole = planning._total(config, 512, False, checkpointing=False)
     with Run(config, Progress(quiet=True)) as run:
         for room, times in ((whole + 1, 0), (whole - 1, 1)):
             monkeypatch.setattr(planning, "limit_bytes", lambda room=room: (False, RESERVE_BYTES + room))
