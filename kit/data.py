@@ -110,10 +110,9 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     is_file = os.path.exists(path) or re.match(r"[./~]|.*\.jsonl?$", path)
     rows = _file_rows(path) if is_file else _hub_rows(source, held_out)
     keys = {**ROLES, **{role: (key,) for role, key in source.fields.items()}}
-    marked = any("####" in (_text(row, keys["answer"]) or "") for _, row in rows)
     seen: dict[str, str] = {}  # where an id stands
     for where, row in rows:
-        values = _values(row, keys, marked)
+        values = _values(row, keys)
         text = f"{normal(values['question'] or '')}\0{values['trace'] if traces else ''}"
         id = values["id"] = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         lacks = [role for role in ("question", "answer", "trace")[: 2 + traces] if not values[role]]
@@ -230,13 +229,13 @@ def _hub_rows(source: Source, held_out: bool) -> list[tuple[str, dict[str, Any]]
         raise KitError(f"{source.path} (no such file; asked the hub): {said}", hint) from None
 
 
-def _values(row: dict[str, Any], keys: dict[str, tuple[str, ...]], marked: bool) -> dict[str, str | None]:
-    """What a row holds, by role. `marked`: answers are worked text with the value behind ####."""
+def _values(row: dict[str, Any], keys: dict[str, tuple[str, ...]]) -> dict[str, str | None]:
+    """What a row holds, by role. GSM8K's answers are worked text with the value behind ####."""
     values = {role: _text(row, names) for role, names in keys.items()}
     answer, solution = values["answer"], values["solution"]
-    if marked and answer:
-        worked, mark, last = re.sub("<<[^>]*>>", "", answer).rpartition("####")
-        values["answer"] = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip()) if mark else None
+    if answer and "####" in answer:
+        worked, _, last = re.sub("<<[^>]*>>", "", answer).rpartition("####")
+        values["answer"] = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip())
         values["solution"] = f"{worked.strip()}\nThe answer is \\boxed{{{values['answer']}}}."
     elif not answer and solution:
         from kit.answers import last_box

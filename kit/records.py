@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -194,16 +194,9 @@ def line_of(row: Row) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write a whole file through a neighbour and a rename, so that no reader ever sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+    with _disk(path, undo=beside.unlink):
+        _write(beside, "wb", text.encode(errors="backslashreplace"))
         os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise _unwritable(path, error) from None
 
 
 def digest(rows: Iterable[Row]) -> str:
@@ -211,24 +204,30 @@ def digest(rows: Iterable[Row]) -> str:
     return _sha("".join(sorted(_canonical(row.model_dump(mode="json", exclude=VOLATILE)) for row in rows)), 16)
 
 
-def _append(path: Path, data: bytes) -> None:
-    """Append all of the data and flush it to the disk, or nothing: a torn row would swallow the next one."""
-    size = path.stat().st_size if path.exists() else 0
+@contextlib.contextmanager
+def _disk(path: Path, undo: Callable[[], Any]) -> Iterator[None]:
+    """What to say, once what was begun is undone, when the disk is full, read-only or gone."""
     try:
-        with open(path, "ab") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        yield
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise _unwritable(path, error) from None
+            undo()
+        hint = "Every finished row is safe. Make room or mend the folder, then run the same command again."
+        raise KitError(f"{path} could not be written: {error.strerror}.", hint) from None
 
 
-def _unwritable(path: Path, error: OSError) -> KitError:
-    """What to say when the disk is full, read-only or gone."""
-    hint = "Every finished row is safe. Make room or mend the folder, then run the same command again."
-    return KitError(f"{path} could not be written: {error.strerror}.", hint)
+def _append(path: Path, data: bytes) -> None:
+    """Append all of the data, or nothing: a torn row would swallow the next one."""
+    size = path.stat().st_size if path.exists() else 0
+    with _disk(path, undo=lambda: os.truncate(path, size)):
+        _write(path, "ab", data)
+
+
+def _write(path: Path, mode: str, data: bytes) -> None:
+    with open(path, mode) as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _canonical(raw: Any) -> str:
