@@ -10,20 +10,18 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from kit import stats
-from kit.answers import Grader
-from kit.backends import Backend, Request, looping, open_backend
+from kit.backends import looping
 from kit.errors import KitError
-from kit.prompts import render, solve_text, template_hash
-from kit.records import EvalRow, Problem, RowFile, Sample, digest
-from kit.run import Run, stopwatch, work_through
-from kit.teach import graded_samples
+from kit.prompts import template_hash
+from kit.records import EvalRow, Problem, Sample, digest
+from kit.run import Run, file_digest, stopwatch, tallies
+from kit.teach import FACTS, Asker, why
 
 
 def evaluate(run: Run) -> None:
@@ -35,7 +33,8 @@ def evaluate(run: Run) -> None:
     Raises:
         KitError: no finished training, or prompts rendered in another way than the adapter was trained with.
     """
-    engine, datasets, trained = run.config.eval, run.data.evals, run.config.method != "zero-shot"
+    engine, trained = run.config.eval, run.config.method != "zero-shot"
+    datasets, verifiers = run.data.evals, [data.verifier for data in run.config.data.eval]
     if not datasets:
         raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
     if trained:
@@ -45,67 +44,45 @@ def evaluate(run: Run) -> None:
     # after comes first: an adapter that cannot be used is found before anything is spent on the base model
     sides = ["after"] * trained + ["before"] * (engine.before or not trained)
     files = {(which, name): file_name(engine.model, which, name) for which in sides for name in datasets}
-    if not run.begin("eval", source, lambda: " ".join(digest(run.rows(name, EvalRow)) for name in files.values())):
+    if not run.begin("eval", source, lambda: " ".join(file_digest(run, name, EvalRow) for name in files.values())):
         return
     rows: dict[tuple[str, str], list[EvalRow]] = {}
-    with stopwatch() as seconds, Grader() as grader:
+    with stopwatch() as seconds:
         for which in sides:
-            with ExitStack() as held:
-                student = _Student(run, which, grader, held)
-                for (name, problems), asked in zip(datasets.items(), run.config.data.eval, strict=True):
-                    file = RowFile(run.path(files[which, name]), EvalRow)
-                    units = [(problem.id, (problem, asked.verifier)) for problem in problems]
-                    rows[which, name] = work_through(run, "eval", file, units, 4 * engine.parallel, student.answer)
-    scores, comparisons, level = [], [], engine.confidence
+            adapter = str(run.folder / "adapter") if which == "after" else None
+            with Asker(run, engine, engine, adapter) as student:
+                for (name, problems), verifier in zip(datasets.items(), verifiers, strict=True):
+                    work = partial(answers, student, verifier)
+                    rows[which, name] = student.sweep("eval", files[which, name], EvalRow, problems, work)
+    scores, comparisons = [], []
     for name in datasets:
         for which in reversed(sides):
             about = {"model": engine.model, "dataset": name, "which": which}
-            scores.append(about | score(rows[which, name], level))
+            scores.append(about | score(rows[which, name], engine.confidence))
         if len(sides) == 2:
-            found = compare_rows(rows["before", name], rows["after", name], level)
+            found = compare_rows(rows["before", name], rows["after", name], engine.confidence)
             comparisons.append({"dataset": name, "a": "before", "b": "after", **found})
-    lost = Counter(row.rejected for found in rows.values() for row in found if row.rejected)
-    output, count = " ".join(digest(found) for found in rows.values()), sum(map(len, rows.values()))
-    told = {"scores": scores, "comparisons": comparisons, "rejected": dict(lost)}
-    run.finish("eval", output, count, count - lost.total(), seconds(), **told)
+    every = [row for found in rows.values() for row in found]
+    lost = tallies(every)["rejected"]
+    told = {"scores": scores, "comparisons": comparisons, "rejected": lost}
+    output = " ".join(digest(found) for found in rows.values())
+    run.finish("eval", output, len(every), len(every) - sum(lost.values()), seconds(), **told)
 
 
-class _Student:
-    """The model before or after training, loaded when its first answer is missing; `held` closes it."""
-
-    def __init__(self, run: Run, which: str, grader: Grader, held: ExitStack) -> None:
-        self.run, self.grader, self.held = run, grader, held
-        self.adapter = str(run.folder / "adapter") if which == "after" else None
-
-    @cached_property
-    def backend(self) -> Backend:
-        """The model, if it is asked as it was trained."""
-        config = self.run.config
-        backend = self.held.enter_context(closing(open_backend(config.eval, adapter=self.adapter)))
-        now = template_hash(backend.tokenizer, config.prompts, config.eval.system, config.eval.thinking)
-        trained = self.run.manifest.get("template_hash")
-        if config.method != "zero-shot" and trained not in (None, now):
-            raise KitError(
-                f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
-                "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
-            )
-        return backend
-
-    def answer(self, asked: list[tuple[Problem, str]]) -> Iterator[EvalRow]:
-        """Graded rows of a batch of problems, each with its verifier, as they are finished."""
-        config, engine = self.run.config, self.run.config.eval
-        by_id, requests = {problem.id: (problem, verifier) for problem, verifier in asked}, []
-        for problem, _ in asked:
-            user = solve_text(config.prompts, problem.question)
-            prompt = render(self.backend.tokenizer, user, engine.system, thinking=engine.thinking)
-            requests.append(Request(problem.id, prompt, engine.sampling, n=engine.samples, seed=config.seed))
-        for done in self.backend.generate(requests):
-            problem, verifier = by_id[done.id]
-            facts = problem.model_dump(include={"id", "question", "answer", "level", "subject"})
-            facts |= {"rejected": "generation failed", "detail": done.error} if done.error else {}
-            texts = [(c.text, c.finish, len(c.ids)) for c in done.completions]
-            samples = graded_samples(self.grader, texts, problem.answer, verifier)
-            yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=round(done.seconds, 3))
+def answers(student: Asker, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:
+    """Graded rows of a batch of problems, as they are finished, from a model that is asked as it was trained."""
+    config, engine = student.run.config, student.engine
+    now = template_hash(student.backend.tokenizer, config.prompts, engine.system, engine.thinking)
+    trained = student.run.manifest.get("template_hash")
+    if config.method != "zero-shot" and trained not in (None, now):
+        raise KitError(
+            f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
+            "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
+        )
+    for problem, samples, done in student.ask(problems, verifier):
+        facts = problem.model_dump(include=FACTS | {"level", "subject"})
+        facts |= why(done, "", samples) if done.error else {}
+        yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=round(done.seconds, 3))
 
 
 def file_name(model: str, which: str, dataset: str) -> str:
@@ -125,8 +102,8 @@ def shares(rows: Iterable[EvalRow]) -> dict[tuple[str, str], float]:
 def accuracy(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
     """{n (problems), accuracy, low, high}: every problem weighs the same, however many rows and samples it has."""
     means = list(shares(rows).values())
-    ends = stats.interval(means, sum(len(row.samples) or 1 for row in rows) / max(len(means), 1), confidence)
-    low, high = (round(float(end), 4) for end in ends)
+    samples = sum(len(row.samples) or 1 for row in rows) / max(len(means), 1)
+    low, high = (round(float(end), 4) for end in stats.interval(means, samples, confidence))
     return {"n": len(means), "accuracy": _mean(means), "low": low, "high": high}
 
 
@@ -153,9 +130,10 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
         "accuracy_completed": _mean(completed) if completed else None,
     }
     for field in ("level", "subject"):
-        names = sorted({getattr(row, field) for row in rows} - {None})
-        groups = {name: [row for row in rows if getattr(row, field) == name] for name in names}
-        found[f"by_{field}"] = {name: accuracy(group, confidence) for name, group in groups.items()}
+        groups = defaultdict(list)
+        for row in rows:
+            groups[getattr(row, field)].append(row)
+        found[f"by_{field}"] = {name: accuracy(groups[name], confidence) for name in sorted({*groups} - {None})}
     return found
 
 

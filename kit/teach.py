@@ -2,92 +2,110 @@
 
 Paper: one DeepSeek-R1 trace a question, taken as it is. Here: a teacher that we run is sampled, and only
 traces that reach the gold answer go on; traces from a file are graded for the record and all go on.
+`Asker` is how every stage draws and grades samples.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
+from typing import Any, TypeVar
 
 from kit.answers import Grader, Item
-from kit.backends import Backend, Request, open_backend
+from kit.backends import Backend, Completion, Generation, Request, open_backend
+from kit.config import Align, Engine, Eval, Teacher
 from kit.prompts import render, solve_text
-from kit.records import Problem, RowFile, Sample, TraceRow, digest
+from kit.records import Outcome, Problem, Row, RowFile, Sample, TraceRow, digest
 from kit.run import Run, file_digest, stopwatch, tallies, work_through
 
 NAME = "traces.jsonl"
-Texts = Sequence[tuple[str, str, int]]  # (text, finish, tokens) of samples
+FACTS = {*Row.model_fields}  # what every row says of its problem
+T = TypeVar("T", bound=Row)
+R = TypeVar("R", bound=Outcome)
+Work = Callable[[list[Any]], Iterator[Any]]  # rows of a batch of items
+Text = tuple[str, str, int]  # text, finish and tokens of a sample
+Words = Callable[[Any], tuple[str, str]]  # an item's user turn and the beginning of the answer
+Drawn = tuple[Any, tuple[Sample, ...], Generation]  # an item, its graded samples, what was generated
 
 
 def teach(run: Run) -> None:
     """The stage: one `TraceRow` a problem."""
-    problems = run.data.train
+    problems, config = run.data.train, run.config.teacher
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
         return
-    given = run.config.teacher.backend in ("file", "worked")
-    units, file = [(problem.id, problem) for problem in problems], RowFile(run.path(NAME), TraceRow)
-    with stopwatch() as seconds, Grader() as grader, ExitStack() as held:
-        teacher = Teacher(run, grader, held)
-        work, size = (teacher.take, 64) if given else (teacher.write, 4 * run.config.teacher.parallel)
-        rows = work_through(run, "teach", file, units, size, work)
+    with stopwatch() as seconds, Asker(run, config, config) as teacher:
+        rows = teacher.sweep("teach", NAME, TraceRow, problems, lambda batch: traces(teacher, batch))
     kept = sum(len(row.kept) for row in rows)
     run.finish("teach", digest(rows), len(problems), kept, seconds(), **tallies(rows))
 
 
-class Teacher:
-    """Makes rows for a batch of problems; a model is loaded when it is first needed, and closed with `held`."""
+def traces(teacher: Asker, problems: list[Problem]) -> Iterator[TraceRow]:
+    """A row a problem: of sampled traces only right ones are kept, of given ones all that are not empty."""
+    config, given = teacher.run.config, teacher.engine.backend in ("file", "worked")
+    verifier, reason = config.data.train.verifier, "empty trace" if given else "no right trace"
+    drawn = teacher.grade(problems, _given(teacher, problems), verifier) if given else teacher.ask(problems, verifier)
+    for problem, samples, done in drawn:
+        kept = (0,) * bool(samples[0].text.strip()) if given else choose(samples, config.teacher.keep)
+        lost = {} if kept else why(done, reason, samples)
+        facts = problem.model_dump(include=FACTS)
+        yield TraceRow(**facts, samples=samples, kept=kept, seconds=round(done.seconds, 3), **lost)
 
-    def __init__(self, run: Run, grader: Grader, held: ExitStack) -> None:
-        self.run, self.grader, self.config, self.held = run, grader, run.config.teacher, held
+
+def _given(teacher: Asker, problems: list[Problem]) -> Iterator[Generation]:
+    """The traces that problems come with."""
+    from kit.problems import wander
+
+    config, worked = teacher.run.config, teacher.engine.backend == "worked"
+    for problem in problems:
+        text = wander(problem, config.teacher.wordiness, config.seed) if worked else problem.trace or ""
+        yield Generation(problem.id, (Completion(text, (), "stop"),))
+
+
+class Asker(ExitStack):
+    """A model and the grader of what it writes; the model is opened when it is first asked, both close on leaving.
+
+    Args:
+        how: the section with `sampling` and `samples`.
+        adapter: a PEFT adapter's folder.
+    """
+
+    def __init__(self, run: Run, engine: Engine, how: Teacher | Align | Eval, adapter: str | None = None) -> None:
+        super().__init__()
+        self.run, self.engine, self.how, self.adapter = run, engine, how, adapter
+        self.grader = self.enter_context(Grader())
 
     @cached_property
     def backend(self) -> Backend:
-        """The teacher's model."""
-        return self.held.enter_context(closing(open_backend(self.config)))
+        """The model."""
+        return self.enter_context(closing(open_backend(self.engine, adapter=self.adapter)))
 
-    def take(self, problems: list[Problem]) -> Iterator[TraceRow]:
-        """Rows of the traces that the problems have, right or wrong."""
-        from kit.problems import wander
+    def sweep(self, stage: str, name: str, kind: type[R], items: Sequence[T], work: Work) -> list[R]:
+        """A row of the file `name` for each item, resuming where it ends, in batches that keep the model busy."""
+        units, file = [(item.id, item) for item in items], RowFile(self.run.path(name), kind)
+        return work_through(self.run, stage, file, units, 4 * self.engine.parallel, work)
 
-        for problem in problems:
-            worked = self.config.backend == "worked"
-            text = wander(problem, self.config.wordiness, self.run.config.seed) if worked else problem.trace or ""
-            with stopwatch() as seconds:
-                samples = self._graded(problem, [(text, "stop", 0)])
-            why = {} if text.strip() else {"rejected": "empty trace", "detail": tally(samples)}
-            yield self._row(problem, samples, (0,) if text.strip() else (), seconds(), why)
+    def ask(self, items: Sequence[T], verifier: str, words: Words | None = None) -> Iterator[Drawn]:
+        """Draw samples for items and grade them, each item as it is finished; without `words` it is to be solved."""
+        config, engine, requests = self.run.config, self.engine, []
+        for item in items:
+            user, answer = words(item) if words else (solve_text(config.prompts, item.question), "")
+            prompt = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
+            requests.append(Request(item.id, prompt, self.how.sampling, n=self.how.samples, seed=config.seed))
+        yield from self.grade(items, self.backend.generate(requests), verifier)
 
-    def write(self, problems: list[Problem]) -> Iterator[TraceRow]:
-        """Rows of sampled traces, each as it is finished; only right ones are kept."""
-        run, teacher, requests = self.run.config, self.config, []
-        for problem in problems:
-            user = solve_text(run.prompts, problem.question)
-            prompt = render(self.backend.tokenizer, user, teacher.system, thinking=teacher.thinking)
-            requests.append(Request(problem.id, prompt, teacher.sampling, n=teacher.samples, seed=run.seed))
-        by_id = {problem.id: problem for problem in problems}
-        for done in self.backend.generate(requests):
-            problem = by_id[done.id]
-            samples = self._graded(problem, [(c.text, c.finish, len(c.ids)) for c in done.completions])
-            kept = choose(samples, teacher.keep)
-            reason = "generation failed" if done.error else "no right trace"
-            why = {} if kept else {"rejected": reason, "detail": done.error or tally(samples)}
-            yield self._row(problem, samples, kept, done.seconds, why)
-
-    def _graded(self, problem: Problem, texts: Texts) -> tuple[Sample, ...]:
-        return graded_samples(self.grader, texts, problem.answer, self.run.config.data.train.verifier)
-
-    def _row(
-        self, problem: Problem, samples: tuple[Sample, ...], kept: tuple[int, ...], seconds: float, why: dict[str, str]
-    ) -> TraceRow:
-        fields = problem.model_dump(include={"id", "question", "answer"})
-        return TraceRow(**fields, samples=samples, kept=kept, seconds=round(seconds, 3), **why)
+    def grade(self, items: Sequence[T], made: Iterable[Generation], verifier: str) -> Iterator[Drawn]:
+        """Grade what was generated for items, in the order of `made`."""
+        by_id = {item.id: item for item in items}
+        for done in made:
+            item, texts = by_id[done.id], [(one.text, one.finish, len(one.ids)) for one in done.completions]
+            yield item, graded_samples(self.grader, texts, item.answer, verifier), done
 
 
-def graded_samples(grader: Grader, texts: Texts, gold: str, verifier: str) -> tuple[Sample, ...]:
+def graded_samples(grader: Grader, texts: Sequence[Text], gold: str, verifier: str) -> tuple[Sample, ...]:
     """Grade the samples of one problem."""
-    grades = grader.grade([Item(gold=gold, output=text, verifier=verifier) for text, _, _ in texts])
+    grades = grader.grade([Item(gold, text, verifier) for text, _, _ in texts])
     return tuple(
         Sample(text=text, verdict=grade.verdict, answer=grade.answer, finish=finish, tokens=tokens)
         for (text, finish, tokens), grade in zip(texts, grades, strict=True)
@@ -107,10 +125,12 @@ def choose(samples: tuple[Sample, ...], keep: str) -> tuple[int, ...]:
     return tuple(sorted(right, key=lambda i: (samples[i].finish != "stop", length(i)))[:1])
 
 
-def tally(samples: tuple[Sample, ...]) -> str:
-    """What became of samples, in words: '0 of 4 right: 3 wrong, 1 unparsed; 2 cut off at the token limit'."""
+def why(done: Generation, reason: str, samples: Sequence[Sample]) -> dict[str, str]:
+    """A lost row's fields: the error, or `reason` and '0 of 4 right: 3 wrong, 1 unparsed; 2 cut off at ...'."""
+    if done.error:
+        return {"rejected": "generation failed", "detail": done.error}
     counts = Counter(sample.verdict for sample in samples)
     capped = sum(sample.finish == "length" for sample in samples)
     parts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common() if verdict != "correct")
     cut = f"; {capped} cut off at the token limit" if capped else ""
-    return f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}"
+    return {"rejected": reason, "detail": f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}"}

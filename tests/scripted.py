@@ -34,7 +34,7 @@ class ByteTokenizer:
 class ScriptedBackend:
     """See the module. PALIGN_SCRIPT_SECONDS makes each answer take that long."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, adapter: str | None = None) -> None:
         self.name, self.tokenizer, self.concurrent = "scripted", ByteTokenizer(), 1
         self.context_tokens = engine.context_tokens or 1 << 20
         self.notes = ["a scripted stand-in, no model: for tests of the stages only"]

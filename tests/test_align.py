@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import contextmanager
 
 import pytest
 
 from kit import config as configs
-from kit.align import Aligner, Draft, align, holds_answer, target, training_rows
-from kit.answers import Grader
+from kit.align import align, extend, holds_answer, longer, target, training_rows
 from kit.backends import Completion, Generation
 from kit.progress import Progress
 from kit.prompts import BEGIN, END
 from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow, TrainRow
 from kit.run import Run
 from kit.sentences import ends
-from kit.teach import choose
+from kit.teach import Asker, choose
 from tests.scripted import ScriptedBackend
 
 TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
@@ -51,6 +50,14 @@ def make_run(folder, prefixes=(), **keys):
     return run
 
 
+@contextmanager
+def asker(folder, right_from=0, **keys):
+    """The student of a run, answering rightly from a round on."""
+    with make_run(folder, align=keys) as run, Asker(run, run.config.student, run.config.align) as student:
+        student.backend = Recorder(run.config.student, right_from)
+        yield student
+
+
 def trained_on(run):
     return [TrainRow.model_validate_json(line) for line in run.path("train.jsonl").read_bytes().splitlines()]
 
@@ -79,22 +86,28 @@ def test_only_right_samples_are_kept_and_a_finished_one_goes_first():
 
 
 def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
-    with make_run(tmp_path, align={"lengthen": 2, "samples": 3}) as run, Grader() as grader:
-        aligner = Aligner(run, grader, ExitStack())
-        aligner.backend = Recorder(run.config.student, right_from=2)
-        (row,) = aligner.extend([Draft(prefix_row(), 1)])
+    with asker(tmp_path, right_from=2, lengthen=2, samples=3) as student:
+        (row,) = extend(student, [prefix_row()])
     cuts = ends(TRACE)
     assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
-    assert row.prefix == TRACE and [sorted(aligner.backend.prompts)] == [["a", "a+1", "a+2"]]
-    middle = aligner.backend.prompts["a+1"]
+    assert row.prefix == TRACE and sorted(student.backend.prompts) == ["a", "a+1", "a+2"]
+    middle = student.backend.prompts["a+1"]
     assert TRACE[: cuts[2]] in middle and TRACE[: cuts[3]] not in middle, "even steps"
 
 
+@pytest.mark.parametrize("kept", [1, 2, 4, 5])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 9])
+def test_every_round_shows_more_and_the_last_one_all(kept, rounds):
+    row = prefix_row(kept=kept)
+    last = min(rounds, row.sentences_total - kept)
+    cuts = [longer(row, number, rounds) for number in range(last + 1)]
+    assert cuts[0] == row and [c.end for c in cuts] == sorted({c.end for c in cuts})
+    assert not last or cuts[-1].end == len(TRACE)
+
+
 def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
-    with make_run(tmp_path, align={"lengthen": 1, "samples": 2}) as run, Grader() as grader:
-        aligner = Aligner(run, grader, ExitStack())
-        aligner.backend = Recorder(run.config.student, right_from=99)
-        rows = list(aligner.extend([Draft(prefix_row("a"), 1), Draft(prefix_row("b", kept=5), 5)]))
+    with asker(tmp_path, right_from=99, lengthen=1, samples=2) as student:
+        rows = list(extend(student, [prefix_row("a"), prefix_row("b", kept=5)]))
     assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, "a whole trace cannot be lengthened"
     assert all(
         r.rejected == "no right continuation" and "0 of 2 right" in r.detail and not r.continuation for r in rows
@@ -103,11 +116,9 @@ def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
 
 @pytest.mark.parametrize("mode", ["prompt", "prefill"])
 def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
-    with make_run(tmp_path, align={"mode": mode}) as run, Grader() as grader:
-        aligner = Aligner(run, grader, ExitStack())
-        aligner.backend = Recorder(run.config.student)
-        (row,) = aligner.extend([Draft(prefix_row(kept=3), 3)])
-    prompt = aligner.backend.prompts["a"]
+    with asker(tmp_path, mode=mode) as student:
+        (row,) = extend(student, [prefix_row(kept=3)])
+    prompt = student.backend.prompts["a"]
     assert TRACE.startswith(row.prefix) and row.prefix in prompt
     assert prompt.endswith(row.prefix) == (mode == "prefill"), "prefilled to the last space; in the user turn otherwise"
 
@@ -133,10 +144,8 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
 
 
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
-    with make_run(tmp_path, [prefix_row()], align={"keep": "all", "samples": 3}) as run, Grader() as grader:
-        aligner = Aligner(run, grader, ExitStack())
-        aligner.backend = Recorder(run.config.student)
-        lines = training_rows(run, list(aligner.extend([Draft(prefix_row(), 1)])))
+    with asker(tmp_path, keep="all", samples=3) as student:
+        lines = training_rows(student.run, list(extend(student, [prefix_row()])))
     assert [line.output.split("\n")[1] for line in lines] == [f" sample {j} \\boxed{{9}}" for j in range(3)]
 
 
