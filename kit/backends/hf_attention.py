@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
+
+from kit.backends.hf_batch import few_tokens
 
 NAME = "palign_tree"
 MASK_CELLS = 1 << 22  # queries by keys of one masked call: bounds memory (4 bytes a cell, times the heads folded)
 GROUP_TOKENS = 128  # tails that share one masked call on a CPU: fewer see keys in vain, more fill the kernel
-SKINNY_TOKENS = 64
 KNOWN = frozenset({"dropout", "use_cache", "position_ids", "is_causal", "output_attentions", "cache_position"})
 LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -126,17 +126,6 @@ class _TrunkLayer(DynamicLayer):
         return self.cache.length
 
 
-class _Skinny(TorchFunctionMode):
-    """y = W x^T for few tokens on a CPU: MKL's x W^T repacks W at each call, two to three times slower at 16 to 64."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not linear or kwargs or args[0].shape[0] != 1 or len(args[0].shape) != 3:
-            return function(*args, **(kwargs or {}))
-        shown, weight, *bias = args
-        made = (weight @ shown[0].T).T.contiguous()[None]
-        return made + bias[0] if bias and bias[0] is not None else made
-
-
 @contextmanager
 def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     """Run the model's forward passes inside with this module's attention.
@@ -154,9 +143,7 @@ def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     try:
         for config in configs:
             config._attn_implementation_internal = NAME
-        with ExitStack() as held:
-            if layout.device.type == "cpu" and layout.tokens <= SKINNY_TOKENS:
-                held.enter_context(_Skinny())
+        with few_tokens(layout.tokens, layout.device):
             yield
     finally:
         _layout.reset(token)

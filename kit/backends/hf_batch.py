@@ -7,11 +7,13 @@ finished ones leave it. Knows ids and tensors only; what is generated, and for w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -123,11 +125,29 @@ def _gather(parts: Sequence[Part], index: int, name: str, columns: int) -> torch
 def _forward(model: Any, cache: Any, ids: torch.Tensor, starts: torch.Tensor, columns: int) -> torch.Tensor:
     """Logits (B, V) after the last of ids (B, t), whose states join the cache behind its `columns`."""
     column = torch.arange(columns + ids.shape[1], device=ids.device)[None]
-    return model(
-        input_ids=ids,
-        attention_mask=column >= starts,
-        position_ids=(column[:, columns:] - starts).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    with few_tokens(ids.numel(), ids.device):
+        return model(
+            input_ids=ids,
+            attention_mask=column >= starts,
+            position_ids=(column[:, columns:] - starts).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+
+class _Transposed(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not linear or kwargs:
+            return function(*args, **(kwargs or {}))
+        shown, weight, *bias = args
+        made = (weight @ shown.reshape(-1, shown.shape[-1]).T).T.contiguous().reshape(*shown.shape[:-1], -1)
+        return made if not bias or bias[0] is None else made + bias[0]
+
+
+def few_tokens(tokens: int, device: torch.device) -> AbstractContextManager:
+    """For a forward pass of few tokens on a CPU: linear layers as (W x^T)^T.
+
+    MKL's x W^T copies W at every call, which at 16 to 48 tokens takes two to three times as long (torch 2.13).
+    """
+    return _Transposed() if device.type == "cpu" and 4 <= tokens <= 64 else nullcontext()
