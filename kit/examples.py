@@ -10,8 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kit.config import Config
 from kit.errors import KitError
@@ -20,19 +22,16 @@ from kit.models import HfTokenizer, turn_ends
 from kit.prompts import render, text_of
 from kit.records import TrainRow
 
+CUT = "cut, without their answers"
+
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized training row. `ids` (T,): the prompt, then what is learned."""
+    """A tokenized training row. `name`: its line in train.jsonl and its question's beginning."""
 
-    line: int  # in train.jsonl, from 1
-    head: str  # of the question, to name the row
-    ids: tuple[int, ...]
+    name: str
+    ids: tuple[int, ...]  # (T,): the prompt, then what is learned
     prompt_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"line {self.line} ({self.head})"
 
 
 def read_rows(path: Path) -> list[TrainRow]:
@@ -48,14 +47,14 @@ def read_rows(path: Path) -> list[TrainRow]:
 
 def prepare(
     rows: Sequence[TrainRow], tokenizer: HfTokenizer, config: Config
-) -> tuple[list[Example], dict[str, list[str]], list[str]]:
+) -> tuple[list[Example], dict[str, list[str]]]:
     """Tokenize rows and set aside those that cannot be learned from.
 
     A cut row keeps its prompt and the beginning of its target, as LLaMA-Factory cuts; it loses its answer and the
     token that ends the turn, which is why `over_cutoff: drop` is the default.
 
     Returns:
-        (examples, names of dropped rows by reason, names of cut rows).
+        (examples, names of the rows that were dropped, or under CUT shortened, by the reason).
 
     Raises:
         KitError: rows with another instruction than evaluation will use; no row is left.
@@ -63,41 +62,35 @@ def prepare(
     limit, end = config.train.cutoff_tokens, end_of_turn(tokenizer)
     student, instruction = config.student, text_of(config.prompts, "instruction")
     examples: list[Example] = []
-    dropped: dict[str, list[str]] = {}
-    cut: list[str] = []
+    lost: dict[str, list[str]] = {}
     for line, row in enumerate(rows, 1):
         if row.instruction != instruction:
-            raise KitError(
-                f"train.jsonl line {line} asks {row.instruction!r}, but evaluation will ask {instruction!r}.",
-                "Set prompts.instruction to the rows' own, or run align again.",
-            )
+            what = f"train.jsonl line {line} asks {row.instruction!r}, but evaluation will ask {instruction!r}."
+            raise KitError(what, "Set prompts.instruction to the rows' own, or run align again.")
         prompt = render(tokenizer, f"{row.instruction}\n{row.input}", student.system, thinking=student.thinking)
         ids = (*prompt, *tokenizer.encode(row.output, special=False), end)
-        example = Example(line, " ".join(row.input.split())[:60], ids, len(prompt))
+        name, why = f"line {line} ({' '.join(row.input.split())[:60]})", None
         if not row.output.strip():
-            dropped.setdefault("dropped, nothing to learn", []).append(example.name)
-        elif len(ids) <= limit:
-            examples.append(example)
-        elif config.train.over_cutoff == "cut" and len(prompt) < limit:
-            cut.append(example.name)
-            examples.append(Example(line, example.head, ids[:limit], len(prompt)))
-        else:
-            dropped.setdefault("dropped, over train.cutoff_tokens", []).append(f"{example.name}, {len(ids)} tokens")
+            why = "dropped, nothing to learn"
+        elif len(ids) > limit:
+            cut = config.train.over_cutoff == "cut" and len(prompt) < limit
+            why = CUT if cut else "dropped, over train.cutoff_tokens"
+        if why:
+            lost.setdefault(why, []).append(f"{name}, {len(ids)} tokens")
+        if why in (None, CUT):
+            examples.append(Example(name, ids[:limit], len(prompt)))
     if not examples:
-        why = "; ".join(f"{len(names)} {reason}: {names[0]}" for reason, names in dropped.items())
-        raise KitError(
-            f"None of {len(rows)} training rows can be trained on" + (f" ({why})." if why else "."),
-            "See rejected.jsonl for rows that did not get here; raise train.cutoff_tokens for rows too long.",
-        )
-    return examples, dropped, cut
+        why = "; ".join(f"{len(names)} {reason}: {names[0]}" for reason, names in lost.items())
+        what = f"None of {len(rows)} training rows can be trained on ({why or 'train.jsonl is empty'})."
+        raise KitError(what, "Raise train.cutoff_tokens for rows too long; rejected.jsonl has those lost before.")
+    return examples, lost
 
 
 def order(lengths: Sequence[int], config: Config) -> list[int]:
     """Which example stands where, for the whole training.
 
-    Epochs are shuffled each by its own seed and follow one another without a gap: every step but the last has
-    `batch_rows` rows. With `group_by_length` a step's rows are sorted, longest first: rows of like length are padded
-    together, and a card that is too small shows at once.
+    Epochs, each shuffled by its own seed, follow without a gap: every step but the last has `batch_rows` rows. With
+    `group_by_length` a step's rows stand longest first: like lengths share a batch, a card too small shows at once.
     """
     settings, count = config.train, len(lengths)
     total = settings.max_steps * settings.batch_rows if settings.max_steps else max(1, round(settings.epochs * count))
@@ -109,16 +102,13 @@ def order(lengths: Sequence[int], config: Config) -> list[int]:
     return plan
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Right-padded ids and labels (B, T), without a mask: causal attention never looks right, and a mask would cost
-    the fast attention path. `lines` (B,) names the rows."""
-    longest = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORED)
-    for i, example in enumerate(examples):
-        ids[i, : len(example.ids)] = torch.tensor(example.ids)
-        labels[i, example.prompt_tokens : len(example.ids)] = ids[i, example.prompt_tokens : len(example.ids)]
-    return {"input_ids": ids, "labels": labels, "lines": torch.tensor([e.line for e in examples])}
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """Right-padded ids and labels (B, T), and the examples. No mask: causal attention never looks right, and a mask
+    would cost the fast attention path."""
+    ids = [torch.tensor(example.ids) for example in examples]
+    labels = [torch.tensor((IGNORED,) * e.prompt_tokens + e.ids[e.prompt_tokens :]) for e in examples]
+    padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "labels": padded, "examples": list(examples)}
 
 
 def end_of_turn(tokenizer: HfTokenizer) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kit import train as training
 from kit.config import Config, resolve
 from kit.errors import KitError
-from kit.examples import Example, collate, end_of_turn, order, prepare, read_rows
+from kit.examples import CUT, Example, collate, end_of_turn, order, prepare, read_rows
 from kit.models import hf_folder, load_tokenizer
 from kit.progress import Progress
 from kit.prompts import render, solve_text, template_hash, words
@@ -112,7 +112,7 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     ].keys()
     assert (config.folder / "adapter" / "adapter_model.safetensors").exists()
     assert len(list((config.folder / "checkpoints").iterdir())) <= 2
-    assert not list((config.folder / "adapter").rglob("*.bin"))
+    assert not list(config.folder.rglob("*.bin"))  # nothing pickled, in adapter/ and in checkpoints/
     hash_now = template_hash(load_tokenizer(tiny), config.prompts, None, False)
     assert manifest["template_hash"] == hash_now
     again = run_stage(config)  # done before: nothing is trained again
@@ -139,7 +139,7 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
     config = settings(tmp_path / "r", tiny, epochs=1, dropout=0.0, batch_rows=8, group_by_length=False)
     run_stage(config)
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    examples, _, _ = prepare(rows(), load_tokenizer(tiny), config)
+    examples, _ = prepare(rows(), load_tokenizer(tiny), config)
     total, count = 0.0, 0
     for example in examples:
         logits = model(torch.tensor([example.ids])).logits[0].float()
@@ -192,6 +192,17 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str, whole: 
         training.train(run)
     assert losses(whole.folder) == before
     assert "half-written" in (whole.folder / "run.log").read_text()
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path, tiny: str, whole: Config) -> None:
+    config = settings(tmp_path / "r", tiny, rank=4)
+    write_rows(config.folder, rows())
+    with Run(config, Progress(quiet=True)) as run:
+        run.begin("train", training._hash(config.folder / "train.jsonl"), lambda: "")
+        shutil.copytree(whole.folder / "checkpoints", config.folder / "checkpoints")
+        with pytest.raises(KitError, match=r"checkpoint-6 holds an adapter of rank 16, .* the config's .* rank 4, "):
+            training.train(run)
+    assert not (config.folder / "adapter").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
@@ -261,14 +272,14 @@ def test_an_adapter_without_gradient_is_found_at_the_first_step(
 def test_prompt_ids_are_evaluations_and_only_the_target_is_learned(tiny: str) -> None:
     config, tokenizer = settings(Path("unused"), tiny), load_tokenizer(tiny)
     row = rows()[3].model_copy(update={"output": "see <|im_end|> as text \\boxed{3}"})
-    (example,), _, _ = prepare([row], tokenizer, config)
+    (example,), _ = prepare([row], tokenizer, config)
     prompt = render(tokenizer, solve_text(config.prompts, row.input))
     assert example.ids[: example.prompt_tokens] == prompt
     target = example.ids[example.prompt_tokens :]
     assert list(target[:-1]) == tokenizer.encode(row.output, special=False)
     assert target[-1] == end_of_turn(tokenizer) == tokenizer.encode("<|im_end|>")[0]
     assert target.count(target[-1]) == 1  # the name in the text stayed text
-    batch = collate([example, Example(2, "", example.ids[:-3], example.prompt_tokens)])
+    batch = collate([example, Example("line 2", example.ids[:-3], example.prompt_tokens)])
     for i, length in enumerate((len(example.ids), len(example.ids) - 3)):
         learned = (batch["labels"][i] != -100).nonzero().flatten().tolist()
         assert learned == list(range(example.prompt_tokens, length))
@@ -278,24 +289,24 @@ def test_prompt_ids_are_evaluations_and_only_the_target_is_learned(tiny: str) ->
 def test_rows_over_the_cutoff_are_dropped_or_cut_and_named(tiny: str) -> None:
     tokenizer = load_tokenizer(tiny)
     lines = [*rows(3), rows()[0].model_copy(update={"output": "word " * 200})]
-    kept, dropped, cut = prepare(lines, tokenizer, settings(Path("unused"), tiny, cutoff_tokens=150))
-    assert len(kept) == 3 and not cut and "line 4 (Ann has 0 pens" in dropped["dropped, over train.cutoff_tokens"][0]
+    kept, lost = prepare(lines, tokenizer, settings(Path("unused"), tiny, cutoff_tokens=150))
+    assert len(kept) == 3 and [*lost] == ["dropped, over train.cutoff_tokens"]
+    assert lost["dropped, over train.cutoff_tokens"][0].startswith("line 4 (Ann has 0 pens")
     config = settings(Path("unused"), tiny, cutoff_tokens=150, over_cutoff="cut")
-    kept, dropped, cut = prepare(lines, tokenizer, config)
-    assert len(kept) == 4 and not dropped and len(cut) == 1 and len(kept[3].ids) == 150
+    kept, lost = prepare(lines, tokenizer, config)
+    assert len(kept) == 4 and [*lost] == [CUT] and len(lost[CUT]) == 1 and len(kept[3].ids) == 150
     assert kept[3].ids[-1] != end_of_turn(tokenizer)
     long_prompt = [*rows(3), rows()[0].model_copy(update={"input": "word " * 200})]
-    kept, dropped, cut = prepare(long_prompt, tokenizer, config)  # a prompt is never cut
-    assert len(kept) == 3 and not cut and len(dropped["dropped, over train.cutoff_tokens"]) == 1
+    kept, lost = prepare(long_prompt, tokenizer, config)  # a prompt is never cut
+    assert len(kept) == 3 and [len(names) for names in lost.values()] == [1] and CUT not in lost
 
 
 def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(tmp_path: Path, tiny: str) -> None:
     empty = rows()[0].model_copy(update={"output": "  "})
     config, tokenizer = settings(tmp_path / "r", tiny), load_tokenizer(tiny)
-    kept, dropped, _ = prepare([*rows(2), empty], tokenizer, config)
-    assert len(kept) == 2 and dropped == {
-        "dropped, nothing to learn": ["line 3 (Ann has 0 pens and buys 0 more. How many has she?)"]
-    }
+    kept, lost = prepare([*rows(2), empty], tokenizer, config)
+    assert len(kept) == 2 and [*lost] == ["dropped, nothing to learn"]
+    assert lost["dropped, nothing to learn"][0].startswith("line 3 (Ann has 0 pens and buys 0 more. How many has she?)")
     with pytest.raises(KitError, match=r"None of 2 training rows.*2 dropped, nothing to learn: line 1"):
         prepare([empty, empty], tokenizer, config)
     with pytest.raises(KitError, match="None of 0 training rows"):
@@ -312,7 +323,7 @@ def test_a_step_whose_labels_are_all_masked_is_refused(
         "collate",
         lambda examples: {k: torch.full_like(v, -100) if k in masked else v for k, v in real(examples).items()},
     )
-    with pytest.raises(KitError, match=r"Step 1 has no supervised token: line \d"):
+    with pytest.raises(KitError, match=r"loss of step 1 is not finite.*Rows: line \d"):
         run_stage(settings(tmp_path / "r", tiny))
 
 
@@ -324,7 +335,7 @@ def test_another_instruction_than_evaluations_is_refused(tiny: str) -> None:
 
 def test_batches_of_unequal_rows_have_no_cross_talk(tiny: str) -> None:
     tokenizer = load_tokenizer(tiny)
-    examples, _, _ = prepare(rows(), tokenizer, settings(Path("unused"), tiny))
+    examples, _ = prepare(rows(), tokenizer, settings(Path("unused"), tiny))
     batch = collate(examples)
     assert len({len(e.ids) for e in examples}) > 2
     for name in (tiny, hf_folder("smollm2-135m")):
