@@ -40,8 +40,7 @@ class HfTokenizer:
     def __init__(self, inner: Any, eos_ids: frozenset[int]) -> None:
         self.inner, self.eos_ids = inner, eos_ids
         self.template: str | None = inner.chat_template if isinstance(inner.chat_template, str) else None
-        self.bos: str = inner.bos_token or ""
-        self.eos: str = inner.eos_token or ""
+        self.bos, self.eos = inner.bos_token or "", inner.eos_token or ""
         self.special: tuple[str, ...] = tuple(t.content for t in inner.added_tokens_decoder.values() if t.special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -59,27 +58,22 @@ def resolve(name: str) -> Path | str:
     Raises:
         KitError: nothing of that name; a hub id is taken at its word until it is loaded.
     """
+    path = Path(name).expanduser()
     if name in ALIASES:
         package, file = ALIASES[name]
         found = find_spec(package)  # finds without importing: the package's own imports are heavy
-        path = Path((found.submodule_search_locations if found else [""])[0]) / file
-        if not path.is_file():
-            raise KitError(f"{name} is {file} of the package {package}: missing.", "pip install -r requirements.txt")
-        return path
-    path = Path(name).expanduser()
+        path = Path((found.submodule_search_locations if found else [package])[0]) / file
     if path.is_file():
-        if path.open("rb").read(4) != b"GGUF":
-            raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json.")
-        return path
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "no .gguf either"
-            raise KitError(f"The folder {name} holds no config.json ({inside}).", "Name a model's folder or a .gguf.")
+        if path.open("rb").read(4) == b"GGUF":
+            return path
+        raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json.")
+    if (path / "config.json").is_file() and name:
         return str(path)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf"):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf") and not path.exists():
         return name
-    what = f"There is no model {name!r}: no alias ({', '.join(ALIASES)}), no file or folder, no hub id (OWNER/NAME)."
-    raise KitError(what, "Give an alias, a .gguf file, a folder with config.json, or a hub id.")
+    what = f"There is no model {name!r}: no alias ({', '.join(ALIASES)}, with pip install -r requirements.txt), no "
+    inside = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
+    raise KitError(f"{what}file, no folder with config.json, no hub id (OWNER/NAME).", f"GGUF files there: {inside}.")
 
 
 def gguf_file(name: str) -> Path:
@@ -95,17 +89,18 @@ def hf_folder(name: str) -> str:
     if isinstance(gguf, str):
         return gguf
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    key = f"{_file_hash(gguf, gguf.stat().st_mtime_ns)[:24]}-{CONVERSION}"
-    target, part = root / key, root / f"{key}.part"
+    target = root / f"{_file_hash(gguf, gguf.stat().st_mtime_ns)[:24]}-{CONVERSION}"
+    part = target.with_suffix(".part")
+    if target.is_dir():  # asked before the lock, for a cache may be read-only
+        return str(target)
     try:
-        if not target.is_dir():  # one process converts; the others wait for it and find it done
-            root.mkdir(parents=True, exist_ok=True)
-            with open(root / f"{key}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not target.is_dir():
-                    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
-                    _convert(gguf, part)
-                    part.rename(target)
+        root.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:  # one process converts; others wait and find it done
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+                _convert(gguf, part)
+                part.rename(target)
     except OSError as error:
         raise KitError(f"{name} cannot be cached in {root}: {error}", "Make room, or set PALIGN_CACHE.") from error
     return str(target)
@@ -113,17 +108,16 @@ def hf_folder(name: str) -> str:
 
 def load_tokenizer(name: str) -> HfTokenizer:
     """The tokenizer of a model, with every token that ends a turn; KitError: no such model here."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     folder = hf_folder(name)
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        named = [AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(), inner]
-        with contextlib.suppress(OSError):  # many models come without generation_config.json
-            named.append(GenerationConfig.from_pretrained(folder))
     ends = turn_ends(inner) | {i for i, token in inner.added_tokens_decoder.items() if token.content in ENDS}
-    for value in (getattr(source, "eos_token_id", None) for source in named):
-        ends |= {value} if isinstance(value, int) else set(value or ())
+    ends |= {inner.eos_token_id} - {None}
+    with contextlib.suppress(OSError):  # many models come without generation_config.json
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends |= {named} if isinstance(named, int) else set(named or ())
     return HfTokenizer(inner, frozenset(ends))
 
 
@@ -140,35 +134,36 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
         KitError: no such model or adapter, not in an offline machine's cache, gated, or too large for the memory.
     """
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
     compute = torch.float32 if dtype == "fp32" or (dtype != "bf16" and not cuda) else torch.bfloat16
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": "cuda:0" if cuda else "cpu"}}
-    if dtype == "nf4":
-        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four)
-    elif dtype == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     options |= {"attn_implementation": "sdpa", "use_safetensors": True, "trust_remote_code": False}
+    if dtype in ("nf4", "int8"):
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", **four
+        )
     folder = hf_folder(name)
     with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (Path(adapter) / n).is_file()]
+        if missing:
+            what = f"{adapter} is no adapter: {' and '.join(missing)} missing."
+            raise KitError(what, "Name a run's adapter/ folder.")
+        with _explained(adapter, "Use the base it was trained on."):
+            model = PeftModel.from_pretrained(model, adapter)
     model.config.use_cache = not for_training
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 
 def turn_ends(tokenizer: Any) -> set[int]:
     """The special token that the chat template writes after an assistant's turn."""
-    import jinja2
-
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
-    except jinja2.TemplateError:
-        return set()
+    text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
     after = text.partition("palign-mark")[2].lstrip()
     return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)}
 
@@ -181,11 +176,10 @@ def compare_ids(tokenizer: Any, gguf: Path) -> None:
     theirs = Llama(str(gguf), vocab_only=True, verbose=False).tokenize(PROBE.encode(), add_bos=False, special=False)
     if ours != theirs:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-        raise KitError(
-            f"transformers and llama.cpp tokenize {gguf.name} differently: {tokenizer.decode(ours[at : at + 3])!r} "
-            f"against {tokenizer.decode(theirs[at : at + 3])!r} at token {at} of a probe text.",
-            "Use the model's own folder or hub id with backend=hf; this GGUF runs with backend=gguf only.",
+        what = (
+            f"transformers and llama.cpp tokenize {gguf.name} differently at {tokenizer.decode(ours[at : at + 3])!r}."
         )
+        raise KitError(what, "Use the model's own folder or hub id, or backend=gguf for this file.")
 
 
 @lru_cache(maxsize=8)
@@ -202,7 +196,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers.integrations.gguf import read_gguf_metadata
 
     where = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.resolve().name}
-    plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         if read_gguf_metadata(str(gguf))[0].get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
@@ -211,7 +204,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
         tokenizer.save_pretrained(folder)
         compare_ids(AutoTokenizer.from_pretrained(folder), gguf)
-        model = AutoModelForCausalLM.from_pretrained(**where, **plain)
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=plain)
     except (ValueError, KeyError, NotImplementedError) as error:
         hint = "Use backend=gguf for this file, or the model's own folder."
         raise KitError(f"transformers cannot read {gguf}: {error}", hint) from error
@@ -220,32 +214,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
-    from peft import PeftModel
-
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (Path(adapter) / n).is_file()]
-    if missing:
-        raise KitError(f"{adapter} is no adapter: {' and '.join(missing)} missing.", "Name a run's adapter/ folder.")
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError) as error:
-        raise KitError(f"{adapter} does not fit the model: {error}", "Use the base it was trained on.") from error
-
-
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Say in our words why a model does not load."""
+def _explained(name: str, hint: str = "Its folder must be whole, its weights safetensors.") -> Iterator[None]:
+    """Say in our words why a model or an adapter does not load."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise KitError(f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model.") from error
-    except (OSError, ValueError) as error:
-        told, hint = f"{name} cannot be loaded: {error}", "Its folder must be whole, its weights safetensors."
-        if re.search(r"gated|\b40[13]\b", str(error)):
-            hint = f"It is gated or private: accept its licence at huggingface.co/{name}, then run hf auth login."
-        elif isinstance(error, OSError) and not Path(name).expanduser().exists():
+    except (OSError, ValueError, RuntimeError) as error:
+        told = f"{name} cannot be loaded: {error}"
+        if isinstance(error, OSError) and "/" in name and not Path(name).expanduser().exists():
             told = f"{name} is not in this machine's model cache and could not be fetched: {error}"
-            hint = f"With a network: hf download {name}, then run again; or copy its folder here and name that."
+            hint = f"With a network: hf download {name}. If it is gated, first accept its licence at "
+            hint += f"huggingface.co/{name} and run hf auth login. Or copy its folder here and name that."
         raise KitError(told, hint) from error
