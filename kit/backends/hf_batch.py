@@ -141,7 +141,7 @@ class _Transposed(TorchFunctionMode):
         if function is not linear or kwargs:
             return function(*args, **(kwargs or {}))
         shown, weight, *bias = args
-        made = (weight @ shown.reshape(-1, shown.shape[-1]).T).T.contiguous().reshape(*shown.shape[:-1], -1)
+        made = (weight @ shown.reshape(-1, shown.shape[-1]).T).T.contiguous().reshape(*shown.shape[:-1], len(weight))
         return made if not bias or bias[0] is None else made + bias[0]
 
 
