@@ -8,10 +8,12 @@ near-tie of two tokens; one sequence at a time (`parallel: 1`) is exact.
 from __future__ import annotations
 
 import hashlib
+import re
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kit.config import Engine, Sampling
 from kit.errors import KitError
@@ -51,6 +53,27 @@ class Generation:
     evaluated_tokens: int = 0  # prompt tokens that went through the model; fewer when a beginning was reused
     seconds: float = 0.0
     error: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request under way in this process; each of its samples may have `limit_tokens` new tokens."""
+
+    request: Request
+    limit_tokens: int
+    begun: float = 0.0
+    evaluated_tokens: int = 0
+    logits: Any = None  # (V,) after the prompt, where they serve all samples
+    done: dict[int, Completion] = field(default_factory=dict)
+
+    def finish(self, sample: int, completion: Completion) -> Generation | None:
+        """Keep a finished sample; the last one makes the result."""
+        self.done[sample] = completion
+        if len(self.done) < self.request.n:
+            return None
+        samples, prompt_tokens = tuple(one for _, one in sorted(self.done.items())), len(self.request.prompt)
+        seconds = round(time.perf_counter() - self.begun, 3)
+        return Generation(self.request.id, samples, prompt_tokens, self.evaluated_tokens, seconds)
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,7 @@ class Backend(Protocol):
     """A loaded model. `generate` yields each request's result as it finishes, an over-long prompt's as an error;
     `session(fresh=True)` evaluates every probe from its first token, without any cache."""
 
-    name: str  # for tables and files: letters, digits, dots and dashes
+    name: str  # see `slug`
     tokenizer: Tokenizer
     context_tokens: int
     concurrent: int  # sessions that may be open at once: 1 in process, many over HTTP
@@ -120,6 +143,11 @@ def sample_seed(seed: int, request: str, sample: int) -> int:
     """A 31-bit seed of one sample's own generator; does not depend on batch, order or machine."""
     text = f"{seed}\0{request}\0{sample}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def slug(model: str) -> str:
+    """A model's name for tables and files: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]+", "-", model.removesuffix(".gguf")).strip("-")
 
 
 def too_long(request: Request, context_tokens: int) -> Generation | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends import Cost, Generation, Probe, Readings, Request
+from kit.backends import Cost, Generation, Probe, Readings, Request, slug
 from kit.config import Engine
 from kit.errors import KitError
 from kit.models import gguf_file
@@ -205,7 +204,7 @@ class GgufBackend:
         self._lib = lib = library()
         self.engine, self.notes = engine, []
         path = gguf_file(engine.model)
-        self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
+        self.name = slug(engine.model)
         self.threads = engine.threads or len(os.sched_getaffinity(0))
         self.model = load(path, engine.gpu_layers)
         slow = lib.llama_model_ftype(self.model) in SLOW

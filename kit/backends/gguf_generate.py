@@ -10,24 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from kit.backends import Completion, Generation, Request, ended, sample_seed, too_long
+from kit.backends import Generation, Job, Request, ended, sample_seed, too_long
 from kit.backends.gguf import Context, GgufBackend
 from kit.config import Sampling
-
-
-@dataclass
-class Job:
-    """A request under way; `logits` (V,), after the prompt, serve all of its samples."""
-
-    request: Request
-    begun: float = 0.0
-    evaluated_tokens: int = 0
-    logits: np.ndarray | None = None
-    done: dict[int, Completion] = field(default_factory=dict)
 
 
 class Sample:
@@ -61,7 +49,7 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
         if refused := too_long(request, limit):
             yield refused
             continue
-        job = Job(request)
+        job = Job(request, min(request.sampling.max_new_tokens, limit - len(request.prompt)))
         waiting += [Sample(job, number) for number in range(request.n)]
         longest = max(longest, len(request.prompt) + request.sampling.max_new_tokens)
     if not waiting:
@@ -80,16 +68,12 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
                 for place, (_, logits) in zip(busy, context.evaluate(rows), strict=True):
                     places[place].draw(logits)
             for place in busy:
-                request, job = places[place].job.request, places[place].job
-                room = min(request.sampling.max_new_tokens, limit - len(request.prompt))
-                completion = ended(places[place].ids, room, request.sampling, backend.tokenizer)
+                sample, job = places[place], places[place].job
+                completion = ended(sample.ids, job.limit_tokens, job.request.sampling, backend.tokenizer)
                 if completion:
-                    job.done[places[place].number] = completion
                     places[place] = None
-                if completion and len(job.done) == request.n:
-                    completions = tuple(done for _, done in sorted(job.done.items()))
-                    seconds = time.perf_counter() - job.begun
-                    yield Generation(request.id, completions, len(request.prompt), job.evaluated_tokens, seconds)
+                    if made := job.finish(sample.number, completion):
+                        yield made
     finally:
         context.close()
 

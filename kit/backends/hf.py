@@ -8,14 +8,13 @@ batch after batch. Judging sessions are in kit/backends/hf_session.py.
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.backends import Completion, Generation, Request, Session, Tokenizer, ended, sample_seed, too_long
+from kit.backends import Completion, Generation, Job, Request, Session, Tokenizer, ended, sample_seed, slug, too_long
 from kit.backends.sampling import draw
 from kit.config import Engine, Sampling
 
@@ -53,7 +52,7 @@ class HfBackend:
         self.tokenizer = load_tokenizer(engine.model)
         self.model: Any = load_model(engine.model, engine.dtype, adapter)
         self.device: torch.device = self.model.device
-        self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
+        self.name = slug(engine.model)
         trained = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 4096
         self.context_tokens = min(engine.context_tokens or trained, trained)
 
@@ -86,40 +85,29 @@ class HfBackend:
         return int(gib * 2**30 if gib else limit_bytes()[1] * FREE_SHARE) // token_bytes
 
 
-@dataclass
-class _Ask:
-    """A request under way."""
-
-    request: Request
-    begun: float = 0.0
-    evaluated_tokens: int = 0
-    done: dict[int, Completion] = field(default_factory=dict)
-
-
 @dataclass(eq=False)
 class _Row:
     """One sample under way."""
 
-    ask: _Ask
+    job: Job
     sample: int
-    limit: int  # new tokens that it may have
     random: random.Random
     ids: list[int] = field(default_factory=list)
     seen: Any = None  # (V,) bool, the tokens of prompt and sample; with a repetition penalty only
 
     @property
     def sampling(self) -> Sampling:
-        return self.ask.request.sampling
+        return self.job.request.sampling
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Prompt and what was drawn so far."""
-        return (*self.ask.request.prompt, *self.ids)
+        return (*self.job.request.prompt, *self.ids)
 
     def push(self, token: int, tokenizer: Tokenizer) -> Completion | None:
         """Take a drawn token; the sample, if it ends."""
         self.ids.append(token)
-        return ended(self.ids, self.limit, self.sampling, tokenizer)
+        return ended(self.ids, self.job.limit_tokens, self.sampling, tokenizer)
 
     def marked(self, like: torch.Tensor) -> torch.Tensor:
         """(V,) bool: the tokens of prompt and sample, for the repetition penalty; `like` is (V,)."""
@@ -162,13 +150,13 @@ class _Work:
         self._shrink()
 
     def _enqueue(self, request: Request) -> None:
-        room = self.backend.context_tokens - len(request.prompt)
         if refused := too_long(request, self.backend.context_tokens):
             self.finished.append(refused)
             return
-        ask, limit = _Ask(request), min(room, request.sampling.max_new_tokens)
+        room = self.backend.context_tokens - len(request.prompt)
+        job = Job(request, min(room, request.sampling.max_new_tokens))
         seeds = [sample_seed(request.seed, request.id, j) for j in range(request.n)]
-        self.queue.extend(_Row(ask, j, limit, random.Random(seed)) for j, seed in enumerate(seeds))
+        self.queue.extend(_Row(job, j, random.Random(seed)) for j, seed in enumerate(seeds))
 
     def _arrange(self) -> None:
         """Cut finished rows out and fill their places, once enough of them are free to be worth the copying."""
@@ -200,14 +188,14 @@ class _Work:
         from kit.backends.hf_batch import prefill
 
         for row in joining:
-            row.ask.begun = row.ask.begun or time.perf_counter()
-        asks = {row.tokens: row.ask for row in joining}
+            row.job.begun = row.job.begun or time.perf_counter()
+        jobs = {row.tokens: row.job for row in joining}
         parts: list[Part] = []
-        for group in [[tokens] for tokens in asks] if self.joins else [list(asks)] if asks else []:
+        for group in [[tokens] for tokens in jobs] if self.joins else [list(jobs)] if jobs else []:
             if self.held is None or self.held[0] != group:
                 self.held = (group, prefill(self.model, group))
                 for tokens in group:
-                    asks[tokens].evaluated_tokens += len(tokens)
+                    jobs[tokens].evaluated_tokens += len(tokens)
             parts.append((self.held[1], [group.index(row.tokens) for row in joining if row.tokens in group]))
         return parts
 
@@ -217,7 +205,8 @@ class _Work:
         for i, row in enumerate(self.rows):
             if row and (completion := row.push(tokens[i], self.tokenizer)):
                 self.rows[i] = None
-                self._finish(row.ask, row.sample, completion)
+                if made := row.job.finish(row.sample, completion):
+                    self.finished.append(made)
         running = [row for row in self.rows if row]
         if not running:
             self.batch, self.rows = None, []
@@ -244,14 +233,6 @@ class _Work:
                 tokens[i] = token
         return tokens
 
-    def _finish(self, ask: _Ask, sample: int, completion: Completion) -> None:
-        """Keep a finished sample; the last one of its request makes the result."""
-        ask.done[sample] = completion
-        if len(ask.done) == ask.request.n:
-            samples = tuple(done for _, done in sorted(ask.done.items()))
-            counts, seconds = (len(ask.request.prompt), ask.evaluated_tokens), time.perf_counter() - ask.begun
-            self.finished.append(Generation(ask.request.id, samples, *counts, round(seconds, 3)))
-
     def _set_back(self, rows: Sequence[_Row]) -> None:
         """Let running samples wait again; what they have drawn stays, and is evaluated again with their prompt."""
         self.queue.extendleft(reversed(rows))
@@ -269,8 +250,8 @@ class _Work:
             self.limit = max(1, min(self.limit, len(running)) // 2)
             self.backend.notes.append(f"Out of memory: going on with {self.limit} rows at a time.")
             return
-        lost = self.queue[0].ask
-        self.queue = deque(row for row in self.queue if row.ask is not lost)
+        lost = self.queue[0].job
+        self.queue = deque(row for row in self.queue if row.job is not lost)
         size = len(lost.request.prompt)
         told = f"Out of memory with one prompt of {size} tokens; try a smaller dtype, e.g. nf4."
         self.finished.append(Generation(lost.request.id, prompt_tokens=size, error=told))

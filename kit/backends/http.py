@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import threading
 import time
 import uuid
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from kit.backends import Completion, Cost, Generation, Probe, Readings, Request, looping, sample_seed, too_long
+from kit.backends import Completion, Cost, Generation, Probe, Readings, Request, looping, sample_seed, slug, too_long
 from kit.config import Engine, Sampling
 from kit.errors import KitError
 from kit.models import load_tokenizer, resolve
@@ -45,7 +44,7 @@ class HttpBackend:
         if not engine.url:
             raise KitError("Backend http needs the server's address.", "Set url=http://HOST:PORT/v1.", 2)
         self.engine, self.root = engine, engine.url.rstrip("/").removesuffix("/v1")
-        self.name = re.sub(r"[^\w.-]+", "-", engine.model.removesuffix(".gguf")).strip("-")
+        self.name = slug(engine.model)
         self.notes: list[str] = []
         self.turns, self._own, self._lock, self._spent = itertools.count(), threading.local(), threading.Lock(), Cost()
         self._key = os.environ.get(engine.api_key_env or "") or "none"  # None would send the client looking for one
