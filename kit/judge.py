@@ -49,7 +49,7 @@ class Judge:
         self.threshold = THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
         labels = (tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels)
         self.common, self.parting = part(*labels)
-        # In transformers a pass of few tokens costs as much as dozens more: two of the search's steps may share one.
+        # In transformers a pass of few tokens costs as much as dozens more: some of the search's steps may share one.
         self.ahead_tokens = 64 if config.student.backend == "hf" else 0
         self.rechecked = self.flips = 0
         self.held = ExitStack()

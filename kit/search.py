@@ -20,12 +20,19 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        lower, upper = (low + middle - 1) // 2, (middle + 1 + high) // 2
-        if ask(middle, *[k for k in (lower, upper) if low <= k <= high and k != middle]):
+        if ask(middle, *_next(low, middle - 1), *_next(middle + 1, high)):
             kept, high = middle, middle - 1
         else:
             low = middle + 1
     return kept
+
+
+def _next(low: int, high: int, steps: int = 2) -> list[int]:
+    """What `binary` may ask in its next steps over [low, high]."""
+    middle = (low + high) // 2
+    if low > high or not steps:
+        return []
+    return [middle, *_next(low, middle - 1, steps - 1), *_next(middle + 1, high, steps - 1)]
 
 
 def gallop(m: int, ask: Ask) -> int | None:
