@@ -31,7 +31,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 
     Returns:
         runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
-        {config key: values}, different (problems on which groups disagree), quality {dataset: judged}, page.
+        {config key: values}, different (problems on which groups disagree), quality {dataset: judged}, lesson (what
+        each group learned, see `_lesson`), page.
 
     Raises:
         KitError: fewer than two folders, or one without a run.
@@ -62,6 +63,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         if judge and len(groups) > 1:
             a, b, *_ = groups
             found["quality"][name] = {"a": a, "b": b, **judge(groups[a][0], groups[b][0])}
+    found["lesson"] = _lesson(labelled)
     found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
     values = {key: [one.get(key) for one in settings] for one in settings for key in one if key not in NAMES}
     found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
@@ -93,6 +95,27 @@ def _answers(run: Files) -> Iterator[tuple[str, list[EvalRow]]]:
     for name, score in last.items():
         if rows := run.rows(file_name(score["model"], score["which"], name), EvalRow):
             yield name, rows
+
+
+def _lesson(labelled: list[tuple[str, list[Files]]]) -> dict[str, Any] | None:
+    """What each group's first run learned: {targets: [{group, method, rows, characters: median, score: after}]}, and
+    of a problem that all learned from question, gold, trace and shown {group: target}; None where none learned."""
+    found: dict[str, Any] = {"targets": [], "shown": {}}
+    learned: dict[str, dict[str, str]] = {}
+    for label, (run, *_) in labelled:
+        if run.train:
+            learned[label] = {row["input"]: row["output"] for row in run.train}
+            after = [score for score in run.told["eval"].get("scores") or () if score["which"] == "after"]
+            about = {"group": label, "method": run.config["method"], "rows": len(run.train)}
+            about |= {"characters": median(len(row["output"]) for row in run.train)}
+            found["targets"].append(about | {"score": after[0] if after else None})
+    traces = {row.question: row for _, (run, *_) in labelled for row in run.traces if row.kept}
+    shared = sorted(set(traces).intersection(*learned.values()), key=lambda question: (len(question), question))
+    if learned and shared:
+        row = traces[shared[len(shared) // 2]]
+        found |= {"question": row.question, "gold": row.answer, "trace": row.samples[row.kept[0]].text}
+        found["shown"] = {label: rows[row.question] for label, rows in learned.items()}
+    return found if learned else None
 
 
 def _cuts(a: Files, b: Files) -> Iterator[dict[str, Any]]:

@@ -214,6 +214,10 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     assert set(found["differs"]) == {"seed", "method", "judge.kind"}
     assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
     assert [(cut["b"], cut["traces"]) for cut in found["cuts"]] == [("answer", 24)] * 3
+    lesson = found["lesson"]  # the run that stopped early taught nobody
+    assert [target["group"] for target in lesson["targets"]] == labels[:2] == [*lesson["shown"]]
+    assert lesson["targets"][0]["score"] == next(s for s in found["runs"][0]["scores"] if s["which"] == "after")
+    assert lesson["shown"]["long-trace"].startswith(lesson["trace"]) and lesson["shown"][labels[0]]
     assert (tmp_path / "out.html").stat().st_size > 10_000
     compare.show(found)
 
