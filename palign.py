@@ -125,6 +125,8 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
                 if args.command == "run":
                     _stage("report")(run)
             raise
+        if not run.leads:
+            return 0
         from kit import metrics, report
 
         numbers = metrics.numbers(metrics.Files(run.folder))

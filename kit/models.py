@@ -122,7 +122,7 @@ def load_tokenizer(name: str) -> HfTokenizer:
 
 
 def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False) -> Any:
-    """Load weights with SDPA attention, on the first CUDA card or else the CPU.
+    """Load weights with SDPA attention, on this process's CUDA card (see accelerate launch) or else the CPU.
 
     Args:
         name: as for `resolve`.
@@ -139,7 +139,8 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
 
     cuda = torch.cuda.is_available()
     compute = torch.float32 if dtype == "fp32" or (dtype != "bf16" and not cuda) else torch.bfloat16
-    options: dict[str, Any] = {"dtype": compute, "device_map": {"": "cuda:0" if cuda else "cpu"}}
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    options: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
     options |= {"attn_implementation": "sdpa", "use_safetensors": True, "trust_remote_code": False}
     if dtype in ("nf4", "int8"):
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}

@@ -53,17 +53,22 @@ T = TypeVar("T")
 class Run:
     """An open, locked run folder. `command` is written into the lock, so that a second run can say who holds it.
 
+    Of several processes that train together (accelerate launch) the first one holds the lock and writes.
+
     Raises:
         KitError: another process holds the folder, it cannot be written, or it is of a newer format.
     """
 
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
         self.config, self.progress, self.folder = config, progress, config.folder
-        self._take_lock(command)
-        progress.log = self.folder / "run.log"
+        self.leads = os.environ.get("RANK", "0") == "0"
+        if self.leads:
+            self._take_lock(command)
+            progress.log = self.folder / "run.log"
         facts = {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
         self.manifest = {"stages": {}, "machine": {}, **self._read_manifest(), **facts, "versions": versions()}
-        write_atomic(self.folder / "config.yaml", dump(config))
+        if self.leads:
+            write_atomic(self.folder / "config.yaml", dump(config))
         self.record(machine=self.manifest["machine"] | machine())
 
     def path(self, name: str) -> Path:
@@ -123,7 +128,7 @@ class Run:
             self.progress.warn(f"{stage}: what it wrote was deleted or changed since; the missing part is made again")
         if changed or not entry:
             entry = {}
-            for path in files:
+            for path in files if self.leads else ():
                 shutil.move(path, self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"))
         self.manifest["stages"][stage] = {**entry, "keys": now, "done": False}
         self.record()
@@ -131,6 +136,8 @@ class Run:
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, seconds: float, **summary: Any) -> None:
         """Mark a stage done; `seconds` adds up over resumed sittings. rejected.jsonl gathers every row that left."""
+        if not self.leads:
+            return
         entry = self.manifest["stages"][stage]
         entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out, "summary": summary}
         entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
@@ -145,13 +152,15 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Put facts (fingerprints, hashes, devices) into the manifest, and write it."""
         self.manifest |= facts
-        write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+        if self.leads:
+            write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self.leads:
+            self._lock.close()
 
     def _take_lock(self, command: str) -> None:
         try:

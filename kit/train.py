@@ -114,17 +114,19 @@ class AdapterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line of train_log.jsonl a step. The Trainer's state keeps them, so that a checkpoint holds its past."""
-        tokens, self.seen = sum(len(example.ids) for example in self.seen), []
-        if "loss" not in logs or not self.is_world_process_zero():  # without: the Trainer's own summary
+        tokens, self.seen = torch.tensor(sum(len(example.ids) for example in self.seen), device=self.args.device), []
+        tokens = int(self.accelerator.reduce(tokens))  # over all processes
+        if "loss" not in logs:  # the Trainer's own summary
             return
         now = time.perf_counter()
         seconds, self.told = now - self.told, now
         row = {"step": self.state.global_step, **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm")}}
         row |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
         self.state.log_history.append(row | {"peak_bytes": peak_bytes()})
-        lines = [json.dumps(row, sort_keys=True) + "\n" for row in self.state.log_history]
-        write_atomic(self.run.folder / "train_log.jsonl", "".join(lines))
-        self.bar.advance(tokens=tokens)
+        if self.run.leads:
+            lines = [json.dumps(row, sort_keys=True) + "\n" for row in self.state.log_history]
+            write_atomic(self.run.folder / "train_log.jsonl", "".join(lines))
+            self.bar.advance(tokens=tokens)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then mark as whole: without its mark a checkpoint counts as half-written by a kill or a power cut."""
@@ -155,7 +157,8 @@ def _fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any
     after = _mean_loss(model, examples[:FIXED_ROWS])
     with model.disable_adapter():  # an untrained adapter adds exactly nothing
         before = _mean_loss(model, examples[:FIXED_ROWS])
-    model.save_pretrained(run.folder / "adapter")
+    if run.leads:
+        model.save_pretrained(run.folder / "adapter")
     log, weights = trainer.state.log_history, get_peft_model_state_dict(model)
     grown = [value.float().square().sum().item() for name, value in weights.items() if "lora_B" in name]
     return {
@@ -163,6 +166,7 @@ def _fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any
         "fixed_batch_before": before,
         "fixed_batch_after": after,
         "fixed_batch_rows": min(FIXED_ROWS, len(examples)),
+        "processes": trainer.accelerator.num_processes,
         "peak_bytes": max(row["peak_bytes"] for row in log),
         "tokens_per_second": round(sum(row["tokens"] for row in log) / sum(row["seconds"] for row in log), 1),
     }

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kit import train as training
-from kit.config import Config, resolve
+from kit.config import Config, dump, resolve
 from kit.errors import KitError
 from kit.examples import CUT, Example, collate, end_of_turn, order, prepare, read_rows
 from kit.models import hf_folder, load_tokenizer
@@ -147,6 +147,27 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
         total -= picked[example.prompt_tokens - 1 :].sum().item()
         count += len(example.ids) - example.prompt_tokens
     assert losses(config.folder)[0] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
+    """As accelerate launch starts them: the same steps, tokens and losses (up to rounding), and one writer."""
+    logs = []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+        config = settings(tmp_path / name, tiny, dropout=0)
+        write_rows(config.folder, rows())
+        (tmp_path / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
+        command = [sys.executable, *launch, "palign.py", "train", str(tmp_path / f"{name}.yaml"), "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)["train"]
+        assert (told["rows"], told["processes"]) == (8, 1 + bool(launch))
+        logs.append(logged(config.folder))
+    assert [[(row["step"], row["tokens"]) for row in log] for log in logs] == [
+        [(r["step"], r["tokens"]) for r in logs[0]]
+    ] * 2
+    for one, two in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
 
 
 def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: str, whole: Config) -> None:
