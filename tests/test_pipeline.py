@@ -9,11 +9,14 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from kit.config import STAGES
 from kit.records import PrefixRow, RowFile
 from tests.browser import REPORT, check
 from tests.conftest import ROOT
@@ -121,13 +124,35 @@ for line in sys.stdin:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", self.CODE], cwd=ROOT, bufsize=1, **pipes)
 
-    def run(self, args: list[str], seconds: float | None = None) -> int:
-        """Its exit code; killed after so many seconds (-9), if it has not ended by then."""
+    def run(self, args: list[str], moment: Callable[[], bool] = lambda: False) -> int:
+        """Its exit code; killed (-9) at the moment given, if it has not ended by then."""
         print(json.dumps(args), file=self.process.stdin, flush=True)
         pid = int(self.process.stdout.readline())
-        if seconds is not None and not select.select([self.process.stdout], [], [], seconds)[0]:
-            os.kill(pid, signal.SIGKILL)
+        while not select.select([self.process.stdout], [], [], 0.02)[0]:
+            if moment():
+                os.kill(pid, signal.SIGKILL)
+                break
         return int(self.process.stdout.readline())
+
+
+def active(out: Path) -> str | None:
+    """The stage that a run is in."""
+    path = out / "manifest.json"
+    stages = json.loads(path.read_text())["stages"] if path.exists() else {}
+    return next((name for name, entry in stages.items() if not entry["done"]), None)
+
+
+def inside(out: Path, stage: str, seconds: float) -> Callable[[], bool]:
+    """So long after a run has come to a stage, or past it."""
+    begun: list[float] = []
+
+    def moment() -> bool:
+        now = active(out)
+        if now and STAGES.index(now) >= STAGES.index(stage):
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] > seconds
+
+    return moment
 
 
 def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(config, whole, tmp_path):
@@ -135,25 +160,25 @@ def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(config, whole, t
     import numpy as np
 
     draw, nursery, killed, ended = random.Random(0), Nursery(), Counter(), 0
+    wanted = [stage for stage in ("truncate", "align", "train", "eval") for _ in range(5)]
     try:
-        while killed.total() < 20 or not ended:
+        while wanted or not ended:
             out = tmp_path / f"torn{ended}"
             args = ["run", str(config), f"out={out}", "--quiet"]
-            while code := nursery.run(args, draw.uniform(0.3, 7.0) if killed.total() < 20 else None):
+            while code := nursery.run(args, inside(out, wanted[0], draw.uniform(0, 4)) if wanted else lambda: False):
                 assert code == -signal.SIGKILL
-                path = out / "manifest.json"
-                stages = json.loads(path.read_text())["stages"] if path.exists() else {}
-                killed[next((name for name, entry in stages.items() if not entry["done"]), "between stages")] += 1
+                killed[active(out) or "between stages"] += 1
+                wanted.pop(0)
             ended += 1
             assert steady(out) == steady(whole[0])
             first, second = adapter(whole[0]), adapter(out)
             assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
     finally:
         nursery.process.kill()
-    assert {*killed} >= {"truncate", "align", "train", "eval"}, killed
+    assert killed.total() >= 20 and {*killed} >= {"truncate", "align", "train", "eval"}, killed
 
     again = subprocess.run(command(config, out), capture_output=True, text=True, check=False, cwd=ROOT)
-    for stage in ("teach", "truncate", "align", "train", "eval"):
+    for stage in STAGES[:5]:
         assert f"{stage}: done before, skipped" in again.stderr
 
 
