@@ -32,7 +32,7 @@ from kit.records import AlignedRow, EvalRow, PrefixRow, Row, RowFile, TraceRow, 
 FORMAT = 1  # of the run folder; a newer kit opens older formats or refuses them by this number
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "llama-cpp-python", "math-verify")
 KEYS = {  # what each stage's rows depend on, besides its input
-    "teach": ("teacher", "prompts.instruction", "seed", "method"),
+    "teach": ("teacher", "prompts.instruction", "seed"),
     "truncate": ("method", "student", "judge", "prompts.judge", "prompts.forced"),
     "align": ("method", "student", "align", "prompts.instruction", "prompts.draft", "seed"),
     "train": ("method", "student.model", "student.system", "student.thinking", "train", "prompts.instruction", "seed"),

@@ -32,7 +32,8 @@ Drawn = tuple[Any, tuple[Sample, ...], Generation]  # an item, its graded sample
 
 def teach(run: Run) -> None:
     """The stage: one `TraceRow` a problem."""
-    problems, config = run.data.train, run.config.teacher
+    config = run.config.teacher
+    problems = [] if run.config.method == "zero-shot" else run.data.train
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
         return
     with stopwatch() as seconds, Asker(run, config, config) as teacher:

@@ -81,8 +81,8 @@ def write_config(folder: Path, method: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["palign", "zero-shot"])
-def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(tmp_path, method):
+@pytest.mark.parametrize(("method", "seconds_an_answer"), [("palign", 0.004), ("zero-shot", 0.015)])
+def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(tmp_path, method, seconds_an_answer):
     sys.path.insert(0, str(ROOT))
     config = write_config(tmp_path, method)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -90,7 +90,7 @@ def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(tmp_path, method
     assert os.waitstatus_to_exitcode(status) == 0
     draw, kills, ended = random.Random(method), 0, False
     while not ended:
-        pid = launch(["run", str(config), f"out={torn}", "--quiet"], 0.004)
+        pid = launch(["run", str(config), f"out={torn}", "--quiet"], seconds_an_answer)
         time.sleep(draw.uniform(0.02, 0.25))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -102,5 +102,5 @@ def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(tmp_path, method
     _, status = os.waitpid(launch(["run", str(config), f"out={torn}", "--quiet"], 0.0), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert steady(torn) == steady(whole)
-    assert sum(map(len, steady(torn).values())) > 24
+    assert sum(map(len, steady(torn).values())) >= 24
     assert kills >= 20, "the run was interrupted often enough to mean something"
