@@ -115,7 +115,6 @@ class Judge(Section):
     threshold: float | None = None  # a margin at or above it is ENOUGH; None: 0 verbal, -1.0 nats a token answer
     calibration: Literal["none", "content-free", "share"] = "none"
     share: float = Field(0.9, gt=0, le=1)  # calibration share: this share of full traces is to be sufficient
-    recheck: float = Field(0.0, ge=0)  # margins closer to the threshold than this are asked again uncached
     chunk_tokens: int = Field(1024, ge=16)  # prefill chunk: bounds memory on long traces
     limit_tokens: int | None = Field(None, ge=64)  # longest judging prompt; None: the model's context
 
@@ -162,7 +161,6 @@ class Eval(Engine):
     samples: int = Field(1, ge=1)
     before: bool = True
     sampling: Sampling = Sampling(max_new_tokens=4096)
-    confidence: float = Field(0.95, gt=0, lt=1)
 
 
 class Prompts(Section):

@@ -58,9 +58,9 @@ def evaluate(run: Run) -> None:
     for name in datasets:
         for which in reversed(sides):
             about = {"model": engine.model, "dataset": name, "which": which}
-            scores.append(about | score(rows[which, name], engine.confidence))
+            scores.append(about | score(rows[which, name]))
         if len(sides) == 2:
-            found = compare_rows(rows["before", name], rows["after", name], engine.confidence)
+            found = compare_rows(rows["before", name], rows["after", name])
             comparisons.append({"dataset": name, "a": "before", "b": "after", **found})
     every = [row for found in rows.values() for row in found]
     lost = tallies(every)["rejected"]
@@ -99,15 +99,15 @@ def shares(rows: Iterable[EvalRow]) -> dict[tuple[str, str], float]:
     return {problem: mean(values) for problem, values in found.items()}
 
 
-def accuracy(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
+def accuracy(rows: Sequence[EvalRow]) -> dict[str, Any]:
     """{n (problems), accuracy, low, high}: every problem weighs the same, however many rows and samples it has."""
     means = list(shares(rows).values())
     samples = sum(len(row.samples) or 1 for row in rows) / max(len(means), 1)
-    low, high = (round(float(end), 4) for end in stats.interval(means, samples, confidence))
+    low, high = (round(float(end), 4) for end in stats.interval(means, samples))
     return {"n": len(means), "accuracy": _mean(means), "low": low, "high": high}
 
 
-def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
+def score(rows: Sequence[EvalRow]) -> dict[str, Any]:
     """What rows say about a model.
 
     Returns:
@@ -119,7 +119,7 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
     completed = [sample.verdict == "correct" for sample in samples if sample.finish == "stop"]
     most = max((len(row.samples) for row in rows), default=0)
     counts = [(sum(s.verdict == "correct" for s in row.samples), len(row.samples) or most) for row in rows]
-    found = accuracy(rows, confidence) | {
+    found = accuracy(rows) | {
         "samples": len(samples),
         "rejected": sum(not row.samples for row in rows),
         "pass_at": {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()},
@@ -133,15 +133,15 @@ def score(rows: Sequence[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
         groups = defaultdict(list)
         for row in rows:
             groups[getattr(row, field)].append(row)
-        found[f"by_{field}"] = {name: accuracy(groups[name], confidence) for name in sorted({*groups} - {None})}
+        found[f"by_{field}"] = {name: accuracy(groups[name]) for name in sorted({*groups} - {None})}
     return found
 
 
-def compare_rows(a: Iterable[EvalRow], b: Iterable[EvalRow], confidence: float = 0.95) -> dict[str, Any]:
+def compare_rows(a: Iterable[EvalRow], b: Iterable[EvalRow]) -> dict[str, Any]:
     """b against a on the problems that both answered: `stats.compare`, or {n: 0} without any."""
     first, second = shares(a), shares(b)
     both = sorted(first.keys() & second.keys())
-    return stats.compare([first[problem] for problem in both], [second[problem] for problem in both], confidence)
+    return stats.compare([first[problem] for problem in both], [second[problem] for problem in both])
 
 
 def loops(sample: Sample) -> bool:

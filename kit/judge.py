@@ -51,7 +51,6 @@ class Judge:
         self.common, self.parting = part(*labels)
         # In transformers a pass of few tokens costs as much as dozens more: some of the search's steps may share one.
         self.ahead_tokens = 64 if config.student.backend == "hf" else 0
-        self.rechecked = self.flips = 0
         self.held = ExitStack()
         self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
 
@@ -112,7 +111,7 @@ class Asking:
             found = self._generated(probes)
         else:
             self._read(probes, ahead)
-            found = {k: self._settled(k, probe) for k, probe in probes.items()}
+            found = {k: self._verdict(k) for k in probes}
         self.verdicts |= {k: found[k] for k in boundaries}
         return [self.force(k) if self.force else found[k].label == "ENOUGH" for k in boundaries]
 
@@ -128,18 +127,8 @@ class Asking:
         for k, readings in zip(unread, self.session.read([*unread.values()]) if unread else [], strict=True):
             self.margins[k] = self.judge.margin(readings) - self.base
 
-    def _settled(self, k: int, probe: Probe) -> Verdict:
-        """A margin's verdict; a near-tie is read again without a cache."""
-        judge, margin = self.judge, self.margins[k]
-        label = judge.label(margin)
-        if abs(margin - judge.threshold) < judge.keys.recheck:
-            fresh = judge.backend.session(fresh=True)
-            margin = judge.margin(fresh.read([probe])[0]) - self.base
-            self.cost.add(fresh.cost)
-            fresh.close()
-            judge.rechecked += 1
-            judge.flips += judge.label(margin) != label
-        return Verdict(sentences=k, label=judge.label(margin), margin=round(margin, 6))
+    def _verdict(self, k: int) -> Verdict:
+        return Verdict(sentences=k, label=self.judge.label(self.margins[k]), margin=round(self.margins[k], 6))
 
     def _generated(self, probes: dict[int, Probe]) -> dict[int, Verdict]:
         """Verdicts by greedy generation; what is neither label is UNPARSED, and counts as not enough in the search."""
@@ -218,7 +207,7 @@ def truncate(run: Run) -> None:
         "rejected": dict(Counter(row.rejected for row in made if row.rejected)),
         "notes": list(judge.backend.notes) if judge else [],
         **{name: sum(getattr(row, name) for row in sound) for name in SUMS},
-        **({name: getattr(judge, name) for name in ("threshold", "rechecked", "flips")} if judge else {}),
+        **({"threshold": judge.threshold} if judge else {}),
     }
     if told["degenerate"]:
         run.progress.warn(told["degenerate"])

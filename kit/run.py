@@ -62,6 +62,8 @@ class Run:
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
         self.config, self.progress, self.folder = config, progress, config.folder
         self.leads = os.environ.get("RANK", "0") == "0"
+        if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise KitError(f"Several processes can train together, not {command}.", "accelerate launch palign.py train")
         if self.leads:
             self._take_lock(command)
             progress.log = self.folder / "run.log"

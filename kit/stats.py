@@ -24,8 +24,8 @@ def pass_at(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
     return {k: sum(1 - comb(n - c, k) / comb(n, k) for c, n in counts) / len(counts) for k in range(1, most + 1)}
 
 
-def interval(means: np.ndarray | Sequence[float], samples: float = 1, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for the mean over problems, at the effective number of trials.
+def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[float, float]:
+    """Wilson's 95% interval for the mean over problems, at the effective number of trials.
 
     The percentile bootstrap misses its level on few problems, Wilson's score interval holds it. Several samples of a
     problem count for more than one trial and less than as many: the variance between problems says for how many, and
@@ -46,7 +46,7 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1, confidence
     spread = mean * (1 - mean)
     trials = np.clip(spread * count / np.maximum(variance, 1e-12), count, count * max(samples, 1))
     law = stats.t(count - 1) if samples > 1 and count > 1 else stats.norm
-    square = law.ppf(0.5 + confidence / 2) ** 2 / trials
+    square = law.ppf(0.975) ** 2 / trials
     center, half = mean + square / 2, np.sqrt(square * (spread + square / 4))
     return tuple(np.clip(end / (1 + square), 0, 1) for end in (center - half, center + half))  # type: ignore[return-value]
 
@@ -56,12 +56,12 @@ def sign_test(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """Compare the shares of right samples (N,) of two models on the same problems.
 
     One sample each: McNemar's exact p-value; several: that of flipping the differences' signs (exact up to 13
-    problems, else 9,999 random flips). The interval is Agresti and Min's (2005), half a problem added to each cell of
-    the table, taken over to shares: it does not shrink to a point where all problems agree.
+    problems, else 9,999 random flips). The 95% interval is Agresti and Min's (2005), half a problem added to each cell
+    of the table, taken over to shares: it does not shrink to a point where all problems agree.
 
     Returns:
         n, difference (b's mean minus a's) with low and high, p_value and its method, and detectable: the smallest true
@@ -78,7 +78,7 @@ def compare(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) ->
         method, p_value = "paired permutation test", float(law.pvalue)
     count = len(difference) + 2
     square, middle = (np.square(difference).sum() + 1) / count, difference.sum() / count
-    quantile = stats.norm.ppf(0.5 + confidence / 2)
+    quantile = stats.norm.ppf(0.975)
     half, power = quantile * sqrt((square - middle**2) / count), quantile + stats.norm.ppf(0.8)
     found = {"difference": difference.mean(), "low": max(middle - half, -1.0), "high": min(middle + half, 1.0)}
     found["detectable"] = min(power * sqrt(square / len(difference)), 1.0)

@@ -109,6 +109,19 @@ def test_reads_along_one_probe(backend: GgufBackend) -> None:
     session.close()
 
 
+def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> None:
+    """Of the same weights, dequantized: labels, by a threshold amid the margins, differ at near-ties alone."""
+    hf = open_backend(Engine(backend="hf", model=ENGINE.model))
+    [probes] = judged(backend, shared, count=1, every=2)
+    ours, theirs = margins(read(backend, probes)), margins(read(hf, probes))
+    hf.close()
+    threshold, worst = np.median(theirs), np.abs(ours - theirs).max()
+    print(f"llama.cpp and transformers: margins differ by up to {worst:.2g}")
+    assert worst < 0.05
+    same = (ours >= threshold) == (theirs >= threshold)
+    assert same[np.abs(theirs - threshold) > worst].all() and 0 < (theirs >= threshold).mean() < 1
+
+
 @pytest.mark.slow
 def test_more_traces_cached_equal_fresh(backend: GgufBackend, shared: Path) -> None:
     for probes in judged(backend, shared, count=4, every=3):

@@ -227,13 +227,6 @@ def test_content_free_margin_is_subtracted() -> None:
         assert b.margin == pytest.approx(a.margin - empty, abs=1e-5)
 
 
-def test_near_ties_are_read_again_uncached() -> None:
-    backend = Fixed()
-    judge = Judge(config_of(threshold=0.01 * 900, recheck=1e9), backend)
-    asked = len(cut(judge, row_of()).verdicts)
-    assert judge.rechecked == asked and judge.flips == 0 and backend.opened.count(True) == asked
-
-
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_share_of_whole_traces_is_sufficient(share: float) -> None:
     rows = [row_of("Word. " * n) for n in (10, 40, 20, 30)]

@@ -110,6 +110,12 @@ def test_a_second_run_on_one_folder_is_refused_by_process(tmp_path):
         pass
 
 
+def test_several_processes_may_only_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KitError, match=r"accelerate launch palign\.py train"):
+        open_run(tmp_path)
+
+
 def test_a_newer_format_is_refused_by_version(tmp_path):
     with open_run(tmp_path):
         pass
