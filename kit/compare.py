@@ -31,8 +31,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 
     Returns:
         runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
-        {config key: values}, different (problems on which groups disagree), quality {dataset: judged}, lesson (what
-        each group learned, see `_lesson`), page.
+        {config key: values}, budget (tokens of an answer, in the first run), different (problems on which groups
+        disagree), quality {dataset: judged}, lesson (what each group learned, see `_lesson`), page.
 
     Raises:
         KitError: fewer than two folders, or one without a run.
@@ -66,6 +66,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     found["lesson"] = _lesson(labelled)
     found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
     values = {key: [one.get(key) for one in settings] for one in settings for key in one if key not in NAMES}
+    found["budget"] = settings[0]["eval.sampling.max_new_tokens"]
     found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
     curves = [(run.config["name"], [(line["step"], line["loss"]) for line in run.log]) for run in files if run.log]
     write_atomic(Path(out), render("compare.html.j2", found=found, curves=curves))

@@ -118,6 +118,7 @@ def test_seeded_boundaries_of_longer_traces(student: Any, traces: list[PrefixRow
         single = Asking(judge, row, student.session())
         for k in boundaries:
             single.ask(k)
+        assert len(many.verdicts) == len(single.verdicts) == len(boundaries)
         compare(tuple(many.verdicts.values()), fresh, judge.threshold)
         compare(tuple(single.verdicts.values()), fresh, judge.threshold)
 
