@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from kit.align import target, whole
 from kit.config import flat
 from kit.errors import KitError
 from kit.evaluate import accuracy, compare_rows, file_name, shares
@@ -102,20 +103,24 @@ def _lesson(labelled: list[tuple[str, list[Files]]]) -> dict[str, Any] | None:
     """What each group's first run learned: {targets: [{group, method, rows, characters: median, score: after}]}, and
     of a problem that all learned from question, gold, trace and shown {group: target}; None where none learned."""
     found: dict[str, Any] = {"targets": [], "shown": {}}
-    learned: dict[str, dict[str, str]] = {}
+    learned: dict[str, dict[tuple[str, str], str]] = {}  # by the trace that a target was made of
     for label, (run, *_) in labelled:
         if run.train:
-            learned[label] = {row["input"]: row["output"] for row in run.train}
+            method, traces = run.config["method"], {row.id: row for trace in run.traces for row in whole(trace)}
+            kept = [row for row in run.aligned if not row.rejected and row.id in traces]
+            learned[label] = {(row.id, traces[row.id].trace): target(method, row, row.continuation) for row in kept}
             after = [score for score in run.told["eval"].get("scores") or () if score["which"] == "after"]
-            about = {"group": label, "method": run.config["method"], "rows": len(run.train)}
+            about = {"group": label, "method": method, "rows": len(run.train)}
             about |= {"characters": median(len(row["output"]) for row in run.train)}
             found["targets"].append(about | {"score": after[0] if after else None})
-    traces = {row.question: row for _, (run, *_) in labelled for row in run.traces if row.kept}
-    shared = sorted(set(traces).intersection(*learned.values()), key=lambda question: (len(question), question))
-    if learned and shared:
-        row = traces[shared[len(shared) // 2]]
-        found |= {"question": row.question, "gold": row.answer, "trace": row.samples[row.kept[0]].text}
-        found["shown"] = {label: rows[row.question] for label, rows in learned.items()}
+    shared = (
+        sorted(set.intersection(*map(set, learned.values())), key=lambda key: (len(key[1]), key)) if learned else []
+    )
+    if shared:
+        key = shared[len(shared) // 2]
+        row = next(row for _, (run, *_) in labelled for row in run.aligned if row.id == key[0])
+        found |= {"question": row.question, "gold": row.answer, "trace": key[1]}
+        found["shown"] = {label: targets[key] for label, targets in learned.items()}
     return found if learned else None
 
 
