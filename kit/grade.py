@@ -48,7 +48,9 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
                         differ.append({**facts, **grade._asdict()})
         if not scored:
             raise ValueError("there are no rows")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise KitError(f"{path} cannot be read: {error.strerror}.", "Mend the path.") from None
+    except ValueError as error:
         hint = f"Keys that are read, the first first: answer: {ANSWER}. outputs: {OUTPUTS}. labels: {LABELS}."
         raise KitError(f"{path}{f' line {line}' if line else ''} cannot be graded: {error}.", hint) from None
     found = score(scored)
