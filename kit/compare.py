@@ -21,6 +21,7 @@ from kit.records import EvalRow, write_atomic
 from kit.report import render
 
 DIFFERENT = 6  # problems shown on which runs disagree
+BUDGETS = 80  # points of a curve
 NAMES = {"name", "out", "stop_after"}  # keys that change no number
 
 
@@ -32,8 +33,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 
     Returns:
         runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
-        {config key: values}, budget (tokens of an answer, in the first run), different (problems on which groups
-        disagree), quality {dataset: judged}, lesson (what each group learned, see `_lesson`), page.
+        {config key: values}, budget (tokens of an answer, in the first run), within {dataset: see `_within`},
+        different (problems on which groups disagree), quality {dataset: judged}, lesson (see `_lesson`), page.
 
     Raises:
         KitError: fewer than two folders, or one without a run.
@@ -44,7 +45,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     labelled, settings = _groups(files), [flat(run.config) for run in files]
     found: dict[str, Any] = {"runs": [numbers(run) for run in files], "page": str(out)}
     found["groups"] = [{"label": label, "seeds": [run.config["seed"] for run in runs]} for label, runs in labelled]
-    found |= {"scores": [], "pairs": [], "different": [], "quality": {}}
+    found |= {"scores": [], "pairs": [], "different": [], "within": {}, "quality": {}}
     answers: dict[str, dict[str, list[list[EvalRow]]]] = {}  # by data, then by group: each run's rows
     for label, runs in labelled:
         for run in runs:
@@ -61,6 +62,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
             test = compare_rows(first, second)
             found["pairs"] += [{"dataset": name, "a": a, "b": b, **test}] if test["n"] else []
         found["different"] += _different(pooled, name)
+        found["within"][name] = _within(pooled)
         if judge and len(groups) > 1:
             a, b, *_ = groups
             found["quality"][name] = {"a": a, "b": b, **judge(groups[a][0], groups[b][0])}
@@ -132,6 +134,19 @@ def _cuts(a: Files, b: Files) -> Iterator[dict[str, Any]]:
         found = {"a": a.config["name"], "b": b.config["name"], "traces": len(both)}
         found |= {"median_a": median(one.ratio for one, _ in both), "median_b": median(two.ratio for _, two in both)}
         yield found | {"same_cut": sum(one.end == two.end for one, two in both)}
+
+
+def _within(groups: dict[str, list[EvalRow]]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Each group's accuracy by token budget, [(group, [(tokens, accuracy), ...])]: an answer that was right after t
+    tokens counts from a budget of t on, and one that ran into the limit only at the limit."""
+    longest = max((sample.tokens for rows in groups.values() for row in rows for sample in row.samples), default=0)
+    budgets = sorted({round(longest * i / BUDGETS) for i in range(BUDGETS + 1)})
+    found = []
+    for label, rows in groups.items():
+        right = [(s.tokens, 1 / len(row.samples)) for row in rows for s in row.samples if s.verdict == "correct"]
+        share = [sum(part for tokens, part in right if tokens <= budget) / len(rows) for budget in budgets]
+        found.append((label, list(zip(budgets, share, strict=True))))
+    return found
 
 
 def _different(groups: dict[str, list[EvalRow]], dataset: str) -> list[dict[str, Any]]:

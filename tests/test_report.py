@@ -214,6 +214,10 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     assert set(found["differs"]) == {"seed", "method", "judge.kind"}
     assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
     assert [(cut["b"], cut["traces"]) for cut in found["cuts"]] == [("answer", 24)] * 3
+    for label, points in next(iter(found["within"].values())):  # with all the room that there was: the accuracy itself
+        ratios = [ratio for _, ratio in points]
+        assert ratios == sorted(ratios) and points[0][0] == 0
+        assert ratios[-1] == pytest.approx(palign["accuracy"] if label == labels[0] else long["accuracy"], abs=1e-4)
     lesson = found["lesson"]  # the run that stopped early taught nobody
     assert [target["group"] for target in lesson["targets"]] == labels[:2] == [*lesson["shown"]]
     assert lesson["targets"][0]["score"] == next(s for s in found["runs"][0]["scores"] if s["which"] == "after")
