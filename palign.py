@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
     args = _parse(argv)
     from kit import interrupts
-    from kit.progress import Progress, tame_libraries
+    from kit.progress import Progress, tame_libraries, visible
 
     tame_libraries(args.verbose or args.debug)
     interrupts.watch()
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except KitError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"palign: {error}", file=sys.stderr)
+        print(visible(f"palign: {error}"), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         interrupts.leave()
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         print(
-            f"palign: a defect, not your mistake: {type(error).__name__}: {error} (at {where}). "
+            f"palign: a defect, not your mistake: {type(error).__name__}: {visible(str(error))} (at {where}). "
             "Finished rows are safe. Run again with --debug for the traceback, and please report it.",
             file=sys.stderr,
         )
@@ -235,10 +235,12 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kit.progress import visible
+
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{key} {text(item)}" for key, item in value.items())
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for key, value in result.items():

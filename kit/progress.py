@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PLAIN_EVERY_SECONDS = 10.0
+_BAD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
 class Bar:
@@ -42,7 +44,7 @@ class Progress:
     def say(self, text: str, log: bool = True, always: bool = False) -> None:
         """One line for the user, with --quiet only in the log."""
         if always or not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
         if self.log and log:
             with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as out:
                 out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -73,6 +75,11 @@ class Progress:
         with rich.Progress(*columns, elapsed, console=Console(stderr=True), transient=True) as live:
             task = live.add_task(name, total=total, completed=done, rate="")
             yield Bar(total, done, lambda count, rate: live.update(task, completed=count, rate=rate))
+
+
+def visible(text: str) -> str:
+    """Control characters, text-direction marks and lone surrogates as their names: harmless, and seen."""
+    return _BAD.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def tame_libraries(verbose: bool = False) -> None:

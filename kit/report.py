@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +17,13 @@ from markupsafe import Markup
 
 from kit.config import flat
 from kit.metrics import Files, numbers, percent
+from kit.progress import visible
 from kit.records import PrefixRow, write_atomic
 from kit.run import Run
 from kit.sentences import ends
 
 TEMPLATES = Path(__file__).parents[1] / "configs"
 CURVES, EXAMPLES, CHIPS = 4, 3, 24  # traces with their verdicts, rows to read, verdicts marked in a text
-_BAD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
 def report(run: Run) -> None:
@@ -62,11 +61,6 @@ def render(template: str, **fields: Any) -> str:
     page.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
     page.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
     return page.get_template(template).render(**fields)
-
-
-def visible(text: str) -> str:
-    """Control characters, text-direction marks and lone surrogates as their names: harmless, and seen."""
-    return _BAD.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def clip(text: str, limit: int) -> Any:

@@ -18,6 +18,7 @@ from kit.config import Config
 from kit.data import load_traces
 from kit.errors import KitError
 from kit.judge import cut, from_problem, open_judge
+from kit.progress import visible
 from kit.prompts import draft_text, render
 from kit.sentences import split
 from kit.teach import graded_samples
@@ -28,7 +29,7 @@ MAX_TOKENS = 512  # of the continuation: a person waits for it
 def step(config: Config) -> int:
     """Show the steps of the first trace that `config.teacher` names. Returns the exit code."""
     with closing(_steps(config)) as steps:
-        titled = (f"--- {number}. {text}\n" for number, text in enumerate(steps, 1))
+        titled = (f"--- {number}. {visible(text)}\n" for number, text in enumerate(steps, 1))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             for text in titled:
                 print(text, flush=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from kit.config import Config, resolve
 from kit.errors import KitError
 from kit.look import prompt
 from kit.step import step
+from tests.conftest import ROOT
 from tests.test_train import tiny  # noqa: F401  (a fixture)
 
 TRACE = "Ann has 3 pens. She buys 4 more. So it is 3 + 4 = 7. Let me check that. Yes, 7. So \\boxed{7}."
@@ -61,6 +65,41 @@ def test_keys_go_on_and_back(config: Config, monkeypatch: pytest.MonkeyPatch) ->
     assert [screen.startswith("--- 1. ") for screen in screens] == [True, False, True, True, False]
     assert screens[1].startswith("--- 2. ") and "(more)" in screens[1]
     assert all(len(screen.splitlines()) <= 9 for screen in screens)
+
+
+def on_a_terminal(args: list[str], keys: bytes = b"", **environment: str) -> str:
+    """What a command shows on a real pseudo-terminal on which these keys are pressed."""
+    ours, theirs = pty.openpty()
+    os.write(ours, keys)
+    env = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
+    env |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
+    done = subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # Linux's word for the end of a terminal
+        pass
+    assert done.wait() == 0, shown
+    return shown.decode()
+
+
+def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny: str) -> None:  # noqa: F811
+    hostile = {"id": "a", "question": "How \x1b]0;owned\x07many?", "answer": "7", "long_cot": f"\x1b[2J{TRACE}"}
+    path = configured(tmp_path, tiny, hostile).teacher.path
+    shown = on_a_terminal(["palign.py", "judge", str(path), "--model", tiny, "--step"], b"\n\nb\nq\n")
+    screens = shown.split("\033[2J\033[H")[1:]
+    assert [screen.startswith("--- 2. ") for screen in screens] == [False, True, False, True]
+    assert "\x1b" not in "".join(screens) and "How ⟨U+001B⟩]0;owned⟨U+0007⟩many?" in screens[0]
+    assert "⟨U+001B⟩[2JAnn has 3 pens." in screens[1]
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_bar_on_a_terminal_has_colours_unless_told_not_to(environment: dict[str, str], coloured: bool) -> None:
+    code = "from kit.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+    shown = on_a_terminal(["-c", code], **environment)
+    assert "judge" in shown and "3/3" in shown and ("\x1b[3" in shown) is coloured
 
 
 def test_a_file_without_a_trace_is_refused(tmp_path: Path) -> None:
