@@ -33,6 +33,7 @@ from kit.sentences import ends
 NAME = "prefixes.jsonl"
 Force = Callable[[int], bool] | None
 THRESHOLD = {"verbal": 0.0, "answer": -1.0}  # nats; answer: a gold token more likely than exp(-1) on average
+AHEAD = 6  # what may be asked next is read along where that makes a pass longer by at most a sixth of what was read
 SUMS = ("evaluated_tokens", "reused_tokens", "sufficient", "violations")
 _BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")  # up to the brace that closes the forced box
 
@@ -121,9 +122,12 @@ class Asking:
     def _read(self, probes: dict[int, Probe], ahead: Sequence[int]) -> None:
         unread = {k: probe for k, probe in probes.items() if k not in self.margins}
         if unread and self.judge.ahead_tokens:
-            limit = max(len(probe.ids) for probe in probes.values()) + self.judge.ahead_tokens
             more = {k: self._probe(k) for k in ahead if k not in self.margins}
-            unread |= {k: probe for k, probe in more.items() if len(probe.ids) <= limit}
+            longest = max(len(probe.ids) for probe in probes.values())
+            reach = longest + max(self.judge.ahead_tokens, longest // AHEAD)
+            if longest < self.prompt_tokens or any(len(probe.ids) > reach for probe in more.values()):
+                reach, ahead = self.prompt_tokens, ahead[:2]  # what is cached already, and the next question only
+            unread |= {k: probe for k, probe in more.items() if k in ahead and len(probe.ids) <= reach}
         for k, readings in zip(unread, self.session.read([*unread.values()]) if unread else [], strict=True):
             self.margins[k] = self.judge.margin(readings) - self.base
 

@@ -20,14 +20,14 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        if ask(middle, *_next(low, middle - 1), *_next(middle + 1, high)):
+        if ask(middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)):  # the next question comes first
             kept, high = middle, middle - 1
         else:
             low = middle + 1
     return kept
 
 
-def _next(low: int, high: int, steps: int = 2) -> list[int]:
+def _next(low: int, high: int, steps: int) -> list[int]:
     """What `binary` may ask in its next steps over [low, high]."""
     middle = (low + high) // 2
     if low > high or not steps:
