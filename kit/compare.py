@@ -6,6 +6,7 @@ runs, so seeds make a problem's own score surer but never count as more problems
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations
 from pathlib import Path
@@ -137,14 +138,20 @@ def _cuts(a: Files, b: Files) -> Iterator[dict[str, Any]]:
 
 
 def _within(groups: dict[str, list[EvalRow]]) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Each group's accuracy by token budget, [(group, [(tokens, accuracy), ...])]: an answer that was right after t
-    tokens counts from a budget of t on, and one that ran into the limit only at the limit."""
+    """Each group's accuracy by token budget, [(group, [(tokens, accuracy), ...])]: a right answer counts from the token
+    at which it ended on, though it may have named its result before; every problem weighs the same."""
     longest = max((sample.tokens for rows in groups.values() for row in rows for sample in row.samples), default=0)
     budgets = sorted({round(longest * i / BUDGETS) for i in range(BUDGETS + 1)})
     found = []
     for label, rows in groups.items():
-        right = [(s.tokens, 1 / len(row.samples)) for row in rows for s in row.samples if s.verdict == "correct"]
-        share = [sum(part for tokens, part in right if tokens <= budget) / len(rows) for budget in budgets]
+        asked = Counter((row.id, row.question) for row in rows)
+        right = [
+            (sample.tokens, 1 / len(row.samples) / asked[row.id, row.question] / len(asked))
+            for row in rows
+            for sample in row.samples
+            if sample.verdict == "correct"
+        ]
+        share = [sum(part for tokens, part in right if tokens <= budget) for budget in budgets]
         found.append((label, list(zip(budgets, share, strict=True))))
     return found
 

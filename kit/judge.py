@@ -126,7 +126,7 @@ class Asking:
             longest = max(len(probe.ids) for probe in probes.values())
             reach = longest + max(self.judge.ahead_tokens, longest // AHEAD)
             if longest < self.prompt_tokens or any(len(probe.ids) > reach for probe in more.values()):
-                reach, ahead = self.prompt_tokens, ahead[:2]  # what is cached already, and the next question only
+                reach, ahead = self.prompt_tokens, ahead[:2]  # one step, and only where the text is cached already
             unread |= {k: probe for k, probe in more.items() if k in ahead and len(probe.ids) <= reach}
         for k, readings in zip(unread, self.session.read([*unread.values()]) if unread else [], strict=True):
             self.margins[k] = self.judge.margin(readings) - self.base

@@ -76,6 +76,7 @@ def attach(causal: Any, logits_bytes: int) -> None:
     rows = max(1, logits_bytes // (LIVE_BYTES * head.weight.shape[0]))
 
     def forward(self: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
+        """The class's own where there are no labels."""
         if labels is None:
             return type(self).forward(self, **inputs)
         hidden, targets = _states(self, **inputs), labels[:, 1:]

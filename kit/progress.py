@@ -43,8 +43,9 @@ class Progress:
 
     def say(self, text: str, log: bool = True, always: bool = False) -> None:
         """One line for the user, with --quiet only in the log."""
+        text = visible(text)
         if always or not self.quiet:
-            print(visible(text), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
         if self.log and log:
             with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as out:
                 out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

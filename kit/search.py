@@ -20,7 +20,7 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        if ask(middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)):  # the next question comes first
+        if ask(middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)):  # what may be next, then beyond
             kept, high = middle, middle - 1
         else:
             low = middle + 1

@@ -220,6 +220,32 @@ def row_of(text: str = TEXT) -> PrefixRow:
     return from_problem(Problem(id="a", question="Question a?", answer="9", trace=text))
 
 
+@pytest.mark.parametrize("turn", [1, 2, 40, 64, 65, 100, 126, 127, 128])
+def test_reading_ahead_saves_passes_changes_no_verdict_and_stays_near(turn: int) -> None:
+    """The bound: a sixth of the furthest question, or 64 tokens, past it."""
+    row, passes = row_of("It is a step ok. " * 128), {}
+    rows = {}
+    for ahead in (0, 64):
+        judge = Judge(config_of(), Fixed())
+        judge.ahead_tokens, passes[ahead] = ahead, []
+        session = judge.backend.session()
+        read = session.read
+        session.read = lambda probes, read=read, seen=passes[ahead]: (
+            seen.append([len(p.ids) for p in probes]),
+            read(probes),
+        )[1]
+        asking = Asking(judge, row, session, lambda k: k >= turn)
+        assert search.binary(128, asking.ask) == turn
+        rows[ahead] = [*asking.verdicts.values()]
+    assert rows[0] == rows[64] and len(passes[0]) == len(rows[0])
+    assert len(passes[64]) < len(passes[0]) - 1
+    furthest = 0
+    for asked, *ahead in passes[64]:
+        reach = asked + max(64, asked // 6)
+        assert max([0, *ahead]) <= max(reach if asked >= furthest else 0, furthest, asked)
+        furthest = max(furthest, asked, *ahead)
+
+
 def test_content_free_margin_is_subtracted() -> None:
     plain = Judge(config_of(threshold=1e9), Fixed())
     calibrated = Judge(config_of(threshold=1e9, calibration="content-free"), Fixed())

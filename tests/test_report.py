@@ -13,9 +13,10 @@ from jinja2 import Environment, FileSystemLoader
 
 from kit import compare, config, report
 from kit.errors import KitError
+from kit.evaluate import accuracy
 from kit.metrics import Files, numbers
 from kit.progress import Progress
-from kit.records import PrefixRow, RowFile
+from kit.records import EvalRow, PrefixRow, RowFile, Sample
 from kit.run import Run
 from tests.browser import COMPARISON, REPORT, Opened, check
 from tests.conftest import SHARED
@@ -226,6 +227,19 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
         assert begin and lesson["trace"].startswith(begin)
     assert (tmp_path / "out.html").stat().st_size > 10_000
     compare.show(found)
+
+
+def test_accuracy_by_token_budget_counts_problems_not_rows() -> None:
+    def row(id: str, *samples: tuple[str, int]) -> EvalRow:
+        made = tuple(Sample(text="", verdict=verdict, tokens=tokens) for verdict, tokens in samples)
+        return EvalRow(id=id, question=id, answer="1", samples=made)
+
+    rows = [row("a", ("correct", 10)), row("a", ("wrong", 5)), row("b", ("correct", 40), ("unparsed", 80)), row("c")]
+    [(label, points)] = compare._within({"palign": rows})
+    assert label == "palign" and points[0] == (0, 0) and len(points) == 81
+    at = dict(points)
+    assert (at[9], at[10], at[39]) == pytest.approx((0, 1 / 6, 1 / 6)) and at[40] == at[80] == pytest.approx(1 / 3)
+    assert at[80] == pytest.approx(accuracy(rows)["accuracy"], abs=1e-4)
 
 
 def test_compare_tells_other_problems_apart(tmp_path: Path) -> None:
