@@ -16,13 +16,14 @@ from typing import Any
 from kit.align import target, whole
 from kit.config import flat
 from kit.errors import KitError
-from kit.evaluate import accuracy, compare_rows, file_name, shares
+from kit.evaluate import compare_rows, file_name, score, shares
 from kit.metrics import Files, numbers
 from kit.records import EvalRow, write_atomic
-from kit.report import render
+from kit.report import pieces, render
 
 DIFFERENT = 6  # problems shown on which runs disagree
 BUDGETS = 80  # points of a curve
+SCORE = ("n", "accuracy", "low", "high", "cap_hit_ratio", "accuracy_completed", "mean_tokens")
 NAMES = {"name", "out", "stop_after"}  # keys that change no number
 
 
@@ -34,8 +35,9 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 
     Returns:
         runs (numbers), groups, scores (of groups), pairs (b against a), cuts (two judges on the same traces), differs
-        {config key: values}, budget (tokens of an answer, in the first run), within {dataset: see `_within`},
-        different (problems on which groups disagree), quality {dataset: judged}, lesson (see `_lesson`), page.
+        {config key: values}, budget (tokens of an answer), student and teacher (of the first run), within
+        {dataset: see `_within`}, different (problems on which groups disagree), quality {dataset: judged}, lesson
+        (see `_lesson`), page.
 
     Raises:
         KitError: fewer than two folders, or one without a run.
@@ -58,10 +60,13 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
             by_run = [mean(shares(rows).values()) for rows in runs]
             spread = stdev(by_run) if len(by_run) > 1 else None  # over seeds
             about = {"group": label, "dataset": name, "runs": len(runs), "by_run": by_run, "spread": spread}
-            found["scores"].append(about | accuracy(pooled[label]))
+            whole_score = score(pooled[label])
+            found["scores"].append(about | {name: whole_score[name] for name in SCORE})
         for (a, first), (b, second) in combinations(pooled.items(), 2):
             test = compare_rows(first, second)
-            found["pairs"] += [{"dataset": name, "a": a, "b": b, **test}] if test["n"] else []
+            found["pairs"] += (
+                [{"dataset": name, "a": a, "b": b, **test, "words": _words(a, b, test)}] if test["n"] else []
+            )
         found["different"] += _different(pooled, name)
         found["within"][name] = _within(pooled)
         if judge and len(groups) > 1:
@@ -70,9 +75,12 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     found["lesson"] = _lesson(labelled)
     found["cuts"] = [cut for a, b in combinations(files, 2) for cut in _cuts(a, b)]
     values = {key: [one.get(key) for one in settings] for one in settings for key in one if key not in NAMES}
-    found["budget"] = settings[0]["eval.sampling.max_new_tokens"]
+    found |= {"budget": settings[0]["eval.sampling.max_new_tokens"], "student": settings[0]["student.model"]}
+    found["teacher"] = settings[0]["teacher.path"] or settings[0]["teacher.backend"]
+    if found["teacher"] in ("hf", "gguf", "http"):
+        found["teacher"] = settings[0]["teacher.model"]
     found["differs"] = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
-    curves = [(run.config["name"], [(line["step"], line["loss"]) for line in run.log]) for run in files if run.log]
+    curves = [(name, [(line["step"], line["loss"]) for line in run.log]) for name, (run, *_) in labelled if run.log]
     write_atomic(Path(out), render("compare.html.j2", found=found, curves=curves))
     return found
 
@@ -80,6 +88,14 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
 def show(found: dict[str, Any]) -> None:
     """Print what was found for a person."""
     print(render("compare.txt.j2", found=found))
+
+
+def _words(a: str, b: str, test: dict[str, Any]) -> str:
+    """What a paired test of b against a says."""
+    if test["p_value"] >= 0.05 or test["low"] <= 0 <= test["high"]:
+        return "within the noise"
+    ahead = b if test["difference"] > 0 else a
+    return f"{ahead} is better" if abs(test["difference"]) >= test["detectable"] else f"{ahead} is ahead, barely"
 
 
 def _groups(files: list[Files]) -> list[tuple[str, list[Files]]]:
@@ -96,15 +112,16 @@ def _groups(files: list[Files]) -> list[tuple[str, list[Files]]]:
 
 def _answers(run: Files) -> Iterator[tuple[str, list[EvalRow]]]:
     """What a run's last model (the trained one, where there is one) answered, by data."""
-    last = {score["dataset"]: score for score in run.told["eval"].get("scores") or []}  # before stands before after
-    for name, score in last.items():
-        if rows := run.rows(file_name(score["model"], score["which"], name), EvalRow):
+    last = {told["dataset"]: told for told in run.told["eval"].get("scores") or []}  # before stands before after
+    for name, told in last.items():
+        if rows := run.rows(file_name(told["model"], told["which"], name), EvalRow):
             yield name, rows
 
 
 def _lesson(labelled: list[tuple[str, list[Files]]]) -> dict[str, Any] | None:
-    """What each group's first run learned: {targets: [{group, method, rows, characters: median, score: after}]}, and
-    of a problem that all learned from question, gold, trace and shown {group: target}; None where none learned."""
+    """What each group's first run learned: {targets: [{group, method, rows, characters: median}]}, and of a problem
+    that all learned from question, gold, trace, shown {group: target} and search, how the first group that judged it
+    cut it: {group, judge, threshold, lengthened, row, and what `pieces` gives}. None where none learned."""
     found: dict[str, Any] = {"targets": [], "shown": {}}
     learned: dict[str, dict[tuple[str, str], str]] = {}  # by the trace that a target was made of
     for label, (run, *_) in labelled:
@@ -112,18 +129,26 @@ def _lesson(labelled: list[tuple[str, list[Files]]]) -> dict[str, Any] | None:
             method, traces = run.config["method"], {row.id: row for trace in run.traces for row in whole(trace)}
             kept = [row for row in run.aligned if not row.rejected and row.id in traces]
             learned[label] = {(row.id, traces[row.id].trace): target(method, row, row.continuation) for row in kept}
-            after = [score for score in run.told["eval"].get("scores") or () if score["which"] == "after"]
             about = {"group": label, "method": method, "rows": len(run.train)}
-            about |= {"characters": median(len(row["output"]) for row in run.train)}
-            found["targets"].append(about | {"score": after[0] if after else None})
-    shared = (
-        sorted(set.intersection(*map(set, learned.values())), key=lambda key: (len(key[1]), key)) if learned else []
-    )
-    if shared:
-        key = shared[len(shared) // 2]
+            found["targets"].append(about | {"characters": median(len(row["output"]) for row in run.train)})
+    shared = sorted(set.intersection(*map(set, learned.values())), key=lambda at: (len(at[1]), at)) if learned else []
+    cuts = {
+        (cut.id, cut.trace): (by, run, cut)
+        for by, (run, *_) in reversed(labelled)
+        for cut in run.prefixes
+        if cut.verdicts
+    }
+    judged = sorted((at for at in shared if at in cuts), key=lambda at: cuts[at][2].ratio)
+    if shared:  # a typical one: of the median cut where there was a judge, else of the median length
+        key = (judged or shared)[len(judged or shared) // 2]
         row = next(row for _, (run, *_) in labelled for row in run.aligned if row.id == key[0])
-        found |= {"question": row.question, "gold": row.answer, "trace": key[1]}
+        found |= {"question": row.question, "gold": row.answer, "trace": key[1], "search": None}
         found["shown"] = {label: targets[key] for label, targets in learned.items()}
+    if judged:
+        label, run, cut = cuts[key]
+        more = max((one.lengthened for one in run.aligned if one.id == cut.id), default=0)
+        told = {"group": label, "judge": run.config["judge"], "threshold": run.told["truncate"].get("threshold")}
+        found["search"] = told | {"lengthened": more, "row": cut.model_dump(), **pieces(cut)}
     return found if learned else None
 
 
@@ -166,8 +191,11 @@ def _different(groups: dict[str, list[EvalRow]], dataset: str) -> list[dict[str,
         gaps[key] = min(values) - max(values)
     found = []
     for key in sorted((key for key in gaps if gaps[key]), key=lambda key: (gaps[key], key))[:DIFFERENT]:
-        texts = {label: "".join(sample.text for sample in rows[label][key].samples[:1]) for label in groups}
-        answers = [{"group": label, "share": every[label][key], "text": text} for label, text in texts.items()]
+        shown = {label: rows[label][key].samples[:1] for label in groups}
+        answers = [
+            {"group": label, "share": every[label][key], "sample": some[0].model_dump() if some else None}
+            for label, some in shown.items()
+        ]
         gold = next(iter(rows.values()))[key].answer
         found.append({"dataset": dataset, "id": key[0], "question": key[1], "gold": gold, "answers": answers})
     return found

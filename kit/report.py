@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +60,7 @@ def render(template: str, **fields: Any) -> str:
     page.loader, page.trim_blocks, page.lstrip_blocks = FileSystemLoader(TEMPLATES), True, True
     page.finalize = lambda value: visible(value) if type(value) is str else value
     page.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
+    page.filters["basename"] = os.path.basename
     page.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
     return page.get_template(template).render(**fields)
 
@@ -81,7 +83,8 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
 def pieces(row: PrefixRow) -> dict[str, Any]:
     """A trace between the boundaries that were asked: {kept, rest}, lists of (text, the verdict behind it or None)."""
     places = ends(row.trace)
-    marks = {places[v.sentences - 1]: v for v in spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)}
+    asked = spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)
+    marks = {places[v.sentences - 1]: v.model_dump() for v in asked}
     cuts = sorted({0, *marks, row.end, len(row.trace)})
     parts = [(end <= row.end, row.trace[start:end], marks.get(end)) for start, end in pairwise(cuts)]
     return {name: [(text, v) for kept, text, v in parts if kept == (name == "kept")] for name in ("kept", "rest")}

@@ -64,14 +64,16 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     of the table, taken over to shares: it does not shrink to a point where all problems agree.
 
     Returns:
-        n, difference (b's mean minus a's) with low and high, p_value and its method, and detectable: the smallest true
-        difference that as many such problems show at this level in 80% of experiments; {n: 0} for none.
+        n, better and worse (problems on which b has the higher and the lower share), difference (b's mean minus a's)
+        with low and high, p_value and its method, and detectable: the smallest true difference that as many such
+        problems show at this level in 80% of experiments; {n: 0} for none.
     """
     if not len(a):
         return {"n": 0}
     difference = np.subtract(b, a, dtype=float)
+    better, worse = int(sum(difference > 0)), int(sum(difference < 0))
     if np.isin([*a, *b], (0.0, 1.0)).all():
-        method, p_value = "McNemar's exact test", sign_test(int(sum(difference > 0)), int(sum(difference < 0)))
+        method, p_value = "McNemar's exact test", sign_test(better, worse)
     else:
         flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(0)}
         law = stats.permutation_test((b, a), lambda x, y, axis: (x - y).mean(axis=axis), **flips)
@@ -83,4 +85,4 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     found = {"difference": difference.mean(), "low": max(middle - half, -1.0), "high": min(middle + half, 1.0)}
     found["detectable"] = min(power * sqrt(square / len(difference)), 1.0)
     rounded = {name: round(float(value), 4) for name, value in found.items()}
-    return {"n": len(difference), **rounded, "p_value": p_value, "method": method}
+    return {"n": len(difference), "better": better, "worse": worse, **rounded, "p_value": p_value, "method": method}

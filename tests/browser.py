@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 REPORT = ("findings", "rows", "cuts", "verdicts", "training", "scores", "cost", "read", "config")
-COMPARISON = ("runs", "lesson", "scores", "pairs", "training", "differs", "read")
+COMPARISON = ("short", "runs", "lesson", "scores", "pairs", "training", "differs", "read")
 
 
 class Opened:

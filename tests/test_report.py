@@ -133,7 +133,7 @@ def test_pieces_are_the_trace(folder: Path) -> None:
         parts = report.pieces(row)
         assert "".join(text for text, _ in parts["kept"]) == row.trace[: row.end]
         assert "".join(text for text, _ in parts["rest"]) == row.trace[row.end :]
-        asked = [verdict.sentences for part in parts.values() for _, verdict in part if verdict]
+        asked = [verdict["sentences"] for part in parts.values() for _, verdict in part if verdict]
         assert asked == sorted({v.sentences for v in row.verdicts})
 
 
@@ -221,10 +221,14 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
         assert ratios[-1] == pytest.approx(palign["accuracy"] if label == labels[0] else long["accuracy"], abs=1e-4)
     lesson = found["lesson"]  # the run that stopped early taught nobody
     assert [target["group"] for target in lesson["targets"]] == labels[:2] == [*lesson["shown"]]
-    assert lesson["targets"][0]["score"] == next(s for s in found["runs"][0]["scores"] if s["which"] == "after")
     for text in lesson["shown"].values():  # all of them were made of the trace beside them
         begin = text.removeprefix("<Begin_of_Prefix>").split("<End_of_Prefix>")[0].split("\\boxed")[0].rstrip()
         assert begin and lesson["trace"].startswith(begin)
+    search = lesson["search"]  # the cut of the very trace that is shown, by the group that is named
+    assert search["group"] == labels[0] and search["row"]["trace"] == lesson["trace"]
+    assert "".join(text for text, _ in search["kept"]) == lesson["trace"][: search["row"]["end"]]
+    assert "".join(text for text, _ in search["kept"] + search["rest"]) == lesson["trace"]
+    assert lesson["shown"][labels[0]].startswith("<Begin_of_Prefix>" + lesson["trace"][: search["row"]["end"]].rstrip())
     assert (tmp_path / "out.html").stat().st_size > 10_000
     compare.show(found)
 
