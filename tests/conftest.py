@@ -17,6 +17,9 @@ FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-co
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub must fail, not wait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# the test processes share the cores: each with threads for all of them is slower than one thread each
+share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 

@@ -34,7 +34,7 @@ CONFIG = """
 name: tiny
 data: {train: {limit: 3}, eval: {path: builtin, subset: 1 to 10, limit: 3, seed: 2}}
 teacher: {backend: file, path: TRACES}
-student: {model: smollm2-135m, parallel: 2, threads: 2}
+student: {model: smollm2-135m, parallel: 2}
 align: {samples: 3, lengthen: 1, sampling: {temperature: 0.6, max_new_tokens: 40}}
 train: {batch_rows: 1, max_steps: 3, learning_rate: 1.0e-3, warmup_ratio: 0, save_steps: 1}
 eval: {sampling: {temperature: 0, max_new_tokens: 24}}
