@@ -163,10 +163,12 @@ def _judge(args: argparse.Namespace, progress: Any) -> int:
     from kit import config as configs
     from kit import judge, step
 
-    keys = {"search": args.search, "kind": args.kind, "threshold": args.threshold}
-    student = {"backend": args.backend, "model": args.model, "dtype": args.dtype, "url": args.url}
-    raw = {"judge": keys, "student": student, "teacher": {"backend": "file", "path": args.file}}
-    config = configs.resolve({**raw, "data": {"train": {"limit": args.limit}}}, "the command line")
+    given = {"judge.search": args.search, "judge.kind": args.kind, "judge.threshold": args.threshold}
+    given |= {"student.backend": args.backend, "student.model": args.model, "student.dtype": args.dtype}
+    given |= {"student.url": args.url, "teacher.backend": "file", "teacher.path": args.file}
+    given |= {"data.train.limit": args.limit}
+    keys = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+    config = configs.load(args.config, keys)
     return step.step(config) if args.step else _print(args, judge.judge_file(config, progress), judge.show)
 
 
@@ -217,9 +219,9 @@ def _export(args: argparse.Namespace, progress: Any) -> int:
 
 def _prompt(args: argparse.Namespace, progress: Any) -> int:
     from kit import config as configs
-    from kit import look
+    from kit import step
 
-    return _print(args, look.prompt(configs.load(args.config, args.overrides), args.of))
+    return _print(args, step.prompt(configs.load(args.config, args.overrides), args.of))
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], show: Any = None) -> int:
@@ -270,12 +272,13 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
 
 def _judge_arguments(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("file", metavar="FILE", help="rows with a question, an answer and a trace")
-    judge.add_argument("--model", default="smollm2-135m", help="an alias, a GGUF file, a folder or a hub id")
-    judge.add_argument("--backend", choices=("hf", "gguf", "http"), default="hf")
+    judge.add_argument("--config", metavar="CONFIG", help="take the student, the judge and the rest from this config")
+    judge.add_argument("--model", help="an alias (default: smollm2-135m), a GGUF file, a folder or a hub id")
+    judge.add_argument("--backend", choices=("hf", "gguf", "http"), help="default: hf")
     judge.add_argument("--url", help="http: the server's address up to and with /v1")
-    judge.add_argument("--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), default="auto")
-    judge.add_argument("--search", choices=("binary", "gallop", "scan", "fresh"), default="binary")
-    judge.add_argument("--kind", choices=("verbal", "answer"), default="verbal")
+    judge.add_argument("--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), help="default: auto")
+    judge.add_argument("--search", choices=("binary", "gallop", "scan", "fresh"), help="default: binary")
+    judge.add_argument("--kind", choices=("verbal", "answer"), help="default: verbal")
     judge.add_argument("--threshold", type=float, help="a margin at or above it is ENOUGH")
     judge.add_argument("--limit", type=int, help="only the first N traces")
     judge.add_argument("--step", action="store_true", help="step through one trace with a person")

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from kit.config import Config
 from kit.prompts import draft_text, solve_text, target_text, text_of
 from kit.records import AlignedRow, PrefixRow, TraceRow, TrainRow, digest, write_atomic
-from kit.run import Run, file_digest, stopwatch, tallies
+from kit.run import Run, file_digest, tallies
 from kit.sentences import ends
 from kit.teach import FACTS, Asker, choose, why
 
@@ -33,12 +34,12 @@ def align(run: Run) -> None:
     if not run.begin("align", digest(prefixes), lambda: _output(run)):
         return
     sound = [row for row in prefixes if not row.rejected]
-    with stopwatch() as seconds, Asker(run, run.config.student, run.config.align) as student:
+    with Asker(run, run.config.student, run.config.align) as student:
         work = take_over if run.config.method in UNCONTINUED else extend
         rows = student.sweep("align", NAME, AlignedRow, sound, partial(work, student))
     lines = training_rows(run, rows)
     write_atomic(run.path(TRAIN), "".join(json.dumps(r.model_dump(), ensure_ascii=False) + "\n" for r in lines))
-    run.finish("align", _output(run), len(sound), len(lines), seconds(), **tallies(rows))
+    run.finish("align", _output(run), len(sound), len(lines), **tallies(rows))
 
 
 def _prefixes(run: Run) -> list[PrefixRow]:
@@ -73,17 +74,10 @@ def extend(student: Asker, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows with the student's continuations, each as it is finished; rounds of lengthening follow."""
     config, how = student.run.config, student.run.config.align
     tried, seconds, number = defaultdict(list), Counter(), 0
-
-    def words(draft: PrefixRow) -> tuple[str, str]:
-        prefix = draft.trace[: draft.end]
-        if how.mode == "prefill":
-            return solve_text(config.prompts, draft.question), prefix
-        return draft_text(config.prompts, draft.question, prefix), ""
-
     while rows:
         drafts, failed = [longer(row, number, how.lengthen) for row in rows], set()
         judged = {draft.id: row for draft, row in zip(drafts, rows, strict=True)}
-        for draft, samples, done in student.ask(drafts, config.data.train.verifier, words):
+        for draft, samples, done in student.ask(drafts, config.data.train.verifier, partial(words, config)):
             row = judged[draft.id]
             tried[row.id] += [sample.verdict == "correct" for sample in samples]
             seconds[row.id] += done.seconds
@@ -104,6 +98,14 @@ def extend(student: Asker, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
                 **outcome,
             )
         rows, number = [row for row in rows if row.id in failed], number + 1
+
+
+def words(config: Config, draft: PrefixRow) -> tuple[str, str]:
+    """What the student is asked, and how its answer begins (align.mode)."""
+    prefix = draft.trace[: draft.end]
+    if config.align.mode == "prefill":
+        return solve_text(config.prompts, draft.question), prefix
+    return draft_text(config.prompts, draft.question, prefix), ""
 
 
 def longer(row: PrefixRow, number: int, rounds: int) -> PrefixRow:

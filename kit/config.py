@@ -207,20 +207,24 @@ class Config(Section):
         return float(self.method[6:]) if self.method.startswith("ratio-") else None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, set `a.b.c=value` overrides (YAML values; a string over a source sets its path), validate.
+
+    Without a path, start from the defaults.
 
     Raises:
         KitError: (exit 2) with every mistake and the nearest valid name of each unknown key.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        raw = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         hint = "Mend it, or start from one that comes along, like configs/smoke.yaml."
         raise KitError(f"The config {path} cannot be read: {error}.", hint, 2) from None
-    return resolve(raw, str(path), [problem for text in overrides if (problem := _override(raw, text))])
+    return resolve(
+        raw, str(path or "the command line"), [problem for text in overrides if (problem := _override(raw, text))]
+    )
 
 
 def resolve(raw: dict[str, Any], where: str, problems: Sequence[str] = ()) -> Config:

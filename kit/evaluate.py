@@ -20,7 +20,7 @@ from kit.backends import looping
 from kit.errors import KitError
 from kit.prompts import template_hash
 from kit.records import EvalRow, Problem, Sample, digest
-from kit.run import Run, file_digest, stopwatch, tallies
+from kit.run import Run, file_digest, tallies
 from kit.teach import FACTS, Asker, why
 
 
@@ -39,7 +39,7 @@ def evaluate(run: Run) -> None:
         raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
     if trained:
         run.require("train")
-    source = digest([problem for problems in datasets.values() for problem in problems])
+    source = " ".join([digest([problem for problems in datasets.values() for problem in problems]), *verifiers])
     source += f" {run.manifest['stages']['train']['output'] if trained else None}"
     # after comes first: an adapter that cannot be used is found before anything is spent on the base model
     sides = ["after"] * trained + ["before"] * (engine.before or not trained)
@@ -47,13 +47,12 @@ def evaluate(run: Run) -> None:
     if not run.begin("eval", source, lambda: " ".join(file_digest(run, name, EvalRow) for name in files.values())):
         return
     rows: dict[tuple[str, str], list[EvalRow]] = {}
-    with stopwatch() as seconds:
-        for which in sides:
-            adapter = str(run.folder / "adapter") if which == "after" else None
-            with Asker(run, engine, engine, adapter) as student:
-                for (name, problems), verifier in zip(datasets.items(), verifiers, strict=True):
-                    work = partial(answers, student, verifier)
-                    rows[which, name] = student.sweep("eval", files[which, name], EvalRow, problems, work)
+    for which in sides:
+        adapter = str(run.folder / "adapter") if which == "after" else None
+        with Asker(run, engine, engine, adapter) as student:
+            for (name, problems), verifier in zip(datasets.items(), verifiers, strict=True):
+                work = partial(answers, student, verifier)
+                rows[which, name] = student.sweep("eval", files[which, name], EvalRow, problems, work)
     scores, comparisons = [], []
     for name in datasets:
         for which in reversed(sides):
@@ -66,7 +65,7 @@ def evaluate(run: Run) -> None:
     lost = tallies(every)["rejected"]
     told = {"scores": scores, "comparisons": comparisons, "rejected": lost}
     output = " ".join(digest(found) for found in rows.values())
-    run.finish("eval", output, len(every), len(every) - sum(lost.values()), seconds(), **told)
+    run.finish("eval", output, len(every), len(every) - sum(lost.values()), **told)
 
 
 def answers(student: Asker, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:

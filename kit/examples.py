@@ -37,7 +37,7 @@ class Example:
 def read_rows(path: Path) -> list[TrainRow]:
     """The rows of train.jsonl, without blank lines; KitError: a line that is no alpaca row, by its number."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
             rows += [TrainRow.model_validate_json(line)] if line.strip() else []
         except ValueError as error:

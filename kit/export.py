@@ -52,7 +52,7 @@ def export(run_folder: Path, progress: Progress, to: str = "merged", out: Path |
     ):
         what = f"{student.model} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it."
         raise KitError(what, "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).")
-    lines = (run_folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_folder / "train.jsonl").read_text(encoding="utf-8").split("\n")
     questions = list(dict.fromkeys(json.loads(line)["input"] for line in lines if line.strip()))[:PROMPTS]
     progress.say(f"export: merging; each result answers {len(questions)} training questions")
     with _opened("hf", student.model, str(adapter)) as backend:

@@ -27,7 +27,7 @@ from kit.errors import KitError
 from kit.progress import Progress
 from kit.prompts import fill, render, solve_text, text_of
 from kit.records import Label, PrefixRow, Problem, RowFile, Sample, TraceRow, Verdict, digest
-from kit.run import Run, file_digest, stopwatch, work_through
+from kit.run import Run, file_digest, work_through
 from kit.sentences import ends
 
 NAME = "prefixes.jsonl"
@@ -51,7 +51,6 @@ class Judge:
         labels = (tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels)
         self.common, self.parting = part(*labels)
         # In transformers a pass of few tokens costs as much as dozens more: some of the search's steps may share one.
-        self.ahead_tokens = 64 if config.student.backend == "hf" else 0
         self.held = ExitStack()
         self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
 
@@ -121,10 +120,11 @@ class Asking:
 
     def _read(self, probes: dict[int, Probe], ahead: Sequence[int]) -> None:
         unread = {k: probe for k, probe in probes.items() if k not in self.margins}
-        if unread and self.judge.ahead_tokens:
+        near = getattr(self.session, "ahead_tokens", 0)
+        if unread and near:
             more = {k: self._probe(k) for k in ahead if k not in self.margins}
             longest = max(len(probe.ids) for probe in probes.values())
-            reach = longest + max(self.judge.ahead_tokens, longest // AHEAD)
+            reach = longest + max(near, longest // AHEAD)
             if longest < self.prompt_tokens or any(len(probe.ids) > reach for probe in more.values()):
                 reach, ahead = self.prompt_tokens, ahead[:2]  # one step, and only where the text is cached already
             unread |= {k: probe for k, probe in more.items() if k in ahead and len(probe.ids) <= reach}
@@ -198,7 +198,7 @@ def truncate(run: Run) -> None:
         rows = []
     if not run.begin("truncate", digest(rows), lambda: file_digest(run, NAME, PrefixRow)):
         return
-    with stopwatch() as seconds, ExitStack() as held:
+    with ExitStack() as held:
         cutter = Cutter(run, rows, held)
         units = [(row.id, row) for row in rows]
         made = work_through(run, "truncate", RowFile(run.path(NAME), PrefixRow), units, cutter.size, cutter.work)
@@ -215,7 +215,7 @@ def truncate(run: Run) -> None:
     }
     if told["degenerate"]:
         run.progress.warn(told["degenerate"])
-    run.finish("truncate", digest(made), len(rows), len(sound), seconds(), **told)
+    run.finish("truncate", digest(made), len(rows), len(sound), **told)
 
 
 class Cutter:

@@ -161,6 +161,16 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 
+def kv_elements(config: Any) -> int:
+    """Numbers that one more token puts into a KV cache, over all layers. KitError: the model has no attention."""
+    text = config.get_text_config()
+    if not (heads := getattr(text, "num_attention_heads", None)):
+        what = f"{text.model_type} has no attention; through transformers the kit runs models that have."
+        raise KitError(what, "Run it as a GGUF or on a server: student.backend=gguf or http.", 2)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+
+
 def turn_ends(tokenizer: Any) -> set[int]:
     """The special token that the chat template writes after an assistant's turn."""
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]

@@ -19,7 +19,7 @@ from kit.config import Config
 from kit.errors import KitError
 from kit.loss import LIVE_BYTES
 from kit.memory import limit_bytes, return_at_once
-from kit.models import hf_folder
+from kit.models import hf_folder, kv_elements
 from kit.run import Run
 
 GIB = 1 << 30
@@ -141,14 +141,12 @@ def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     total, linear = sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in linears)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     lora = LoraConfig(r=rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.device("meta"):
         get_peft_model(model.requires_grad_(False), lora, autocast_adapter_dtype=False)  # changes `model` itself
     short, long = (_saved_bytes(model, tokens) for tokens in (128, 256))
     found = {"layers": text.num_hidden_layers, "hidden": text.hidden_size, "vocabulary": head.weight.shape[0]}
-    found |= {"context_tokens": text.max_position_embeddings, "kv_elements": 2 * found["layers"] * heads * width}
+    found |= {"context_tokens": text.max_position_embeddings, "kv_elements": kv_elements(text)}
     found |= {"linear": linear, "other": total - linear, "adapter": rank * sum(sum(weight.shape) for weight in linears)}
     found |= {"largest": max(w.numel() for w in linears), "widest": max(max(w.shape) for w in linears)}
     # s(T) = aT + bT^2, for without storage attention is traced as if it kept its matrix; a is what is wanted

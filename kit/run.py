@@ -27,14 +27,15 @@ from kit import __version__
 from kit.config import Config, dump, flat
 from kit.errors import KitError
 from kit.progress import Progress
+from kit.prompts import text_of
 from kit.records import AlignedRow, EvalRow, PrefixRow, Row, RowFile, TraceRow, digest, write_atomic
 
 FORMAT = 1  # of the run folder; a newer kit opens older formats or refuses them by this number
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "llama-cpp-python", "math-verify")
 KEYS = {  # what each stage's rows depend on, besides its input
-    "teach": ("teacher", "prompts.instruction", "seed"),
-    "truncate": ("method", "student", "judge", "prompts.judge", "prompts.forced"),
-    "align": ("method", "student", "align", "prompts.instruction", "prompts.draft", "seed"),
+    "teach": ("teacher", "data.train.verifier", "prompts.instruction", "seed"),
+    "truncate": ("method", "student", "judge", "data.train.verifier", "prompts.judge", "prompts.forced"),
+    "align": ("method", "student", "align", "data.train.verifier", "prompts.instruction", "prompts.draft", "seed"),
     "train": ("method", "student.model", "student.system", "student.thinking", "train", "prompts.instruction", "seed"),
     "eval": ("method", "eval", "prompts.instruction", "seed"),
 }
@@ -111,10 +112,12 @@ class Run:
         """
         wanted, leaves = tuple(f"{key}." for key in KEYS[stage]), flat(self.config).items()
         now = {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
-        now["input"] = source
+        for key in [key for key in now if key.startswith("prompts.") and now[key]]:  # a file's words, not its name
+            now[key] = text_of(self.config.prompts, key.removeprefix("prompts."))
+        now["input"], usual = source, flat(Config())
         files = [path for name in FILES[stage] if (path := self.folder / name.split("/")[0]).exists()]
         entry, say = self.manifest["stages"].get(stage), self.progress.say
-        before = entry["keys"] if entry else now
+        before = {key: usual.get(key) for key in now} | entry["keys"] if entry else now  # an older kit knew fewer keys
         changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
         if changed:
             shown = ", ".join(f"{key}: {before.get(key)!s:.40} -> {now.get(key)!s:.40}" for key in changed[:4])
@@ -134,15 +137,16 @@ class Run:
                 shutil.move(path, self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"))
         self.manifest["stages"][stage] = {**entry, "keys": now, "done": False}
         self.record()
+        self.begun = time.perf_counter()
         return True
 
-    def finish(self, stage: str, output: str, rows_in: int, rows_out: int, seconds: float, **summary: Any) -> None:
-        """Mark a stage done; `seconds` adds up over resumed sittings. rejected.jsonl gathers every row that left."""
+    def finish(self, stage: str, output: str, rows_in: int, rows_out: int, **summary: Any) -> None:
+        """Mark a stage done; seconds since `begin` add up over sittings. rejected.jsonl gathers every row that left."""
         if not self.leads:
             return
         entry = self.manifest["stages"][stage]
         entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out, "summary": summary}
-        entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 3)
+        entry["seconds"] = round(entry.get("seconds", 0.0) + time.perf_counter() - self.begun, 3)
         self.record(machine=self.manifest["machine"] | machine())
         gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
         for name, pattern, kind in ((name, *file) for name, files in FILES.items() for file in files.items()):
@@ -208,6 +212,8 @@ def work_through(
     with a missing row runs whole, and rows that are already written stay as they are. `work` yields each row as it is
     finished, its id among the batch's.
     """
+    if twice := [id for id, times in Counter(id for id, _ in units).items() if times > 1]:
+        raise KitError(f"{stage}: two rows would be called {twice[0]!r}.", "Rename one of the problems in the data.")
     rows = {row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)}
     with run.progress.bar(stage, len(units), done=sum(id in rows for id, _ in units)) as bar:
         for start in range(0, len(units), size):
@@ -232,13 +238,6 @@ def tallies(rows: Sequence[Any]) -> dict[str, Any]:
 def file_digest(run: Run, name: str, kind: type[R]) -> str:
     """Digest of a stage file's rows as they stand."""
     return digest(run.rows(name, kind))
-
-
-@contextlib.contextmanager
-def stopwatch() -> Iterator[Callable[[], float]]:
-    """Seconds since entering."""
-    begun = time.perf_counter()
-    yield lambda: time.perf_counter() - begun
 
 
 def versions() -> dict[str, str]:

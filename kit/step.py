@@ -1,6 +1,7 @@
-"""Step through one trace with a person: the problem, each question of the search, the cut, the continuation.
+"""Looking closely: one trace stepped through with a person, and a rendered prompt as the model sees it.
 
-On a terminal keys go on and back; elsewhere every step is printed as plain text. Nothing is written.
+The steps: the problem, each question of the search, the cut, the continuation. On a terminal keys go on and back;
+elsewhere every step is printed as plain text. Nothing is written.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import islice
+from typing import Any
 
+from kit.align import words
 from kit.answers import Grader
 from kit.backends import Request
 from kit.config import Config
 from kit.data import load_traces
 from kit.errors import KitError
 from kit.judge import cut, from_problem, open_judge
+from kit.models import load_tokenizer
 from kit.progress import visible
-from kit.prompts import draft_text, render
-from kit.sentences import split
+from kit.prompts import fill, render, solve_text, text_of
+from kit.sentences import ends, split
 from kit.teach import graded_samples
 
 MAX_TOKENS = 512  # of the continuation: a person waits for it
@@ -77,8 +81,8 @@ def _steps(config: Config) -> Iterator[str]:
         found = "the shortest prefix judged sufficient" if row.sufficient else "none was judged sufficient: all is kept"
         prefix = row.trace[: row.end]
         yield f"The cut: {row.sentences} of {row.sentences_total} sentences, {found}\n\n{prefix}| cut here"
-        user = draft_text(config.prompts, row.question, prefix)
-        prompt = render(judge.backend.tokenizer, user, config.student.system, thinking=config.student.thinking)
+        user, begun = words(config, row)
+        prompt = render(judge.backend.tokenizer, user, config.student.system, begun, config.student.thinking)
         sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
         made = next(iter(judge.backend.generate([Request(row.id, prompt, sampling, seed=config.seed)])))
         if made.error:
@@ -90,3 +94,32 @@ def _steps(config: Config) -> Iterator[str]:
         (sample,) = graded_samples(grader, [(text, finish, tokens)], row.answer, config.data.train.verifier)
     kept = "the row trains the student" if sample.verdict == "correct" else "the row is rejected"
     yield f"The grader: {sample.verdict} (answer found: {sample.answer}, gold: {row.answer}); {kept}"
+
+
+def prompt(config: Config, of: str) -> dict[str, Any]:
+    """Render a prompt of the first training problem.
+
+    Args:
+        of: solve (teaching, training, evaluation), judge, or draft (alignment); the latter two with the first quarter
+            of the problem's trace, or of its solution.
+
+    Returns:
+        {of, tokens, special: how many of them are special tokens, text}.
+    """
+    problems = load_traces(config)
+    if not problems:
+        raise KitError("There is no problem to render.", "Check data.train.")
+    problem, student = problems[0], config.student
+    trace = problem.trace or problem.solution or "(the trace would stand here)"
+    draft = from_problem(problem.model_copy(update={"trace": trace}))
+    draft = draft.model_copy(update={"end": ends(trace)[max(0, len(ends(trace)) // 4 - 1)]})
+    user, answer = solve_text(config.prompts, problem.question), ""
+    if of == "judge":
+        shown = {"question": problem.question, "prefix": trace[: draft.end]}
+        user = fill(text_of(config.prompts, "judge"), **shown)
+    elif of == "draft":
+        user, answer = words(config, draft)
+    tokenizer = load_tokenizer(student.tokenizer or student.model)
+    ids = render(tokenizer, user, student.system, answer, student.thinking)
+    special = sum(tokenizer.decode([i]) in tokenizer.special for i in ids)
+    return {"of": of, "tokens": len(ids), "special": special, "text": tokenizer.decode(ids)}

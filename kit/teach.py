@@ -18,7 +18,7 @@ from kit.backends import Backend, Completion, Generation, Request, open_backend
 from kit.config import Align, Engine, Eval, Teacher
 from kit.prompts import render, solve_text
 from kit.records import Outcome, Problem, Row, RowFile, Sample, TraceRow, digest
-from kit.run import Run, file_digest, stopwatch, tallies, work_through
+from kit.run import Run, file_digest, tallies, work_through
 
 NAME = "traces.jsonl"
 FACTS = {*Row.model_fields}  # what every row says of its problem
@@ -36,10 +36,10 @@ def teach(run: Run) -> None:
     problems = [] if run.config.method == "zero-shot" else run.data.train
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
         return
-    with stopwatch() as seconds, Asker(run, config, config) as teacher:
+    with Asker(run, config, config) as teacher:
         rows = teacher.sweep("teach", NAME, TraceRow, problems, lambda batch: traces(teacher, batch))
     kept = sum(len(row.kept) for row in rows)
-    run.finish("teach", digest(rows), len(problems), kept, seconds(), **tallies(rows))
+    run.finish("teach", digest(rows), len(problems), kept, **tallies(rows))
 
 
 def traces(teacher: Asker, problems: list[Problem]) -> Iterator[TraceRow]:

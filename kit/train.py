@@ -30,7 +30,7 @@ from kit.models import load_model, load_tokenizer
 from kit.plan import check_fit
 from kit.prompts import template_hash
 from kit.records import write_atomic
-from kit.run import Run, stopwatch
+from kit.run import Run
 
 WEIGHTS, MARK = "adapter_model.safetensors", "complete"
 FIXED_ROWS = 4  # rows whose loss is read before and after
@@ -45,22 +45,21 @@ def train(run: Run) -> None:
     """
     if run.config.method == "zero-shot":
         if run.begin("train", "zero-shot", lambda: ""):
-            run.finish("train", "", rows_in=0, rows_out=0, seconds=0.0)
+            run.finish("train", "", rows_in=0, rows_out=0)
         return
     path, weights = run.folder / "train.jsonl", run.folder / "adapter" / WEIGHTS
     if not path.exists():
         raise KitError(f"{path} is not there.", "Run the stages before it: palign.py run CONFIG.")
     if not run.begin("train", _hash(path), lambda: _hash(weights)):
         return
-    with stopwatch() as seconds:
-        rows, tokenizer = read_rows(path), load_tokenizer(run.config.student.model)
-        examples, lost = prepare(rows, tokenizer, run.config)
-        for why, names in lost.items():
-            run.progress.warn(f"train: {len(names)} of {len(rows)} rows {why}: {'; '.join(names[:8])}")
-        check_fit(run.config, run, max(len(e.ids) for e in examples))
-        summary = _fit(run, tokenizer, examples)
+    rows, tokenizer = read_rows(path), load_tokenizer(run.config.student.model)
+    examples, lost = prepare(rows, tokenizer, run.config)
+    for why, names in lost.items():
+        run.progress.warn(f"train: {len(names)} of {len(rows)} rows {why}: {'; '.join(names[:8])}")
+    check_fit(run.config, run, max(len(e.ids) for e in examples))
+    summary = _fit(run, tokenizer, examples)
     summary |= {"rows": len(examples), "cut": lost.pop(CUT, []), "dropped": lost}
-    run.finish("train", _hash(weights), len(rows), len(examples), seconds(), **summary)
+    run.finish("train", _hash(weights), len(rows), len(examples), **summary)
 
 
 def make_model(config: Config) -> Any:

@@ -46,7 +46,7 @@ def make_run(folder, prefixes=(), **keys):
     if prefixes:
         run.begin("truncate", "input", lambda: "")
         RowFile(run.path("prefixes.jsonl"), PrefixRow).append(*prefixes)
-        run.finish("truncate", "output", len(prefixes), len(prefixes), 0.0)
+        run.finish("truncate", "output", len(prefixes), len(prefixes))
     return run
 
 
@@ -172,7 +172,7 @@ def test_methods_without_a_cut_read_the_traces(tmp_path, method):
     with make_run(tmp_path, method=method) as run:
         run.begin("teach", "input", lambda: "")
         RowFile(run.path("traces.jsonl"), TraceRow).append(row)
-        run.finish("teach", "output", 1, 1, 0.0)
+        run.finish("teach", "output", 1, 1)
         align(run)
         (line,) = trained_on(run)
     assert line.output == ("\\boxed{9}" if method == "label-only" else TRACE)

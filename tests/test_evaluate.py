@@ -53,7 +53,7 @@ def opened(settings, **keys):
 def trained(run, template=None):
     """Give a run a finished training with the prompts of now, or of another template."""
     run.begin("train", "rows", lambda: "adapter-1")
-    run.finish("train", "adapter-1", 1, 1, 0.0)
+    run.finish("train", "adapter-1", 1, 1)
     run.record(template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False))
 
 
@@ -95,7 +95,7 @@ def test_a_second_call_is_skipped_and_a_new_adapter_is_not(settings):
         files = {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()}
         evaluate(run)
         assert {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()} == files
-        run.finish("train", "adapter-2", 1, 1, 0.0)
+        run.finish("train", "adapter-2", 1, 1)
         evaluate(run)
         assert all(path.stat().st_mtime_ns != before for path, before in files.items())
 

@@ -11,8 +11,7 @@ import transformers
 from kit import prompts
 from kit.backends import Generation, Request, hf
 from kit.backends.hf import HfBackend
-from kit.backends.hf_batch import assemble, joins, prefill
-from kit.backends.sampling import draw
+from kit.backends.hf_batch import assemble, draw, joins, prefill
 from kit.config import Engine, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)

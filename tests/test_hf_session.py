@@ -81,6 +81,7 @@ def test_cached_equals_fresh(name: str) -> None:
     assert np.abs(np.asarray([one_by_one.read([p])[0] for p in asked]) - fresh).max() < 5e-4
     scan = open_session(own, chunk_tokens=150)
     scan.read(asked[:1])  # a scan may follow a question
+    scan.read([Probe((*asked[1].ids[:80], *asked[2].ids[90:280]), ((150, EVERY),))])  # a long branch becomes the trunk
     assert np.abs(np.asarray(scan.read(asked)) - fresh).max() < 5e-4
     if KINDS[name] == "tree":
         whole = sum(len(p.ids) for p in asked)
@@ -96,17 +97,21 @@ def test_never_past_the_furthest_boundary() -> None:
     assert session.cost.evaluated_tokens <= 215 + 3 * 5
 
 
-@pytest.mark.parametrize("tear", ["restore", "window", "cut"])
+@pytest.mark.parametrize("tear", ["branch", "window", "cut"])
 def test_self_check_finds_a_broken_cache(tear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Break the mechanism in three ways; none may pass for a tree."""
-    if tear == "restore":
-        monkeypatch.setattr(attention.TrunkCache, "restore", lambda *_: None)
+    if tear == "branch":  # what another probe wrote there is taken for this one's
+        monkeypatch.setattr(sessions, "common", lambda held, ids: min(len(held), len(ids)))
     elif tear == "window":
         whole = attention.Layout.mask
         monkeypatch.setattr(attention.Layout, "mask", lambda *given: whole(*given[:3], window=4096))
     else:
-        usable = sessions.usable
-        monkeypatch.setattr(sessions, "usable", lambda *given: min(usable(*given) + 1, len(given[1]) - 2))
+        begin = attention.Layout.__init__
+        monkeypatch.setattr(
+            attention.Layout,
+            "__init__",
+            lambda own, past, cuts, *rest: begin(own, past, [c - (c < past) for c in cuts], *rest),
+        )
     own = backend(_model("mistral"))
     assert cache_kind(own) != "tree"
     assert "moved by" in own.notes[0]

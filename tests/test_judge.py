@@ -227,9 +227,8 @@ def test_reading_ahead_saves_passes_changes_no_verdict_and_stays_near(turn: int)
     rows = {}
     for ahead in (0, 64):
         judge = Judge(config_of(), Fixed())
-        judge.ahead_tokens, passes[ahead] = ahead, []
-        session = judge.backend.session()
-        read = session.read
+        session, passes[ahead] = judge.backend.session(), []
+        session.ahead_tokens, read = ahead, session.read
         session.read = lambda probes, read=read, seen=passes[ahead]: (
             seen.append([len(p.ids) for p in probes]),
             read(probes),
@@ -244,6 +243,14 @@ def test_reading_ahead_saves_passes_changes_no_verdict_and_stays_near(turn: int)
         reach = asked + max(64, asked // 6)
         assert max([0, *ahead]) <= max(reach if asked >= furthest else 0, furthest, asked)
         furthest = max(furthest, asked, *ahead)
+
+
+def test_only_a_kept_text_is_read_ahead(student: Any, traces: list[PrefixRow]) -> None:
+    """Without a cache every question read ahead would be a prefill of its own: only what is asked is evaluated."""
+    judge = Judge(config_of(search="fresh"), student)
+    found = cut(judge, short(judge, traces, 1)[0])
+    asked = [judge.probe(found, found.trace[: ends(found.trace)[v.sentences - 1]]) for v in found.verdicts]
+    assert found.evaluated_tokens == sum(len(probe.ids) for probe in asked) and not found.reused_tokens
 
 
 def test_content_free_margin_is_subtracted() -> None:

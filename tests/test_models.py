@@ -176,6 +176,15 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
         models.hf_folder(NAME)
 
 
+def test_size_of_a_token_in_the_cache() -> None:
+    from transformers import LlamaConfig, MambaConfig
+
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    assert models.kv_elements(config) == 2 * 3 * 2 * 16
+    with pytest.raises(KitError, match="mamba has no attention"):
+        models.kv_elements(MambaConfig())
+
+
 def test_adapters(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

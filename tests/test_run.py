@@ -66,7 +66,7 @@ def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_p
             run.progress.quiet = False
             work = run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
             if work:
-                run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+                run.finish("teach", digest(sweep(run, [])), 7, 7)
             return work, capsys.readouterr().err
 
     assert stage()[0] is True
@@ -77,10 +77,39 @@ def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_p
     assert stage(teacher={"samples": 3, "threads": 2})[0] is False, "a key that changes no row redoes nothing"
 
 
+def test_what_a_row_depends_on_beside_the_stages_own_keys(tmp_path):
+    """The grader, and the words in a prompt's file; a run of an older kit knew fewer keys and is whole."""
+    words = tmp_path / "words.txt"
+    words.write_text("Solve it.")
+
+    def works(**keys):
+        with open_run(tmp_path / "run", prompts={"instruction": f"file:{words}"}, **keys) as run:
+            work = run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            if work:
+                run.finish("teach", digest(sweep(run, [])), 7, 7)
+            return work, run.manifest["stages"]["teach"]["keys"]
+
+    assert works()[0]
+    work, keys = works()
+    assert not work and keys["prompts.instruction"] == "Solve it."
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    del manifest["stages"]["teach"]["keys"]["data.train.verifier"]
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    assert not works()[0]
+    assert works(data={"train": {"verifier": "number"}})[0]
+    words.write_text("Solve it well.")
+    assert works(data={"train": {"verifier": "number"}})[0]
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    with open_run(tmp_path) as run, pytest.raises(KitError, match=r"'a\.0'"):
+        work_through(run, "teach", RowFile(run.path("traces.jsonl"), TraceRow), [("a.0", 1), ("a.0", 2)], 3, iter)
+
+
 def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
-        run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+        run.finish("teach", digest(sweep(run, [])), 7, 7)
     path = tmp_path / "traces.jsonl"
     for damage in (
         path.unlink,
@@ -92,7 +121,7 @@ def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
             calls: list[list[str]] = []
             rows = sweep(run, calls)
             assert digest(rows) == run.manifest["stages"]["teach"]["output"]
-            run.finish("teach", digest(rows), 7, 7, 0.0)
+            run.finish("teach", digest(rows), 7, 7)
         assert "made again" in capsys.readouterr().err
     assert calls == [["p3", "p4", "p5"]], "only the batch with the edited row ran again"
 
@@ -128,7 +157,7 @@ def test_a_newer_format_is_refused_by_version(tmp_path):
 def test_a_damaged_manifest_is_said_with_what_to_do_and_loses_no_row(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
-        run.finish("teach", digest(sweep(run, [])), 7, 7, 0.0)
+        run.finish("teach", digest(sweep(run, [])), 7, 7)
     rows = (tmp_path / "traces.jsonl").read_bytes()
     (tmp_path / "manifest.json").write_text('{"stages": ')
     with pytest.raises(KitError, match=r"manifest\.json is not JSON .* set aside under stale/"):

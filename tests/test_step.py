@@ -1,4 +1,4 @@
-"""kit.step and kit.look: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
+"""kit.step: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import palign
 from kit.config import Config, resolve
 from kit.errors import KitError
-from kit.look import prompt
-from kit.step import step
+from kit.prompts import render
+from kit.step import prompt, step
 from tests.conftest import ROOT
 from tests.test_train import tiny  # noqa: F401  (a fixture)
 
@@ -53,6 +54,24 @@ def test_without_a_terminal_every_step_is_plain_text(
     for said, text in zip(("The cut: ", "The student continues from there", "The grader: "), steps[-3:], strict=True):
         assert said in text
     assert "\033" not in shown
+
+
+def test_a_config_says_how_the_student_is_asked(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its judge, and the way of going on: a prefill stands at the start of the answer, the draft in the question."""
+    asked = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("kit.step.render", lambda *args: asked.append(args[1:]) or render(*args))
+    keys = {"student": {"model": config.student.model}, "judge": {"kind": "answer"}, "align": {"mode": "prefill"}}
+    (tmp_path / "workshop.yaml").write_text(json.dumps(keys))
+    told = ["judge", str(config.teacher.path), "--step", "--config", str(tmp_path / "workshop.yaml")]
+    assert palign.main(told) == 0
+    assert "threshold -1.00" in capsys.readouterr().out
+    user, _, begun, _ = asked.pop()
+    assert begun and TRACE.startswith(begun) and begun not in user
+    assert palign.main([*told, "--kind", "verbal"]) == 0  # a key given overrules the config's
+    assert "threshold +0.00" in capsys.readouterr().out
 
 
 def test_keys_go_on_and_back(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

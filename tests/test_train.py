@@ -388,6 +388,8 @@ def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) ->
     path.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": 1}\n')
     with pytest.raises(KitError, match="line 2"):
         read_rows(path)
+    path.write_text('{"instruction": "a", "input": "b\u2028b\x85b", "output": "c"}\n\n', encoding="utf-8")
+    assert [row.input for row in read_rows(path)] == ["b\u2028b\x85b"], "what Unicode calls a line end is none in JSONL"
     with pytest.raises(KitError, match=r"batch_rows=4 is no multiple of train.micro_rows=3"):
         run_stage(settings(tmp_path / "r", tiny, micro_rows=3))
 

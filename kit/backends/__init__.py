@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from kit.config import Engine, Sampling
 from kit.errors import KitError
 
@@ -131,7 +133,6 @@ class Backend(Protocol):
     name: str  # see `slug`
     tokenizer: Tokenizer
     context_tokens: int
-    concurrent: int  # sessions that may be open at once: 1 in process, many over HTTP
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]: ...
@@ -193,3 +194,10 @@ def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
     module = import_module("tests.scripted" if engine.backend == "scripted" else f"kit.backends.{engine.backend}")
     opened = getattr(module, BACKENDS[engine.backend])
     return opened(engine, adapter) if adapter else opened(engine)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning of two prompts' token ids."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(different[0]) if len(different) else n

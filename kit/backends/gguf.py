@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends import Cost, Generation, Probe, Readings, Request, slug
+from kit.backends import Cost, Generation, Probe, Readings, Request, common, slug
 from kit.config import Engine
 from kit.errors import KitError
 from kit.models import gguf_file
@@ -198,8 +198,6 @@ class Context:
 class GgufBackend:
     """See kit.backends.Backend; KitError: no llama-cpp-python, no such file, a file that llama.cpp cannot read."""
 
-    concurrent = 1
-
     def __init__(self, engine: Engine) -> None:
         self._lib = lib = library()
         self.engine, self.notes = engine, []
@@ -268,10 +266,3 @@ class GgufSession:
             room = min(max(2 * tokens, ROOM_TOKENS), self.backend.context_tokens)
             self._context = Context(self.backend, room, 2 - self.fresh, self.backend.engine.flash_attention)
         return self._context
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    n = min(len(first), len(second))
-    differ = np.flatnonzero(np.asarray(first[:n]) != np.asarray(second[:n]))
-    return int(differ[0]) if len(differ) else n

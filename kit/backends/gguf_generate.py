@@ -80,7 +80,7 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
 
 def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]) -> int:
     """Draw a token from logits (V,), left as they are; the penalty looks at `seen`, the prompt included. Filtered as in
-    kit/backends/sampling.py, whose tensors take 3 to 15 times as long on a CPU's row."""
+    hf_batch.draw, whose tensors take 3 to 15 times as long on a CPU's row."""
     if sampling.repetition_penalty != 1:
         logits, known = logits.copy(), np.unique(seen)
         factor = np.where(logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kit.backends import Completion, Generation, Job, Request, Session, Tokenizer, ended, sample_seed, slug, too_long
-from kit.backends.sampling import draw
 from kit.config import Engine, Sampling
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ class HfBackend:
     Raises:
         KitError: the model or the adapter does not load; see kit.models.
     """
-
-    concurrent = 1
 
     def __init__(self, engine: Engine, adapter: str | None = None) -> None:
         import torch
@@ -77,11 +74,9 @@ class HfBackend:
     def cache_tokens(self) -> int:
         """Tokens that the KV cache of a batch may hold: in the config's budget, or in a share of what is free now."""
         from kit.memory import limit_bytes
+        from kit.models import kv_elements
 
-        gib, config = self.engine.memory_gib, self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        gib, token_bytes = self.engine.memory_gib, kv_elements(self.model.config) * self.model.dtype.itemsize
         return int(gib * 2**30 if gib else limit_bytes()[1] * FREE_SHARE) // token_bytes
 
 
@@ -218,6 +213,8 @@ class _Work:
     def _draw(self) -> list[int]:
         """The next token of every row; rows that are finished get one that nobody reads."""
         import torch
+
+        from kit.backends.hf_batch import draw
 
         groups: dict[Sampling, list[int]] = {}
         for i, row in enumerate(self.rows):

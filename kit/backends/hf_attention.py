@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface
 
 from kit.backends.hf_batch import few_tokens
 
@@ -81,49 +80,6 @@ class Layout:
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
-
-
-class TrunkCache(Cache):
-    """Keys and values of a trunk in buffers that tails may borrow. `length` is what the next forward pass sees."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[_TrunkLayer(self) for _ in range(layers)])
-        self.length = self.room = 0
-
-    def save(self, start: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of [start, end) of every layer, to be put back when a tail that overwrote them is done with."""
-        held = [layer for layer in self.layers if layer.keys is not None]
-        return [(x.keys[:, :, start:end].clone(), x.values[:, :, start:end].clone()) for x in held]
-
-    def restore(self, start: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Put saved tokens back."""
-        for layer, (keys, values) in zip([x for x in self.layers if x.keys is not None], saved, strict=True):
-            layer.keys[:, :, start : start + keys.shape[2]] = keys
-            layer.values[:, :, start : start + keys.shape[2]] = values
-
-
-class _TrunkLayer(DynamicLayer):
-    def __init__(self, cache: TrunkCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (1, H, q, d) behind `length` tokens of the trunk; returns views of trunk and new tokens together."""
-        start, end = self.cache.length, self.cache.length + keys.shape[2]
-        if self.keys is None or self.keys.shape[2] < end:
-            self.keys, self.values = self._grown(self.keys, keys, end), self._grown(self.values, values, end)
-            self.is_initialized = True
-        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
-        grown = new.new_empty(*new.shape[:2], max(end, self.cache.room), new.shape[3])
-        if old is not None:
-            grown[:, :, : self.cache.length] = old[:, :, : self.cache.length]
-        return grown
-
-    def get_seq_length(self) -> int:
-        return self.cache.length
 
 
 @contextmanager

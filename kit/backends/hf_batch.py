@@ -1,4 +1,4 @@
-"""Rows that decode together on a transformers model: their cache, its assembly and the forward pass.
+"""Rows that decode together on a transformers model: their cache, its assembly, the forward pass and the draw.
 
 All rows end at the same cache column and are padded on the left, so rows of any length can join a running batch and
 finished ones leave it. Knows ids and tensors only; what is generated, and for whom, is in kit/backends/hf.py.
@@ -17,8 +17,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kit.config import Sampling
+
 ROOM_TOKENS = 64  # free columns that a growing cache is given at a time
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations
+HEAD = 256  # likeliest tokens looked at before the whole vocabulary is sorted
 
 Part = tuple["Rows", list[int]]  # a batch and the indices of the rows wanted
 
@@ -151,3 +154,35 @@ def few_tokens(tokens: int, device: torch.device) -> AbstractContextManager:
     MKL's x W^T copies W at every call, which at 16 to 48 tokens takes two to three times as long (torch 2.13).
     """
     return _Transposed() if device.type == "cpu" and 4 <= tokens <= 64 else nullcontext()
+
+
+def draw(
+    logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float], seen: torch.Tensor | None = None
+) -> list[int]:
+    """One token id for each row of logits (B, V), which are left as they are, with B numbers `uniforms` in [0, 1);
+    `seen` (B, V) bool marks tokens of prompt and sample so far, None without a repetition penalty."""
+    logits = logits.float()
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    weights, ids = torch.softmax(logits / sampling.temperature, -1), None
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        weights, ids = _filtered(weights, sampling)
+    running = weights.double().cumsum(-1)
+    at = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * running[:, -1:]
+    at = torch.searchsorted(running, at, right=True)
+    return (at if ids is None else ids.gather(-1, at))[:, 0].tolist()
+
+
+def _filtered(weights: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (B, K), likeliest first, those that the filters drop set to zero, and the tokens' ids (B, K)."""
+    top_p = sampling.top_p if sampling.top_p < 1 else 2.0  # rounded sums may pass 1 before the last token
+    top, ids = weights.topk(min(sampling.top_k or HEAD, weights.shape[-1]))
+    if sampling.top_k:
+        top = top / top.sum(-1, keepdim=True)
+    elif not bool(((top.sum(-1) >= top_p) | (top[:, -1] < sampling.min_p * top[:, 0])).all()):
+        top, ids = weights.sort(-1, descending=True)
+    dropped = (top.cumsum(-1) - top >= top_p) | (top < sampling.min_p * top[:, :1])
+    return top.masked_fill(dropped, 0), ids

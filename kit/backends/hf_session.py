@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from kit.backends import Cost, Probe, Readings
-from kit.backends.hf_attention import Layout, TrunkCache, laid_out
+from kit.backends import Cost, Probe, Readings, common
+from kit.backends.hf_attention import Layout, laid_out
+from kit.backends.hf_batch import GrowingLayer
 from kit.errors import KitError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _Reads = Sequence[tuple[int, tuple[int, ...]]]
 
 class FreshSession:
     """No cache at all: the slow, obvious way that the others are tested against. See kit.backends.Session."""
+
+    ahead_tokens = 0  # past a question that cost little beside a pass of their own
 
     def __init__(self, backend: HfBackend, chunk_tokens: int) -> None:
         self.backend, self.chunk_tokens, self.cost = backend, chunk_tokens, Cost()
@@ -81,36 +83,35 @@ class FreshSession:
 
 
 class _Tree(FreshSession):
-    """A trunk in buffers; tails borrow the place behind their cut and give it back."""
+    """A trunk in buffers; tails are written behind it, whatever part of it they see, and cropped off again."""
+
+    ahead_tokens = 64
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         config = self.model.config.get_text_config()
-        self.cache = TrunkCache(config.num_hidden_layers)
+        self.cache = DynamicCache()
+        self.cache.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
         self.reads_limit = max(1, READ_BYTES // (4 * config.vocab_size))
 
     def _readings(self, ids: list[np.ndarray], probes: Sequence[Probe]) -> list[Readings]:
-        """The longest probe first, in chunks; it becomes the trunk if it is longer than that. Tails fill its last chunk
-        and further passes."""
+        """The longest probe first, in chunks, if it is longer than the trunk, or branches off for more than a chunk: it
+        becomes the trunk. Tails fill its last chunk and further passes."""
         chunk, found = self.chunk_tokens, [[] for _ in probes]
         lead = max(range(len(ids)), key=lambda i: len(ids[i]))
-        start, end, held = usable(self.path, ids[lead], probes[lead]), len(ids[lead]), self.path
-        extends = end > len(held)
-        self.path = ids[lead] if extends else held
-        tails = sorted((usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if i != lead)
-        with self._borrowed(start, 0 if extends else end):
-            self.cache.room = max(self.cache.room, end)
-            for at in range(start, end, chunk):
-                pieces = [(at, lead, ids[lead][at : at + chunk])]
-                if extends and at + chunk >= end:
-                    pieces += self._next(tails, ids, probes, chunk - (end - at), 0)
-                self._run(at, pieces, probes, found)
-        self._count(end - start, start)
+        start, end = usable(self.path, ids[lead], probes[lead]), len(ids[lead])
+        grows = end > len(self.path) or end - start > chunk
+        if grows:
+            self.path = ids[lead]
+            self._count(end - start, start)
+        tails = sorted((usable(self.path, ids[i], probes[i]), i) for i in range(len(ids)) if not grows or i != lead)
+        for at in range(start, end, chunk) if grows else ():
+            pieces = [(at, lead, ids[lead][at : at + chunk])]
+            if at + chunk >= end:
+                pieces += self._next(tails, ids, probes, chunk - (end - at), 0)
+            self._run(at, pieces, probes, found)
         while tails:
-            pieces = self._next(tails, ids, probes, chunk, 1)
-            past = pieces[-1][0]
-            with self._borrowed(past, past + sum(len(piece) for *_, piece in pieces)):
-                self._run(past, pieces, probes, found)
+            self._run(len(self.path), self._next(tails, ids, probes, chunk, 1), probes, found)
         return found
 
     def _next(
@@ -127,15 +128,6 @@ class _Tree(FreshSession):
             self._count(len(ids[i]) - cut, cut)
         return taken
 
-    @contextmanager
-    def _borrowed(self, start: int, end: int) -> Iterator[None]:
-        """Let [start, end) of the trunk be overwritten, and put it back."""
-        end = min(end, len(self.path))
-        saved = self.cache.save(start, end) if end > start else None
-        yield
-        if saved is not None:
-            self.cache.restore(start, saved)
-
     def _run(self, past: int, pieces: list[tuple[int, int, np.ndarray]], probes: Sequence[Probe], found: Any) -> None:
         """One forward pass over pieces (cut, probe, ids (n,)) behind `past` tokens of the trunk; adds to `found`."""
         cuts, lengths = [cut for cut, *_ in pieces], [len(piece) for *_, piece in pieces]
@@ -143,7 +135,7 @@ class _Tree(FreshSession):
         for (cut, i, piece), at in zip(pieces, np.cumsum([0, *lengths]), strict=False):
             inside = [(p - cut + at, candidates) for p, candidates in probes[i].reads if 0 <= p - cut < len(piece)]
             reads, owners = reads + inside, owners + [i] * len(inside)
-        self.cache.length = past
+        self.cache.crop(past - self.cache.get_seq_length())  # a negative number: so many tokens off the end
         options = {"past_key_values": self.cache, "position_ids": layout.position[None], "use_cache": True}
         with laid_out(self.model, layout):
             made = self._forward(np.concatenate([piece for *_, piece in pieces]), reads, **options)
@@ -169,14 +161,14 @@ class _Snapshots(FreshSession):
         if len(ids) > len(self.path):
             self.kept, self.path, shared = [(n, c) for n, c in self.kept if n <= shared], ids, len(ids)
         begin, cache = max(((n, c) for n, c in self.kept if n <= limit), key=lambda x: x[0], default=(0, None))
-        cache = copied(cache) if cache is not None else DynamicCache(config=self.model.config)
+        cache = copy.deepcopy(cache) if cache is not None else DynamicCache(config=self.model.config)
         first = (begin // STRIDE_TOKENS + 1) * STRIDE_TOKENS
         stops = [*range(first, len(ids), STRIDE_TOKENS), len(ids)]
         found: Readings = []
         for start, end in zip([begin, *stops], stops, strict=False):
             found += self._forward(ids[start:end], probe.reads, start, use_cache=True, **{self.name: cache})
             if end < len(ids) and end <= shared and all(n != end for n, _ in self.kept):
-                self.kept.append((end, copied(cache)))
+                self.kept.append((end, copy.deepcopy(cache)))
         self.kept.sort(key=lambda x: x[0])
         while len(self.kept) > SNAPSHOTS:
             self.kept = self.kept[1::2]
@@ -236,25 +228,6 @@ def _check(backend: HfBackend) -> tuple[str, str]:
             return kind, "; ".join(why)
         why.append(f"{kind}: log-probabilities moved by {worst:.2g}")
     return "none", "; ".join(why)
-
-
-def copied(cache: Any) -> Any:
-    """A cache that can go on by itself: tensors that forward passes replace are shared, those they write are cloned."""
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in new.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, dict):
-                cloned = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
-                setattr(layer, name, cloned)
-    return new
-
-
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
 
 
 def usable(held: np.ndarray, ids: np.ndarray, probe: Probe) -> int:
