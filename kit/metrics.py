@@ -77,6 +77,8 @@ def numbers(files: Files) -> dict[str, Any]:
     found |= {"insufficient_traces": sum(not row.sufficient for row in cut)}
     found |= {"violating_traces": sum(row.violations > 0 for row in cut)}
     found |= {"degenerate": told["truncate"].get("degenerate"), "notes": told["truncate"].get("notes") or []}
+    held = files.manifest.get("data", {}).get("evals", {}).items()
+    found["near_duplicates"] = [{"dataset": k, "n": v.get("near_duplicates", 0), "of": v["rows"]} for k, v in held]
     found |= {**_rows(files), "damaged": files.damaged}
     return {**found, "findings": findings(found, files.config)}
 

@@ -110,6 +110,7 @@ TROUBLES = [
     ({"insufficient_traces": 20}, "never judged sufficient"),
     ({"violating_traces": 10}, "stands behind an ENOUGH"),
     ({"verdicts_unparsed": 3}, "could not be read"),
+    ({"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]}, "27 of 200 (14%) problems of held"),
     ({"notes": ["the cache cannot be cut"]}, "the cache cannot be cut"),
 ]
 
