@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, zip_longest
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -190,7 +190,11 @@ def _different(groups: dict[str, list[EvalRow]], dataset: str) -> list[dict[str,
         values = [one[key] for one in every.values()]
         gaps[key] = min(values) - max(values)
     found = []
-    for key in sorted((key for key in gaps if gaps[key]), key=lambda key: (gaps[key], key))[:DIFFERENT]:
+    ahead: dict[str, list[Any]] = {label: [] for label in groups}  # in turn from where each is ahead
+    for key in sorted((key for key in gaps if gaps[key]), key=lambda key: (gaps[key], key)):
+        ahead[max(every, key=lambda label: every[label][key])].append(key)
+    turns = [key for turn in zip_longest(*ahead.values()) for key in turn if key]
+    for key in turns[:DIFFERENT]:
         shown = {label: rows[label][key].samples[:1] for label in groups}
         answers = [
             {"group": label, "share": every[label][key], "sample": some[0].model_dump() if some else None}
