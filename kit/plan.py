@@ -137,7 +137,8 @@ def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa").train()
     except (OSError, ValueError) as error:
-        raise KitError(f"The config of {name} cannot be read: {error}", "Name a model transformers knows.") from error
+        hint = "It is read from the hub or the model's folder: with no network, set student.model=FOLDER."
+        raise KitError(f"The config of {name} cannot be read: {str(error).partition(chr(10))[0]}", hint) from error
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     total, linear = sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in linears)
