@@ -214,6 +214,10 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     assert pair["low"] <= pair["difference"] <= pair["high"]
     assert set(found["differs"]) == {"seed", "method", "judge.kind"}
     assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
+    best = {max(item["answers"], key=lambda a: a["share"])["group"] for item in found["different"]}
+    assert pair["better"] and pair["worse"] and best >= {"palign (p1)", "long-trace"}  # shown in turn from each side
+    told = pair["words"] in ("within the noise", f"{pair['b']} is ahead, barely", f"{pair['a']} is ahead, barely")
+    assert told == (abs(pair["difference"]) < pair["detectable"] or pair["p_value"] >= 0.05)
     assert [(cut["b"], cut["traces"]) for cut in found["cuts"]] == [("answer", 24)] * 3
     for label, points in next(iter(found["within"].values())):  # with all the room that there was: the accuracy itself
         ratios = [ratio for _, ratio in points]
