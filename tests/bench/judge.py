@@ -59,7 +59,7 @@ def bench(
     with progress.bar("bench", len(fits), "traces") as bar:
         for number, row in enumerate(fits):
             chosen = [name for name in names if name not in REFERENCES or number < references]
-            trace, difference = _trace(judge, row, verdicts, repeats, chosen)
+            trace, difference = _trace(judge, row, verdicts, repeats, chosen, progress.say)
             found.append(trace)
             worst = max(worst, difference)
             bar.advance()
@@ -76,7 +76,9 @@ def bench(
     }
 
 
-def _trace(judge: Judge, row: PrefixRow, verdicts: str | None, repeats: int, names: list[str]) -> tuple[Any, float]:
+def _trace(
+    judge: Judge, row: PrefixRow, verdicts: str | None, repeats: int, names: list[str], say: Callable[[str], None]
+) -> tuple[Any, float]:
     m = row.sentences_total
     turn = {"early": 1, "middle": (m + 1) // 2, "late": m}.get(verdicts or "")
     force = None if turn is None else lambda k: k >= turn
@@ -102,6 +104,7 @@ def _trace(judge: Judge, row: PrefixRow, verdicts: str | None, repeats: int, nam
         for name in names:
             if turn_number == 0 or name not in REFERENCES:
                 seconds[name].append(_timed(lambda name=name: work(name)))
+                say(f"{row.id}, round {turn_number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s")
     medians = {name: median(times) for name, times in seconds.items()}
     ratio = {name: round(s / medians["prefill"], 4) for name, s in medians.items()}
     shown = {"id": row.id, "tokens": len(whole.ids), "sentences": m, "kept": kept["binary"].sentences}
