@@ -39,7 +39,8 @@ def evaluate(run: Run) -> None:
         raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
     if trained:
         run.require("train")
-    source = " ".join([digest([problem for problems in datasets.values() for problem in problems]), *verifiers])
+    source = digest([problem for problems in datasets.values() for problem in problems])
+    source += "".join(f" {name}:{kind}" for name, kind in zip(datasets, verifiers, strict=True) if kind != "math")
     source += f" {run.manifest['stages']['train']['output'] if trained else None}"
     # after comes first: an adapter that cannot be used is found before anything is spent on the base model
     sides = ["after"] * trained + ["before"] * (engine.before or not trained)

@@ -50,7 +50,6 @@ class Judge:
         self.threshold = THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
         labels = (tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels)
         self.common, self.parting = part(*labels)
-        # In transformers a pass of few tokens costs as much as dozens more: some of the search's steps may share one.
         self.held = ExitStack()
         self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
 

@@ -100,6 +100,19 @@ def test_a_second_call_is_skipped_and_a_new_adapter_is_not(settings):
         assert all(path.stat().st_mtime_ns != before for path, before in files.items())
 
 
+def test_another_grader_redoes_it(settings):
+    for kind, redone in (("math", True), ("math", False), ("number", True), ("number", False)):
+        settings["data"]["eval"][0]["verifier"] = kind
+        with opened(settings, method="zero-shot") as run:
+            begun = []
+            run.finish = lambda *args, finish=run.finish, begun=begun, **told: (
+                begun.append(args),
+                finish(*args, **told),
+            )
+            evaluate(run)
+            assert bool(begun) is redone
+
+
 def test_a_deleted_row_is_made_again_alike(settings):
     with opened(settings, method="zero-shot") as run:
         evaluate(run)

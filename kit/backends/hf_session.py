@@ -85,7 +85,7 @@ class FreshSession:
 class _Tree(FreshSession):
     """A trunk in buffers; tails are written behind it, whatever part of it they see, and cropped off again."""
 
-    ahead_tokens = 64
+    ahead_tokens = 64  # a pass of few tokens costs as much as dozens more
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
