@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import __version__
-from kit.errors import KitError
+from kit.core.errors import KitError
 
 STAGES = ("teach", "truncate", "align", "train", "eval", "report")
 ABOUT = {
@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
     args = _parse(argv)
-    from kit import interrupts
-    from kit.progress import Progress, tame_libraries, visible
+    from kit.core import interrupts
+    from kit.core.progress import Progress, tame_libraries, visible
 
     tame_libraries(args.verbose or args.debug)
     interrupts.watch()
@@ -105,8 +105,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _stages(args: argparse.Namespace, progress: Any) -> int:
-    from kit import config as configs
-    from kit.run import Run
+    from kit.core import config as configs
+    from kit.core.run import Run
+    from kit.data import problems_of
 
     config = configs.load(args.config, args.overrides)
     if args.command == "run":
@@ -116,7 +117,7 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
         wanted = (args.command,)
     with Run(config, progress, args.command) as run:
         if args.command == "run":
-            _ = run.data  # read before any work: a mistake in the data shows at once and not after hours
+            problems_of(run)  # read before any work: a mistake in the data shows at once and not after hours
         try:
             for stage in wanted:
                 _stage(stage)(run)
@@ -127,7 +128,7 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
             raise
         if not run.leads:
             return 0
-        from kit import metrics, report
+        from kit.reporting import metrics, report
 
         numbers = metrics.numbers(metrics.Files(run.folder))
         if args.json:
@@ -139,29 +140,31 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
 
 def _stage(name: str) -> Any:
     if name == "teach":
-        from kit.teach import teach as stage
+        from kit.pipeline.teach import teach as stage
     elif name == "truncate":
-        from kit.judge import truncate as stage
+        from kit.pipeline.truncate import truncate as stage
     elif name == "align":
-        from kit.align import align as stage
+        from kit.pipeline.align import align as stage
     elif name == "train":
-        from kit.train import train as stage
+        from kit.pipeline.train import train as stage
     elif name == "eval":
-        from kit.evaluate import evaluate as stage
+        from kit.pipeline.evaluate import evaluate as stage
     else:
-        from kit.report import report as stage
+        from kit.reporting.report import report as stage
     return stage
 
 
 def _grade(args: argparse.Namespace, progress: Any) -> int:
-    from kit import grade
+    from kit.grading import files as grade
 
     return _print(args, grade.grade_file(Path(args.file), args.verifier))
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:
-    from kit import config as configs
-    from kit import judge, step
+    from kit import interactive as step
+    from kit.core import config as configs
+    from kit.pipeline import truncate
+    from kit.reporting import report
 
     given = {"judge.search": args.search, "judge.kind": args.kind, "judge.threshold": args.threshold}
     given |= {"student.backend": args.backend, "student.model": args.model, "student.dtype": args.dtype}
@@ -169,17 +172,17 @@ def _judge(args: argparse.Namespace, progress: Any) -> int:
     given |= {"data.train.limit": args.limit}
     keys = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
     config = configs.load(args.config, keys)
-    return step.step(config) if args.step else _print(args, judge.judge_file(config, progress), judge.show)
+    return step.step(config) if args.step else _print(args, truncate.judge_file(config, progress), report.show_judged)
 
 
 def _bench(args: argparse.Namespace, progress: Any) -> int:
-    from tests import bench
+    from kit import bench
 
     return _print(args, bench.run(args, progress))
 
 
 def _compare(args: argparse.Namespace, progress: Any) -> int:
-    from kit import compare
+    from kit.reporting import compare
 
     judge = _quality(args.quality) if args.quality else None
     return _print(args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show)
@@ -187,9 +190,9 @@ def _compare(args: argparse.Namespace, progress: Any) -> int:
 
 def _quality(path: str) -> Any:
     """What compares reasoning: the teacher of a config, as a judge."""
-    from kit import config as configs
     from kit.backends import open_backend
-    from kit.quality import compare_reasoning
+    from kit.core import config as configs
+    from kit.reporting.pairwise import compare_reasoning
 
     config = configs.load(path)
     backend = open_backend(config.teacher)
@@ -197,8 +200,8 @@ def _quality(path: str) -> Any:
 
 
 def _plan(args: argparse.Namespace, progress: Any) -> int:
-    from kit import config as configs
-    from kit import plan
+    from kit.core import config as configs
+    from kit.training import plan
 
     return _print(args, plan.plan(configs.load(args.config, args.overrides)))
 
@@ -212,14 +215,14 @@ def _doctor(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _export(args: argparse.Namespace, progress: Any) -> int:
-    from kit import export
+    from kit.training import export
 
     return _print(args, export.export(Path(args.run), progress, args.to, Path(args.out) if args.out else None))
 
 
 def _prompt(args: argparse.Namespace, progress: Any) -> int:
-    from kit import config as configs
-    from kit import step
+    from kit import interactive as step
+    from kit.core import config as configs
 
     return _print(args, step.prompt(configs.load(args.config, args.overrides), args.of))
 
@@ -237,7 +240,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kit.progress import visible
+    from kit.core.progress import visible
 
     def text(value: Any) -> str:
         if isinstance(value, dict):

@@ -21,12 +21,15 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.config import Config, Source
-from kit.errors import KitError
-from kit.records import Problem, digest, sound
+from kit.core.config import Config, Source
+from kit.core.errors import KitError
+from kit.core.records import Problem, sound
+from kit.core.run import Run
+from kit.core.storage import digest
 
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
 S1K_TRACE = "deepseek_thinking_trajectory"
@@ -56,6 +59,14 @@ def load_traces(config: Config) -> list[Problem]:
     """The training problems alone, as `load_all` gives them."""
     source, reading = _train(config)
     return subset(reading.problems, source, config.seed)
+
+
+@lru_cache(maxsize=1)
+def problems_of(run: Run) -> Loaded:
+    """A run's problems, read once; their fingerprints go into its manifest."""
+    loaded = load_all(run.config)
+    run.record(data=loaded.facts, rejected=loaded.rejected)
+    return loaded
 
 
 def load_all(config: Config) -> Loaded:
@@ -189,7 +200,7 @@ def _train(config: Config) -> tuple[Source, Reading]:
 
 
 def _builtin(source: Source, seed: int, held_out: bool) -> list[Problem]:
-    from kit.problems import generate
+    from kit.synthetic import generate
 
     if not (steps := re.fullmatch(r"(\d)(?:-(\d))?(?: to (\d+))?", source.subset or "1-4")):
         raise KitError(f"subset {source.subset!r} of the built-in problems is no range.", "Like 1-2, or 1-2 to 10.", 2)
@@ -238,7 +249,7 @@ def _values(row: dict[str, Any], keys: dict[str, tuple[str, ...]]) -> dict[str, 
         values["answer"] = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip())
         values["solution"] = f"{worked.strip()}\nThe answer is \\boxed{{{values['answer']}}}."
     elif not answer and solution:
-        from kit.answers import last_box
+        from kit.grading.answers import last_box
 
         values["answer"] = last_box(solution) or (solution if S1K_TRACE in row else None)
     return values

@@ -1,6 +1,6 @@
 """The prompts (solve, judge, continue, compare) and the one function that renders chat to token ids.
 
-The words are in configs/prompts.yaml, replaceable from the config, so that the paper's can stand here. Training,
+The words are in kit/prompts.yaml, replaceable from the config, so that the paper's can stand here. Training,
 evaluation and generation all go through `render`, so their prompt ids are equal by construction.
 Text from data never becomes a special token: `<|im_end|>` in a trace stays text.
 """
@@ -17,34 +17,23 @@ from pathlib import Path
 
 import yaml
 
-from kit.backends import Tokenizer
-from kit.config import Prompts
-from kit.errors import KitError
+from kit.backends.base import Tokenizer
+from kit.core.config import Prompts
+from kit.core.errors import KitError
+from kit.core.records import AlignedRow
 
 BEGIN, END = "<Begin_of_Prefix>", "<End_of_Prefix>"  # plain text, no added tokens
-NEEDED = {"judge": ("question", "prefix"), "draft": ("question", "prefix"), "compare": ("question", "first", "second")}
 
 
 @cache
 def words() -> dict[str, str]:
     """Our own texts, by name."""
-    return yaml.safe_load((Path(__file__).parents[1] / "configs" / "prompts.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def text_of(prompts: Prompts, name: str) -> str:
-    """The config's text, or the file's that it names, else ours. KitError: no such file, or it lacks a {place}."""
-    text = getattr(prompts, name)
-    if text is None:
-        return words()[name]
-    if text.startswith("file:"):
-        try:
-            text = Path(text[5:]).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise KitError(f"prompts.{name}: {text[5:]} cannot be read ({error}).", "Mend the path.", 2) from None
-    for field in NEEDED.get(name, ()):
-        if "{" + field + "}" not in text:
-            raise KitError(f"prompts.{name} lacks {{{field}}}.", f"Put {{{field}}} where it belongs.", 2)
-    return text
+    """The config's text of a prompt, else ours."""
+    return getattr(prompts, name) or words()[name]
 
 
 def fill(template: str, **fields: str) -> str:
@@ -124,3 +113,19 @@ def _replace(text: str, by: dict[str, str]) -> str:
 
 def _any(texts: Iterable[str]) -> str:
     return "|".join(map(re.escape, texts))
+
+
+def target(method: str, row: AlignedRow, continuation: str) -> str:
+    """What the student learns to write under a method.
+
+    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace that holds no box of its
+    own, so that a difference to P-ALIGN is one of reasoning and not of the answer's format.
+    """
+    boxed = f"\\boxed{{{row.answer}}}"
+    targets = {
+        "label-only": boxed,
+        "long-trace": row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}",
+        "prefix-only": target_text(row.prefix, boxed),
+        "continuation-only": continuation,
+    }
+    return targets.get(method) or target_text(row.prefix, continuation)

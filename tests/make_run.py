@@ -11,11 +11,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from kit import config as configs
-from kit.evaluate import compare_rows, file_name, score
-from kit.metrics import Files
-from kit.records import AlignedRow, EvalRow, PrefixRow, RowFile, Sample, TraceRow, TrainRow, Verdict
-from kit.sentences import ends
+from kit.core import config as configs
+from kit.core.records import AlignedRow, EvalRow, PrefixRow, Sample, TraceRow, TrainRow, Verdict
+from kit.core.stages import file_name
+from kit.core.storage import RowFile
+from kit.grading.scores import compare_rows, score
+from kit.judging.sentences import ends
+from kit.reporting.metrics import Files
 
 HOSTILE = [
     "<script>alert('trace')</script></style></title></svg><img src=x onerror=alert(1)> So the answer is \\boxed{7}. ",

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from kit import config as configs
-from kit.align import align, extend, holds_answer, longer, target, training_rows
-from kit.backends import Completion, Generation
-from kit.progress import Progress
-from kit.prompts import BEGIN, END
-from kit.records import AlignedRow, PrefixRow, RowFile, Sample, TraceRow, TrainRow
-from kit.run import Run
-from kit.sentences import ends
-from kit.teach import Asker, choose
-from tests.scripted import ScriptedBackend
+from kit.backends.base import Completion, Generation
+from kit.backends.scripted import ScriptedBackend
+from kit.core import config as configs
+from kit.core.progress import Progress
+from kit.core.records import AlignedRow, PrefixRow, Sample, TraceRow, TrainRow
+from kit.core.run import Run
+from kit.core.storage import RowFile
+from kit.judging.sentences import ends
+from kit.pipeline.align import align, extend, holds_answer, longer, training_rows
+from kit.prompts import BEGIN, END, target
+from kit.sampling import Asker, choose
 
 TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
 

@@ -13,8 +13,8 @@ import time
 import psutil
 import pytest
 
-from kit.answers import LONGEST, Grader, Item, decimal, find, last_box
-from kit.graders import GRACE_SECONDS
+from kit.grading.answers import LONGEST, Grader, Item, decimal, find, last_box
+from kit.grading.math_worker import GRACE_SECONDS
 from tests.conftest import ROOT
 from tests.grading_cases import PAIRS
 
@@ -233,7 +233,7 @@ except KeyboardInterrupt:
 
 def test_worker_speaks_json_lines_and_ends_with_its_input():
     worker = subprocess.run(
-        [sys.executable, "-P", str(ROOT / "kit" / "graders.py"), "20", str(1 << 30)],
+        [sys.executable, "-P", str(ROOT / "kit" / "grading" / "math_worker.py"), "20", str(1 << 30)],
         input="null\n" + json.dumps(["1/2", "0.5"]) + "\n",
         capture_output=True,
         text=True,

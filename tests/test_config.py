@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kit import config as configs
-from kit.errors import KitError
+from kit.core import config as configs
+from kit.core.errors import KitError
 from tests.conftest import ROOT
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kit import data
-from kit.config import Config, Source, resolve
-from kit.errors import KitError
-from kit.records import Problem
+from kit.core.config import Config, Source, resolve
+from kit.core.errors import KitError
+from kit.core.records import Problem
 
 QA = [{"question": f"How much is {i} and {i}?", "answer": str(2 * i)} for i in range(1, 21)]
 
@@ -231,7 +231,7 @@ def test_near_duplicates_are_counted(tmp_path: Path) -> None:
 
 
 def test_near_duplicates_equal_the_plain_comparison() -> None:
-    from kit.problems import generate
+    from kit.synthetic import generate
 
     first, second = generate(150, 0, steps=(1, 2)), generate(150, 0, held_out=True, steps=(1, 2))
     second += [p.model_copy(update={"question": p.question.replace("How many", "So how many")}) for p in first[:20]]

@@ -9,16 +9,18 @@ import sys
 
 import pytest
 
-from kit import config as configs
-from kit.errors import KitError
-from kit.evaluate import compare_rows, evaluate, file_name, loops, score
-from kit.grade import grade_file
-from kit.progress import Progress
+from kit.backends.scripted import ByteTokenizer
+from kit.core import config as configs
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.records import EvalRow, Sample
+from kit.core.run import Run
+from kit.core.stages import file_name
+from kit.grading.files import grade_file
+from kit.grading.scores import compare_rows, loops, score
+from kit.pipeline.evaluate import evaluate
 from kit.prompts import template_hash
-from kit.records import EvalRow, Sample
-from kit.run import Run
 from tests.conftest import ROOT
-from tests.scripted import ByteTokenizer
 
 
 def row(id, verdicts, finish="stop", text="x", tokens=10, **fields):
@@ -141,8 +143,8 @@ def test_training_is_required(settings):
 
 
 def test_prompts_too_long_are_set_aside_one_by_one(settings, monkeypatch):
-    from kit.backends import Generation
-    from tests.scripted import ScriptedBackend
+    from kit.backends.base import Generation
+    from kit.backends.scripted import ScriptedBackend
 
     real = ScriptedBackend.generate
 
@@ -208,7 +210,7 @@ def test_backend_is_loaded_only_for_work(settings, monkeypatch):
         evaluate(run)
         first = run.manifest["stages"]["eval"]
         run.manifest["stages"]["eval"] = {**first, "done": False}  # killed behind its last row
-        monkeypatch.setattr("kit.teach.open_backend", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr("kit.sampling.open_backend", lambda *_, **__: pytest.fail("a model was loaded"))
         evaluate(run)
         again = run.manifest["stages"]["eval"]
         assert again["done"] and again["output"] == first["output"]

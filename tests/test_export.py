@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kit import export as exporting
-from kit.errors import KitError
-from kit.export import export
-from kit.progress import Progress
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.training import export as exporting
+from kit.training.export import export
 from tests.test_train import rows, run_stage, settings, tiny  # noqa: F401  (a fixture)
 
 QUIET = Progress(quiet=True)

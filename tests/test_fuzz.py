@@ -17,12 +17,14 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kit import config, data, prompts
-from kit.answers import find
-from kit.config import Config, Source
-from kit.errors import KitError
-from kit.records import Problem, RowFile, Sample, TraceRow, line_of
-from kit.sentences import ends, split
+from kit import data, prompts
+from kit.core import config
+from kit.core.config import Config, Source
+from kit.core.errors import KitError
+from kit.core.records import Problem, Sample, TraceRow
+from kit.core.storage import RowFile, line_of
+from kit.grading.answers import find
+from kit.judging.sentences import ends, split
 
 EXAMPLES = int(os.environ.get("PALIGN_FUZZ", "50"))
 fuzz = settings(
@@ -251,7 +253,7 @@ def tokenizer() -> Any:
 @given(st.sampled_from(["judge", "draft", "compare", "instruction", "forced"]), TALK, TALK, TALK)
 def test_prompt_texts(name: str, text: str, question: str, prefix: str) -> None:
     try:
-        template = prompts.text_of(config.Prompts(**{name: text}), name)
+        template = prompts.text_of(config.resolve({"prompts": {name: text}}, "fuzz").prompts, name)
     except KitError as error:
         assert str(error)
         return

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from kit import prompts
-from kit.backends import Completion, Generation, Probe, Request, looping, open_backend
+from kit.backends import open_backend
+from kit.backends.base import Completion, Generation, Probe, Request, looping
 from kit.backends.gguf import GgufBackend, library
 from kit.backends.gguf_generate import draw
-from kit.config import Engine, Prompts, Sampling
-from kit.errors import KitError
+from kit.core.config import Engine, Prompts, Sampling
+from kit.core.errors import KitError
+from kit.judging.sentences import ends
 from kit.models import gguf_file
-from kit.sentences import ends
 
 NEAR_TIE = 0.05  # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
 ENGINE = Engine(backend="gguf", context_tokens=2048, parallel=6, threads=1)

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from kit import prompts
-from kit.backends import Generation, Request, hf
+from kit.backends.base import Generation, Request, hf
 from kit.backends.hf import HfBackend
 from kit.backends.hf_batch import assemble, draw, joins, prefill
-from kit.config import Engine, Sampling
+from kit.core.config import Engine, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 WARM = Sampling(temperature=1, top_p=0.95, max_new_tokens=8)

@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers as t
 
-from kit.backends import Probe
-from kit.backends import hf_attention as attention
-from kit.backends import hf_session as sessions
+from kit.backends.base import Probe
+from kit.backends.base import hf_attention as attention
+from kit.backends.base import hf_session as sessions
 from kit.backends.hf_session import cache_kind, open_session
-from kit.errors import KitError
+from kit.core.errors import KitError
 
 BASE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 BASE |= {"num_key_value_heads": 2, "initializer_range": 0.25, "max_position_embeddings": 2048}

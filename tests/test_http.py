@@ -25,11 +25,12 @@ from typing import Any
 
 import pytest
 
-from kit.backends import Probe, Request, open_backend, sample_seed
+from kit.backends import open_backend
+from kit.backends.base import Probe, Request, sample_seed
 from kit.backends.gguf import unpacked
 from kit.backends.http import HttpBackend
-from kit.config import Engine, Sampling
-from kit.errors import KitError
+from kit.core.config import Engine, Sampling
+from kit.core.errors import KitError
 from kit.models import gguf_file
 from kit.prompts import render
 

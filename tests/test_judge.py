@@ -11,19 +11,23 @@ from typing import Any
 
 import pytest
 
-from kit import config as configs
-from kit import judge as judging
-from kit import search
-from kit.backends import Completion, Generation, Probe, open_backend
+from kit.backends import open_backend
+from kit.backends.base import Completion, Generation, Probe
 from kit.backends.hf_session import common
-from kit.calibrate import degenerate, share_threshold
-from kit.errors import KitError
-from kit.judge import Asking, Judge, cut, from_problem, label_in, part, show, truncate
-from kit.progress import Progress
-from kit.records import PrefixRow, Problem, RowFile, Sample, TraceRow, Verdict, digest
-from kit.run import Run
-from kit.sentences import ends
-from tests.scripted import ByteTokenizer, ScriptedBackend
+from kit.backends.scripted import ByteTokenizer, ScriptedBackend
+from kit.core import config as configs
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.records import PrefixRow, Problem, Sample, TraceRow, Verdict
+from kit.core.run import Run
+from kit.core.storage import RowFile, digest
+from kit.judging import judge as judging
+from kit.judging import search
+from kit.judging.calibration import share_threshold
+from kit.judging.judge import Asking, Judge, cut, from_problem, label_in, part
+from kit.judging.sentences import ends
+from kit.pipeline.truncate import show, truncate
+from kit.reporting.metrics import degenerate
 
 NEAR = 1e-3  # margins closer to the threshold than this may give another label: counted
 

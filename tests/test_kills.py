@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.records import VOLATILE
+from kit.core.storage import VOLATILE
 from tests.conftest import ROOT
 
 STAGE_FILES = ("traces.jsonl", "prefixes.jsonl", "aligned.jsonl", "train.jsonl", "rejected.jsonl")
@@ -59,7 +59,7 @@ def launch(args: list[str], seconds_an_answer: float) -> int:
 
 def write_config(folder: Path, method: str) -> Path:
     """A run of 24 built-in problems, everything scripted."""
-    from kit.config import Source
+    from kit.core.config import Source
     from kit.data import read
 
     train = read(Source(limit=24, seed=1), 0).problems

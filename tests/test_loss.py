@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from kit.errors import KitError
-from kit.loss import IGNORED, LIVE_BYTES, Head, attach, head_of
+from kit.core.errors import KitError
+from kit.training.loss import IGNORED, LIVE_BYTES, Head, attach, head_of
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kit import metrics
-from kit.errors import KitError
-from kit.records import AlignedRow, PrefixRow, RowFile
+from kit.core.errors import KitError
+from kit.core.records import AlignedRow, PrefixRow
+from kit.core.storage import RowFile
+from kit.reporting import metrics
 from tests.make_run import make
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kit import models, prompts
-from kit.errors import KitError
+from kit.core.errors import KitError
 
 NAME = "smollm2-135m"
 

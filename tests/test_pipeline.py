@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from kit.config import STAGES
-from kit.records import PrefixRow, RowFile
+from kit.core.config import STAGES
+from kit.core.records import PrefixRow
+from kit.core.storage import RowFile
 from tests.browser import REPORT, check
 from tests.conftest import ROOT
 from tests.test_kills import steady
@@ -106,7 +107,8 @@ class Nursery:
     CODE = """
 import json, os, sys
 import bitsandbytes, datasets, peft, torch, transformers
-import palign, kit.align, kit.evaluate, kit.judge, kit.report, kit.teach, kit.train, kit.backends.hf_session
+import palign, kit.pipeline.align, kit.pipeline.evaluate, kit.pipeline.truncate, kit.reporting.report
+import kit.pipeline.teach, kit.pipeline.train, kit.backends.hf_session
 for line in sys.stdin:
     if not (pid := os.fork()):
         code = 70

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from kit import plan as planning
-from kit.errors import KitError
-from kit.plan import GIB, RESERVE_BYTES, _shape, check_fit, longest, plan, training_bytes
-from kit.progress import Progress
-from kit.run import Run
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.run import Run
+from kit.training import plan as planning
+from kit.training.plan import GIB, RESERVE_BYTES, _shape, check_fit, longest, plan, training_bytes
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
 
 
 def test_counts_equal_the_real_models(tiny: str, tmp_path: Path) -> None:  # noqa: F811
-    from kit.train import make_model
+    from kit.training.trainer import make_model
 
     model = make_model(settings(tmp_path, tiny, rank=4))
     shape = _shape(tiny, 4, 4)
@@ -138,7 +138,7 @@ def test_a_step_on_random_weights_fits_the_card(name: str, tmp_path: Path) -> No
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from kit.train import make_model
+    from kit.training.trainer import make_model
 
     hidden, inner, heads, shared_heads, vocabulary, tokens, card = GPU_SHAPES[name]
     config = Qwen2Config(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kit import config as configs
 from kit import prompts
-from kit.errors import KitError
+from kit.core import config as configs
+from kit.core.errors import KitError
 
 SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2}
 CHATML = (
@@ -75,12 +75,12 @@ def test_braces_in_data_are_data():
 
 def test_prompts_come_from_text_or_a_file_and_lacks_are_named(tmp_path):
     (tmp_path / "judge.txt").write_text("Q {question} P {prefix}")
-    config = configs.Prompts(judge=f"file:{tmp_path}/judge.txt", draft="only {question}")
-    assert prompts.text_of(config, "judge") == "Q {question} P {prefix}"
-    with pytest.raises(KitError, match=r"prompts.draft lacks \{prefix\}"):
-        prompts.text_of(config, "draft")
+    config = configs.resolve({"prompts": {"judge": f"file:{tmp_path}/judge.txt"}}, "test")
+    assert prompts.text_of(config.prompts, "judge") == "Q {question} P {prefix}"
+    with pytest.raises(KitError, match=r"prompts.draft: lacks \{prefix\}"):
+        configs.resolve({"prompts": {"draft": "only {question}"}}, "test")
     with pytest.raises(KitError, match="nowhere"):
-        prompts.text_of(configs.Prompts(judge="file:nowhere"), "judge")
+        configs.resolve({"prompts": {"judge": "file:nowhere"}}, "test")
 
 
 def test_the_template_hash_sees_what_shapes_a_prompt():

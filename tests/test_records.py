@@ -9,8 +9,9 @@ import textwrap
 
 import pytest
 
-from kit.errors import KitError
-from kit.records import PrefixRow, RowFile, Sample, TraceRow, Verdict, digest, line_of, write_atomic
+from kit.core.errors import KitError
+from kit.core.records import PrefixRow, Sample, TraceRow, Verdict
+from kit.core.storage import RowFile, digest, line_of, write_atomic
 from tests.conftest import ROOT
 
 

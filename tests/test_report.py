@@ -11,13 +11,15 @@ import pytest
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from kit import compare, config, report
-from kit.errors import KitError
-from kit.evaluate import accuracy
-from kit.metrics import Files, numbers
-from kit.progress import Progress
-from kit.records import EvalRow, PrefixRow, RowFile, Sample
-from kit.run import Run
+from kit.core import config
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.records import EvalRow, PrefixRow, Sample
+from kit.core.run import Run
+from kit.core.storage import RowFile
+from kit.grading.scores import accuracy
+from kit.reporting import compare, report
+from kit.reporting.metrics import Files, numbers
 from tests.browser import COMPARISON, REPORT, Opened, check
 from tests.conftest import SHARED
 from tests.make_run import HOSTILE, make
@@ -252,7 +254,7 @@ def test_accuracy_by_token_budget_counts_problems_not_rows() -> None:
 
 def test_compare_tells_other_problems_apart(tmp_path: Path) -> None:
     """The same ids with other questions are other problems: never paired."""
-    from kit.records import EvalRow
+    from kit.core.records import EvalRow
 
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
     for path in (runs[1] / "eval").glob("*.jsonl"):

@@ -9,11 +9,13 @@ import sys
 
 import pytest
 
-from kit import config as configs
-from kit.errors import KitError
-from kit.progress import Progress
-from kit.records import Problem, RowFile, TraceRow, digest
-from kit.run import Run, work_through
+from kit.core import config as configs
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.records import Problem, TraceRow
+from kit.core.run import Run
+from kit.core.stages import work_through
+from kit.core.storage import RowFile, digest
 from tests.conftest import ROOT
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.sentences import ends, split
+from kit.judging.sentences import ends, split
 
 CASES = {  # a text with | where a sentence ends and another begins
     "plain": "Okay, let me see. |We have 3 apples! |Is that right? |Yes.",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kit.stats import compare, interval, pass_at, sign_test
+from kit.grading.stats import compare, interval, pass_at, sign_test
 
 EXPERIMENTS = 2000
 

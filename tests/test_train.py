@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kit import train as training
-from kit.config import Config, dump, resolve
-from kit.errors import KitError
-from kit.examples import CUT, Example, collate, end_of_turn, order, prepare, read_rows
+from kit.core.config import Config, dump, resolve
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.records import TrainRow
+from kit.core.run import Run
 from kit.models import hf_folder, load_tokenizer
-from kit.progress import Progress
 from kit.prompts import render, solve_text, template_hash, words
-from kit.records import TrainRow
-from kit.run import Run
+from kit.training import trainer as training
+from kit.training.sft_data import CUT, Example, collate, end_of_turn, order, prepare, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,16 +175,16 @@ def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: 
     write_rows(broken.folder, rows())
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom kit import config, train\nfrom kit.progress import Progress\n"
-        "from kit.run import Run\nimport os, signal\n"
-        "real = train.AdapterTrainer.log\n"
+        "from pathlib import Path\nfrom kit.core import config\nfrom kit.pipeline import train\nfrom kit.training import trainer\nfrom kit.core.progress import Progress\n"
+        "from kit.core.run import Run\nimport os, signal\n"
+        "real = trainer.AdapterTrainer.log\n"
         "def log(self, logs, start_time=None):\n"
         "    real(self, logs, start_time)\n"
         "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train.AdapterTrainer.log = log\n"
+        "trainer.AdapterTrainer.log = log\n"
         "with Run(config.load(sys.argv[2]), Progress(quiet=True)) as run: train.train(run)\n"
     )
-    from kit.config import dump
+    from kit.core.config import dump
 
     path = tmp_path / "config.yaml"
     path.write_text(dump(broken))

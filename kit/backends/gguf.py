@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends import Cost, Generation, Probe, Readings, Request, common, slug
-from kit.config import Engine
-from kit.errors import KitError
+from kit.backends.base import Cost, Generation, Probe, Readings, Request, common, slug
+from kit.core.config import Engine
+from kit.core.errors import KitError
 from kit.models import gguf_file
 
 BATCH_TOKENS = 256  # of one llama_decode; between two of them Ctrl-C gets through

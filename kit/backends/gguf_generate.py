@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kit.backends import Generation, Job, Request, ended, sample_seed, too_long
+from kit.backends.base import Generation, Job, Request, ended, sample_seed, too_long
 from kit.backends.gguf import Context, GgufBackend
-from kit.config import Sampling
+from kit.core.config import Sampling
 
 
 class Sample:

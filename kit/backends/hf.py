@@ -14,8 +14,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.backends import Completion, Generation, Job, Request, Session, Tokenizer, ended, sample_seed, slug, too_long
-from kit.config import Engine, Sampling
+from kit.backends.base import (
+    Completion,
+    Generation,
+    Job,
+    Request,
+    Session,
+    Tokenizer,
+    ended,
+    sample_seed,
+    slug,
+    too_long,
+)
+from kit.core.config import Engine, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +84,7 @@ class HfBackend:
 
     def cache_tokens(self) -> int:
         """Tokens that the KV cache of a batch may hold: in the config's budget, or in a share of what is free now."""
-        from kit.memory import limit_bytes
+        from kit.core.memory import limit_bytes
         from kit.models import kv_elements
 
         gib, token_bytes = self.engine.memory_gib, kv_elements(self.model.config) * self.model.dtype.itemsize

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kit.config import Sampling
+from kit.core.config import Sampling
 
 ROOM_TOKENS = 64  # free columns that a growing cache is given at a time
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from kit.backends import Cost, Probe, Readings, common
+from kit.backends.base import Cost, Probe, Readings, common
 from kit.backends.hf_attention import Layout, laid_out
 from kit.backends.hf_batch import GrowingLayer
-from kit.errors import KitError
+from kit.core.errors import KitError
 
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend

@@ -19,9 +19,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from kit.backends import Completion, Cost, Generation, Probe, Readings, Request, looping, sample_seed, slug, too_long
-from kit.config import Engine, Sampling
-from kit.errors import KitError
+from kit.backends.base import (
+    Completion,
+    Cost,
+    Generation,
+    Probe,
+    Readings,
+    Request,
+    looping,
+    sample_seed,
+    slug,
+    too_long,
+)
+from kit.core.config import Engine, Sampling
+from kit.core.errors import KitError
 from kit.models import load_tokenizer, resolve
 
 REFUSED = (400, 413, 422)  # statuses of one request: asking again changes nothing

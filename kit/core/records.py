@@ -1,0 +1,152 @@
+"""The typed rows that pass between stages, and their resumable JSONL files.
+
+Every unit of work leaves exactly one row in its stage's file, a rejected one too (with the reason), so
+the funnel adds up by construction. A line carries a digest of its fields: an edited row and a line cut
+off by a power failure are found when the file is read, set aside, and made again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
+
+
+def sound(text: str) -> str:
+    """Text with U+FFFD for lone surrogates, which neither UTF-8 nor any tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+class Part(BaseModel):
+    """A frozen piece of a row; its texts are sound."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sound(cls, value: Any) -> Any:
+        return sound(value) if isinstance(value, str) else value
+
+
+class Row(Part):
+    """A question with its gold answer; what every row has. Several traces of one question have ids of their own."""
+
+    id: str
+    question: str
+    answer: str
+
+
+class Problem(Row):
+    """A question as the data has it."""
+
+    solution: str | None = None  # a worked solution
+    trace: str | None = None  # a long chain of thought
+    level: str | None = None
+    subject: str | None = None
+
+
+class Sample(Part):
+    """One generated text and what became of it."""
+
+    text: str
+    verdict: Literal["correct", "wrong", "unparsed", "timeout"]
+    answer: str | None = None  # as extracted
+    finish: Literal["stop", "length", "loop", "error"] = "stop"
+    tokens: int = 0  # generated
+
+
+class Outcome(Row):
+    """What every stage's row has: what it took, and, where it left here, why."""
+
+    seconds: float = 0.0
+    rejected: str | None = None
+    detail: str | None = None
+
+
+class TraceRow(Outcome):
+    """teach: one problem, its sampled traces, and which of them go on."""
+
+    samples: tuple[Sample, ...]
+    kept: tuple[int, ...]  # indices into samples
+
+    def whole(self, sentence_ends: Callable[[str], Sequence[int]]) -> list[PrefixRow]:
+        """The kept traces as prefixes that keep everything; with several kept ones, each has an id of its own.
+
+        Args:
+            sentence_ends: where each sentence of a text ends, see kit/judging/sentences.py.
+        """
+        prefixes = []
+        for index in self.kept:
+            trace = self.samples[index].text
+            count = len(sentence_ends(trace))
+            prefixes.append(
+                PrefixRow(
+                    id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
+                    question=self.question,
+                    answer=self.answer,
+                    trace=trace,
+                    end=len(trace),
+                    sentences=count,
+                    sentences_total=count,
+                    ratio=1.0,
+                    sufficient=True,
+                )
+            )
+        return prefixes
+
+
+class Verdict(Part):
+    """The judge's answer at one boundary: the first `sentences` sentences of the trace were shown."""
+
+    sentences: int
+    label: Label
+    margin: float | None  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
+
+
+class PrefixRow(Outcome):
+    """truncate: where one trace is cut. prefix == trace[:end], exactly."""
+
+    trace: str
+    end: int  # characters
+    sentences: int  # kept
+    sentences_total: int
+    ratio: float  # sentences / sentences_total
+    sufficient: bool
+    verdicts: tuple[Verdict, ...] = ()
+    violations: int = 0  # NOT_ENOUGH at a boundary behind an ENOUGH one
+    prompt_tokens: int = 0  # of the longest judging prompt asked
+    evaluated_tokens: int = 0
+    reused_tokens: int = 0
+
+
+class AlignedRow(Outcome):
+    """align: the student's continuation from one prefix, graded."""
+
+    prefix: str
+    continuation: str
+    samples: tuple[Sample, ...] = ()  # of the last round
+    pass_rate: float = 0.0  # over all rounds
+    kept_by: str | None = None  # first, shortest, all; with +N after N lengthening rounds
+    lengthened: int = 0
+    answer_in_prefix: bool = False
+
+
+class EvalRow(Outcome):
+    """eval: one held-out problem and a model's graded samples."""
+
+    level: str | None = None
+    subject: str | None = None
+    samples: tuple[Sample, ...] = ()
+    prompt_tokens: int = 0
+
+
+class TrainRow(Part):
+    """One alpaca row; opens in LLaMA-Factory as it is."""
+
+    instruction: str
+    input: str
+    output: str

@@ -1,0 +1,46 @@
+"""train: QLoRA on the training rows (section 3.4, Eq. 2).
+
+Rows become token ids in kit/training/sft_data.py; the training itself is kit/training/trainer.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from kit.core.errors import KitError
+from kit.core.run import Run
+from kit.models import load_tokenizer
+from kit.training.plan import check_fit
+from kit.training.sft_data import CUT, prepare, read_rows
+from kit.training.trainer import WEIGHTS, fit
+
+
+def train(run: Run) -> None:
+    """The stage: train.jsonl in; adapter/, checkpoints/ and train_log.jsonl out.
+
+    Raises:
+        KitError: no rows, an instruction other than evaluation's, a loss or gradient that is not finite, a checkpoint
+            of another adapter, a model that does not fit.
+    """
+    if run.config.method == "zero-shot":
+        if run.begin("train", "zero-shot", lambda: ""):
+            run.finish("train", "", rows_in=0, rows_out=0)
+        return
+    path, weights = run.folder / "train.jsonl", run.folder / "adapter" / WEIGHTS
+    if not path.exists():
+        raise KitError(f"{path} is not there.", "Run the stages before it: palign.py run CONFIG.")
+    if not run.begin("train", _hash(path), lambda: _hash(weights)):
+        return
+    rows, tokenizer = read_rows(path), load_tokenizer(run.config.student.model)
+    examples, lost = prepare(rows, tokenizer, run.config)
+    for why, names in lost.items():
+        run.progress.warn(f"train: {len(names)} of {len(rows)} rows {why}: {'; '.join(names[:8])}")
+    check_fit(run.config, run, max(len(e.ids) for e in examples))
+    summary = fit(run, tokenizer, examples)
+    summary |= {"rows": len(examples), "cut": lost.pop(CUT, []), "dropped": lost}
+    run.finish("train", _hash(weights), len(rows), len(examples), **summary)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""

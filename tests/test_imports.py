@@ -1,0 +1,111 @@
+"""The floors of the house: an import goes down or stays on its floor, never in a circle, never into tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the ground up. A module may import from its own floor and from those before it.
+#
+# Scores stand with grading, for both `grade FILE` and `eval` need them; reporting stands below the pipeline, whose
+# stages warn with its metrics; device memory stands in core, for generation and training both look at it.
+FLOORS = (
+    ("kit.core",),
+    ("kit.models", "kit.synthetic"),
+    ("kit.backends",),
+    ("kit.prompts",),
+    ("kit.grading",),
+    ("kit.data",),
+    ("kit.sampling",),
+    ("kit.judging",),
+    ("kit.training",),
+    ("kit.reporting",),
+    ("kit.pipeline",),
+    ("kit.interactive", "kit.doctor", "kit.walkthrough", "kit.bench"),
+    ("palign",),
+)
+# Type-only or lazy imports that close a circle inside one package, each with its reason.
+CIRCLES = {
+    ("kit.backends.hf", "kit.backends.hf_session"),  # a backend opens sessions, a session names its backend's type
+    ("kit.backends.gguf", "kit.backends.gguf_generate"),  # likewise
+    ("kit.core.run", "kit.core.stages"),  # the work loop takes the run that it works for
+    ("kit.judging.calibration", "kit.judging.judge"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the kit by its dotted name."""
+    paths = {"palign": ROOT / "palign.py"}
+    for path in sorted((ROOT / "kit").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        paths[name.removesuffix(".__init__")] = path
+    return paths
+
+
+def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
+    """The modules that a file imports anywhere, also inside functions and under TYPE_CHECKING, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in known else str(node.module)), node.lineno
+
+
+def floor(module: str) -> int:
+    """The floor on which a module stands."""
+    for number, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return number
+    raise AssertionError(f"{module} stands on no floor: name it in FLOORS")
+
+
+def graph() -> dict[str, dict[str, int]]:
+    """Module -> the modules of ours that it imports -> the line."""
+    paths = modules()
+    found: dict[str, dict[str, int]] = {}
+    for module, path in paths.items():
+        found[module] = {
+            name: line for name, line in imports(path, set(paths)) if name.split(".")[0] in ("kit", "tests")
+        }
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name != "kit"])
+def test_a_module_imports_only_from_its_own_floor_and_below(module: str) -> None:
+    for imported, line in graph()[module].items():
+        if imported != "kit":  # the version
+            assert imported.split(".")[0] != "tests", f"{module}:{line} imports {imported}"
+            assert floor(imported) <= floor(module), f"{module}:{line} imports {imported}, which stands above it"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    arrows = graph()
+    for module, imported in arrows.items():
+        for name in imported:
+            if (module, name) in CIRCLES or (name, module) in CIRCLES:
+                continue
+            # can the way back be walked?
+            seen, open_names = set(), [name]
+            while open_names:
+                here = open_names.pop()
+                assert here != module, f"{module} imports {name}, which comes back to {module}"
+                if here not in seen:
+                    seen.add(here)
+                    ways = arrows.get(here, {})
+                    open_names += [n for n in ways if (here, n) not in CIRCLES and (n, here) not in CIRCLES]
+
+
+def test_the_named_circles_exist() -> None:
+    """An exception that is no longer needed is taken off the list."""
+    arrows = graph()
+    for one, other in CIRCLES:
+        assert other in arrows[one] and one in arrows[other], (one, other)

@@ -1,0 +1,134 @@
+"""Pairwise comparison of reasoning: both orders, ties, flips and position bias."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kit.backends.scripted import ByteTokenizer, ScriptedBackend, ScriptedSession
+from kit.core.config import Engine, Prompts
+from kit.core.errors import KitError
+from kit.core.records import EvalRow, Sample
+from kit.core.storage import RowFile
+from kit.reporting import pairwise as quality
+from tests.conftest import ROOT
+from tests.make_run import make
+
+
+class Opinion(ScriptedSession):
+    """Scores A, B and T by a rule on the two solutions shown."""
+
+    def __init__(self, rule):
+        super().__init__(0.0)
+        self.rule = rule
+
+    def read(self, probes):
+        found = []
+        for probe in probes:
+            text = ByteTokenizer().decode(probe.ids)
+            first, second = text.split("Solution A:\n")[1].rstrip("\n").split("\n\nSolution B:\n")
+            picked = self.rule(first, second)
+            ((at, candidates),) = probe.reads
+            assert at == len(probe.ids) - 1
+            found.append([[0.0 if chr(c) == picked else -2.5 for c in candidates]])
+        return found
+
+
+class Judge(ScriptedBackend):
+    def __init__(self, rule, context=None):
+        super().__init__(Engine(backend="scripted", model="none", context_tokens=context))
+        self.rule = rule
+
+    def session(self, fresh=False):
+        return Opinion(self.rule)
+
+
+def shorter(first, second):
+    return "T" if len(first) == len(second) else "A" if len(first) < len(second) else "B"
+
+
+def row(id, *texts, question="q?"):
+    return EvalRow(
+        id=id, question=question, answer="1", samples=tuple(Sample(text=t, verdict="correct") for t in texts)
+    )
+
+
+def compare_reasoning(judge, prompts, pairs):
+    """Judge (id, first, second) triples."""
+    first, second = ([row(pair[0], pair[side]) for pair in pairs] for side in (1, 2))
+    return quality.compare_reasoning(judge, prompts, first, second)
+
+
+PAIRS = [
+    ("p1", "short", "a good deal longer"),
+    ("p2", "short", "longer too"),
+    ("p3", "far too long", "short"),
+    ("p4", "equal", "alike"),
+]
+
+
+def test_a_fair_judge_has_wins_and_ties_and_no_bias():
+    found = compare_reasoning(Judge(shorter), Prompts(), PAIRS)
+    assert (found["pairs"], found["first"], found["second"], found["ties"], found["flips"]) == (4, 2, 1, 1, 0)
+    assert found["first_shown_ratio"] == 0.5 and found["p_value"] == 1.0
+    assert found["rows"][0] == {"id": "p1", "winner": "first", "verdicts": ["A", "B"], "margins": [2.5, 2.5]}
+
+
+def test_a_judge_that_always_takes_the_first_shown_wins_nothing_for_anyone():
+    pairs = [(f"p{n}", "one", "two") for n in range(12)]
+    found = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
+    assert (found["first"], found["second"], found["flips"]) == (0, 0, 12)
+    assert found["first_shown_ratio"] == 1.0 and found["position_p_value"] < 1e-6 and found["p_value"] == 1.0
+
+
+def test_a_clear_preference_is_significant():
+    pairs = [(f"p{n}", "x", "longer") for n in range(12)]
+    found = compare_reasoning(Judge(shorter), Prompts(), pairs)
+    assert found["first"] == 12 and found["p_value"] == pytest.approx(2 / 2**12)
+
+
+def test_long_pairs_are_set_aside_by_name():
+    pairs = [*PAIRS, ("long", "x" * 3000, "y")]
+    found = compare_reasoning(Judge(shorter, context=1000), Prompts(), pairs)
+    assert found["too_long"] == ["long"] and found["pairs"] == 4
+
+
+def test_no_pairs_is_no_preference():
+    found = compare_reasoning(Judge(shorter), Prompts(), [])
+    assert (found["pairs"], found["first_shown_ratio"], found["p_value"]) == (0, 0.5, 1.0)
+
+
+def test_labels_must_differ_in_their_first_token():
+    judge = Judge(shorter)
+    judge.tokenizer = type("Same", (ByteTokenizer,), {"encode": lambda self, text, special=True: [7]})()
+    with pytest.raises(KitError, match="same first token"):
+        compare_reasoning(judge, Prompts(), PAIRS)
+
+
+def test_pairs_are_of_shared_problems():
+    """The first answers to the same question under the same id, whatever the order of the rows."""
+    first = [row("a", "x", "other"), row("b", "y"), row("c"), row("d", "x", question="another?"), row("e", "x")]
+    second = [row("e"), row("d", "z"), row("b", "yy"), row("a", "x"), row("c", "v")]
+    found = quality.compare_reasoning(Judge(shorter), Prompts(), first, second)
+    assert [(r["id"], r["winner"]) for r in found["rows"]] == [("a", "ties"), ("b", "first")]
+
+
+def test_compare_asks_a_real_judge(tmp_path):
+    """SmolLM2-135M through llama.cpp and the command line: margins come from its own logits, and the page tells."""
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    for path in tmp_path.glob("*/eval/*.jsonl"):  # one problem of one set of data; the other file has lost its rows
+        file = RowFile(path, EvalRow)
+        file.write_all(file.read()[:1] if "builtin" in path.name else [])
+    config, page = tmp_path / "judge.yaml", tmp_path / "page.html"
+    config.write_text("teacher: {backend: gguf, parallel: 1, context_tokens: 1024, threads: 2}\n")
+    command = [sys.executable, "palign.py", "compare", *runs, "--quality", config, "--out", page, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    [(name, found)] = json.loads(done.stdout)["quality"].items()
+    assert name == "builtin" and found["pairs"] == 1
+    assert found["first"] + found["second"] + found["ties"] + found["flips"] == 1
+    assert all(margin > 0 for margin in found["rows"][0]["margins"])
+    assert "Reasoning compared" in page.read_text(encoding="utf-8")
