@@ -28,27 +28,41 @@ ABOUT = {
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; nothing heavy is imported for it."""
-    top = argparse.ArgumentParser(prog="palign.py", description=__doc__.split(".")[0] + ".", epilog=_epilog())
+    top = argparse.ArgumentParser(
+        prog="palign.py", description=__doc__.split(".")[0] + ".", epilog=_epilog()
+    )
     top.add_argument("--version", action="version", version=f"palign {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     shared = _shared()
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", parents=[shared])
+        return commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".", parents=[shared]
+        )
 
     for name, about in ABOUT.items():
         _config_arguments(command(name, about))
-    grade = command("grade", "grade the outputs in any JSONL: accuracy, pass@k, agreement with its labels")
+    grade = command(
+        "grade", "grade the outputs in any JSONL: accuracy, pass@k, agreement with its labels"
+    )
     grade.add_argument("file", metavar="FILE", help="rows with an answer and one or more outputs")
     grade.add_argument("--verifier", choices=("math", "number", "choice", "text"), default="math")
     _judge_arguments(command("judge", "look at verdicts along the traces of a JSONL"))
-    _bench_arguments(command("bench", "measure side by side in one run: judge, generate, train or grade"))
+    _bench_arguments(
+        command("bench", "measure side by side in one run: judge, generate, train or grade")
+    )
     compare = command("compare", "put runs side by side: one table, paired tests, one page")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    compare.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: compare.html)")
-    compare.add_argument("--quality", metavar="CONFIG", help="compare two runs' reasoning with this config's teacher")
+    compare.add_argument(
+        "--out", default="compare.html", metavar="FILE", help="the page (default: compare.html)"
+    )
+    compare.add_argument(
+        "--pairwise-judge",
+        metavar="CONFIG",
+        help="compare two runs' reasoning with this config's teacher",
+    )
     _config_arguments(command("plan", "will it fit, how long will it take; no weights are loaded"))
-    command("doctor", "check this machine; each finding with the command that mends it")
+    command("doctor", "check this machine; each finding with the command that fixes it")
     export = command("export", "merge a run's adapter, or turn it into a GGUF file")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("--to", choices=("merged", "gguf"), default="merged")
@@ -69,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     interrupts.watch()
     progress = Progress(quiet=args.quiet)
     try:
-        return globals()[f"_{args.command}"](args, progress) if args.command not in ABOUT else _stages(args, progress)
+        return (
+            globals()[f"_{args.command}"](args, progress)
+            if args.command not in ABOUT
+            else _stages(args, progress)
+        )
     except KitError as error:
         if args.debug:
             traceback.print_exc()
@@ -117,16 +135,20 @@ def _stages(args: argparse.Namespace, progress: Any) -> int:
         wanted = (args.command,)
     with Run(config, progress, args.command) as run:
         if args.command == "run":
-            problems_of(run)  # read before any work: a mistake in the data shows at once and not after hours
+            problems_of(
+                run
+            )  # read before any work: a mistake in the data shows at once and not after hours
         try:
             for stage in wanted:
                 _stage(stage)(run)
         except KitError:
-            with contextlib.suppress(KitError):  # a run that cannot go on has a page that shows why, where it can
+            with contextlib.suppress(
+                KitError
+            ):  # a run that cannot go on has a page that shows why, where it can
                 if args.command == "run":
                     _stage("report")(run)
             raise
-        if not run.leads:
+        if not run.is_main_process:
             return 0
         from kit.reporting import metrics, report
 
@@ -161,18 +183,34 @@ def _grade(args: argparse.Namespace, progress: Any) -> int:
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:
-    from kit import interactive as step
+    from kit import interactive
     from kit.core import config as configs
     from kit.pipeline import truncate
     from kit.reporting import report
 
-    given = {"judge.search": args.search, "judge.kind": args.kind, "judge.threshold": args.threshold}
-    given |= {"student.backend": args.backend, "student.model": args.model, "student.dtype": args.dtype}
+    given = {
+        "judge.search": args.search,
+        "judge.kind": args.kind,
+        "judge.threshold": args.threshold,
+    }
+    given |= {
+        "student.backend": args.backend,
+        "student.model": args.model,
+        "student.dtype": args.dtype,
+    }
     given |= {"student.url": args.url, "teacher.backend": "file", "teacher.path": args.file}
     given |= {"data.train.limit": args.limit}
-    keys = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+    keys = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in given.items()
+        if value is not None
+    ]
     config = configs.load(args.config, keys)
-    return step.step(config) if args.step else _print(args, truncate.judge_file(config, progress), report.show_judged)
+    return (
+        interactive.walk(config)
+        if args.interactive
+        else _print(args, truncate.judge_file(config, progress), report.show_judged)
+    )
 
 
 def _bench(args: argparse.Namespace, progress: Any) -> int:
@@ -184,8 +222,10 @@ def _bench(args: argparse.Namespace, progress: Any) -> int:
 def _compare(args: argparse.Namespace, progress: Any) -> int:
     from kit.reporting import compare
 
-    judge = _quality(args.quality) if args.quality else None
-    return _print(args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show)
+    judge = _quality(args.pairwise_judge) if args.pairwise_judge else None
+    return _print(
+        args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show
+    )
 
 
 def _quality(path: str) -> Any:
@@ -217,7 +257,9 @@ def _doctor(args: argparse.Namespace, progress: Any) -> int:
 def _export(args: argparse.Namespace, progress: Any) -> int:
     from kit.training import export
 
-    return _print(args, export.export(Path(args.run), progress, args.to, Path(args.out) if args.out else None))
+    return _print(
+        args, export.export(Path(args.run), progress, args.to, Path(args.out) if args.out else None)
+    )
 
 
 def _prompt(args: argparse.Namespace, progress: Any) -> int:
@@ -250,7 +292,9 @@ def _show(result: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for key, value in result.items():
         if not isinstance(value, list):
-            console.print(f"{key}:{chr(10) if isinstance(value, str) and chr(10) in value else ' '}{text(value)}")
+            console.print(
+                f"{key}:{chr(10) if isinstance(value, str) and chr(10) in value else ' '}{text(value)}"
+            )
         elif value:
             names = list(dict.fromkeys(name for row in value for name in row))
             table = Table(*names, title=key)
@@ -261,30 +305,50 @@ def _show(result: dict[str, Any]) -> None:
 
 def _shared() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--json", action="store_true", help="one machine-readable object on standard output")
-    shared.add_argument("--quiet", action="store_true", help="say only what must be known")
-    shared.add_argument("--verbose", action="store_true", help="say more, the libraries' own messages included")
-    shared.add_argument("--debug", action="store_true", help="tracebacks instead of one clear paragraph")
+    shared.add_argument(
+        "--json", action="store_true", help="one machine-readable object on standard output"
+    )
+    shared.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    shared.add_argument(
+        "--verbose", action="store_true", help="say more, the libraries' own messages included"
+    )
+    shared.add_argument(
+        "--debug", action="store_true", help="tracebacks instead of one clear paragraph"
+    )
     return shared
 
 
 def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.train=PATH align.samples=4")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. data.train=PATH align.samples=4"
+    )
 
 
 def _judge_arguments(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("file", metavar="FILE", help="rows with a question, an answer and a trace")
-    judge.add_argument("--config", metavar="CONFIG", help="take the student, the judge and the rest from this config")
-    judge.add_argument("--model", help="an alias (default: smollm2-135m), a GGUF file, a folder or a hub id")
+    judge.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="take the student, the judge and the rest from this config",
+    )
+    judge.add_argument(
+        "--model", help="an alias (default: smollm2-135m), a GGUF file, a folder or a hub id"
+    )
     judge.add_argument("--backend", choices=("hf", "gguf", "http"), help="default: hf")
     judge.add_argument("--url", help="http: the server's address up to and with /v1")
-    judge.add_argument("--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), help="default: auto")
-    judge.add_argument("--search", choices=("binary", "gallop", "scan", "fresh"), help="default: binary")
+    judge.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), help="default: auto"
+    )
+    judge.add_argument(
+        "--search", choices=("binary", "gallop", "scan", "uncached"), help="default: binary"
+    )
     judge.add_argument("--kind", choices=("verbal", "answer"), help="default: verbal")
     judge.add_argument("--threshold", type=float, help="a margin at or above it is ENOUGH")
     judge.add_argument("--limit", type=int, help="only the first N traces")
-    judge.add_argument("--step", action="store_true", help="step through one trace with a person")
+    judge.add_argument(
+        "--interactive", action="store_true", help="walk through a trace interactively"
+    )
 
 
 def _bench_arguments(bench: argparse.ArgumentParser) -> None:
@@ -293,7 +357,9 @@ def _bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--limit", type=int, help="how many traces or prompts")
     bench.add_argument("--backend", choices=("hf", "gguf"), default="hf")
     bench.add_argument("--model", default="smollm2-135m")
-    bench.add_argument("--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path")
+    bench.add_argument(
+        "--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path"
+    )
     bench.add_argument("--repeats", type=int, default=3)
     bench.add_argument("--tokens", type=int, default=4096, help="train: length of the row")
     bench.add_argument("--new-tokens", type=int, default=128, help="generate: tokens a prompt")

@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A waiting OpenMP thread spins, by default for so long that two runs on one machine slow each other not twice but 5 to
 # 20 times. This is read when libgomp is loaded, so it must be set before torch or llama.cpp is imported.

@@ -25,17 +25,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.core.config import Config, Source
+from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
-from kit.core.records import Problem, sound
+from kit.core.records import Problem, replace_surrogates
 from kit.core.run import Run
 from kit.core.storage import digest
 
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
 S1K_TRACE = "deepseek_thinking_trajectory"
-ROLES = {"id": ("id", "unique_id", "problem_id"), "question": ("question", "problem"), "answer": ("answer",)}
+ROLES = {
+    "id": ("id", "unique_id", "problem_id"),
+    "question": ("question", "problem"),
+    "answer": ("answer",),
+}
 ROLES |= {"solution": ("solution",), "trace": ("trace", "long_cot", S1K_TRACE)}
-ROLES |= {"level": ("level",), "subject": ("subject", "type")}  # what a row may hold, and its keys, best first
+ROLES |= {
+    "level": ("level",),
+    "subject": ("subject", "type"),
+}  # what a row may hold, and its keys, best first
 
 
 class Reading(NamedTuple):
@@ -78,7 +85,9 @@ def load_all(config: Config) -> Loaded:
     source, whole = _train(config)
     train = subset(whole.problems, source, config.seed)
     taken = {normal(problem.question): problem.id for problem in train}
-    found = Loaded(train, {}, {"train": _facts(source, whole, train), "evals": {}}, list(whole.rejected))
+    found = Loaded(
+        train, {}, {"train": _facts(source, whole, train), "evals": {}}, list(whole.rejected)
+    )
     for held in config.data.eval if config.stop_after in ("eval", "report") else ():
         if held.path == "holdout":
             rest = [problem for problem in whole.problems if normal(problem.question) not in taken]
@@ -87,14 +96,23 @@ def load_all(config: Config) -> Loaded:
             reading = read(held, config.seed, held_out=True)
         if not reading.problems:
             what = f"Nothing is left for the holdout: training takes all {len(taken)} questions of {whole.name}."
-            raise KitError(what, "Set data.train.limit below that, or name another source, like data.eval=builtin.")
+            raise KitError(
+                what,
+                "Set data.train.limit below that, or name another source, like data.eval=builtin.",
+            )
         if reading.name in found.evals:
             what = f"Two sources of data.eval are called {reading.name}."
             raise KitError(what, "Name each: {path: ..., name: ...}.", 2)
         problems = found.evals[reading.name] = subset(reading.problems, held, config.seed)
-        both = [(taken[text], problem.id) for problem in problems if (text := normal(problem.question)) in taken]
+        both = [
+            (taken[text], problem.id)
+            for problem in problems
+            if (text := normal(problem.question)) in taken
+        ]
         if both:
-            shown = "; ".join(f"{a!r} in {whole.name} is {b!r} in {reading.name}" for a, b in both[:3])
+            shown = "; ".join(
+                f"{a!r} in {whole.name} is {b!r} in {reading.name}" for a, b in both[:3]
+            )
             what = f"{len(both)} question(s) stand in training and in evaluation: {shown}."
             raise KitError(what, "Take them out of one of the two, or evaluate on `holdout`.")
         near = {"near_duplicates": len(near_duplicates(train, problems))}
@@ -103,7 +121,7 @@ def load_all(config: Config) -> Loaded:
     return found
 
 
-def read(source: Source, seed: int, held_out: bool = False, traces: bool = False) -> Reading:
+def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool = False) -> Reading:
     """All rows of a source, before any subset (built-in problems aside: they are as many as asked for).
 
     Args:
@@ -125,11 +143,17 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     for where, row in rows:
         values = _values(row, keys)
         text = f"{normal(values['question'] or '')}\0{values['trace'] if traces else ''}"
-        id = values["id"] = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        id = values["id"] = (
+            values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        )
         lacks = [role for role in ("question", "answer", "trace")[: 2 + traces] if not values[role]]
         if lacks or id in seen:
             held = [key for key in row if lacks and key.lower() in map(str.lower, keys[lacks[0]])]
-            why = f"no {lacks[0]} in {' or '.join(held) or f'any key of {[*row]}'}" if lacks else "duplicate id or text"
+            why = (
+                f"no {lacks[0]} in {' or '.join(held) or f'any key of {[*row]}'}"
+                if lacks
+                else "duplicate id or text"
+            )
             detail = f"{path}, {where}: {why}" + ("" if lacks else f": stands in {seen[id]}")
             reading.rejected.append({"id": id, "reason": why, "detail": detail})
         else:
@@ -141,12 +165,16 @@ def read(source: Source, seed: int, held_out: bool = False, traces: bool = False
     return reading
 
 
-def subset(problems: list[Problem], source: Source, seed: int) -> list[Problem]:
+def subset(problems: list[Problem], source: DatasetConfig, seed: int) -> list[Problem]:
     """The source's `limit` rows: the first, a seeded choice, or a stratified one (each stratum gets its share to within
     one row); in the order of the file."""
     strata = [getattr(problem, source.stratify or "", None) or "" for problem in problems]
     if source.stratify and not any(strata):
-        raise KitError(f"{source.path} has no {source.stratify} to stratify by.", "Map level or subject by fields.", 2)
+        raise KitError(
+            f"{source.path} has no {source.stratify} to stratify by.",
+            "Map level or subject by fields.",
+            2,
+        )
     if source.limit is None or source.limit >= len(problems):
         return problems
     order = list(range(len(problems)))
@@ -182,37 +210,47 @@ def _grams(question: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
-def _facts(source: Source, reading: Reading, problems: list[Problem]) -> dict[str, Any]:
+def _facts(source: DatasetConfig, reading: Reading, problems: list[Problem]) -> dict[str, Any]:
     counts = {"rows": len(problems), "rejected": len(reading.rejected)}
     return {"path": source.path, **counts, "fingerprint": digest(problems)}
 
 
-def _train(config: Config) -> tuple[Source, Reading]:
+def _train(config: Config) -> tuple[DatasetConfig, Reading]:
     """Where training problems come from, and all that is there. A file of traces stands alone: of data.train only
     limit, seed and stratify count."""
     source, teacher = config.data.train, config.teacher
     if teacher.backend == "file" and teacher.path:
-        source = source.model_copy(update={"path": teacher.path, "fields": teacher.fields, "name": None})
+        source = source.model_copy(
+            update={"path": teacher.path, "fields": teacher.fields, "name": None}
+        )
     elif source.path == "holdout" or (teacher.backend == "file" and source.path == "builtin"):
         hint = "Set teacher.path=FILE (JSONL of {id, question, answer, long_cot}), or data.train to a file or hub id."
-        raise KitError(f"data.train={source.path} gives nothing for teacher.backend={teacher.backend}.", hint, 2)
+        raise KitError(
+            f"data.train={source.path} gives nothing for teacher.backend={teacher.backend}.",
+            hint,
+            2,
+        )
     return source, read(source, config.seed, traces=teacher.backend == "file")
 
 
-def _builtin(source: Source, seed: int, held_out: bool) -> list[Problem]:
+def _builtin(source: DatasetConfig, seed: int, held_out: bool) -> list[Problem]:
     from kit.synthetic import generate
 
-    if not (steps := re.fullmatch(r"(\d)(?:-(\d))?(?: to (\d+))?", source.subset or "1-4")):
-        raise KitError(f"subset {source.subset!r} of the built-in problems is no range.", "Like 1-2, or 1-2 to 10.", 2)
-    span, seed = (int(steps[1]), int(steps[2] or steps[1])), seed if source.seed is None else source.seed
-    return generate(source.limit or 100, seed, held_out, span, int(steps[3] or 60))
+    seed = seed if source.seed is None else source.seed
+    return generate(source.limit or 100, seed, held_out, source.steps, source.max_number)
 
 
 def _file_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file, one a line, each with where it stands."""
-    path, where, rows = Path(os.path.expanduser(name)), "its path", []  # pathlib would raise for an unknown ~user
+    path, where, rows = (
+        Path(os.path.expanduser(name)),
+        "its path",
+        [],
+    )  # pathlib would raise for an unknown ~user
     try:
-        for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        for number, line in enumerate(
+            path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1
+        ):
             where = f"line {number}"
             rows += [(where, json.loads(line.decode()))] if line.strip() else []
             if rows and not isinstance(rows[-1][1], dict):
@@ -227,13 +265,16 @@ def _file_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _hub_rows(source: Source, held_out: bool) -> list[tuple[str, dict[str, Any]]]:
+def _hub_rows(source: DatasetConfig, held_out: bool) -> list[tuple[str, dict[str, Any]]]:
     import datasets
 
     options = {"name": source.subset, "split": source.split or ("test" if held_out else "train")}
     try:
         datasets.disable_progress_bars()
-        return [(f"row {i}", dict(row)) for i, row in enumerate(datasets.load_dataset(source.path, **options), 1)]
+        return [
+            (f"row {i}", dict(row))
+            for i, row in enumerate(datasets.load_dataset(source.path, **options), 1)
+        ]
     except Exception as error:  # datasets, pyarrow and the HTTP client raise dozens of types, all of them the source's
         hint = f"Check name, subset and split ({options}); without a network give a downloaded file: data.train=FILE."
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -259,7 +300,7 @@ def _text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
     """The first of the keys, in any case, that holds text or a finite number, as text; None where none does."""
     for value in (row[key] for name in names for key in row if key.lower() == name.lower()):
         if isinstance(value, str) and value.strip():
-            return sound(value)
+            return replace_surrogates(value)
         if type(value) in (int, float) and abs(value) < float("inf"):  # neither True nor NaN
             return str(value).removesuffix(".0")
     return None

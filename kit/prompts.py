@@ -49,7 +49,9 @@ def solve_text(prompts: Prompts, question: str) -> str:
 def draft_text(prompts: Prompts, question: str, prefix: str) -> str:
     """The user turn of alignment, the kept prefix inside it."""
     instruction = text_of(prompts, "instruction")
-    return fill(text_of(prompts, "draft"), instruction=instruction, question=question, prefix=prefix)
+    return fill(
+        text_of(prompts, "draft"), instruction=instruction, question=question, prefix=prefix
+    )
 
 
 def target_text(prefix: str, continuation: str) -> str:
@@ -58,7 +60,11 @@ def target_text(prefix: str, continuation: str) -> str:
 
 
 def render(
-    tokenizer: Tokenizer, user: str, system: str | None = None, answer: str = "", thinking: bool = False
+    tokenizer: Tokenizer,
+    user: str,
+    system: str | None = None,
+    answer: str = "",
+    thinking: bool = False,
 ) -> tuple[int, ...]:
     """Chat to token ids (T,), up to where the assistant goes on writing.
 
@@ -71,8 +77,12 @@ def render(
         thinking: the template's switch, where it has one.
     """
     taken, marks = f"{user}{system}{answer}", (f"\ue000{n}\ue001" for n in itertools.count())
-    names = sorted((name for name in tokenizer.special if name and name in taken), key=len, reverse=True)
-    hidden = dict(zip(names, (mark for mark in marks if mark not in taken), strict=False))  # no template touches them
+    names = sorted(
+        (name for name in tokenizer.special if name and name in taken), key=len, reverse=True
+    )
+    hidden = dict(
+        zip(names, (mark for mark in marks if mark not in taken), strict=False)
+    )  # no template touches them
     shown = {mark: name for name, mark in hidden.items()}
     user, system, answer = (_replace(text, hidden) for text in (user, system or "", answer))
     text, ids = render_text(tokenizer, user, system, thinking) + answer, []
@@ -81,26 +91,45 @@ def render(
     return tuple(ids)
 
 
-def render_text(tokenizer: Tokenizer, user: str, system: str | None = None, thinking: bool = False) -> str:
+def render_text(
+    tokenizer: Tokenizer, user: str, system: str | None = None, thinking: bool = False
+) -> str:
     """The rendered chat as text, up to where the assistant begins."""
     if not tokenizer.template:
         return f"{tokenizer.bos}{system or ''}{chr(10) if system else ''}{user}\n"
     import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template  # sandboxed, cached, the reference
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+    )  # sandboxed, cached, the reference
 
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
-    fields = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "enable_thinking": thinking, "tools": None}
-    today = {"strftime_now": lambda _format: "2026-01-01"}  # Here: fixed, so that prompts do not change with the day
+    messages = ([{"role": "system", "content": system}] if system else []) + [
+        {"role": "user", "content": user}
+    ]
+    fields = {
+        "bos_token": tokenizer.bos,
+        "eos_token": tokenizer.eos,
+        "enable_thinking": thinking,
+        "tools": None,
+    }
+    today = {
+        "strftime_now": lambda _format: "2026-01-01"
+    }  # Here: fixed, so that prompts do not change with the day
     try:
         template = _compile_jinja_template(tokenizer.template)
         return template.render(messages=messages, add_generation_prompt=True, **fields, **today)
     except jinja2.TemplateError as error:
-        if system:  # Gemma's and Mistral's templates raise on the role: the words go before the question
+        if (
+            system
+        ):  # Gemma's and Mistral's templates raise on the role: the words go before the question
             return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
-        raise KitError(f"The model's chat template fails: {error}", "Use a model whose template works.") from None
+        raise KitError(
+            f"The model's chat template fails: {error}", "Use a model whose template works."
+        ) from None
 
 
-def template_hash(tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool) -> str:
+def template_hash(
+    tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool
+) -> str:
     """Hash of everything that shapes a solving prompt. Evaluation refuses an adapter trained under another."""
     parts = [tokenizer.template, text_of(prompts, "instruction"), system, thinking, BEGIN, END]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from kit.backends import open_backend
 from kit.backends.base import Backend, Generation, Request
-from kit.core.config import Align, Engine, Eval, Teacher
+from kit.core.config import Align, Eval, ModelConfig, Teacher
 from kit.core.records import Outcome, Row, Sample
 from kit.core.run import Run
 from kit.core.stages import work_through
@@ -37,10 +37,12 @@ Text = tuple[str, str, int]  # text, finish and tokens of a sample
 Words = Callable[[Any], tuple[str, str]]  # an item's user turn and the beginning of the answer
 
 
-Drawn = tuple[Any, tuple[Sample, ...], Generation]  # an item, its graded samples, what was generated
+Drawn = tuple[
+    Any, tuple[Sample, ...], Generation
+]  # an item, its graded samples, what was generated
 
 
-class Asker(ExitStack):
+class Sampler(ExitStack):
     """A model and the grader of what it writes; the model is opened when it is first asked, both close on leaving.
 
     Args:
@@ -48,7 +50,9 @@ class Asker(ExitStack):
         adapter: a PEFT adapter's folder.
     """
 
-    def __init__(self, run: Run, engine: Engine, how: Teacher | Align | Eval, adapter: str | None = None) -> None:
+    def __init__(
+        self, run: Run, engine: ModelConfig, how: Teacher | Align | Eval, adapter: str | None = None
+    ) -> None:
         super().__init__()
         self.run, self.engine, self.how, self.adapter = run, engine, how, adapter
         self.grader = self.enter_context(Grader())
@@ -58,10 +62,12 @@ class Asker(ExitStack):
         """The model."""
         return self.enter_context(closing(open_backend(self.engine, adapter=self.adapter)))
 
-    def sweep(self, stage: str, name: str, kind: type[R], items: Sequence[T], work: Work) -> list[R]:
+    def sweep(
+        self, stage: str, name: str, kind: type[R], items: Sequence[T], work: Work
+    ) -> list[R]:
         """A row of the file `name` for each item, resuming where it ends, in batches that keep the model busy."""
         units, file = [(item.id, item) for item in items], RowFile(self.run.path(name), kind)
-        return work_through(self.run, stage, file, units, 4 * self.engine.parallel, work)
+        return work_through(self.run, stage, file, units, 4 * self.engine.max_num_seqs, work)
 
     def ask(self, items: Sequence[T], verifier: str, words: Words | None = None) -> Iterator[Drawn]:
         """Draw samples for items and grade them, each item as it is finished; without `words` it is to be solved."""
@@ -69,23 +75,38 @@ class Asker(ExitStack):
         for item in items:
             user, answer = words(item) if words else (solve_text(config.prompts, item.question), "")
             prompt = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
-            requests.append(Request(item.id, prompt, self.how.sampling, n=self.how.samples, seed=config.seed))
+            requests.append(
+                Request(item.id, prompt, self.how.sampling, n=self.how.samples, seed=config.seed)
+            )
         yield from self.grade(items, self.backend.generate(requests), verifier)
 
-    def grade(self, items: Sequence[T], made: Iterable[Generation], verifier: str) -> Iterator[Drawn]:
+    def grade(
+        self, items: Sequence[T], made: Iterable[Generation], verifier: str
+    ) -> Iterator[Drawn]:
         """Grade what was generated for items, in the order of `made`."""
         by_id = {item.id: item for item in items}
         for done in made:
-            item, texts = by_id[done.id], [(one.text, one.finish, len(one.ids)) for one in done.completions]
+            item, texts = (
+                by_id[done.id],
+                [(one.text, one.finish_reason, len(one.ids)) for one in done.completions],
+            )
             yield item, graded_samples(self.grader, texts, item.answer, verifier), done
 
 
-def graded_samples(grader: Grader, texts: Sequence[Text], gold: str, verifier: str) -> tuple[Sample, ...]:
+def graded_samples(
+    grader: Grader, texts: Sequence[Text], gold: str, verifier: str
+) -> tuple[Sample, ...]:
     """Grade the samples of one problem."""
     grades = grader.grade([Item(gold, text, verifier) for text, _, _ in texts])
     return tuple(
-        Sample(text=text, verdict=grade.verdict, answer=grade.answer, finish=finish, tokens=tokens)
-        for (text, finish, tokens), grade in zip(texts, grades, strict=True)
+        Sample(
+            text=text,
+            verdict=grade.verdict,
+            answer=grade.answer,
+            finish_reason=finish_reason,
+            tokens=tokens,
+        )
+        for (text, finish_reason, tokens), grade in zip(texts, grades, strict=True)
     )
 
 
@@ -95,11 +116,13 @@ def choose(samples: tuple[Sample, ...], keep: str) -> tuple[int, ...]:
     Args:
         keep: first, shortest (in characters), or all.
     """
-    right = [i for i, sample in enumerate(samples) if sample.verdict == "correct" and sample.text.strip()]
+    right = [
+        i for i, sample in enumerate(samples) if sample.verdict == "correct" and sample.text.strip()
+    ]
     if keep == "all":
         return tuple(right)
     length = (lambda i: len(samples[i].text)) if keep == "shortest" else (lambda i: i)
-    return tuple(sorted(right, key=lambda i: (samples[i].finish != "stop", length(i)))[:1])
+    return tuple(sorted(right, key=lambda i: (samples[i].finish_reason != "stop", length(i)))[:1])
 
 
 def why(done: Generation, reason: str, samples: Sequence[Sample]) -> dict[str, str]:
@@ -107,7 +130,12 @@ def why(done: Generation, reason: str, samples: Sequence[Sample]) -> dict[str, s
     if done.error:
         return {"rejected": "generation failed", "detail": done.error}
     counts = Counter(sample.verdict for sample in samples)
-    capped = sum(sample.finish == "length" for sample in samples)
-    parts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common() if verdict != "correct")
+    capped = sum(sample.finish_reason == "length" for sample in samples)
+    parts = ", ".join(
+        f"{n} {verdict}" for verdict, n in counts.most_common() if verdict != "correct"
+    )
     cut = f"; {capped} cut off at the token limit" if capped else ""
-    return {"rejected": reason, "detail": f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}"}
+    return {
+        "rejected": reason,
+        "detail": f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}",
+    }

@@ -20,7 +20,9 @@ from kit.core.errors import KitError
 from kit.core.records import Problem
 
 LARGEST = 5000  # of any number in a story
-_EQUATION = re.compile(r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?([1-9]\d{0,8}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)")
+_EQUATION = re.compile(
+    r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?([1-9]\d{0,8}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)"
+)
 _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 _UNDO = dict(zip("+-*/", "-+/*", strict=True))
 
@@ -36,7 +38,11 @@ def texts() -> dict[str, Any]:
 
 
 def generate(
-    count: int, seed: int, held_out: bool = False, steps: tuple[int, int] = (1, 4), largest: int = 60
+    count: int,
+    seed: int,
+    held_out: bool = False,
+    steps: tuple[int, int] = (1, 4),
+    largest: int = 60,
 ) -> list[Problem]:
     """Make distinct problems with worked solutions; `level` is the number of steps, `subject` the kind of story.
 
@@ -49,7 +55,9 @@ def generate(
     """
     low, high = steps
     if not 1 <= low <= high <= 4:
-        raise KitError(f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2)
+        raise KitError(
+            f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2
+        )
     rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     found: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
@@ -58,7 +66,9 @@ def generate(
             found.setdefault(problem.id, problem)
         if len(found) == count:
             return list(found.values())
-    raise KitError(f"Only {len(found)} of {count} built-in problems could be made.", "Ask for fewer.")
+    raise KitError(
+        f"Only {len(found)} of {count} built-in problems could be made.", "Ask for fewer."
+    )
 
 
 def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int) -> Problem | None:
@@ -71,12 +81,19 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
     if rng.random() < 0.5 or len(events) < steps:
         events[steps - 1 :] = [rng.choice(last)]
     value = rng.randint(6, max(6, largest))
-    told, worked = [story["begin"].format(a=value, **words)], [f"At the start: {value} {words['things']}."]
+    told, worked = (
+        [story["begin"].format(a=value, **words)],
+        [f"At the start: {value} {words['things']}."],
+    )
     for op, tell, note, *_ in events:
         if op == "/":  # a divisor that leaves no rest
-            number = rng.choice([d for d in range(2, 13) if value % d == 0 and d < value] or [value + 1])
+            number = rng.choice(
+                [d for d in range(2, 13) if value % d == 0 and d < value] or [value + 1]
+            )
         else:
-            number = rng.randint(*{"+": (3, max(3, largest)), "-": (2, max(2, value - 2)), "*": (2, 6)}[op])
+            number = rng.randint(
+                *{"+": (3, max(3, largest)), "-": (2, max(2, value - 2)), "*": (2, 6)}[op]
+            )
         result = _APPLY[op](value, number)
         if not 2 <= result <= LARGEST:
             return None
@@ -86,8 +103,15 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
         value = result
     question = " ".join([*told, [*events[-1], story["ask"]][3].format(**words)])
     solution = "\n".join([*worked, f"The answer is \\boxed{{{value}}}."])
-    facts = {"answer": str(value), "solution": solution, "level": str(len(events)), "subject": story["name"]}
-    return Problem(id="b" + hashlib.sha256(question.encode()).hexdigest()[:12], question=question, **facts)
+    facts = {
+        "answer": str(value),
+        "solution": solution,
+        "level": str(len(events)),
+        "subject": story["name"],
+    }
+    return Problem(
+        id="b" + hashlib.sha256(question.encode()).hexdigest()[:12], question=question, **facts
+    )
 
 
 def wander(problem: Problem, wordiness: float, seed: int) -> str:
@@ -102,7 +126,9 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
     if wordiness <= 0:
         return problem.solution
     rng, say = random.Random(f"wander {problem.id} {float(wordiness)} {seed}"), texts()["wander"]
-    steps = [line for line in problem.solution.splitlines() if line.strip() and "\\boxed" not in line]
+    steps = [
+        line for line in problem.solution.splitlines() if line.strip() and "\\boxed" not in line
+    ]
     steps = steps or problem.solution.splitlines()
     *told, asked = re.split(r"(?<=[.?!])\s+", problem.question.strip())
     lines = [rng.choice(say["begin"])]
@@ -146,5 +172,9 @@ def _check(rng: random.Random, facts: dict[str, str], steps: list[str]) -> str:
     way = way if known or way == 3 else 4
     facts = facts | {"step": rng.choice(steps) if way == 4 else ""}
     facts["sums"] = " ".join("{a} {op} {b} = {c}, yes.".format(**equation) for equation in known)
-    facts["undone"] = ", ".join(f"{e['c']} {_UNDO[e['op']]} {e['b']} = {e['a']}" for e in reversed(known))
-    return texts()["wander"]["checks"][way].format(**facts, **(rng.choice(known) if way == 2 else {}))
+    facts["undone"] = ", ".join(
+        f"{e['c']} {_UNDO[e['op']]} {e['b']} = {e['a']}" for e in reversed(known)
+    )
+    return texts()["wander"]["checks"][way].format(
+        **facts, **(rng.choice(known) if way == 2 else {})
+    )

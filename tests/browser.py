@@ -19,7 +19,9 @@ class Opened:
         self.trouble: list[str] = []
         self.page.on("console", lambda message: self.trouble.append(message.text))
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss()))
+        self.page.on(
+            "dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss())
+        )
         self.page.on("request", self._asked)
         self.failed: list[str] = []
         self.page.on("requestfailed", lambda request: self.failed.append(request.failure))
@@ -40,13 +42,19 @@ def check(browser: Any, path: Path, sections: Sequence[str] = ()) -> None:
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.trouble == []
-    assert page.locator("script, iframe, object, embed, img, link[rel=stylesheet], base, form").count() == 0
+    assert (
+        page.locator("script, iframe, object, embed, img, link[rel=stylesheet], base, form").count()
+        == 0
+    )
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
-    assert page.locator("svg[role=img]").count() == page.locator("svg[role=img]:has(title):has(desc)").count()
+    assert (
+        page.locator("svg[role=img]").count()
+        == page.locator("svg[role=img]:has(title):has(desc)").count()
+    )
     assert page.locator("table").count() == page.locator("table:has(caption)").count()
     for name in sections:
         section = page.locator(f"section#{name}")

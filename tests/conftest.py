@@ -48,7 +48,9 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="module")  # no longer: while it is open, this thread counts as inside an event loop
+@pytest.fixture(
+    scope="module"
+)  # no longer: while it is open, this thread counts as inside an event loop
 def browser() -> Iterator[Any]:
     """Debian's Chromium. Where it is absent the test skips, in CI it fails."""
     path = shutil.which("chromium")

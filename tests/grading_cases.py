@@ -212,8 +212,16 @@ SETS = [  # verifier math: sets have no order, tuples have one; ends of interval
     (r"x \le 5", r"5 \ge x", C),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", C),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", W),
-    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}", C),
-    (r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}", r"\begin{pmatrix} -1 & 0 \\ 0 & 1 \end{pmatrix}", W),
+    (
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+        r"\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}",
+        C,
+    ),
+    (
+        r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}",
+        r"\begin{pmatrix} -1 & 0 \\ 0 & 1 \end{pmatrix}",
+        W,
+    ),
 ]
 WORDS = [  # verifier math on answers that are words: compared as strings
     (r"\text{Evelyn}", "Evelyn", C),
@@ -318,4 +326,6 @@ BOXED = {
     "choice": CHOICE,
     "text": TEXT,
 }
-PAIRS = [(g, f"So it is \\boxed{{{a}}}.", v, w) for v, rows in BOXED.items() for g, a, w in rows] + WHOLE
+PAIRS = [
+    (g, f"So it is \\boxed{{{a}}}.", v, w) for v, rows in BOXED.items() for g, a, w in rows
+] + WHOLE

@@ -17,13 +17,13 @@ from kit.core.storage import RowFile
 from kit.judging.sentences import ends
 from kit.pipeline.align import align, extend, holds_answer, longer, training_rows
 from kit.prompts import BEGIN, END, target
-from kit.sampling import Asker, choose
+from kit.sampling import Sampler, choose
 
 TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
 
 
-def sample(verdict="correct", text="x", finish="stop"):
-    return Sample(text=text, verdict=verdict, finish=finish)
+def sample(verdict="correct", text="x", finish_reason="stop"):
+    return Sample(text=text, verdict=verdict, finish_reason=finish_reason)
 
 
 def prefix_row(id="a", kept=1, trace=TRACE, answer="9"):
@@ -54,13 +54,19 @@ def make_run(folder, prefixes=(), **keys):
 @contextmanager
 def asker(folder, right_from=0, **keys):
     """The student of a run, answering rightly from a round on."""
-    with make_run(folder, align=keys) as run, Asker(run, run.config.student, run.config.align) as student:
+    with (
+        make_run(folder, align=keys) as run,
+        Sampler(run, run.config.student, run.config.align) as student,
+    ):
         student.backend = Recorder(run.config.student, right_from)
         yield student
 
 
 def trained_on(run):
-    return [TrainRow.model_validate_json(line) for line in run.path("train.jsonl").read_bytes().splitlines()]
+    return [
+        TrainRow.model_validate_json(line)
+        for line in run.path("train.jsonl").read_bytes().splitlines()
+    ]
 
 
 class Recorder(ScriptedBackend):
@@ -75,19 +81,27 @@ class Recorder(ScriptedBackend):
             self.prompts[request.id] = self.tokenizer.decode(request.prompt)
             number = int(request.id.split("+")[1]) if "+" in request.id else 0
             said = self.gold if number >= self.right_from else "-1"
-            done = tuple(Completion(f" sample {j} \\boxed{{{said}}}", (1, 2), "stop") for j in range(request.n))
+            done = tuple(
+                Completion(f" sample {j} \\boxed{{{said}}}", (1, 2), "stop")
+                for j in range(request.n)
+            )
             yield Generation(request.id, done, len(request.prompt), len(request.prompt))
 
 
 def test_only_right_samples_are_kept_and_a_finished_one_goes_first():
-    samples = (sample("wrong"), sample(text="long right", finish="length"), sample(text="right one"), sample(text="ok"))
+    samples = (
+        sample("wrong"),
+        sample(text="long right", finish_reason="length"),
+        sample(text="right one"),
+        sample(text="ok"),
+    )
     assert choose(samples, "first") == (2,) and choose(samples, "shortest") == (3,)
     assert choose(samples, "all") == (1, 2, 3) and choose(samples[:1], "all") == ()
     assert choose((sample("unparsed"), sample("timeout")), "first") == ()
 
 
 def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
-    with asker(tmp_path, right_from=2, lengthen=2, samples=3) as student:
+    with asker(tmp_path, right_from=2, extend_rounds=2, samples=3) as student:
         (row,) = extend(student, [prefix_row()])
     cuts = ends(TRACE)
     assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
@@ -107,11 +121,14 @@ def test_every_round_shows_more_and_the_last_one_all(kept, rounds):
 
 
 def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
-    with asker(tmp_path, right_from=99, lengthen=1, samples=2) as student:
+    with asker(tmp_path, right_from=99, extend_rounds=1, samples=2) as student:
         rows = list(extend(student, [prefix_row("a"), prefix_row("b", kept=5)]))
-    assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, "a whole trace cannot be lengthened"
+    assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, (
+        "a whole trace cannot be lengthened"
+    )
     assert all(
-        r.rejected == "no right continuation" and "0 of 2 right" in r.detail and not r.continuation for r in rows
+        r.rejected == "no right continuation" and "0 of 2 right" in r.detail and not r.continuation
+        for r in rows
     )
 
 
@@ -121,7 +138,9 @@ def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
         (row,) = extend(student, [prefix_row(kept=3)])
     prompt = student.backend.prompts["a"]
     assert TRACE.startswith(row.prefix) and row.prefix in prompt
-    assert prompt.endswith(row.prefix) == (mode == "prefill"), "prefilled to the last space; in the user turn otherwise"
+    assert prompt.endswith(row.prefix) == (mode == "prefill"), (
+        "prefilled to the last space; in the user turn otherwise"
+    )
 
 
 def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
@@ -138,8 +157,12 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
     assert 0 < len(kept) < 12 and len(rows) == 12 and stage["rows_out"] == len(kept) == len(lines)
     for row, line in zip(kept, lines, strict=True):
         assert row.samples[0].verdict == "correct" and line.input == row.question
-        assert line.output == f"{BEGIN}{row.prefix}{END}\n{row.continuation}" and TRACE.startswith(row.prefix)
-    rejected = [json.loads(text) for text in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
+        assert line.output == f"{BEGIN}{row.prefix}{END}\n{row.continuation}" and TRACE.startswith(
+            row.prefix
+        )
+    rejected = [
+        json.loads(text) for text in (tmp_path / "run/rejected.jsonl").read_text().splitlines()
+    ]
     assert {r["id"] for r in rejected} == {row.id for row in rows if row.rejected}
     assert all(r["reason"] and r["stage"] == "align" for r in rejected)
 
@@ -147,7 +170,9 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
     with asker(tmp_path, keep="all", samples=3) as student:
         lines = training_rows(student.run, list(extend(student, [prefix_row()])))
-    assert [line.output.split("\n")[1] for line in lines] == [f" sample {j} \\boxed{{9}}" for j in range(3)]
+    assert [line.output.split("\n")[1] for line in lines] == [
+        f" sample {j} \\boxed{{9}}" for j in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +194,9 @@ def test_each_method_has_its_own_target(method, wanted):
 
 @pytest.mark.parametrize("method", ["label-only", "long-trace"])
 def test_methods_without_a_cut_read_the_traces(tmp_path, method):
-    row = TraceRow(id="t", question="q", answer="9", samples=(sample(text=TRACE), sample("wrong")), kept=(0,))
+    row = TraceRow(
+        id="t", question="q", answer="9", samples=(sample(text=TRACE), sample("wrong")), kept=(0,)
+    )
     with make_run(tmp_path, method=method) as run:
         run.begin("teach", "input", lambda: "")
         RowFile(run.path("traces.jsonl"), TraceRow).append(row)
@@ -185,4 +212,8 @@ def test_an_answer_in_the_prefix_is_a_word_of_its_own():
         and holds_answer("it is $9$", "9")
         and holds_answer("x = \\frac{1}{2}!", "\\frac{1}{2}")
     )
-    assert not holds_answer("19 and 9.5 and 90", "9") and not holds_answer("", "9") and not holds_answer("x", "")
+    assert (
+        not holds_answer("19 and 9.5 and 90", "9")
+        and not holds_answer("", "9")
+        and not holds_answer("x", "")
+    )

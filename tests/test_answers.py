@@ -23,7 +23,11 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 def workers_of(pid: int) -> list[psutil.Process]:
     """Living grading workers below a process."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if "graders.py" in " ".join(p.cmdline())]
+    return [
+        p
+        for p in psutil.Process(pid).children(recursive=True)
+        if "graders.py" in " ".join(p.cmdline())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,9 @@ def test_how_names_the_place_and_the_method(warm):
         "boxed:text",
         "none",
     ]
-    assert [grade.answer for grade in grades[:3]] == ["8,000", "8", "8"] and grades[-1].answer is None
+    assert [grade.answer for grade in grades[:3]] == ["8,000", "8", "8"] and grades[
+        -1
+    ].answer is None
 
 
 def test_answer_is_recorded_as_it_stands_in_the_text():
@@ -113,7 +119,9 @@ def test_tower_of_powers_times_out_and_the_rest_is_graded(started):
     assert started() == []
 
 
-def test_a_worker_outlives_its_thread_and_is_replaced_after_a_crash_and_at_its_memory_limit(started):
+def test_a_worker_outlives_its_thread_and_is_replaced_after_a_crash_and_at_its_memory_limit(
+    started,
+):
     root = Item("3", r"\boxed{\sqrt{9}}")
     with Grader(timeout_seconds=20, memory_bytes=160 << 20) as grader:
         thread = threading.Thread(target=lambda: grader.grade([root]))
@@ -129,7 +137,9 @@ def test_a_worker_outlives_its_thread_and_is_replaced_after_a_crash_and_at_its_m
             (root, "math"),
         ):
             grade = grader.grade([item])[0]
-            assert grade.how == f"boxed:{how}" and grade.verdict == ("correct" if how == "math" else "timeout")
+            assert grade.how == f"boxed:{how}" and grade.verdict == (
+                "correct" if how == "math" else "timeout"
+            )
 
 
 @pytest.mark.parametrize(
@@ -161,10 +171,10 @@ def test_grading_from_threads_leaves_signals_alone(warm):
         items = [Item(f"{n + 1}/7", f"\\boxed{{\\frac{{{n + 1 + shift}}}{{7}}}}") for n in range(5)]
         found.append([grade.verdict for grade in warm.grade(items)])
 
-    threads = [threading.Thread(target=work, args=(shift,)) for shift in (0, 0, 1)]
-    for thread in threads:
+    n_threads = [threading.Thread(target=work, args=(shift,)) for shift in (0, 0, 1)]
+    for thread in n_threads:
         thread.start()
-    for thread in threads:
+    for thread in n_threads:
         thread.join()
     assert sorted(found) == [["correct"] * 5, ["correct"] * 5, ["wrong"] * 5]
     assert [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGCHLD, signal.SIGINT)] == before
@@ -173,12 +183,14 @@ def test_grading_from_threads_leaves_signals_alone(warm):
 
 def test_workers_end_when_their_parent_is_killed():
     code = (
-        "from kit.answers import Grader, Item\n"
+        "from kit.grading.answers import Grader, Item\n"
         "g = Grader(timeout_seconds=2)\n"
         "g.grade([Item('3', r'\\boxed{\\sqrt{9}}')]); print('busy', flush=True)\n"
         "g.grade([Item('5', r'\\boxed{9^{9^{9^9}}}')])\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
     try:
         assert parent.stdout.readline() == "busy\n"
         time.sleep(0.5)
@@ -219,7 +231,9 @@ except KeyboardInterrupt:
     print("ended", threading.active_count(), flush=True)
 """
     code = code.replace("MOMENT", repr(moment))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
     try:
         assert process.stdout.readline() == "busy\n"
         if moment == "comparing":
@@ -233,11 +247,20 @@ except KeyboardInterrupt:
 
 def test_worker_speaks_json_lines_and_ends_with_its_input():
     worker = subprocess.run(
-        [sys.executable, "-P", str(ROOT / "kit" / "grading" / "math_worker.py"), "20", str(1 << 30)],
+        [
+            sys.executable,
+            "-P",
+            str(ROOT / "kit" / "grading" / "math_worker.py"),
+            "20",
+            str(1 << 30),
+        ],
         input="null\n" + json.dumps(["1/2", "0.5"]) + "\n",
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert [json.loads(line) for line in worker.stdout.splitlines()] == [["", "ready"], ["correct", "math"]]
+    assert [json.loads(line) for line in worker.stdout.splitlines()] == [
+        ["", "ready"],
+        ["correct", "math"],
+    ]

@@ -17,17 +17,35 @@ def load(tmp_path, text, *overrides):
 
 def test_overrides_reach_nested_keys_and_a_string_over_a_source_sets_its_path(tmp_path):
     text = "data: {train: {path: a.jsonl, limit: 4}}"
-    config = load(tmp_path, text, "data.train=b.jsonl", "align.samples=4", "data.eval=c.jsonl", "out=x")
+    config = load(
+        tmp_path, text, "data.train=b.jsonl", "align.samples=4", "data.eval=c.jsonl", "out=x"
+    )
     assert (config.data.train.path, config.data.train.limit) == ("b.jsonl", 4)
-    assert config.align.samples == 4 and config.data.eval[0].path == "c.jsonl" and str(config.folder) == "x"
+    assert (
+        config.align.samples == 4
+        and config.data.eval[0].path == "c.jsonl"
+        and str(config.folder) == "x"
+    )
 
 
 def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
     with pytest.raises(KitError) as caught:
-        load(tmp_path, "jugde: {}\njudge: {serach: scan, kind: vocal}\nmethod: ratio-2", "nonsense", "train.rank=0")
+        load(
+            tmp_path,
+            "jugde: {}\njudge: {serach: scan, kind: vocal}\nmethod: ratio-2",
+            "nonsense",
+            "train.rank=0",
+        )
     text = str(caught.value)
     assert caught.value.code == 2
-    for part in ("did you mean judge", "did you mean search", "judge.kind", "method", "'nonsense'", "train.rank"):
+    for part in (
+        "did you mean judge",
+        "did you mean search",
+        "judge.kind",
+        "method",
+        "'nonsense'",
+        "train.rank",
+    ):
         assert part in text, part
 
 
@@ -48,12 +66,18 @@ def test_eval_follows_the_student_where_it_says_nothing_else(tmp_path):
 
 
 def test_the_resolved_config_resolves_to_itself(tmp_path):
-    config = load(tmp_path, "method: ratio-0.25\ndata: {eval: [a.jsonl, {path: b.jsonl, stratify: level}]}")
+    config = load(
+        tmp_path, "method: ratio-0.25\ndata: {eval: [a.jsonl, {path: b.jsonl, stratify: level}]}"
+    )
     (tmp_path / "again.yaml").write_text(configs.dump(config))
     assert configs.load(tmp_path / "again.yaml") == config and config.ratio == 0.25
 
 
-RUNS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "\nname:" in "\n" + path.read_text("utf-8")]
+RUNS = [
+    path
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+    if "\nname:" in "\n" + path.read_text("utf-8")
+]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)

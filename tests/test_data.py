@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kit import data
-from kit.core.config import Config, Source, resolve
+from kit.core.config import Config, DatasetConfig, resolve
 from kit.core.errors import KitError
 from kit.core.records import Problem
 
@@ -23,12 +23,12 @@ def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
     return str(path)
 
 
-def load(source: Source, seed: int) -> list[Problem]:
+def load(source: DatasetConfig, seed: int) -> list[Problem]:
     return data.subset(data.read(source, seed).problems, source, seed)
 
 
 def one(folder: Path, row: dict[str, Any], **source: Any) -> Problem:
-    return load(Source(path=write(folder, [row]), **source), 0)[0]
+    return load(DatasetConfig(path=write(folder, [row]), **source), 0)[0]
 
 
 def configured(train: Any, evals: Any, **more: Any) -> Config:
@@ -39,11 +39,18 @@ def test_gsm8k(tmp_path: Path) -> None:
     worked = "He has 1,000 * 8 = <<1000*8=8000>>8000.\nThat is all.\n#### 8,000"
     problem = one(tmp_path, {"question": "How many?", "answer": worked})
     assert problem.answer == "8000"
-    assert problem.solution == "He has 1,000 * 8 = 8000.\nThat is all.\nThe answer is \\boxed{8000}."
+    assert (
+        problem.solution == "He has 1,000 * 8 = 8000.\nThat is all.\nThe answer is \\boxed{8000}."
+    )
 
 
 def test_math_takes_the_box_where_there_is_no_answer(tmp_path: Path) -> None:
-    row = {"problem": "Solve.", "solution": "So it is $\\boxed{\\frac{1}{2}}$.", "level": 2, "type": "Algebra"}
+    row = {
+        "problem": "Solve.",
+        "solution": "So it is $\\boxed{\\frac{1}{2}}$.",
+        "level": 2,
+        "type": "Algebra",
+    }
     problem = one(tmp_path, row)
     assert (problem.answer, problem.level, problem.subject) == ("\\frac{1}{2}", "2", "Algebra")
     assert one(tmp_path, {**row, "answer": "0.5"}).answer == "0.5"
@@ -58,7 +65,12 @@ def test_aime(tmp_path: Path) -> None:
 
 
 def test_s1k(tmp_path: Path) -> None:
-    row = {"question": "Q?", "solution": "144", "deepseek_thinking_trajectory": "Okay. So 144.", "cot_type": "math"}
+    row = {
+        "question": "Q?",
+        "solution": "144",
+        "deepseek_thinking_trajectory": "Okay. So 144.",
+        "cot_type": "math",
+    }
     problem = one(tmp_path, row)
     assert (problem.answer, problem.trace) == ("144", "Okay. So 144.")
     assert one(tmp_path, {**row, "solution": "Long, then \\boxed{7}."}).answer == "7"
@@ -69,7 +81,9 @@ def test_fields_and_unknown_keys(tmp_path: Path) -> None:
     fields = {"question": "Frage", "answer": "gold", "id": "nr", "trace": "thinking"}
     problem = one(tmp_path, row, fields=fields)
     assert problem == Problem(id="17", question="Wie viel?", answer="3", trace="Hm. 3.")
-    with pytest.raises(KitError, match=r"no question in any key of .*'Frage', 'gold', 'nr', 'thinking'.*fields="):
+    with pytest.raises(
+        KitError, match=r"no question in any key of .*'Frage', 'gold', 'nr', 'thinking'.*fields="
+    ):
         one(tmp_path, row)
     with pytest.raises(KitError, match=r"no answer in any key"):
         one(tmp_path, row, fields={**fields, "answer": "golden"})
@@ -80,22 +94,23 @@ def test_fields_and_unknown_keys(tmp_path: Path) -> None:
 def test_real_files(shared: Path) -> None:
     sizes = {"gsm8k_train_1000": 1000, "gsm8k_test": 1319, "math500": 500}
     for name, size in sizes.items():
-        reading = data.read(Source(path=str(shared / f"{name}.jsonl")), 0)
+        reading = data.read(DatasetConfig(path=str(shared / f"{name}.jsonl")), 0)
         assert (reading.name, len(reading.problems), reading.rejected) == (name, size, [])
         assert len({problem.id for problem in reading.problems}) == size
         assert all("<<" not in str(p.solution) and "####" not in p.answer for p in reading.problems)
-    traces = data.read(Source(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
+    traces = data.read(DatasetConfig(path=str(shared / "long_cot_aime24.jsonl")), 0, traces=True)
     assert len(traces.problems) == 63 and min(len(str(p.trace)) for p in traces.problems) > 900
 
 
 @pytest.mark.parametrize(
-    "mangle", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lambda b: b"\n\n" + b]
+    "mangle",
+    [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"), lambda b: b"\n\n" + b],
 )
 def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
     path = Path(write(tmp_path, QA))
-    plain = load(Source(path=str(path)), 0)
+    plain = load(DatasetConfig(path=str(path)), 0)
     path.write_bytes(mangle(path.read_bytes()))
-    assert load(Source(path=str(path)), 0) == plain
+    assert load(DatasetConfig(path=str(path)), 0) == plain
 
 
 @pytest.mark.parametrize(
@@ -115,32 +130,49 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) ->
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(KitError, match=said) as caught:
-        load(Source(path=str(path)), 0)
+        load(DatasetConfig(path=str(path)), 0)
     assert "bad.jsonl" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "path", ["missing.jsonl", "./missing", "/nowhere/x.json", "a b c", "\0", "x" * 5000, "", ".", "~0"]
+    "path",
+    ["missing.jsonl", "./missing", "/nowhere/x.json", "a b c", "\0", "x" * 5000, "", ".", "~0"],
 )
-def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_lead_nowhere(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KitError):
-        load(Source(path=path), 0)
+        load(DatasetConfig(path=path), 0)
 
 
 def test_hub_out_of_reach_says_what_was_tried() -> None:
     with pytest.raises(
-        KitError, match=r"openai/gsm8k \(no such file; asked the hub\).*'main'.*'train'.*data.train=FILE"
+        KitError,
+        match=r"openai/gsm8k \(no such file; asked the hub\).*'main'.*'train'.*data.train=FILE",
     ):
-        load(Source(path="openai/gsm8k", subset="main"), 0)
+        load(DatasetConfig(path="openai/gsm8k", subset="main"), 0)
 
 
 def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
-    bad: list[dict[str, Any]] = [{"question": "No answer?"}, {"question": "Empty?", "answer": " "}, {"answer": "1"}]
-    bad += [{"id": "l", "question": "A list?", "answer": ["1"]}, {"question": "Truth?", "answer": True}]
-    bad += [{"question": "Nan?", "answer": float("nan")}, {"question": "HOW much  is 1 and 1?", "answer": "2"}]
-    bad += [{"id": 7, "question": "One seven?", "answer": "7"}, {"id": "7", "question": "Another?", "answer": "7"}]
-    reading = data.read(Source(path=write(tmp_path, [*QA, *bad])), 0)
+    bad: list[dict[str, Any]] = [
+        {"question": "No answer?"},
+        {"question": "Empty?", "answer": " "},
+        {"answer": "1"},
+    ]
+    bad += [
+        {"id": "l", "question": "A list?", "answer": ["1"]},
+        {"question": "Truth?", "answer": True},
+    ]
+    bad += [
+        {"question": "Nan?", "answer": float("nan")},
+        {"question": "HOW much  is 1 and 1?", "answer": "2"},
+    ]
+    bad += [
+        {"id": 7, "question": "One seven?", "answer": "7"},
+        {"id": "7", "question": "Another?", "answer": "7"},
+    ]
+    reading = data.read(DatasetConfig(path=write(tmp_path, [*QA, *bad])), 0)
     assert len(reading.problems) == 21
     assert Counter(gone["reason"].split(" in ")[0] for gone in reading.rejected) == {
         "no answer": 5,
@@ -148,46 +180,51 @@ def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
         "duplicate id or text": 2,
     }
     assert reading.rejected[3]["id"] == "l" and "line 24" in reading.rejected[3]["detail"]
-    assert reading.rejected[-1]["detail"].endswith("line 29: duplicate id or text: stands in line 28")
+    assert reading.rejected[-1]["detail"].endswith(
+        "line 29: duplicate id or text: stands in line 28"
+    )
     assert reading.rejected[-2]["detail"].endswith("stands in line 1")
 
 
 def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "a \\ud83d b \\ud83d\\ude00?", "answer": "1"}\n')
-    assert load(Source(path=str(path)), 0)[0].question == "a \ufffd b \U0001f600?"
+    assert load(DatasetConfig(path=str(path)), 0)[0].question == "a \ufffd b \U0001f600?"
 
 
 def test_ids_are_stable(tmp_path: Path) -> None:
-    here = load(Source(path=write(tmp_path, QA), name="set"), 0)
-    there = load(Source(path=write(tmp_path, QA[::-1], "other.jsonl"), name="set"), 1)
+    here = load(DatasetConfig(path=write(tmp_path, QA), name="set"), 0)
+    there = load(DatasetConfig(path=write(tmp_path, QA[::-1], "other.jsonl"), name="set"), 1)
     assert {p.id: p.question for p in here} == {p.id: p.question for p in there}
     assert all(p.id.startswith("set-") for p in here)
 
 
 def test_subsets(tmp_path: Path) -> None:
     path = write(tmp_path, QA)
-    every = load(Source(path=path), 0)
-    assert load(Source(path=path, limit=5), 9) == every[:5]
-    chosen = load(Source(path=path, limit=5, seed=1), 9)
-    assert chosen == load(Source(path=path, limit=5, seed=1), 0) != every[:5]
+    every = load(DatasetConfig(path=path), 0)
+    assert load(DatasetConfig(path=path, limit=5), 9) == every[:5]
+    chosen = load(DatasetConfig(path=path, limit=5, seed=1), 9)
+    assert chosen == load(DatasetConfig(path=path, limit=5, seed=1), 0) != every[:5]
     assert chosen == [p for p in every if p in chosen]
-    assert chosen != load(Source(path=path, limit=5, seed=2), 9)
-    assert len(load(Source(path=path, limit=50), 0)) == 20
+    assert chosen != load(DatasetConfig(path=path, limit=5, seed=2), 9)
+    assert len(load(DatasetConfig(path=path, limit=50), 0)) == 20
 
 
 def test_strata_keep_their_shares(tmp_path: Path) -> None:
-    rows = [{**QA[0], "question": f"{i}?", "level": "a" if i < 60 else "b" if i < 93 else "c"} for i in range(100)]
+    rows = [
+        {**QA[0], "question": f"{i}?", "level": "a" if i < 60 else "b" if i < 93 else "c"}
+        for i in range(100)
+    ]
     path = write(tmp_path, rows)
     for limit, wanted in ((100, (60, 33, 7)), (10, (6, 3, 1)), (20, (12, 7, 1)), (1, (1, 0, 0))):
-        taken = load(Source(path=path, limit=limit, stratify="level"), 3)
+        taken = load(DatasetConfig(path=path, limit=limit, stratify="level"), 3)
         assert tuple(Counter(p.level for p in taken)[name] for name in "abc") == wanted
-    once = load(Source(path=path, limit=10, stratify="level"), 3)
-    assert once == load(Source(path=path, limit=10, stratify="level"), 3)
-    assert once != load(Source(path=path, limit=10, stratify="level"), 4)
+    once = load(DatasetConfig(path=path, limit=10, stratify="level"), 3)
+    assert once == load(DatasetConfig(path=path, limit=10, stratify="level"), 3)
+    assert once != load(DatasetConfig(path=path, limit=10, stratify="level"), 4)
     for wrong in ("subject", "lvl"):
         with pytest.raises(KitError, match=f"no {wrong} to stratify by"):
-            load(Source(path=path, limit=10, stratify=wrong), 3)
+            load(DatasetConfig(path=path, limit=10, stratify=wrong), 3)
 
 
 def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
@@ -195,7 +232,9 @@ def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
     loaded = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6}))
     train, held = {p.id for p in loaded.train}, {p.id for p in loaded.evals["holdout"]}
     assert (len(train), len(held)) == (8, 6) and not train & held
-    again = data.load_all(configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6, "seed": 1}))
+    again = data.load_all(
+        configured({"path": path, "limit": 8}, {"path": "holdout", "limit": 6, "seed": 1})
+    )
     assert {p.id for p in again.train} == train and {p.id for p in again.evals["holdout"]} != held
     whole = data.load_all(configured({"path": path, "limit": 8}, "holdout")).evals["holdout"]
     assert len(whole) == 12
@@ -204,19 +243,29 @@ def test_holdout_is_what_training_leaves(tmp_path: Path) -> None:
 
 
 def test_builtin_problems_hold_out_by_themselves() -> None:
-    train = {"path": "builtin", "limit": 30, "subset": "2"}
+    train = {"path": "builtin", "limit": 30, "steps": [2, 2]}
     loaded = data.load_all(configured(train, {**train, "limit": 20}))
-    assert {p.level for p in loaded.evals["builtin"]} == {"2"} and len(loaded.evals["builtin"]) == 20
+    assert {p.level for p in loaded.evals["builtin"]} == {"2"} and len(
+        loaded.evals["builtin"]
+    ) == 20
     assert not {p.question for p in loaded.train} & {p.question for p in loaded.evals["builtin"]}
     with pytest.raises(KitError, match=r"Nothing is left.*data\.eval=builtin"):
         data.load_all(configured(train, "holdout"))
-    with pytest.raises(KitError, match="is no range"):
-        load(Source(subset="many"), 0)
+    with pytest.raises(KitError, match="1 to 4 steps"):
+        load(DatasetConfig(steps=(0, 2)), 0)
 
 
 def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
-    train = write(tmp_path, [*QA[:5], {"id": "mine", "question": "What is\n it, then?", "answer": "1"}], "train.jsonl")
-    held = write(tmp_path, [*QA[5:9], {"id": "theirs", "question": "what IS it, then? ", "answer": "1"}], "held.jsonl")
+    train = write(
+        tmp_path,
+        [*QA[:5], {"id": "mine", "question": "What is\n it, then?", "answer": "1"}],
+        "train.jsonl",
+    )
+    held = write(
+        tmp_path,
+        [*QA[5:9], {"id": "theirs", "question": "what IS it, then? ", "answer": "1"}],
+        "held.jsonl",
+    )
     with pytest.raises(KitError, match=r"1 question.*'mine' in train is 'theirs' in held"):
         data.load_all(configured(train, held))
     assert data.load_all(configured(train, held, stop_after="train")).evals == {}
@@ -224,9 +273,18 @@ def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
 
 def test_near_duplicates_are_counted(tmp_path: Path) -> None:
     text = "Natalia sold {} clips to her friends in April and then she sold half as many of them in the month of May"
-    far = {"question": "A train leaves the station at noon and arrives somewhere else in the evening.", "answer": "1"}
-    train = write(tmp_path, [{"id": "a", "question": text.format(48), "answer": "1"}, far], "train.jsonl")
-    held = write(tmp_path, [{"id": "b", "question": text.format(50) + "!", "answer": "1"}, QA[0]], "held.jsonl")
+    far = {
+        "question": "A train leaves the station at noon and arrives somewhere else in the evening.",
+        "answer": "1",
+    }
+    train = write(
+        tmp_path, [{"id": "a", "question": text.format(48), "answer": "1"}, far], "train.jsonl"
+    )
+    held = write(
+        tmp_path,
+        [{"id": "b", "question": text.format(50) + "!", "answer": "1"}, QA[0]],
+        "held.jsonl",
+    )
     assert data.load_all(configured(train, held)).facts["evals"]["held"]["near_duplicates"] == 1
 
 
@@ -234,10 +292,15 @@ def test_near_duplicates_equal_the_plain_comparison() -> None:
     from kit.synthetic import generate
 
     first, second = generate(150, 0, steps=(1, 2)), generate(150, 0, held_out=True, steps=(1, 2))
-    second += [p.model_copy(update={"question": p.question.replace("How many", "So how many")}) for p in first[:20]]
+    second += [
+        p.model_copy(update={"question": p.question.replace("How many", "So how many")})
+        for p in first[:20]
+    ]
     grams = {p.id: data._grams(p.question) for p in [*first, *second]}
     plain = [
-        b.id for b in second if any(len(grams[a.id] & grams[b.id]) >= data.NEAR_RATIO * len(grams[b.id]) for a in first)
+        b.id
+        for b in second
+        if any(len(grams[a.id] & grams[b.id]) >= data.NEAR_RATIO * len(grams[b.id]) for a in first)
     ]
     assert len(plain) >= 15 and data.near_duplicates(first, second) == plain
 
@@ -253,9 +316,15 @@ def test_names_of_evaluation_sets_are_unique(tmp_path: Path) -> None:
 def test_facts_are_for_the_manifest(tmp_path: Path) -> None:
     loaded = data.load_all(configured(write(tmp_path, [*QA, {"question": "?"}]), "builtin"))
     assert json.loads(json.dumps(loaded.facts)) == loaded.facts
-    assert loaded.facts["train"]["rows"] == 20 and loaded.facts["train"]["rejected"] == len(loaded.rejected) == 1
+    assert (
+        loaded.facts["train"]["rows"] == 20
+        and loaded.facts["train"]["rejected"] == len(loaded.rejected) == 1
+    )
     print_ = loaded.facts["train"]["fingerprint"]
-    assert data.load_all(configured(write(tmp_path, QA[1:]), "builtin")).facts["train"]["fingerprint"] != print_
+    assert (
+        data.load_all(configured(write(tmp_path, QA[1:]), "builtin")).facts["train"]["fingerprint"]
+        != print_
+    )
 
 
 def test_traces_from_a_file_stand_alone(tmp_path: Path) -> None:

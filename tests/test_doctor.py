@@ -12,7 +12,17 @@ import pytest
 
 from kit import doctor
 
-NAMES = {"Python", "packages", "C++ compiler", "CUDA", "NF4 training", "llama.cpp", "memory", "disk", "model hub"}
+NAMES = {
+    "Python",
+    "packages",
+    "C++ compiler",
+    "CUDA",
+    "NF4 training",
+    "llama.cpp",
+    "memory",
+    "disk",
+    "model hub",
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +34,7 @@ def test_everything_is_examined(examined: dict[str, Any]) -> None:
     found = {check["name"]: check for check in examined["checks"]}
     assert set(found) == NAMES
     for check in found.values():
-        assert check["found"] and (check["ok"] or check["mend"])
+        assert check["found"] and (check["ok"] or check["fix"])
     for name in ("Python", "NF4 training", "llama.cpp"):
         assert found[name]["ok"], found[name]
     nf4, hub = found["NF4 training"]["found"], found["model hub"]
@@ -39,18 +49,20 @@ def test_result_is_json_and_shown(
     doctor.show(examined)
     shown = capsys.readouterr().out
     assert all(name in shown for name in NAMES)
-    monkeypatch.setattr(doctor, "EXAMINED", {"thing": (lambda: (False, "broken"), "mend it")})
+    monkeypatch.setattr(doctor, "EXAMINED", {"thing": (lambda: (False, "broken"), "fix it")})
     result = doctor.examine()
     assert result["ok"] is False
     doctor.show(result)
     shown = capsys.readouterr().out
-    assert "FAIL  thing" in shown and "-> mend it" in shown and "Mend what is marked FAIL" in shown
+    assert "FAIL  thing" in shown and "-> fix it" in shown and "Fix what is marked FAIL" in shown
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.EXAMINED, "memory", (lambda: 1 / 0, "mend it"))  # type: ignore[arg-type, return-value]
+    monkeypatch.setitem(doctor.EXAMINED, "memory", (lambda: 1 / 0, "fix it"))  # type: ignore[arg-type, return-value]
     check = doctor._examine("memory")
-    assert check["ok"] is False and "ZeroDivisionError" in check["found"] and check["mend"] == "mend it"
+    assert (
+        check["ok"] is False and "ZeroDivisionError" in check["found"] and check["fix"] == "fix it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,23 +78,29 @@ def test_a_library_that_kills_or_hangs_its_process_is_a_finding(
     code: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", code], **more))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **more: real([sys.executable, "-c", code], **more)
+    )
     monkeypatch.setattr(doctor, "ALONE_SECONDS", 2)
     check = doctor._examine("llama.cpp")
-    assert check["ok"] is False and said in check["found"] and check["mend"]
+    assert check["ok"] is False and said in check["found"] and check["fix"]
 
 
 def test_versions_that_drifted_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "requirements.txt").write_text("# pins\npytest==0.1\nno-such-package==2.0\npydantic>=1\n")
+    (tmp_path / "requirements.txt").write_text(
+        "# pins\npytest==0.1\nno-such-package==2.0\npydantic>=1\n"
+    )
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     check = doctor._examine("packages")
-    assert check["ok"] is False and check["mend"] == "python -m pip install -r requirements.txt"
+    assert check["ok"] is False and check["fix"] == "python -m pip install -r requirements.txt"
     for said in ("(pinned 0.1)", "no-such-package missing (pinned 2.0)"):
         assert said in check["found"]
     assert "pydantic" not in check["found"]
 
 
-def test_a_packaged_model_that_was_damaged_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_model_that_was_damaged_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kit import models
 
     copy = tmp_path / "cut.gguf"
@@ -90,7 +108,11 @@ def test_a_packaged_model_that_was_damaged_is_found(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(models, "gguf_file", lambda name: copy)
     monkeypatch.setattr(doctor, "ALONE", set())
     check = doctor._examine("llama.cpp")
-    assert check["ok"] is False and "ValueError" in check["found"] and "--force-reinstall" in check["mend"]
+    assert (
+        check["ok"] is False
+        and "ValueError" in check["found"]
+        and "--force-reinstall" in check["fix"]
+    )
 
 
 def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

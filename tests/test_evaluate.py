@@ -23,8 +23,11 @@ from kit.prompts import template_hash
 from tests.conftest import ROOT
 
 
-def row(id, verdicts, finish="stop", text="x", tokens=10, **fields):
-    samples = [Sample(text=text, verdict=verdict, finish=finish, tokens=tokens) for verdict in verdicts]
+def row(id, verdicts, finish_reason="stop", text="x", tokens=10, **fields):
+    samples = [
+        Sample(text=text, verdict=verdict, finish_reason=finish_reason, tokens=tokens)
+        for verdict in verdicts
+    ]
     return EvalRow(id=id, question="q", answer="1", samples=tuple(samples), **fields)
 
 
@@ -32,14 +35,19 @@ def row(id, verdicts, finish="stop", text="x", tokens=10, **fields):
 def settings(tmp_path):
     """A config of one dataset of 12 problems for the scripted stand-in; made into a run by `opened`."""
     problems = [
-        {"id": f"p{n}", "question": f"What is {n} plus {n}, for number {n}?", "answer": str(2 * n), "level": n % 3}
+        {
+            "id": f"p{n}",
+            "question": f"What is {n} plus {n}, for number {n}?",
+            "answer": str(2 * n),
+            "level": n % 3,
+        }
         for n in range(12)
     ]
     data, answers = tmp_path / "sums.jsonl", tmp_path / "answers.json"
     data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     answers.write_text(json.dumps({problem["question"]: problem["answer"] for problem in problems}))
     fields = {"question": "question", "answer": "answer", "id": "id"}
-    engine = {"backend": "scripted", "model": str(answers), "parallel": 1}
+    engine = {"backend": "scripted", "model": str(answers), "max_num_seqs": 1}
     return {
         "out": str(tmp_path / "run"),
         "student": engine,
@@ -56,7 +64,9 @@ def trained(run, template=None):
     """Give a run a finished training with the prompts of now, or of another template."""
     run.begin("train", "rows", lambda: "adapter-1")
     run.finish("train", "adapter-1", 1, 1)
-    run.record(template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False))
+    run.record(
+        template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False)
+    )
 
 
 def test_zero_shot_grades_the_base_model(settings):
@@ -65,13 +75,23 @@ def test_zero_shot_grades_the_base_model(settings):
         stage = run.manifest["stages"]["eval"]
         summary = json.loads(json.dumps(stage["summary"]))
         [found] = summary["scores"]
-        assert (found["which"], found["dataset"], found["n"], found["samples"]) == ("before", "sums", 12, 36)
-        rows = run.rows(file_name(run.config.eval.model, "before", "sums"), EvalRow)
+        assert (found["which"], found["dataset"], found["n"], found["samples"]) == (
+            "base",
+            "sums",
+            12,
+            36,
+        )
+        rows = run.rows(file_name(run.config.eval.model, "base", "sums"), EvalRow)
         right = sum(sample.verdict == "correct" for r in rows for sample in r.samples)
         assert found["accuracy"] == pytest.approx(right / 36, abs=1e-4) and 0 < right < 36
-        assert set(found["verdicts"]) == {"correct", "wrong", "unparsed"} and sum(found["verdicts"].values()) == 36
-        assert found["low"] < found["accuracy"] < found["high"] and list(found["pass_at"]) == ["1", "2", "3"]
-        assert 0 < found["cap_hit_ratio"] < 1 and summary["comparisons"] == []
+        assert (
+            set(found["verdicts"]) == {"correct", "wrong", "unparsed"}
+            and sum(found["verdicts"].values()) == 36
+        )
+        assert found["ci_low"] < found["accuracy"] < found["ci_high"] and list(
+            found["pass_at"]
+        ) == ["1", "2", "3"]
+        assert 0 < found["truncated_ratio"] < 1 and summary["comparisons"] == []
         assert (stage["rows_in"], stage["rows_out"], stage["done"]) == (12, 12, True)
 
 
@@ -80,13 +100,19 @@ def test_before_and_after_are_compared(settings):
         trained(run)
         evaluate(run)
         summary = run.manifest["stages"]["eval"]["summary"]
-        assert [found["which"] for found in summary["scores"]] == ["before", "after"]
+        assert [found["which"] for found in summary["scores"]] == ["base", "tuned"]
         [compared] = summary["comparisons"]
-        assert compared["n"] == 12 and compared["difference"] == 0  # the stand-in is the same model twice
-        assert compared["p_value"] == 1 and compared["low"] < 0 < compared["high"] and 0 < compared["detectable"] <= 1
+        assert (
+            compared["n"] == 12 and compared["difference"] == 0
+        )  # the stand-in is the same model twice
+        assert (
+            compared["p_value"] == 1
+            and compared["ci_low"] < 0 < compared["ci_high"]
+            and 0 < compared["min_detectable_difference"] <= 1
+        )
         assert {path.name for path in (run.folder / "eval").iterdir()} == {
-            "answers.json-before-sums.jsonl",
-            "answers.json-after-sums.jsonl",
+            "answers.json-base-sums.jsonl",
+            "answers.json-tuned-sums.jsonl",
         }
 
 
@@ -118,7 +144,7 @@ def test_another_grader_redoes_it(settings):
 def test_a_deleted_row_is_made_again_alike(settings):
     with opened(settings, method="zero-shot") as run:
         evaluate(run)
-        path = run.folder / file_name(run.config.eval.model, "before", "sums")
+        path = run.folder / file_name(run.config.eval.model, "base", "sums")
         lines = path.read_text().splitlines(keepends=True)
         first = run.manifest["stages"]["eval"]
         path.write_text("".join(lines[:7]))
@@ -162,7 +188,9 @@ def test_prompts_too_long_are_set_aside_one_by_one(settings, monkeypatch):
         assert stage["summary"]["rejected"] == {"generation failed": 1} and stage["rows_out"] == 11
         [found] = stage["summary"]["scores"]
         assert found["n"] == 12 and found["rejected"] == 1 and found["samples"] == 33
-        rows = {r.id: r for r in run.rows(file_name(run.config.eval.model, "before", "sums"), EvalRow)}
+        rows = {
+            r.id: r for r in run.rows(file_name(run.config.eval.model, "base", "sums"), EvalRow)
+        }
         assert "99 tokens" in rows["p3"].detail
 
 
@@ -170,7 +198,7 @@ def test_score_counts_what_it_says():
     rows = [
         row("a", ["correct", "wrong"], level="1", subject="x"),
         row("b", ["correct", "correct"], level="1", tokens=30),
-        row("c", ["unparsed", "timeout"], finish="length", level="2"),
+        row("c", ["unparsed", "timeout"], finish_reason="length", level="2"),
         row("d", [], rejected="generation failed"),
     ]
     found = score(rows)
@@ -178,24 +206,36 @@ def test_score_counts_what_it_says():
     assert found["accuracy"] == pytest.approx((0.5 + 1 + 0 + 0) / 4)
     assert found["pass_at"] == {"1": 0.375, "2": 0.5}
     assert found["verdicts"] == {"correct": 3, "wrong": 1, "unparsed": 1, "timeout": 1}
-    assert found["cap_hit_ratio"] == pytest.approx(1 / 3, abs=1e-4) and found["loop_ratio"] == 0
+    assert found["truncated_ratio"] == pytest.approx(1 / 3, abs=1e-4) and found["loop_ratio"] == 0
     assert found["mean_tokens"] == pytest.approx(100 / 6, abs=1e-3)
     assert found["accuracy_completed"] == 0.75
-    assert {name: group["accuracy"] for name, group in found["by_level"].items()} == {"1": 0.75, "2": 0.0}
+    assert {name: group["accuracy"] for name, group in found["by_level"].items()} == {
+        "1": 0.75,
+        "2": 0.0,
+    }
     assert list(found["by_subject"]) == ["x"] and found["by_subject"]["x"]["n"] == 1
     assert json.loads(json.dumps(found)) == found
 
 
 def test_score_of_nothing_says_so():
     found = score([])
-    assert (found["n"], found["low"], found["high"], found["accuracy_completed"]) == (0, 0.0, 1.0, None)
+    assert (found["n"], found["ci_low"], found["ci_high"], found["accuracy_completed"]) == (
+        0,
+        0.0,
+        1.0,
+        None,
+    )
 
 
 def test_loops_are_seen_in_text_without_spaces():
-    assert loops(Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish="length"))
-    assert not loops(Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish="stop"))
-    assert not loops(Sample(text=" ".join(map(str, range(500))), verdict="unparsed", finish="length"))
-    assert loops(Sample(text="x", verdict="unparsed", finish="loop"))
+    assert loops(Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish_reason="length"))
+    assert not loops(
+        Sample(text="so 3/24" + "=3/24" * 40, verdict="unparsed", finish_reason="stop")
+    )
+    assert not loops(
+        Sample(text=" ".join(map(str, range(500))), verdict="unparsed", finish_reason="length")
+    )
+    assert loops(Sample(text="x", verdict="unparsed", finish_reason="loop"))
 
 
 def test_models_are_compared_on_shared_problems_only():
@@ -210,14 +250,18 @@ def test_backend_is_loaded_only_for_work(settings, monkeypatch):
         evaluate(run)
         first = run.manifest["stages"]["eval"]
         run.manifest["stages"]["eval"] = {**first, "done": False}  # killed behind its last row
-        monkeypatch.setattr("kit.sampling.open_backend", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(
+            "kit.sampling.open_backend", lambda *_, **__: pytest.fail("a model was loaded")
+        )
         evaluate(run)
         again = run.manifest["stages"]["eval"]
         assert again["done"] and again["output"] == first["output"]
 
 
 def write(path, *rows):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows)
+    )
     return path
 
 
@@ -237,15 +281,31 @@ def test_grade_reads_our_rows_and_others(tmp_path):
         tmp_path / "a.jsonl",
         {"answer": "8", "outputs": [r"\boxed{8}", r"\boxed{9}"], "labels": [1, 1]},
         {"gold": 8, "prediction": r"\boxed{8}", "label": True},
-        {"answer": "6+2\n#### 8", "samples": [{"text": r"\boxed{7}", "verdict": "wrong"}], "sha": "x"},
+        {
+            "answer": "6+2\n#### 8",
+            "samples": [{"text": r"\boxed{7}", "verdict": "wrong"}],
+            "sha": "x",
+        },
     )
     found = grade_file(path)
-    assert (found["problems"], found["samples"], found["verdicts"]) == (3, 4, {"correct": 2, "wrong": 2})
+    assert (found["problems"], found["samples"], found["verdicts"]) == (
+        3,
+        4,
+        {"correct": 2, "wrong": 2},
+    )
     assert found["agreement"] == {"agree": 3, "of": 4}
     [differ] = found["differ"]
-    assert (differ["line"], differ["sample"], differ["verdict"], differ["answer"]) == (1, 1, "wrong", "9")
+    assert (differ["line"], differ["sample"], differ["verdict"], differ["answer"]) == (
+        1,
+        1,
+        "wrong",
+        "9",
+    )
     assert (
-        grade_file(write(tmp_path / "b.jsonl", {"answer": "B", "response": r"\boxed{(B)}"}), "choice")["accuracy"] == 1
+        grade_file(
+            write(tmp_path / "b.jsonl", {"answer": "B", "response": r"\boxed{(B)}"}), "choice"
+        )["accuracy"]
+        == 1
     )
 
 
@@ -254,7 +314,10 @@ def test_grade_reads_our_rows_and_others(tmp_path):
     [
         ('{"answer": "8", "outp', "line 2 cannot be graded: Unterminated string"),
         ('{"output": "8"}', "line 2 .* lacks an answer .*; its keys are output"),
-        ('{"answer": "8", "text_": "8"}', "line 2 .* lacks an answer or outputs .*outputs: samples outputs"),
+        (
+            '{"answer": "8", "text_": "8"}',
+            "line 2 .* lacks an answer or outputs .*outputs: samples outputs",
+        ),
         ('{"answer": "8", "output": [1]}', "line 2 .* lacks an answer or outputs that are text"),
         ('{"answer": " ", "output": "8"}', "line 2 .* lacks an answer"),
         ('{"answer": "8", "output": ["8", "9"], "label": [1]}', "2 outputs and 1 labels"),

@@ -44,7 +44,9 @@ def test_merged_weights_answer_as_the_adapter_does(trained: Path, exported: dict
     merged = AutoModelForCausalLM.from_pretrained(exported["merged"])
     base = AutoModelForCausalLM.from_pretrained(_base(trained))
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert (merged.state_dict()[name] - base.state_dict()[name]).abs().max() > 0  # the adapter is in it
+    assert (
+        merged.state_dict()[name] - base.state_dict()[name]
+    ).abs().max() > 0  # the adapter is in it
 
 
 def test_a_gguf_answers_in_llama_cpp_as_the_merged_weights_do(exported: dict[str, Any]) -> None:
@@ -54,10 +56,14 @@ def test_a_gguf_answers_in_llama_cpp_as_the_merged_weights_do(exported: dict[str
 
 
 def _base(folder: Path) -> str:
-    return json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return json.loads((folder / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
 
 
-def test_a_merge_that_went_wrong_shows(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_went_wrong_shows(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
@@ -73,7 +79,10 @@ def test_answers_are_compared_token_by_token() -> None:
 def test_no_adapter_and_a_base_stored_in_four_bits_are_refused_early(trained: Path) -> None:
     path = Path(_base(trained)) / "config.json"
     plain = path.read_text()
-    stored = {**json.loads(plain), "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    stored = {
+        **json.loads(plain),
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
     path.write_text(json.dumps(stored))
     try:
         with pytest.raises(KitError, match="stored quantized"):
@@ -100,10 +109,18 @@ def test_a_converter_that_cannot_be_installed_names_the_command(
 
 
 @pytest.mark.slow
-def test_the_packaged_models_gguf_answers_in_llama_cpp_as_the_merged_model_does(tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", "smollm2-135m", dtype="nf4", max_steps=3, batch_rows=2, learning_rate=1e-3)
+def test_the_packaged_models_gguf_answers_in_llama_cpp_as_the_merged_model_does(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        tmp_path / "run", "smollm2-135m", dtype="nf4", max_steps=3, batch_size=2, learning_rate=1e-3
+    )
     run_stage(config, rows(8))
     result = export(config.folder, Progress(), "gguf")
     print(json.dumps(result))
-    assert result["prompts"] == 8 and result["new_tokens"] == 64 and result["as_adapter"]["equal_answers"] == 8
+    assert (
+        result["prompts"] == 8
+        and result["new_tokens"] == 64
+        and result["as_adapter"]["equal_answers"] == 8
+    )
     assert result["as_merged"]["equal_answers"] >= 6 and result["as_merged"]["equal_tokens"] > 0.8

@@ -30,7 +30,7 @@ def start(config, out, seconds=0.0):
     )
 
 
-def ended(process, code, timeout=120):
+def check_stop(process, code, timeout=120):
     """What a process said, which must have ended with this code and no traceback."""
     said = process.communicate(timeout=timeout)[1]
     assert process.returncode == code and "Traceback" not in said and "a defect" not in said, said
@@ -53,7 +53,7 @@ def whole(tmp_path_factory):
     """A config, and the run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("faults")
     config = write_config(folder, "palign")
-    ended(start(config, folder / "whole"), 0)
+    check_stop(start(config, folder / "whole"), 0)
     return config, folder / "whole"
 
 
@@ -62,9 +62,13 @@ def mount(tmp_path):
     """A tmpfs of 4 MB; skipped where it cannot be mounted, which CI takes for a failure."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no tmpfs can be mounted: {done.stderr.decode()}")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"no tmpfs can be mounted: {done.stderr.decode()}"
+        )
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -73,9 +77,9 @@ def test_ctrl_c_ends_a_stage_and_says_how_to_go_on(whole, tmp_path):
     process = start(whole[0], tmp_path / "run", 0.1)
     wait_for_rows(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    assert "run the same command again to go on" in ended(process, 130, SECONDS)
+    assert "run the same command again to go on" in check_stop(process, 130, SECONDS)
     kept = rows(tmp_path / "run")
-    ended(start(whole[0], tmp_path / "run"), 0)
+    check_stop(start(whole[0], tmp_path / "run"), 0)
     assert 3 <= len(kept) < 24 and rows(tmp_path / "run")[: len(kept)] == kept
     assert steady(tmp_path / "run") == steady(whole[1])
 
@@ -83,38 +87,44 @@ def test_ctrl_c_ends_a_stage_and_says_how_to_go_on(whole, tmp_path):
 @pytest.mark.parametrize(("patience", "presses"), [(0.2, 1), (600, 2)])
 def test_code_that_swallows_ctrl_c_ends_when_patience_does_or_at_the_second(patience, presses):
     code = (
-        f"from kit import interrupts\nimport time\ninterrupts.PATIENCE_SECONDS = {patience}\ninterrupts.watch()\n"
+        f"from kit.core import interrupts\nimport time\ninterrupts.PATIENCE_SECONDS = {patience}\ninterrupts.watch()\n"
         "while True:\n try:\n  print('working', flush=True)\n  time.sleep(600)\n except KeyboardInterrupt:\n  pass\n"
     )
     run = [sys.executable, "-c", code]
-    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     for _ in range(presses):
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
-    assert "Interrupted" in ended(process, 130, SECONDS)
+    assert "Interrupted" in check_stop(process, 130, SECONDS)
 
 
 def test_a_full_disk_is_said_loses_no_row_and_goes_on_when_there_is_room(whole, mount):
     ballast = mount / "ballast"
     ballast.write_bytes(bytes(4 * 2**20 - 96 * 1024))
-    said = ended(start(whole[0], mount / "run"), 1)
+    said = check_stop(start(whole[0], mount / "run"), 1)
     assert "could not be written: No space left on device. Every finished row is safe." in said
     assert said.strip().splitlines()[-1].startswith("palign: ")
     kept = rows(mount / "run")
     ballast.unlink()
-    ended(start(whole[0], mount / "run"), 0)
-    assert kept and rows(mount / "run")[: len(kept)] == kept and steady(mount / "run") == steady(whole[1])
+    check_stop(start(whole[0], mount / "run"), 0)
+    assert (
+        kept
+        and rows(mount / "run")[: len(kept)] == kept
+        and steady(mount / "run") == steady(whole[1])
+    )
 
 
 def test_a_disk_that_is_full_from_the_start(whole, mount):
     (mount / "ballast").write_bytes(bytes(4 * 2**20 - 4096))
-    assert "No space left on device" in ended(start(whole[0], mount / "run"), 1)
+    assert "No space left on device" in check_stop(start(whole[0], mount / "run"), 1)
 
 
 def test_a_read_only_disk_is_said_at_once(whole, mount):
-    ended(start(whole[0], mount / "run"), 0)
+    check_stop(start(whole[0], mount / "run"), 0)
     subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
-    assert "cannot be written: Read-only file system. Choose another with out=DIR" in ended(
+    assert "cannot be written: Read-only file system. Choose another with out=DIR" in check_stop(
         start(whole[0], mount / "run"), 1
     )
 
@@ -123,7 +133,7 @@ def test_a_folder_that_vanishes_is_said_and_goes_on_when_it_is_back(whole, tmp_p
     process = start(whole[0], tmp_path / "run", 0.1)
     wait_for_rows(process, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "gone")
-    assert "could not be written: No such file or directory" in ended(process, 1)
+    assert "could not be written: No such file or directory" in check_stop(process, 1)
     (tmp_path / "gone").rename(tmp_path / "run")
-    ended(start(whole[0], tmp_path / "run"), 0)
+    check_stop(start(whole[0], tmp_path / "run"), 0)
     assert steady(tmp_path / "run") == steady(whole[1])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from kit import data, prompts
 from kit.core import config
-from kit.core.config import Config, Source
+from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem, Sample, TraceRow
 from kit.core.storage import RowFile, line_of
@@ -30,13 +30,19 @@ EXAMPLES = int(os.environ.get("PALIGN_FUZZ", "50"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 ANY = st.text(st.characters(), max_size=120)  # lone surrogates and control characters included
 MATHS = st.lists(
     st.sampled_from(
         r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . ... ! ? 。 <<1+1=2>> "
-        r"#### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. <think> </think> <End_of_Prefix>".split(" ")
+        r"#### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. <think> </think> <End_of_Prefix>".split(
+            " "
+        )
     )
     | ANY
     | st.sampled_from(["\n", "\n\n", " ", "\\", "\x00", "\ud800"]),
@@ -47,7 +53,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
     max_leaves=8,
 )
-KEYS = sorted({key for keys in data.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
+KEYS = sorted(
+    {key for keys in data.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"}
+)
 
 
 @fuzz
@@ -69,13 +77,29 @@ def test_answer_extraction(text: str, verifier: str) -> None:
 LEAVES = sorted(config.flat(Config()))
 PATHS = st.sampled_from(LEAVES) | st.sampled_from([leaf.rsplit(".", 1)[0] for leaf in LEAVES]) | ANY
 VALUES = st.sampled_from(
-    ["1", "0", "-1", "true", "hf", "nf4", "null", "{}", "[]", "{path: x}", "[a, b]", "1e999", ".nan"]
+    [
+        "1",
+        "0",
+        "-1",
+        "true",
+        "hf",
+        "nf4",
+        "null",
+        "{}",
+        "[]",
+        "{path: x}",
+        "[a, b]",
+        "1e999",
+        ".nan",
+    ]
 )
 OVERRIDES = st.lists(st.tuples(PATHS, VALUES | ANY).map("=".join) | ANY, max_size=5)
 
 
 @fuzz
-@given(JSON | st.dictionaries(st.sampled_from(list(Config.model_fields)), JSON, max_size=4), OVERRIDES)
+@given(
+    JSON | st.dictionaries(st.sampled_from(list(Config.model_fields)), JSON, max_size=4), OVERRIDES
+)
 def test_config(tmp_path: Path, raw: Any, overrides: list[str]) -> None:
     path = tmp_path / "config.yaml"
     try:
@@ -108,7 +132,9 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), JSON | MATHS, max_size=6)
 SOURCES = st.fixed_dictionaries(
     {},
     optional={
-        "fields": st.dictionaries(st.sampled_from([*data.ROLES]), st.sampled_from(KEYS), max_size=3),
+        "fields": st.dictionaries(
+            st.sampled_from([*data.ROLES]), st.sampled_from(KEYS), max_size=3
+        ),
         "limit": st.integers(1, 5),
         "seed": st.integers(),
         "stratify": st.sampled_from(["level", "subject", "id", "x"]),
@@ -116,7 +142,7 @@ SOURCES = st.fixed_dictionaries(
 )
 
 
-def check_source(source: Source, traces: bool) -> None:
+def check_source(source: DatasetConfig, traces: bool) -> None:
     """What is read is whole: text without surrogates, ids of its own, everything else accounted for."""
     try:
         reading = data.read(source, 0, traces=traces)
@@ -130,24 +156,30 @@ def check_source(source: Source, traces: bool) -> None:
         assert problem.question.strip() and problem.answer.strip()
         assert line_of(problem).encode()
         assert not traces or problem.trace
-    assert all(gone["id"] and gone["reason"] and gone["detail"].encode() for gone in reading.rejected)
+    assert all(
+        gone["id"] and gone["reason"] and gone["detail"].encode() for gone in reading.rejected
+    )
 
 
 @fuzz
 @given(ROWS, SOURCES, st.booleans())
-def test_rows_of_any_shape(tmp_path: Path, rows: list[Any], source: dict[str, Any], traces: bool) -> None:
+def test_rows_of_any_shape(
+    tmp_path: Path, rows: list[Any], source: dict[str, Any], traces: bool
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    check_source(Source(path=str(path), **source), traces)
+    check_source(DatasetConfig(path=str(path), **source), traces)
 
 
 @fuzz
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_files_of_any_bytes(tmp_path: Path, junk: bytes, where: int) -> None:
     path = tmp_path / "rows.jsonl"
-    sound = b"".join(b'{"question": "How much is %d?", "answer": "%d"}\n' % (i, i) for i in range(8))
-    path.write_bytes(sound[:where] + junk + sound[where:])
-    check_source(Source(path=str(path)), False)
+    replace_surrogates = b"".join(
+        b'{"question": "How much is %d?", "answer": "%d"}\n' % (i, i) for i in range(8)
+    )
+    path.write_bytes(replace_surrogates[:where] + junk + replace_surrogates[where:])
+    check_source(DatasetConfig(path=str(path)), False)
 
 
 @fuzz
@@ -156,7 +188,7 @@ def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path
     assume(path not in ("builtin", "holdout"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KitError):
-        data.read(Source(path=path), 0)
+        data.read(DatasetConfig(path=path), 0)
 
 
 @fuzz
@@ -164,10 +196,18 @@ def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path
 def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> None:
     """Rows that are read back are rows that were written; whatever else was in the file is set aside and named."""
     texts = draw.draw(
-        st.lists(MATHS.map(lambda text: text.encode("utf-8", "replace").decode()), min_size=1, max_size=4)
+        st.lists(
+            MATHS.map(lambda text: text.encode("utf-8", "replace").decode()), min_size=1, max_size=4
+        )
     )
     rows = [
-        TraceRow(id=f"r{i}", question=text, answer="1", samples=(Sample(text=text, verdict="wrong"),), kept=())
+        TraceRow(
+            id=f"r{i}",
+            question=text,
+            answer="1",
+            samples=(Sample(text=text, verdict="wrong"),),
+            kept=(),
+        )
         for i, text in enumerate(texts)
     ]
     path = tmp_path / "rows.jsonl"
@@ -181,7 +221,9 @@ def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> N
     found = file.read()
     assert all(row in rows for row in found)
     assert file.damaged or len(found) == len(rows) or (start, end) != (end, start)
-    assert RowFile(path, TraceRow).read() == found  # mended: the second reading finds nothing damaged
+    assert (
+        RowFile(path, TraceRow).read() == found
+    )  # mended: the second reading finds nothing damaged
     file.append(*[row for row in rows if row not in found])
     assert sorted(RowFile(path, TraceRow).read(), key=lambda row: row.id) == rows
 
@@ -207,7 +249,9 @@ CHATML = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
-NAMES = st.sampled_from(["<|im_end|>", "<|im_start|>", "<s>", "\ue000", "\ue0000\ue001", "{{ x }}", "{% y %}", "</s>"])
+NAMES = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<s>", "\ue000", "\ue0000\ue001", "{{ x }}", "{% y %}", "</s>"]
+)
 TALK = st.lists(NAMES | MATHS, max_size=6).map("".join)
 
 
@@ -232,11 +276,15 @@ def as_special(ids: Sequence[int]) -> str:
 
 @fuzz
 @given(TALK, st.none() | TALK, TALK)
-def test_rendering_for_the_packaged_model(tokenizer: Any, user: str, system: str | None, answer: str) -> None:
+def test_rendering_for_the_packaged_model(
+    tokenizer: Any, user: str, system: str | None, answer: str
+) -> None:
     """However often special tokens are named in what is said, only the template's own are in the prompt."""
     user, answer = (text.encode("utf-8", "replace").decode() for text in (user, answer))
     system = system.encode("utf-8", "replace").decode() if system else None
-    special = {tokenizer.encode(name)[0] for name in tokenizer.special if len(tokenizer.encode(name)) == 1}
+    special = {
+        tokenizer.encode(name)[0] for name in tokenizer.special if len(tokenizer.encode(name)) == 1
+    }
     ids = prompts.render(tokenizer, user, system, answer)
     plain = prompts.render(tokenizer, "x", "x" if system else None, "x" if answer else "")
     assert sum(i in special for i in ids) == sum(i in special for i in plain)
@@ -250,7 +298,9 @@ def tokenizer() -> Any:
 
 
 @fuzz
-@given(st.sampled_from(["judge", "draft", "compare", "instruction", "forced"]), TALK, TALK, TALK)
+@given(
+    st.sampled_from(["judge", "draft", "compare", "instruction", "answer_cue"]), TALK, TALK, TALK
+)
 def test_prompt_texts(name: str, text: str, question: str, prefix: str) -> None:
     try:
         template = prompts.text_of(config.resolve({"prompts": {name: text}}, "fuzz").prompts, name)

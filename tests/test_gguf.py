@@ -14,16 +14,18 @@ import pytest
 
 from kit import prompts
 from kit.backends import open_backend
-from kit.backends.base import Completion, Generation, Probe, Request, looping
+from kit.backends.base import Completion, Generation, Request, ScoreRequest, looping
 from kit.backends.gguf import GgufBackend, library
 from kit.backends.gguf_generate import draw
-from kit.core.config import Engine, Prompts, Sampling
+from kit.core.config import ModelConfig, Prompts, Sampling
 from kit.core.errors import KitError
 from kit.judging.sentences import ends
 from kit.models import gguf_file
 
-NEAR_TIE = 0.05  # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
-ENGINE = Engine(backend="gguf", context_tokens=2048, parallel=6, threads=1)
+NEAR_TIE = (
+    0.05  # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
+)
+ENGINE = ModelConfig(backend="gguf", context_tokens=2048, max_num_seqs=6, n_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,9 @@ def asked(backend: GgufBackend, count: int, sampling: Sampling, n: int = 1) -> l
     return [Request(f"r{i}", prompt, sampling, n=n, seed=3) for i, prompt in enumerate(ids)]
 
 
-def read(backend: GgufBackend, probes: list[Probe], fresh: bool = False) -> list:
+def read(backend: GgufBackend, probes: list[ScoreRequest], fresh: bool = False) -> list:
     with closing(backend.session(fresh)) as session:
-        return session.read(probes)
+        return session.score(probes)
 
 
 def by_id(results: Iterator[Generation]) -> dict[str, Generation]:
@@ -53,9 +55,12 @@ def margins(readings: list) -> np.ndarray:
     return np.array([reads[0][0] - reads[0][1] for reads in readings])
 
 
-def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[list[Probe]]:
+def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[list[ScoreRequest]]:
     """The judging probes of the shortest real traces, at every so many sentences and at the end."""
-    rows = [json.loads(line) for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     encode = backend.tokenizer.encode
     labels = encode("[ENOUGH]", False), encode("[NOT_ENOUGH]", False)
     same = next(i for i, (a, b) in enumerate(zip(*labels, strict=False)) if a != b)
@@ -64,9 +69,11 @@ def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[l
         cuts = ends(row["long_cot"])
         probes = []
         for cut in sorted({*cuts[every - 1 :: every], cuts[-1]}):
-            text = prompts.fill(prompts.words()["judge"], question=row["question"], prefix=row["long_cot"][:cut])
+            text = prompts.fill(
+                prompts.words()["judge"], question=row["question"], prefix=row["long_cot"][:cut]
+            )
             ids = (*prompts.render(backend.tokenizer, text), *labels[0][:same])
-            probes.append(Probe(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))
+            probes.append(ScoreRequest(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))
         found.append(probes)
     return found
 
@@ -76,43 +83,53 @@ def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) ->
     for probes in judged(backend, shared, count=1, every=8):
         fresh = margins(read(backend, probes, fresh=True))
         with closing(backend.session()) as scan:
-            worst = max(worst, np.abs(margins(scan.read(probes)) - fresh).max())
-        assert scan.cost.evaluated_tokens < len(probes[-1].ids) + 16 * len(probes)
+            worst = max(worst, np.abs(margins(scan.score(probes)) - fresh).max())
+        assert scan.cost.prefill_tokens < len(probes[-1].ids) + 16 * len(probes)
         binary, order = backend.session(), [len(probes) // 2, 0, len(probes) - 1, 1]
-        worst = max(worst, *(abs(margins(binary.read([probes[i]]))[0] - fresh[i]) for i in order))
-        assert binary.cost.evaluated_tokens < len(probes[-1].ids) + 16 * len(order)
-    again = binary.read([probes[-1]])  # all of it is held, and two tokens are evaluated all the same
+        worst = max(worst, *(abs(margins(binary.score([probes[i]]))[0] - fresh[i]) for i in order))
+        assert binary.cost.prefill_tokens < len(probes[-1].ids) + 16 * len(order)
+    again = binary.score(
+        [probes[-1]]
+    )  # all of it is held, and two tokens are evaluated all the same
     worst = max(worst, abs(margins(again)[0] - fresh[-1]))
     binary.close()
     print(f"largest difference of cached and fresh margins: {worst:.2g}")
     assert worst < 1e-3
 
 
-def test_nothing_past_the_furthest_boundary_is_evaluated(backend: GgufBackend, shared: Path) -> None:
+def test_nothing_past_the_furthest_boundary_is_evaluated(
+    backend: GgufBackend, shared: Path
+) -> None:
     [probes] = judged(backend, shared, count=1, every=6)
     session = backend.session()
-    session.read([probes[2]])
-    session.read([probes[0]])
-    assert session.cost.evaluated_tokens < len(probes[2].ids) + 16
-    assert session.cost.evaluated_tokens + session.cost.reused_tokens == len(probes[2].ids) + len(probes[0].ids)
+    session.score([probes[2]])
+    session.score([probes[0]])
+    assert session.cost.prefill_tokens < len(probes[2].ids) + 16
+    assert session.cost.prefill_tokens + session.cost.cached_tokens == len(probes[2].ids) + len(
+        probes[0].ids
+    )
     session.close()
 
 
 def test_reads_along_one_probe(backend: GgufBackend) -> None:
     ids = tuple(backend.tokenizer.encode("One plus one is two, and two plus two is four."))
     reads = tuple((p, (ids[p + 1],)) for p in range(4, len(ids) - 1))
-    together = read(backend, [Probe(ids, reads)])[0]
+    together = read(backend, [ScoreRequest(ids, reads)])[0]
     session = backend.session()
-    apart = [session.read([Probe(ids[: p + 1], ((p, wanted),))])[0][0] for p, wanted in reads]
+    apart = [
+        session.score([ScoreRequest(ids[: p + 1], ((p, wanted),))])[0][0] for p, wanted in reads
+    ]
     assert np.abs(np.array(together) - np.array(apart)).max() < 1e-3
-    whole = session.read([Probe(ids, ((len(ids) - 1, tuple(range(backend.tokenizer.size))),))])[0][0]
+    whole = session.score(
+        [ScoreRequest(ids, ((len(ids) - 1, tuple(range(backend.tokenizer.size))),))]
+    )[0][0]
     assert np.exp(whole).sum() == pytest.approx(1, abs=1e-6)
     session.close()
 
 
 def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> None:
     """Of the same weights, dequantized: labels, by a threshold amid the margins, differ at near-ties alone."""
-    hf = open_backend(Engine(backend="hf", model=ENGINE.model))
+    hf = open_backend(ModelConfig(backend="hf", model=ENGINE.model))
     [probes] = judged(backend, shared, count=1, every=2)
     ours, theirs = margins(read(backend, probes)), margins(read(hf, probes))
     hf.close()
@@ -136,7 +153,9 @@ def test_flash_attention_keeps_labels(shared: Path) -> None:
     for probes in judged(flash, shared, count=3, every=4):
         fresh = margins(read(flash, probes, fresh=True))
         cached = margins(read(flash, probes))
-        print(f"with flash attention: {np.abs(cached - fresh).max():.2g} between cached and fresh margins")
+        print(
+            f"with flash attention: {np.abs(cached - fresh).max():.2g} between cached and fresh margins"
+        )
         assert ((cached >= 0) == (fresh >= 0)).all()
     flash.close()
 
@@ -147,10 +166,12 @@ def test_a_cache_that_refuses_to_be_cut_is_recomputed(
     probes = judged(backend, shared, count=1, every=8)[0][:2]
     expected = margins(read(backend, probes))
     refuse, lib = library().llama_memory_seq_rm, library()
-    monkeypatch.setattr(lib, "llama_memory_seq_rm", lambda m, s, a, b: a <= 0 and refuse(m, s, a, b))
+    monkeypatch.setattr(
+        lib, "llama_memory_seq_rm", lambda m, s, a, b: a <= 0 and refuse(m, s, a, b)
+    )
     session = backend.session()
-    assert np.abs(margins(session.read(probes)) - expected).max() < 1e-3
-    assert session.cost.reused_tokens == 0
+    assert np.abs(margins(session.score(probes)) - expected).max() < 1e-3
+    assert session.cost.cached_tokens == 0
     session.close()
     assert any("cannot be cut" in note for note in backend.notes)
 
@@ -158,7 +179,7 @@ def test_a_cache_that_refuses_to_be_cut_is_recomputed(
 def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> None:
     requests = asked(backend, 8, Sampling(temperature=0, max_new_tokens=24))
     many = by_id(backend.generate(requests))
-    backend.engine = ENGINE.model_copy(update={"parallel": 1})
+    backend.engine = ENGINE.model_copy(update={"max_num_seqs": 1})
     one = by_id(backend.generate(requests))
     backend.engine = ENGINE
     ties = 0
@@ -169,7 +190,9 @@ def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> Non
         at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         assert at is not None, "one is the other's beginning: the end token came early"
         ids = (*request.prompt, *first[:at])
-        a, b = read(backend, [Probe(ids, ((len(ids) - 1, (first[at], second[at])),))], fresh=True)[0][0]
+        a, b = read(
+            backend, [ScoreRequest(ids, ((len(ids) - 1, (first[at], second[at])),))], fresh=True
+        )[0][0]
         assert abs(a - b) < NEAR_TIE
         ties += 1
     print(f"{ties} of {len(requests)} greedy outputs part, each at a gap under {NEAR_TIE} nats")
@@ -183,13 +206,17 @@ def test_samples_share_their_prefill_and_have_their_own_seeds(backend: GgufBacke
     shortest = min(len(request.prompt) for request in requests)
     for request in requests:
         result = results[request.id]
-        assert result.prompt_tokens == len(request.prompt) >= result.evaluated_tokens > 0
+        assert result.prompt_tokens == len(request.prompt) >= result.prefill_tokens > 0
         assert len({sample.ids for sample in result.completions}) > 1
-    assert results["r0"].evaluated_tokens == len(requests[0].prompt)
-    assert results["r1"].evaluated_tokens < len(requests[1].prompt) - 8 < shortest + 100  # the shared beginning
+    assert results["r0"].prefill_tokens == len(requests[0].prompt)
+    assert (
+        results["r1"].prefill_tokens < len(requests[1].prompt) - 8 < shortest + 100
+    )  # the shared beginning
     alone = by_id(backend.generate([replace(requests[1], n=2)]))["r1"]
     pairs = zip(alone.completions, results["r1"].completions, strict=False)
-    assert sum(a.ids == b.ids for a, b in pairs) >= 1  # neighbours move a draw only where it falls on an edge
+    assert (
+        sum(a.ids == b.ids for a, b in pairs) >= 1
+    )  # neighbours move a draw only where it falls on an edge
 
 
 def test_finish_reasons(backend: GgufBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,26 +225,34 @@ def test_finish_reasons(backend: GgufBackend, monkeypatch: pytest.MonkeyPatch) -
     greedy = Sampling(temperature=0, max_new_tokens=40)
     ask = prompts.render(tokenizer, "Reply with the one word yes.")
     count = tuple(tokenizer.encode("1, 2, 3, 4, 5, 6,"))
-    loop = tuple(tokenizer.encode("la la la la la la la la la la la la la la la la la la la la la la"))
+    loop = tuple(
+        tokenizer.encode("la la la la la la la la la la la la la la la la la la la la la la")
+    )
     requests = [
         Request("end", ask, greedy.model_copy(update={"max_new_tokens": 60})),
         Request("length", count, greedy.model_copy(update={"max_new_tokens": 3})),
         Request("stop", count, greedy.model_copy(update={"stop": ("1, 2", " 9")})),
-        Request("loop", loop, greedy.model_copy(update={"stop_loops": True, "max_new_tokens": 200})),
+        Request(
+            "loop", loop, greedy.model_copy(update={"stop_loops": True, "max_new_tokens": 200})
+        ),
         Request("full", (5,) * 125, greedy),
         Request("long", (5,) * 128, greedy),
         Request("empty", (), greedy),
     ]
     results = by_id(backend.generate(requests))
-    done: dict[str, Completion] = {key: r.completions[0] for key, r in results.items() if r.completions}
-    assert {key: sample.finish for key, sample in done.items()} == {
+    done: dict[str, Completion] = {
+        key: r.completions[0] for key, r in results.items() if r.completions
+    }
+    assert {key: sample.finish_reason for key, sample in done.items()} == {
         "end": "stop",
         "length": "length",
         "stop": "stop",
         "loop": "loop",
         "full": "length",
     }
-    assert not set(done["end"].ids) & tokenizer.eos_ids and done["end"].text == tokenizer.decode(done["end"].ids)
+    assert not set(done["end"].ids) & tokenizer.eos_ids and done["end"].text == tokenizer.decode(
+        done["end"].ids
+    )
     assert len(done["length"].ids) == 3 and len(done["full"].ids) == 3
     assert done["stop"].text == " 7, 8,"
     assert looping(done["loop"].ids)
@@ -234,7 +269,9 @@ def test_tokenizer(backend: GgufBackend) -> None:
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(tokenizer.special)
     assert tokenizer.eos == "<|im_end|>" and tokenizer.template and "im_start" in tokenizer.template
     smile = tokenizer.encode("😀")
-    assert len(smile) > 1 and "\ufffd" in tokenizer.decode(smile[:1])  # bytes that are not yet a character
+    assert len(smile) > 1 and "\ufffd" in tokenizer.decode(
+        smile[:1]
+    )  # bytes that are not yet a character
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
@@ -250,17 +287,23 @@ def test_a_penalty_reaches_the_prompt_and_the_sample(backend: GgufBackend) -> No
 def test_draw() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
-    def shares(**settings: float) -> list[float]:
-        sampling, random = Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)), np.random.default_rng(0)
-        return (np.bincount([draw(logits, sampling, random, [0]) for _ in range(1500)], minlength=4) / 1500).tolist()
+    def accuracy_by_problem(**settings: float) -> list[float]:
+        sampling, random = (
+            Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)),
+            np.random.default_rng(0),
+        )
+        return (
+            np.bincount([draw(logits, sampling, random, [0]) for _ in range(1500)], minlength=4)
+            / 1500
+        ).tolist()
 
-    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
-    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
-    assert shares(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
-    assert shares(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
-    assert shares(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
-    assert shares(temperature=0) == [1, 0, 0, 0]
-    assert shares(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
+    assert accuracy_by_problem() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert accuracy_by_problem(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert accuracy_by_problem(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert accuracy_by_problem(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
+    assert accuracy_by_problem(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
+    assert accuracy_by_problem(temperature=0) == [1, 0, 0, 0]
+    assert accuracy_by_problem(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
     assert logits[0] == np.float32(np.log(np.float32(0.5)))  # left as they were
 
 
@@ -274,10 +317,14 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_that_are_no_models(tmp_path: Path) -> None:
     whole = gguf_file("smollm2-135m").read_bytes()
-    for name, data in (("cut.gguf", whole[: len(whole) // 2]), ("head.gguf", whole[:64]), ("zeros.gguf", b"GGUF" * 99)):
+    for name, data in (
+        ("cut.gguf", whole[: len(whole) // 2]),
+        ("head.gguf", whole[:64]),
+        ("zeros.gguf", b"GGUF" * 99),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(KitError, match=f"cannot load .*{name}"):
-            open_backend(Engine(backend="gguf", model=str(tmp_path / name)))
+            open_backend(ModelConfig(backend="gguf", model=str(tmp_path / name)))
 
 
 def test_a_copy_that_cannot_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,17 +14,32 @@ import pytest
 import torch
 import transformers as t
 
-from kit.backends.base import Probe
+from kit.backends.base import ScoreRequest
 from kit.backends.base import hf_attention as attention
 from kit.backends.base import hf_session as sessions
 from kit.backends.hf_session import cache_kind, open_session
 from kit.core.errors import KitError
 
-BASE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+BASE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 BASE |= {"num_key_value_heads": 2, "initializer_range": 0.25, "max_position_embeddings": 2048}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-EXPERTS |= {"shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2}
-EXPERTS |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 16, "num_hidden_layers": 4}
+EXPERTS |= {
+    "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+}
+EXPERTS |= {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+}
 EVERY = tuple(range(320))
 
 
@@ -41,31 +56,60 @@ def _model(name: str) -> Any:
     if name == "mistral":
         return t.MistralForCausalLM(t.MistralConfig(**BASE, head_dim=16, sliding_window=40))
     if name == "gemma3":
-        keys = {**BASE, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 40, "sliding_window_pattern": 3}
+        keys = {
+            **BASE,
+            "num_hidden_layers": 6,
+            "head_dim": 16,
+            "sliding_window": 40,
+            "sliding_window_pattern": 3,
+        }
         return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**keys))
     if name == "gemma2":
         return t.Gemma2ForCausalLM(t.Gemma2Config(**BASE, head_dim=16, sliding_window=40))
     if name == "qwen3-next":
-        return t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**BASE | EXPERTS | {"initializer_range": 0.12}))
-    keys = {"vocab_size": 320, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 3, "initializer_range": 0.25}
+        return t.Qwen3NextForCausalLM(
+            t.Qwen3NextConfig(**BASE | EXPERTS | {"initializer_range": 0.12})
+        )
+    keys = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "state_size": 8,
+        "num_hidden_layers": 3,
+        "initializer_range": 0.25,
+    }
     return t.MambaForCausalLM(t.MambaConfig(**keys))
 
 
 def backend(model: Any, context_tokens: int = 2048) -> Any:
     """What a session needs of a backend."""
-    fields = {"model": model.eval(), "device": torch.device("cpu"), "context_tokens": context_tokens, "notes": []}
+    fields = {
+        "model": model.eval(),
+        "device": torch.device("cpu"),
+        "context_tokens": context_tokens,
+        "notes": [],
+    }
     return SimpleNamespace(**fields)
 
 
-def probes(cuts: tuple[int, ...], length: int = 420) -> list[Probe]:
+def probes(cuts: tuple[int, ...], length: int = 420) -> list[ScoreRequest]:
     """Questions on one random trace: its first c tokens and a closing turn, read at three places."""
     ids = np.random.default_rng(1).integers(10, 310, length).tolist()
     found = [(*ids[:c], 5, 6, 7 + c % 2, 8, 9) for c in cuts]
-    return [Probe(p, tuple((i, EVERY) for i in (len(p) - 4, len(p) - 2, len(p) - 1))) for p in found]
+    return [
+        ScoreRequest(p, tuple((i, EVERY) for i in (len(p) - 4, len(p) - 2, len(p) - 1)))
+        for p in found
+    ]
 
 
 CUTS = (210, 105, 315, 300, 310, 52, 53, 420, 1)
-KINDS = {"llama": "tree", "qwen2": "tree", "qwen3": "tree", "granite": "tree", "mistral": "tree", "gemma3": "tree"}
+KINDS = {
+    "llama": "tree",
+    "qwen2": "tree",
+    "qwen3": "tree",
+    "granite": "tree",
+    "mistral": "tree",
+    "gemma3": "tree",
+}
 KINDS |= {"gemma2": "snapshots", "qwen3-next": "snapshots", "mamba": "none"}
 
 
@@ -75,26 +119,30 @@ def test_cached_equals_fresh(name: str) -> None:
     assert cache_kind(own) == KINDS[name], own.notes
     assert bool(own.notes) == (KINDS[name] != "tree")
     asked = probes(CUTS)
-    fresh = np.asarray(open_session(own, fresh=True).read(asked))
+    fresh = np.asarray(open_session(own, uncached=True).score(asked))
     assert fresh.std() > 0.4  # differences of a broken cache would be large
     one_by_one = open_session(own, chunk_tokens=64)
-    assert np.abs(np.asarray([one_by_one.read([p])[0] for p in asked]) - fresh).max() < 5e-4
+    assert np.abs(np.asarray([one_by_one.score([p])[0] for p in asked]) - fresh).max() < 5e-4
     scan = open_session(own, chunk_tokens=150)
-    scan.read(asked[:1])  # a scan may follow a question
-    scan.read([Probe((*asked[1].ids[:80], *asked[2].ids[90:280]), ((150, EVERY),))])  # a long branch becomes the trunk
-    assert np.abs(np.asarray(scan.read(asked)) - fresh).max() < 5e-4
+    scan.score(asked[:1])  # a scan may follow a question
+    scan.score(
+        [ScoreRequest((*asked[1].ids[:80], *asked[2].ids[90:280]), ((150, EVERY),))]
+    )  # a long branch becomes the trunk
+    assert np.abs(np.asarray(scan.score(asked)) - fresh).max() < 5e-4
     if KINDS[name] == "tree":
         whole = sum(len(p.ids) for p in asked)
-        assert one_by_one.cost.evaluated_tokens <= 425 + 6 * len(CUTS)  # the trace once, and each closing turn
-        assert one_by_one.cost.evaluated_tokens + one_by_one.cost.reused_tokens == whole
+        assert one_by_one.cost.prefill_tokens <= 425 + 6 * len(
+            CUTS
+        )  # the trace once, and each closing turn
+        assert one_by_one.cost.prefill_tokens + one_by_one.cost.cached_tokens == whole
 
 
 def test_never_past_the_furthest_boundary() -> None:
     own = backend(_model("llama"))
     session = open_session(own)
     for probe in probes((210, 105, 52, 78)):
-        session.read([probe])
-    assert session.cost.evaluated_tokens <= 215 + 3 * 5
+        session.score([probe])
+    assert session.cost.prefill_tokens <= 215 + 3 * 5
 
 
 @pytest.mark.parametrize("tear", ["branch", "window", "cut"])
@@ -121,7 +169,9 @@ def test_bf16_stays_a_tree() -> None:
     own = backend(_model("llama").to(torch.bfloat16))
     assert cache_kind(own) == "tree"
     asked = probes(CUTS)
-    fresh, scan = (np.asarray(s.read(asked)) for s in (open_session(own, fresh=True), open_session(own)))
+    fresh, scan = (
+        np.asarray(s.score(asked)) for s in (open_session(own, uncached=True), open_session(own))
+    )
     assert np.abs(scan - fresh).max() < 0.15 * fresh.std()
 
 
@@ -129,15 +179,17 @@ def test_generation_is_untouched() -> None:
     own = backend(_model("gemma3"))
     ids = torch.tensor([probes((60,))[0].ids])
     before = own.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    open_session(own).read(probes(CUTS))
+    open_session(own).score(probes(CUTS))
     assert own.model.config._attn_implementation == "sdpa"
-    assert torch.equal(before, own.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
+    assert torch.equal(
+        before, own.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    )
 
 
 def test_prompt_longer_than_the_context() -> None:
     own = backend(_model("llama"), context_tokens=100)
     with pytest.raises(KitError, match=r"205 tokens.*context 100"):
-        open_session(own).read(probes((200,)))
+        open_session(own).score(probes((200,)))
 
 
 MEMORY = """
@@ -166,9 +218,9 @@ if sys.argv[1] == "prefill":
         model(torch.tensor([asked[-1].ids]), use_cache=True, logits_to_keep=1)
 elif sys.argv[1] == "binary":
     for probe in asked:
-        session.read([probe])
+        session.score([probe])
 else:
-    session.read(asked * 4)
+    session.score(asked * 4)
 running[0] = False
 thread.join()
 print(json.dumps(peak[0] - begin))
@@ -182,7 +234,9 @@ def test_memory_of_a_32k_trace() -> None:
     script = MEMORY.format(root=str(here.parents[1]), tests=str(here.parent))
     peak = {}
     for name in ("prefill", "binary", "scan"):
-        out = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", script, name], capture_output=True, text=True, check=True
+        )
         peak[name] = json.loads(out.stdout.splitlines()[-1])
     print(peak)
     assert peak["binary"] <= 1.25 * peak["prefill"], peak

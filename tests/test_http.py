@@ -26,10 +26,10 @@ from typing import Any
 import pytest
 
 from kit.backends import open_backend
-from kit.backends.base import Probe, Request, sample_seed
+from kit.backends.base import Request, ScoreRequest, sample_seed
 from kit.backends.gguf import unpacked
 from kit.backends.http import HttpBackend
-from kit.core.config import Engine, Sampling
+from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
 from kit.models import gguf_file
 from kit.prompts import render
@@ -70,7 +70,14 @@ class Server:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self, wait: bool = True) -> None:
-        command = [sys.executable, "-c", SERVE, str(unpacked(gguf_file("smollm2-135m"))), str(self.port), *self.more]
+        command = [
+            sys.executable,
+            "-c",
+            SERVE,
+            str(unpacked(gguf_file("smollm2-135m"))),
+            str(self.port),
+            *self.more,
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -141,14 +148,18 @@ class Proxy:
                 if action in ("cut", "hang"):
                     self.close_connection = True
                 elif isinstance(action, int):
-                    self.answer(action, b'{"error": {"message": "not now"}}', {"Retry-After": "0.2"})
+                    self.answer(
+                        action, b'{"error": {"message": "not now"}}', {"Retry-After": "0.2"}
+                    )
                 else:
                     self.forward("POST", data)
 
             def forward(self, method: str, data: bytes) -> None:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 try:
-                    connection.request(method, self.path, data, {"Content-Type": "application/json"})
+                    connection.request(
+                        method, self.path, data, {"Content-Type": "application/json"}
+                    )
                     reply = connection.getresponse()
                     body = reply.read()
                 except (OSError, http.client.HTTPException):
@@ -157,7 +168,9 @@ class Proxy:
                 finally:
                     connection.close()
                 if reshape and reply.status == 200:
-                    body = json.dumps(reshape(self.path, json.loads(data or b"{}"), json.loads(body))).encode()
+                    body = json.dumps(
+                        reshape(self.path, json.loads(data or b"{}"), json.loads(body))
+                    ).encode()
                 self.answer(reply.status, body, {"Content-Type": reply.headers["Content-Type"]})
 
             def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -183,9 +196,14 @@ class Proxy:
         self.listener.server_close()
 
 
-def engine(url: str | None, **keys: Any) -> Engine:
-    keys = {"model": "smollm2", "tokenizer": "smollm2-135m", "parallel": 4, "timeout_seconds": 60} | keys
-    return Engine(backend="http", url=url, **keys)
+def engine(url: str | None, **keys: Any) -> ModelConfig:
+    keys = {
+        "model": "smollm2",
+        "tokenizer": "smollm2-135m",
+        "max_num_seqs": 4,
+        "timeout_seconds": 60,
+    } | keys
+    return ModelConfig(backend="http", url=url, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +215,11 @@ def backend(server: Server) -> Iterator[HttpBackend]:
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Any]:
-    backend = open_backend(Engine(backend="gguf", model="smollm2-135m", context_tokens=2048, threads=1, parallel=2))
+    backend = open_backend(
+        ModelConfig(
+            backend="gguf", model="smollm2-135m", context_tokens=2048, n_threads=1, max_num_seqs=2
+        )
+    )
     yield backend
     backend.close()
 
@@ -209,7 +231,10 @@ def test_start_learns_context_slots_and_template(backend: HttpBackend) -> None:
 
 
 def test_another_models_tokenizer_is_noticed(server: Server, tmp_path: Path) -> None:
-    four, other = struct.pack("<Q", 1) + b"4", struct.pack("<Q", 1) + b"x"  # as a GGUF writes its vocabulary
+    four, other = (
+        struct.pack("<Q", 1) + b"4",
+        struct.pack("<Q", 1) + b"x",
+    )  # as a GGUF writes its vocabulary
     data = gguf_file("smollm2-135m").read_bytes()
     assert four in data and other in data
     at = data.index(four)
@@ -233,7 +258,9 @@ def test_start_up_errors_say_what_to_do(server: Server) -> None:
         open_backend(engine(f"http://127.0.0.1:{server.port}/nothing/v1", retries=0))
 
 
-def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_key_is_sent_and_stands_nowhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     key = "sk-very-secret-0123456789"
     server = Server(key)
     caplog.set_level(logging.DEBUG)
@@ -242,7 +269,9 @@ def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-place")
         with pytest.raises(KitError, match="LAB_KEY, is not set"):
             open_backend(engine(server.url, api_key_env="LAB_KEY"))
-        with pytest.raises(KitError, match="api_key_env names, None, is not set"):  # not OPENAI_API_KEY
+        with pytest.raises(
+            KitError, match="api_key_env names, None, is not set"
+        ):  # not OPENAI_API_KEY
             open_backend(engine(server.url))
         monkeypatch.setenv("LAB_KEY", "sk-wrong-98765")
         with pytest.raises(KitError, match="LAB_KEY, is set, but not accepted") as wrong:
@@ -250,14 +279,22 @@ def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog:
         monkeypatch.setenv("LAB_KEY", key)
         backend = open_backend(engine(server.url, api_key_env="LAB_KEY"))
         assert next(iter(backend.generate([Request("a", (1, 2, 3), GREEDY)]))).completions
-        said = [caplog.text, str(wrong.value), repr(wrong.value.args), *backend.notes, str(vars(backend.engine))]
+        said = [
+            caplog.text,
+            str(wrong.value),
+            repr(wrong.value.args),
+            *backend.notes,
+            str(vars(backend.engine)),
+        ]
         backend.close()
     finally:
         server.kill()
 
     class Echoes(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"error": {"message": f"bad {self.headers['Authorization']}"}}).encode()
+            body = json.dumps(
+                {"error": {"message": f"bad {self.headers['Authorization']}"}}
+            ).encode()
             self.send_response(401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -268,26 +305,37 @@ def test_key_is_sent_and_stands_nowhere(monkeypatch: pytest.MonkeyPatch, caplog:
     listener = http.server.HTTPServer(("127.0.0.1", 0), Echoes)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{listener.server_port}/v1"
-    with pytest.raises(KitError, match=r"bad Bearer \*\*\*") as echoed:  # a server that repeats what it was sent
+    with pytest.raises(
+        KitError, match=r"bad Bearer \*\*\*"
+    ) as echoed:  # a server that repeats what it was sent
         open_backend(engine(url, api_key_env="LAB_KEY"))
-    with pytest.raises(KitError, match=r"bad Bearer") as unnamed:  # no key was sent that nobody named
+    with pytest.raises(
+        KitError, match=r"bad Bearer"
+    ) as unnamed:  # no key was sent that nobody named
         open_backend(engine(url))
     listener.shutdown()
     listener.server_close()
     said += [str(echoed.value), str(unnamed.value), caplog.text]
-    assert not any(secret in text for text in said for secret in (key, "sk-wrong-98765", "sk-of-another-place"))
+    assert not any(
+        secret in text for text in said for secret in (key, "sk-wrong-98765", "sk-of-another-place")
+    )
 
 
 def test_samples_have_seeds_of_their_own_and_share_the_prefill(backend: HttpBackend) -> None:
     prompt = render(backend.tokenizer, "Write one sentence about the sea.")
     sampling = Sampling(temperature=1.2, top_p=1, max_new_tokens=8)
-    requests = [Request("sea", prompt, sampling, n=4, seed=7), Request("other", prompt, sampling, n=1, seed=7)]
+    requests = [
+        Request("sea", prompt, sampling, n=4, seed=7),
+        Request("other", prompt, sampling, n=1, seed=7),
+    ]
     first = {g.id: g for g in backend.generate(requests)}
     again = next(iter(backend.generate(requests[:1])))
     texts = [c.text for c in first["sea"].completions]
     assert len(set(texts)) == 4 and texts == [c.text for c in again.completions]
     assert first["other"].completions[0].text not in texts
-    assert again.evaluated_tokens <= len(prompt) + 3  # one prefill at most, then the last token of each prompt
+    assert (
+        again.prefill_tokens <= len(prompt) + 3
+    )  # one prefill at most, then the last token of each prompt
     for completion in first["sea"].completions:
         assert backend.tokenizer.decode(completion.ids).strip() == completion.text.strip()
 
@@ -304,36 +352,51 @@ def test_greedy_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) ->
             a, b = here[request.id].ids, there[request.id].ids
             parted = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
             if parted is None:
-                assert a == b and here[request.id].finish == there[request.id].finish
+                assert a == b and here[request.id].finish_reason == there[request.id].finish_reason
                 continue
             ids = (*request.prompt, *a[:parted])
-            (reading,) = local.session(fresh=True).read([Probe(ids, ((len(ids) - 1, (a[parted], b[parted])),))])
-            assert abs(reading[0][0] - reading[0][1]) < 0.5 and not {a[parted], b[parted]} & set(ids)
+            (reading,) = local.session(uncached=True).score(
+                [ScoreRequest(ids, ((len(ids) - 1, (a[parted], b[parted])),))]
+            )
+            assert abs(reading[0][0] - reading[0][1]) < 0.5 and not {a[parted], b[parted]} & set(
+                ids
+            )
 
 
 def test_stop_length_and_loop(backend: HttpBackend) -> None:
     prompt = tuple(backend.tokenizer.encode("a b a b a b a b a b a b a b a b"))
     loop = Sampling(temperature=0, top_p=1, max_new_tokens=40, stop_loops=True)
-    requests = [Request("looped", prompt, loop), Request("ended", render(backend.tokenizer, "What is 2+2?"), loop)]
+    requests = [
+        Request("looped", prompt, loop),
+        Request("ended", render(backend.tokenizer, "What is 2+2?"), loop),
+    ]
     requests.append(Request("cut", prompt, loop.model_copy(update={"stop": (" b",)})))
     requests.append(Request("long", prompt, loop.model_copy(update={"stop_loops": False})))
     found = {g.id: g.completions[0] for g in backend.generate(requests)}
-    assert {k: c.finish for k, c in found.items()} == {
+    assert {k: c.finish_reason for k, c in found.items()} == {
         "looped": "loop",
         "ended": "stop",
         "cut": "stop",
         "long": "length",
     }
     assert found["cut"].text == " a" and len(found["long"].ids) == 40
-    assert not set(found["ended"].ids) & backend.tokenizer.eos_ids and backend.tokenizer.eos not in found["ended"].text
+    assert (
+        not set(found["ended"].ids) & backend.tokenizer.eos_ids
+        and backend.tokenizer.eos not in found["ended"].text
+    )
 
 
 def test_a_refused_prompt_costs_no_other(backend: HttpBackend) -> None:
     requests = [Request("long", (5,) * 2100, GREEDY), Request("good", (5, 6, 7), GREEDY)]
     requests += [Request("bad", (5, 10**8), GREEDY), Request("empty", (), GREEDY)]
     found = {g.id: g for g in backend.generate(requests)}
-    assert "2100 tokens, the context 2048" in found["long"].error and "invalid tokens" in found["bad"].error
-    assert "0 tokens" in found["empty"].error and found["good"].completions and not found["good"].error
+    assert (
+        "2100 tokens, the context 2048" in found["long"].error
+        and "invalid tokens" in found["bad"].error
+    )
+    assert (
+        "0 tokens" in found["empty"].error and found["good"].completions and not found["good"].error
+    )
 
 
 def test_retokenizing_server_is_refused(server: Server) -> None:
@@ -366,18 +429,26 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
 
     proxy = Proxy(mortal.port, meddle)
     backend = open_backend(engine(proxy.url, timeout_seconds=3, retries=8))
-    pairs = [(" c", " a"), (" a", " cat"), (" c", " d")]  # after eight rounds the second follows with p 0.56 to 0.86
+    pairs = [
+        (" c", " a"),
+        (" a", " cat"),
+        (" c", " d"),
+    ]  # after eight rounds the second follows with p 0.56 to 0.86
     turns = [tuple(tuple(backend.tokenizer.encode(word)) for word in pair) for pair in pairs]
     sampling = GREEDY.model_copy(update={"max_new_tokens": 1})
     requests = [
-        Request(f"r{i}", (turns[i % 3][0] + turns[i % 3][1]) * 8 + turns[i % 3][0], sampling) for i in range(200)
+        Request(f"r{i}", (turns[i % 3][0] + turns[i % 3][1]) * 8 + turns[i % 3][0], sampling)
+        for i in range(200)
     ]
     found = list(backend.generate(requests))
     counts = Counter(g.id for g in found)
     assert set(counts) == {r.id for r in requests} and set(counts.values()) == {1}
     for generation in found:
         assert generation.completions[0].ids == turns[int(generation.id[1:]) % 3][1], generation
-    assert all(proxy.done[kind] for kind in (429, 503, "cut", "hang")) and mortal.process.poll() is None
+    assert (
+        all(proxy.done[kind] for kind in (429, 503, "cut", "hang"))
+        and mortal.process.poll() is None
+    )
     backend.close()
     proxy.close()
 
@@ -398,16 +469,21 @@ def test_a_dead_server_loses_nothing_that_was_finished(mortal: Server) -> None:
     backend.close()
 
 
-def judging_probes(tokenizer: Any, count: int = 4) -> list[Probe]:
+def judging_probes(tokenizer: Any, count: int = 4) -> list[ScoreRequest]:
     """Prompts as the judge asks them: one beginning, `count` boundaries; the labels at the token where they part."""
-    sentences = [f"Step {i}: we add {i} to the sum and get {i * (i + 1) // 2}. " for i in range(1, count + 1)]
+    sentences = [
+        f"Step {i}: we add {i} to the sum and get {i * (i + 1) // 2}. " for i in range(1, count + 1)
+    ]
     labels = [tuple(tokenizer.encode(label)) for label in ("[ENOUGH]", "[NOT_ENOUGH]")]
     split = next(i for i in range(9) if labels[0][i] != labels[1][i])
     probes = []
     for k in range(1, count + 1):
-        prompt = render(tokenizer, "Is this enough? Reply [ENOUGH] or [NOT_ENOUGH].\n\n" + "".join(sentences[:k]))
+        prompt = render(
+            tokenizer,
+            "Is this enough? Reply [ENOUGH] or [NOT_ENOUGH].\n\n" + "".join(sentences[:k]),
+        )
         ids = (*prompt, *labels[0][:split])
-        probes.append(Probe(ids, ((len(ids) - 1, (labels[0][split], labels[1][split])),)))
+        probes.append(ScoreRequest(ids, ((len(ids) - 1, (labels[0][split], labels[1][split])),)))
     return probes
 
 
@@ -418,23 +494,33 @@ def margins(readings: list[list[list[float]]]) -> list[float]:
 def test_judging_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -> None:
     """The same 16-bit weights in two builds of llama.cpp."""
     probes = judging_probes(local.tokenizer)
-    expected = margins(local.session(fresh=True).read(probes))
+    expected = margins(local.session(uncached=True).score(probes))
     session = backend.session()
-    found = margins(session.read(probes))
-    print("margins in process", [round(m, 3) for m in expected], "over HTTP", [round(m, 3) for m in found])
+    found = margins(session.score(probes))
+    print(
+        "margins in process",
+        [round(m, 3) for m in expected],
+        "over HTTP",
+        [round(m, 3) for m in found],
+    )
     assert found == pytest.approx(expected, abs=0.012)  # the largest seen: 0.006
     assert [m > 0 for m in expected] == [m > 0 for m in found]
-    assert session.cost.reused_tokens > session.cost.evaluated_tokens
+    assert session.cost.cached_tokens > session.cost.prefill_tokens
     assert any(note.startswith("prefix cache:") for note in backend.notes)
-    fresh = backend.session(fresh=True)
-    assert margins(fresh.read(probes)) == pytest.approx(found, abs=1e-3)  # cached equals uncached
-    assert fresh.cost.reused_tokens == 0 and fresh.cost.evaluated_tokens == sum(len(p.ids) for p in probes)
+    fresh = backend.session(uncached=True)
+    assert margins(fresh.score(probes)) == pytest.approx(found, abs=1e-3)  # cached equals uncached
+    assert fresh.cost.cached_tokens == 0 and fresh.cost.prefill_tokens == sum(
+        len(p.ids) for p in probes
+    )
 
 
 def test_values_beyond_the_listed_ones_are_exact(backend: HttpBackend, local: Any) -> None:
     ids = render(backend.tokenizer, "Name a colour.")
-    probe = Probe(ids, ((len(ids) - 1, tuple(range(0, 49152, 4001))),))
-    ((wanted,),), ((found,),) = local.session(fresh=True).read([probe]), backend.session().read([probe])
+    probe = ScoreRequest(ids, ((len(ids) - 1, tuple(range(0, 49152, 4001))),))
+    ((wanted,),), ((found,),) = (
+        local.session(uncached=True).score([probe]),
+        backend.session().score([probe]),
+    )
     assert found == pytest.approx(wanted, abs=0.05) and min(found) < -10
 
 
@@ -443,7 +529,11 @@ def test_a_server_that_names_no_ids_generates_and_does_not_judge(server: Server)
         answer = vllm(path, sent, answer)
         for choice in answer.get("choices", ()):
             content = choice.pop("token_ids") and None
-            choice["logprobs"] = {"tokens": [choice["text"]], "token_logprobs": [-1.0], "top_logprobs": content}
+            choice["logprobs"] = {
+                "tokens": [choice["text"]],
+                "token_logprobs": [-1.0],
+                "top_logprobs": content,
+            }
         return answer
 
     proxy = Proxy(server.port, reshape=by_text)
@@ -452,23 +542,23 @@ def test_a_server_that_names_no_ids_generates_and_does_not_judge(server: Server)
     made = next(other.generate([Request("a", prompt, GREEDY)])).completions[0]
     assert other.tokenizer.decode(made.ids) == made.text
     with pytest.raises(KitError, match=r"tells no log-probabilities.*Judge with"):
-        other.session().read([Probe(prompt, ((len(prompt) - 1, (5, 6)),))])
+        other.session().score([ScoreRequest(prompt, ((len(prompt) - 1, (5, 6)),))])
     other.close()
     proxy.close()
 
 
 def test_sessions_in_threads(backend: HttpBackend) -> None:
     probes = judging_probes(backend.tokenizer, 3)
-    alone = backend.session().read(probes)
+    alone = backend.session().score(probes)
     found: dict[int, Any] = {}
 
     def judge(number: int) -> None:
-        found[number] = [backend.session().read([probe])[0] for probe in probes]
+        found[number] = [backend.session().score([probe])[0] for probe in probes]
 
-    threads = [threading.Thread(target=judge, args=(i,)) for i in range(4)]
-    for thread in threads:
+    n_threads = [threading.Thread(target=judge, args=(i,)) for i in range(4)]
+    for thread in n_threads:
         thread.start()
-    for thread in threads:
+    for thread in n_threads:
         thread.join(60)
     assert len(found) == 4
     for number in found:
@@ -480,13 +570,13 @@ def test_a_server_killed_in_mid_judging(mortal: Server) -> None:
     backend = open_backend(engine(mortal.url, retries=1))
     probes = judging_probes(backend.tokenizer, 4)
     session = backend.session()
-    done = [session.read([probe])[0] for probe in probes[:2]]
+    done = [session.score([probe])[0] for probe in probes[:2]]
     mortal.kill()
     with pytest.raises(KitError, match=r"does not answer.*goes on from here"):
-        session.read(probes[2:])
+        session.score(probes[2:])
     assert len(done) == 2
     mortal.start()
-    assert session.read(probes[:2])[1][0] == pytest.approx(done[1][0], abs=0.05)
+    assert session.score(probes[:2])[1][0] == pytest.approx(done[1][0], abs=0.05)
     backend.close()
 
 
@@ -500,7 +590,9 @@ def vllm(path: str, sent: dict[str, Any], answer: Any) -> Any:
         choice["logprobs"] = {
             "tokens": [f"token_id:{e['id']}" for e in content],
             "token_logprobs": [e["logprob"] for e in content],
-            "top_logprobs": [{f"token_id:{t['id']}": t["logprob"] for t in e["top_logprobs"]} for e in content],
+            "top_logprobs": [
+                {f"token_id:{t['id']}": t["logprob"] for t in e["top_logprobs"]} for e in content
+            ],
         }
     return answer
 
@@ -510,10 +602,12 @@ def test_the_shape_of_vllm(server: Server, backend: HttpBackend) -> None:
     other = open_backend(engine(proxy.url))
     assert not other.llama and other.context_tokens == 2048
     probes = judging_probes(backend.tokenizer, 3)
-    for a, b in zip(backend.session().read(probes), other.session().read(probes), strict=True):
+    for a, b in zip(backend.session().score(probes), other.session().score(probes), strict=True):
         assert a[0] == pytest.approx(b[0], abs=0.05)
     asked = [body for body in proxy.seen if "logprob_token_ids" in body]
-    assert len(asked[0]["prompt"]) == max(len(p.ids) for p in probes)  # the longest first, to fill the cache
+    assert len(asked[0]["prompt"]) == max(
+        len(p.ids) for p in probes
+    )  # the longest first, to fill the cache
     sampling = Sampling(temperature=1.2, top_p=1, top_k=300, max_new_tokens=6)
     made = next(other.generate([Request("v", (5, 6, 7), sampling, n=3, seed=1)]))
     assert len({sample.text for sample in made.completions}) > 1 and len(made.completions) == 3

@@ -1,4 +1,4 @@
-"""kit.step: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
+"""kit.interactive: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import pytest
 import palign
 from kit.core.config import Config, resolve
 from kit.core.errors import KitError
-from kit.interactive import prompt, step
+from kit.interactive import prompt, walk
 from kit.prompts import render
 from tests.conftest import ROOT
 from tests.test_train import tiny  # noqa: F401  (a fixture)
 
-TRACE = "Ann has 3 pens. She buys 4 more. So it is 3 + 4 = 7. Let me check that. Yes, 7. So \\boxed{7}."
+TRACE = (
+    "Ann has 3 pens. She buys 4 more. So it is 3 + 4 = 7. Let me check that. Yes, 7. So \\boxed{7}."
+)
 
 
 class Terminal(io.StringIO):
@@ -31,41 +33,64 @@ class Terminal(io.StringIO):
 def configured(folder: Path, model: str, *rows: dict[str, str]) -> Config:
     path = folder / "traces.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return resolve({"student": {"model": model}, "teacher": {"backend": "file", "path": str(path)}}, "test")
+    return resolve(
+        {"student": {"model": model}, "teacher": {"backend": "file", "path": str(path)}}, "test"
+    )
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny: str) -> Config:  # noqa: F811
-    return configured(tmp_path, tiny, {"id": "a", "question": "How many pens?", "answer": "7", "long_cot": TRACE})
+    return configured(
+        tmp_path, tiny, {"id": "a", "question": "How many pens?", "answer": "7", "long_cot": TRACE}
+    )
 
 
 def test_without_a_terminal_every_step_is_plain_text(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert step(config) == 0
+    assert walk(config) == 0
     shown = capsys.readouterr().out
     steps = shown.split("--- ")[1:]
-    assert [text.split(".")[0] for text in steps] == [str(number) for number in range(1, len(steps) + 1)]
+    assert [text.split(".")[0] for text in steps] == [
+        str(number) for number in range(1, len(steps) + 1)
+    ]
     assert "How many pens?" in steps[0] and "gold answer: 7" in steps[0]
     assert "   3  So it is 3 + 4 = 7." in steps[1] and "   6  So \\boxed{7}." in steps[1]
     assert "Question 1 of the binary search: are the first 3 of 6 sentences enough?" in steps[2]
     assert "The student says" in steps[2] and "threshold +0.00" in steps[2]
-    for said, text in zip(("The cut: ", "The student continues from there", "The grader: "), steps[-3:], strict=True):
+    for said, text in zip(
+        ("The cut: ", "The student continues from there", "The grader: "), steps[-3:], strict=True
+    ):
         assert said in text
     assert "\033" not in shown
 
 
 def test_a_config_says_how_the_student_is_asked(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its judge, and the way of going on: a prefill stands at the start of the answer, the draft in the question."""
     asked = []
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr("kit.interactive.render", lambda *args: asked.append(args[1:]) or render(*args))
-    keys = {"student": {"model": config.student.model}, "judge": {"kind": "answer"}, "align": {"mode": "prefill"}}
+    monkeypatch.setattr(
+        "kit.interactive.render", lambda *args: asked.append(args[1:]) or render(*args)
+    )
+    keys = {
+        "student": {"model": config.student.model},
+        "judge": {"kind": "answer"},
+        "align": {"mode": "prefill"},
+    }
     (tmp_path / "workshop.yaml").write_text(json.dumps(keys))
-    told = ["judge", str(config.teacher.path), "--step", "--config", str(tmp_path / "workshop.yaml")]
+    told = [
+        "judge",
+        str(config.teacher.path),
+        "--interactive",
+        "--config",
+        str(tmp_path / "workshop.yaml"),
+    ]
     assert palign.main(told) == 0
     assert "threshold -1.00" in capsys.readouterr().out
     user, _, begun, _ = asked.pop()
@@ -79,7 +104,7 @@ def test_keys_go_on_and_back(config: Config, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("LINES", "9")
     monkeypatch.setenv("COLUMNS", "40")
-    step(config)
+    walk(config)
     screens = sys.stdout.getvalue().split("\033[2J\033[H")[1:]  # type: ignore[attr-defined]
     assert [screen.startswith("--- 1. ") for screen in screens] == [True, False, True, True, False]
     assert screens[1].startswith("--- 2. ") and "(more)" in screens[1]
@@ -92,7 +117,9 @@ def on_a_terminal(args: list[str], keys: bytes = b"", **environment: str) -> str
     os.write(ours, keys)
     env = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
     env |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment}
-    done = subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    done = subprocess.Popen(
+        [sys.executable, *args], cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     shown = b""
     try:
@@ -105,9 +132,16 @@ def on_a_terminal(args: list[str], keys: bytes = b"", **environment: str) -> str
 
 
 def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny: str) -> None:  # noqa: F811
-    hostile = {"id": "a", "question": "How \x1b]0;owned\x07many?", "answer": "7", "long_cot": f"\x1b[2J{TRACE}"}
+    hostile = {
+        "id": "a",
+        "question": "How \x1b]0;owned\x07many?",
+        "answer": "7",
+        "long_cot": f"\x1b[2J{TRACE}",
+    }
     path = configured(tmp_path, tiny, hostile).teacher.path
-    shown = on_a_terminal(["palign.py", "judge", str(path), "--model", tiny, "--step"], b"\n\nb\nq\n")
+    shown = on_a_terminal(
+        ["palign.py", "judge", str(path), "--model", tiny, "--interactive"], b"\n\nb\nq\n"
+    )
     screens = shown.split("\033[2J\033[H")[1:]
     assert [screen.startswith("--- 2. ") for screen in screens] == [False, True, False, True]
     assert "\x1b" not in "".join(screens) and "How ⟨U+001B⟩]0;owned⟨U+0007⟩many?" in screens[0]
@@ -115,21 +149,31 @@ def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_a_bar_on_a_terminal_has_colours_unless_told_not_to(environment: dict[str, str], coloured: bool) -> None:
-    code = "from kit.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+def test_a_bar_on_a_terminal_has_colours_unless_told_not_to(
+    environment: dict[str, str], coloured: bool
+) -> None:
+    code = "from kit.core.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
     shown = on_a_terminal(["-c", code], **environment)
     assert "judge" in shown and "3/3" in shown and ("\x1b[3" in shown) is coloured
 
 
 def test_a_file_without_a_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError):
-        step(configured(tmp_path, "smollm2-135m", {"id": "a", "question": "How many?", "answer": "7"}))
+        walk(
+            configured(
+                tmp_path, "smollm2-135m", {"id": "a", "question": "How many?", "answer": "7"}
+            )
+        )
 
 
 def test_a_prompt_is_shown_as_the_model_sees_it(config: Config) -> None:
     shown = {of: prompt(config, of) for of in ("solve", "judge", "draft")}
     for of, result in shown.items():
-        assert result["of"] == of and "How many pens?" in result["text"] and result["tokens"] > result["special"] > 2
+        assert (
+            result["of"] == of
+            and "How many pens?" in result["text"]
+            and result["tokens"] > result["special"] > 2
+        )
         assert result["text"].startswith("<|im_start|>")
     assert "Ann has 3 pens." in shown["judge"]["text"] and "So it is" not in shown["judge"]["text"]
     assert "Ann has" not in shown["solve"]["text"]

@@ -31,9 +31,14 @@ def steady(folder: Path) -> dict[str, list[str]]:
             return {k: strip(v) for k, v in value.items() if k not in VOLATILE | {"sha"}}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
-    names = [*STAGE_FILES, *(str(p.relative_to(folder)) for p in sorted(folder.glob("eval/*.jsonl")))]
+    names = [
+        *STAGE_FILES,
+        *(str(p.relative_to(folder)) for p in sorted(folder.glob("eval/*.jsonl"))),
+    ]
     return {
-        name: sorted(json.dumps(strip(json.loads(line))) for line in (folder / name).read_text().splitlines())
+        name: sorted(
+            json.dumps(strip(json.loads(line))) for line in (folder / name).read_text().splitlines()
+        )
         for name in names
         if (folder / name).exists()  # a stage without rows leaves no file
     }
@@ -59,21 +64,21 @@ def launch(args: list[str], seconds_an_answer: float) -> int:
 
 def write_config(folder: Path, method: str) -> Path:
     """A run of 24 built-in problems, everything scripted."""
-    from kit.core.config import Source
+    from kit.core.config import DatasetConfig
     from kit.data import read
 
-    train = read(Source(limit=24, seed=1), 0).problems
-    held_out = read(Source(limit=24, seed=2), 0, held_out=True).problems
+    train = read(DatasetConfig(limit=24, seed=1), 0).problems
+    held_out = read(DatasetConfig(limit=24, seed=2), 0, held_out=True).problems
     answers = folder / "answers.json"
     answers.write_text(json.dumps({p.question: p.answer for p in [*train, *held_out]}))
-    engine = {"backend": "scripted", "model": str(answers), "parallel": 2}
+    engine = {"backend": "scripted", "model": str(answers), "max_num_seqs": 2}
     config = {
         "method": method,
         "stop_after": "align" if method == "palign" else "report",
         "data": {"train": {"limit": 24, "seed": 1}, "eval": {"limit": 24, "seed": 2}},
         "teacher": {**engine, "samples": 2},
         "student": engine,
-        "align": {"samples": 2, "lengthen": 1},
+        "align": {"samples": 2, "extend_rounds": 1},
         "eval": {"samples": 2},
     }
     path = folder / "config.yaml"
@@ -82,7 +87,9 @@ def write_config(folder: Path, method: str) -> Path:
 
 
 @pytest.mark.parametrize(("method", "seconds_an_answer"), [("palign", 0.004), ("zero-shot", 0.015)])
-def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(tmp_path, method, seconds_an_answer):
+def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(
+    tmp_path, method, seconds_an_answer
+):
     sys.path.insert(0, str(ROOT))
     config = write_config(tmp_path, method)
     whole, torn = tmp_path / "whole", tmp_path / "torn"

@@ -10,11 +10,20 @@ from kit.core.errors import KitError
 from kit.training.loss import IGNORED, LIVE_BYTES, Head, attach, head_of
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 KINDS = {
     "tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "untied": (LlamaConfig, {"tie_word_embeddings": False}),
-    "softcap": (Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 8, "sliding_window": 16}),
+    "softcap": (
+        Gemma2Config,
+        {"final_logit_softcapping": 0.5, "head_dim": 8, "sliding_window": 16},
+    ),
     "scaled": (CohereConfig, {"logit_scale": 3.0}),
     "divided": (GraniteConfig, {"logits_scaling": 5.0}),
 }
@@ -40,7 +49,10 @@ def batch(rows: int = 3, length: int = 11):
 def plain(model, ids, labels, denominator):
     logits = model(input_ids=ids, use_cache=False).logits.float()
     loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 97), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
+        logits[:, :-1].reshape(-1, 97),
+        labels[:, 1:].reshape(-1),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
     return loss / denominator
 
@@ -51,7 +63,9 @@ def gradients(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("logits_bytes", [97 * LIVE_BYTES * 5, 1 << 20])
-def test_loss_and_every_gradient_equal_the_plain_way_under_accumulation(kind: str, logits_bytes: int) -> None:
+def test_loss_and_every_gradient_equal_the_plain_way_under_accumulation(
+    kind: str, logits_bytes: int
+) -> None:
     ids, labels = batch()
     count = (labels[:, 1:] != IGNORED).sum()
     model = small_model(kind)
@@ -104,7 +118,9 @@ def test_the_bias_of_a_head_is_learned() -> None:
 def test_no_slice_is_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or real(self, hidden))
+    monkeypatch.setattr(
+        Head, "logits", lambda self, hidden: seen.append(len(hidden)) or real(self, hidden)
+    )
     model = small_model()
     attach(model, 97 * LIVE_BYTES * 8)
     seen.clear()
@@ -125,6 +141,8 @@ def test_without_labels_the_model_answers_as_before() -> None:
 
 def test_a_head_that_computes_something_else_is_refused() -> None:
     model = small_model("scaled")
-    model.config.logit_scale = 1.0  # what the module believes; the model itself still multiplies by 3
+    model.config.logit_scale = (
+        1.0  # what the module believes; the model itself still multiplies by 3
+    )
     with pytest.raises(KitError, match="shapes its logits"):
         head_of(model)

@@ -34,14 +34,29 @@ def test_numbers_are_those_of_the_files(folder: Path, found: dict) -> None:
     cut = RowFile(folder / "prefixes.jsonl", PrefixRow).read()
     rows = RowFile(folder / "aligned.jsonl", AlignedRow).read()
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, default=str))  # JSON as it is
-    assert [stage["name"] for stage in found["stages"]] == ["teach", "truncate", "align", "train", "eval"]
-    assert found["prefix_ratio_median"] == pytest.approx(sorted(r.ratio for r in cut)[11:13] @ Mean(), abs=1e-4)
+    assert json.loads(json.dumps(found)) == json.loads(
+        json.dumps(found, default=str)
+    )  # JSON as it is
+    assert [stage["name"] for stage in found["stages"]] == [
+        "teach",
+        "truncate",
+        "align",
+        "train",
+        "eval",
+    ]
+    assert found["prefix_ratio_median"] == pytest.approx(
+        sorted(r.ratio for r in cut)[11:13] @ Mean(), abs=1e-4
+    )
     assert found["verdicts_asked"] == sum(len(row.verdicts) for row in cut) > 50
-    assert found["evaluated_tokens"] == sum(row.evaluated_tokens for row in cut)
+    assert found["prefill_tokens"] == sum(row.prefill_tokens for row in cut)
     assert (found["loss_first"], found["loss_last"]) == (log[0]["loss"], log[-1]["loss"])
     kept = [row for row in rows if not row.rejected]
-    assert found["retention"] == {"rows": len(kept), "of": 24, "ratio": len(kept) / 24, "paper": 0.966}
+    assert found["retention"] == {
+        "rows": len(kept),
+        "of": 24,
+        "ratio": len(kept) / 24,
+        "paper": 0.966,
+    }
     assert found["n_eval"] == 60
     assert found["accuracy_before"] == found["scores"][0]["accuracy"] != found["accuracy_after"]
     assert found["lengths"]["prefix_characters"]["p50"] == pytest.approx(
@@ -92,14 +107,28 @@ def test_no_run(tmp_path: Path) -> None:
 def quiet(found: dict) -> dict:
     """The numbers of a run of which there is nothing to say."""
     calm = copy.deepcopy(found)
-    calm |= {"train_rows": 900, "answer_in_prefix": 0, "damaged": [], "notes": [], "insufficient_traces": 0}
+    calm |= {
+        "train_rows": 900,
+        "answer_in_prefix": 0,
+        "damaged": [],
+        "notes": [],
+        "insufficient_traces": 0,
+    }
     calm["retention"] = {"rows": 900, "of": 920, "ratio": 0.978, "paper": 0.966}
-    calm["samples"]["align"] |= {"samples": 1000, "verdicts": {"correct": 950, "wrong": 50}, "cap_hits_not_right": 2}
+    calm["samples"]["align"] |= {
+        "samples": 1000,
+        "verdicts": {"correct": 950, "wrong": 50},
+        "truncated_not_correct": 2,
+    }
     calm["train"] |= {"dropped": {}, "fixed_batch_before": 2.0, "fixed_batch_after": 1.0}
     for score in calm["scores"]:
-        score |= {"cap_hit_ratio": 0.0, "loop_ratio": 0.0, "verdicts": {"correct": 30, "wrong": 30}}
+        score |= {
+            "truncated_ratio": 0.0,
+            "loop_ratio": 0.0,
+            "verdicts": {"correct": 30, "wrong": 30},
+        }
     for pair in calm["comparisons"]:
-        pair |= {"low": 0.02, "high": 0.2}
+        pair |= {"ci_low": 0.02, "ci_high": 0.2}
     return calm
 
 
@@ -111,7 +140,10 @@ TROUBLES = [
     ({"insufficient_traces": 20}, "never judged sufficient"),
     ({"violating_traces": 10}, "stands behind an ENOUGH"),
     ({"verdicts_unparsed": 3}, "could not be read"),
-    ({"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]}, "27 of 200 (14%) problems of held"),
+    (
+        {"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]},
+        "27 of 200 (14%) problems of held",
+    ),
     ({"notes": ["the cache cannot be cut"]}, "the cache cannot be cut"),
 ]
 
@@ -133,12 +165,16 @@ def test_troubles_inside_lists_are_named(found: dict) -> None:
         target |= change
         return " ".join(f"{f['what']} {f['evidence']}" for f in metrics.findings(calm, config))
 
-    assert "cut off at 4,096 tokens" in spoken("scores", cap_hit_ratio=0.46)
+    assert "cut off at 4,096 tokens" in spoken("scores", truncated_ratio=0.46)
     assert "end in a loop" in spoken("scores", loop_ratio=0.17)
-    assert "could not be graded" in spoken("scores", verdicts={"correct": 20, "unparsed": 39, "timeout": 1}, samples=60)
-    assert "within the noise" in spoken("comparisons", low=-0.03)
+    assert "could not be graded" in spoken(
+        "scores", verdicts={"correct": 20, "unparsed": 39, "timeout": 1}, samples=60
+    )
+    assert "within the noise" in spoken("comparisons", ci_low=-0.03)
     assert "did not lower the loss" in spoken("train", fixed_batch_after=2.0)
-    assert "2 of 900 (0%) training rows were dropped" in spoken("train", dropped={"over the cutoff": ["a", "b"]})
+    assert "2 of 900 (0%) training rows were dropped" in spoken(
+        "train", dropped={"over the cutoff": ["a", "b"]}
+    )
     few = {"name": "teach", "rows_in": 12, "rows_out": 0, "done": True}
     assert "0 of 12 (0%) problems only" in spoken("stages", **few)
     assert "align is not finished" in spoken("stages", name="align", done=False)

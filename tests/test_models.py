@@ -41,7 +41,9 @@ def test_names(tmp_path: Path) -> None:
     assert models.resolve(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135", "no/such/model", "missing.gguf", "dir/missing.gguf", "", "bert"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135", "no/such/model", "missing.gguf", "dir/missing.gguf", "", "bert"]
+)
 def test_unknown_names(name: str) -> None:
     with pytest.raises(KitError) as caught:
         models.resolve(name)
@@ -65,11 +67,16 @@ def test_hub_id_without_network() -> None:
 
 
 def test_ids_equal_llama_cpps(tokenizer: models.HfTokenizer, llama, shared: Path) -> None:
-    rows = [json.loads(line) for line in (shared / "long_cot_aime24.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared / "long_cot_aime24.jsonl").read_text("utf-8").splitlines()
+    ]
     assert len(rows) == 63
     for row in rows:
         text = row["question"] + "\n" + row["long_cot"]
-        assert tokenizer.encode(text, special=False) == llama.tokenize(text.encode(), False, False), row["id"]
+        assert tokenizer.encode(text, special=False) == llama.tokenize(
+            text.encode(), False, False
+        ), row["id"]
 
 
 def test_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -77,7 +84,9 @@ def test_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     inner = AutoTokenizer.from_pretrained(models.hf_folder(NAME))
-    inner.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=True
+    )
     with pytest.raises(KitError, match="differently"):
         models.compare_ids(inner, models.gguf_file(NAME))
 
@@ -111,7 +120,9 @@ def test_rendering_equals_the_librarys(tokenizer: models.HfTokenizer) -> None:
     for system in (None, "Be brief."):
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": "What is 12 + 30?\nThink."})
-        wanted = tokenizer.inner.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        wanted = tokenizer.inner.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False
+        )
         assert list(prompts.render(tokenizer, turns[-1]["content"], system)) == list(wanted)
 
 
@@ -148,7 +159,9 @@ def test_two_processes_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / f"{key}.part" / "half.safetensors").write_text("half")
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
-    workers = [fork.Process(target=_convert_in_process, args=(str(tmp_path), queue)) for _ in range(2)]
+    workers = [
+        fork.Process(target=_convert_in_process, args=(str(tmp_path), queue)) for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     found = {queue.get(timeout=60) for _ in workers}
@@ -179,7 +192,9 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_size_of_a_token_in_the_cache() -> None:
     from transformers import LlamaConfig, MambaConfig
 
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
+    )
     assert models.kv_elements(config) == 2 * 3 * 2 * 16
     with pytest.raises(KitError, match="mamba has no attention"):
         models.kv_elements(MambaConfig())
@@ -188,11 +203,15 @@ def test_size_of_a_token_in_the_cache() -> None:
 def test_adapters(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(KitError, match=r"adapter_config.json and adapter_model.safetensors missing"):
+    with pytest.raises(
+        KitError, match=r"adapter_config.json and adapter_model.safetensors missing"
+    ):
         models.load_model(NAME, adapter=str(tmp_path))
     base = models.load_model(NAME)
     torch.manual_seed(0)
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     wrapped.save_pretrained(tmp_path)
     ids = torch.arange(20, 30)[None]
     with torch.inference_mode():

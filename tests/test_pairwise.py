@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kit.backends.scripted import ByteTokenizer, ScriptedBackend, ScriptedSession
-from kit.core.config import Engine, Prompts
+from kit.core.config import ModelConfig, Prompts
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.storage import RowFile
@@ -25,7 +25,7 @@ class Opinion(ScriptedSession):
         super().__init__(0.0)
         self.rule = rule
 
-    def read(self, probes):
+    def score(self, probes):
         found = []
         for probe in probes:
             text = ByteTokenizer().decode(probe.ids)
@@ -39,10 +39,10 @@ class Opinion(ScriptedSession):
 
 class Judge(ScriptedBackend):
     def __init__(self, rule, context=None):
-        super().__init__(Engine(backend="scripted", model="none", context_tokens=context))
+        super().__init__(ModelConfig(backend="scripted", model="none", context_tokens=context))
         self.rule = rule
 
-    def session(self, fresh=False):
+    def session(self, uncached=False):
         return Opinion(self.rule)
 
 
@@ -52,7 +52,10 @@ def shorter(first, second):
 
 def row(id, *texts, question="q?"):
     return EvalRow(
-        id=id, question=question, answer="1", samples=tuple(Sample(text=t, verdict="correct") for t in texts)
+        id=id,
+        question=question,
+        answer="1",
+        samples=tuple(Sample(text=t, verdict="correct") for t in texts),
     )
 
 
@@ -72,16 +75,31 @@ PAIRS = [
 
 def test_a_fair_judge_has_wins_and_ties_and_no_bias():
     found = compare_reasoning(Judge(shorter), Prompts(), PAIRS)
-    assert (found["pairs"], found["first"], found["second"], found["ties"], found["flips"]) == (4, 2, 1, 1, 0)
+    assert (found["pairs"], found["first"], found["second"], found["ties"], found["flips"]) == (
+        4,
+        2,
+        1,
+        1,
+        0,
+    )
     assert found["first_shown_ratio"] == 0.5 and found["p_value"] == 1.0
-    assert found["rows"][0] == {"id": "p1", "winner": "first", "verdicts": ["A", "B"], "margins": [2.5, 2.5]}
+    assert found["rows"][0] == {
+        "id": "p1",
+        "winner": "first",
+        "verdicts": ["A", "B"],
+        "margins": [2.5, 2.5],
+    }
 
 
 def test_a_judge_that_always_takes_the_first_shown_wins_nothing_for_anyone():
     pairs = [(f"p{n}", "one", "two") for n in range(12)]
     found = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
     assert (found["first"], found["second"], found["flips"]) == (0, 0, 12)
-    assert found["first_shown_ratio"] == 1.0 and found["position_p_value"] < 1e-6 and found["p_value"] == 1.0
+    assert (
+        found["first_shown_ratio"] == 1.0
+        and found["position_p_value"] < 1e-6
+        and found["p_value"] == 1.0
+    )
 
 
 def test_a_clear_preference_is_significant():
@@ -103,14 +121,22 @@ def test_no_pairs_is_no_preference():
 
 def test_labels_must_differ_in_their_first_token():
     judge = Judge(shorter)
-    judge.tokenizer = type("Same", (ByteTokenizer,), {"encode": lambda self, text, special=True: [7]})()
+    judge.tokenizer = type(
+        "Same", (ByteTokenizer,), {"encode": lambda self, text, special=True: [7]}
+    )()
     with pytest.raises(KitError, match="same first token"):
         compare_reasoning(judge, Prompts(), PAIRS)
 
 
 def test_pairs_are_of_shared_problems():
     """The first answers to the same question under the same id, whatever the order of the rows."""
-    first = [row("a", "x", "other"), row("b", "y"), row("c"), row("d", "x", question="another?"), row("e", "x")]
+    first = [
+        row("a", "x", "other"),
+        row("b", "y"),
+        row("c"),
+        row("d", "x", question="another?"),
+        row("e", "x"),
+    ]
     second = [row("e"), row("d", "z"), row("b", "yy"), row("a", "x"), row("c", "v")]
     found = quality.compare_reasoning(Judge(shorter), Prompts(), first, second)
     assert [(r["id"], r["winner"]) for r in found["rows"]] == [("a", "ties"), ("b", "first")]
@@ -119,12 +145,26 @@ def test_pairs_are_of_shared_problems():
 def test_compare_asks_a_real_judge(tmp_path):
     """SmolLM2-135M through llama.cpp and the command line: margins come from its own logits, and the page tells."""
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
-    for path in tmp_path.glob("*/eval/*.jsonl"):  # one problem of one set of data; the other file has lost its rows
+    for path in tmp_path.glob(
+        "*/eval/*.jsonl"
+    ):  # one problem of one set of data; the other file has lost its rows
         file = RowFile(path, EvalRow)
         file.write_all(file.read()[:1] if "builtin" in path.name else [])
     config, page = tmp_path / "judge.yaml", tmp_path / "page.html"
-    config.write_text("teacher: {backend: gguf, parallel: 1, context_tokens: 1024, threads: 2}\n")
-    command = [sys.executable, "palign.py", "compare", *runs, "--quality", config, "--out", page, "--json"]
+    config.write_text(
+        "teacher: {backend: gguf, max_num_seqs: 1, context_tokens: 1024, n_threads: 2}\n"
+    )
+    command = [
+        sys.executable,
+        "palign.py",
+        "compare",
+        *runs,
+        "--pairwise-judge",
+        config,
+        "--out",
+        page,
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     [(name, found)] = json.loads(done.stdout)["quality"].items()

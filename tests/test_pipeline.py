@@ -33,11 +33,11 @@ TRACES = [
 ]  # fmt: skip
 CONFIG = """
 name: tiny
-data: {train: {limit: 3}, eval: {path: builtin, subset: 1 to 10, limit: 3, seed: 2}}
+data: {train: {limit: 3}, eval: {path: builtin, steps: [1, 1], max_number: 10, limit: 3, seed: 2}}
 teacher: {backend: file, path: TRACES}
-student: {model: smollm2-135m, parallel: 2}
-align: {samples: 3, lengthen: 1, sampling: {temperature: 0.6, max_new_tokens: 40}}
-train: {batch_rows: 1, max_steps: 3, learning_rate: 1.0e-3, warmup_ratio: 0, save_steps: 1}
+student: {model: smollm2-135m, max_num_seqs: 2}
+align: {samples: 3, extend_rounds: 1, sampling: {temperature: 0.6, max_new_tokens: 40}}
+train: {batch_size: 1, max_steps: 3, learning_rate: 1.0e-3, warmup_ratio: 0, save_steps: 1}
 eval: {sampling: {temperature: 0, max_new_tokens: 24}}
 prompts: {instruction: 'Solve the problem and end with the answer in a box, like \\boxed{7}.'}
 """
@@ -46,7 +46,10 @@ prompts: {instruction: 'Solve the problem and end with the answer in a box, like
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    rows = [{"id": f"t{i}", "question": q, "answer": a, "long_cot": t} for i, (q, a, t) in enumerate(TRACES)]
+    rows = [
+        {"id": f"t{i}", "question": q, "answer": a, "long_cot": t}
+        for i, (q, a, t) in enumerate(TRACES)
+    ]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.yaml").write_text(CONFIG.replace("TRACES", str(folder / "traces.jsonl")))
     return folder / "tiny.yaml"
@@ -60,7 +63,9 @@ def command(config: Path, out: Path) -> list[str]:
 def whole(config, tmp_path_factory) -> tuple[Path, dict]:
     """An uninterrupted run and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = subprocess.run(command(config, out), capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        command(config, out), capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -80,7 +85,14 @@ def test_one_object_tells_what_every_stage_did(whole):
         0 <= told[k] <= 1 for k in ("accuracy_before", "accuracy_after")
     )
     assert all(stage["seconds"] >= 0 for stage in told["stages"])
-    for name in ("config.yaml", "manifest.json", "train_log.jsonl", "metrics.json", "report.html", "run.log"):
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "train_log.jsonl",
+        "metrics.json",
+        "report.html",
+        "run.log",
+    ):
         assert (folder / name).stat().st_size > 0, name
 
 
@@ -91,7 +103,9 @@ def test_prefixes_are_exact_slices_and_the_adapter_has_learnt(whole):
         assert row.trace == given and given[: row.end].strip() and row.verdicts
     assert told["train"]["adapter_change"] > 0
     assert told["train"]["fixed_batch_after"] < told["train"]["fixed_batch_before"]
-    assert any(value.any() for name, value in adapter(folder).items() if "lora_B" in name), "B starts at zero"
+    assert any(value.any() for name, value in adapter(folder).items() if "lora_B" in name), (
+        "B starts at zero"
+    )
 
 
 def test_its_report_in_a_browser(whole, browser):
@@ -123,8 +137,15 @@ for line in sys.stdin:
 """
 
     def __init__(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], cwd=ROOT, bufsize=1, **pipes)
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+            "text": True,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE], cwd=ROOT, bufsize=1, **pipes
+        )
 
     def run(self, args: list[str], moment: Callable[[], bool] = lambda: False) -> int:
         """Its exit code; killed (-9) at the moment given, if it has not ended by then."""
@@ -167,19 +188,25 @@ def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(config, whole, t
         while wanted or not ended:
             out = tmp_path / f"torn{ended}"
             args = ["run", str(config), f"out={out}", "--quiet"]
-            while code := nursery.run(args, inside(out, wanted[0], draw.uniform(0, 4)) if wanted else lambda: False):
+            while code := nursery.run(
+                args, inside(out, wanted[0], draw.uniform(0, 4)) if wanted else lambda: False
+            ):
                 assert code == -signal.SIGKILL
                 killed[active(out) or "between stages"] += 1
                 wanted.pop(0)
             ended += 1
             assert steady(out) == steady(whole[0])
             first, second = adapter(whole[0]), adapter(out)
-            assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+            assert first.keys() == second.keys() and all(
+                np.array_equal(first[k], second[k]) for k in first
+            )
     finally:
         nursery.process.kill()
     assert killed.total() >= 20 and {*killed} >= {"truncate", "align", "train", "eval"}, killed
 
-    again = subprocess.run(command(config, out), capture_output=True, text=True, check=False, cwd=ROOT)
+    again = subprocess.run(
+        command(config, out), capture_output=True, text=True, check=False, cwd=ROOT
+    )
     for stage in STAGES[:5]:
         assert f"{stage}: done before, skipped" in again.stderr
 
@@ -194,5 +221,7 @@ def test_help_imports_nothing_heavy(name):
         "heavy = {'torch', 'transformers', 'pydantic', 'rich', 'numpy', 'llama_cpp'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr

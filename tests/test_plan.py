@@ -26,7 +26,9 @@ def test_counts_equal_the_real_models(tiny: str, tmp_path: Path) -> None:  # noq
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert shape["adapter"] == trainable and shape["linear"] + shape["other"] == frozen
     parts = training_bytes(settings(tmp_path, tiny, rank=4), 64, cuda=False)
-    assert parts["weights"] == 4 * frozen and parts["adapter"] == parts["optimizer"] == 8 * trainable
+    assert (
+        parts["weights"] == 4 * frozen and parts["adapter"] == parts["optimizer"] == 8 * trainable
+    )
 
 
 def test_the_longest_row_fits_and_one_token_more_does_not(tiny: str, tmp_path: Path) -> None:  # noqa: F811
@@ -41,15 +43,17 @@ def test_what_does_not_fit_is_refused_with_the_key_to_change(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = settings(tmp_path / "r", tiny, checkpointing=False, cutoff_tokens=1024)
+    config = settings(tmp_path / "r", tiny, gradient_checkpointing=False, max_seq_tokens=1024)
     monkeypatch.setattr(planning, "limit_bytes", lambda: (False, RESERVE_BYTES + int(0.03 * GIB)))
     result = plan(config)
-    assert not result["fits"] and "train.checkpointing=true" in result["change"]
+    assert not result["fits"] and "train.gradient_checkpointing=true" in result["change"]
     with Run(config, Progress(quiet=True)) as run:
         with pytest.raises(KitError, match="Training on rows of 1024 tokens needs about") as caught:
             check_fit(config, run, 1024)
-        assert "train.checkpointing=true" in caught.value.hint
-        ignoring = config.model_copy(update={"train": config.train.model_copy(update={"overfit": "ignore"})})
+        assert "train.gradient_checkpointing=true" in caught.value.hint
+        ignoring = config.model_copy(
+            update={"train": config.train.model_copy(update={"on_low_memory": "warn"})}
+        )
         check_fit(ignoring, run, 1024)
         check_fit(config, run, 8)
     assert "Tried all the same" in (tmp_path / "r" / "run.log").read_text()
@@ -58,7 +62,10 @@ def test_what_does_not_fit_is_refused_with_the_key_to_change(
 def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path: Path) -> None:  # noqa: F811
     config = settings(tmp_path, tiny)
     assert plan(config)["times"] == []
-    stages = {"teach": {"done": True, "rows_in": 4, "seconds": 10.0}, "align": {"done": False, "rows_in": 4}}
+    stages = {
+        "teach": {"done": True, "rows_in": 4, "seconds": 10.0},
+        "align": {"done": False, "rows_in": 4},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
     source = config.data.train.model_copy(update={"limit": 40})
     larger = config.model_copy(update={"data": config.data.model_copy(update={"train": source})})
@@ -96,16 +103,22 @@ print(json.dumps([memory.peak_bytes() - before, sum(training_bytes(config, token
         (512, {}),
         pytest.param(2048, {}, marks=pytest.mark.slow),
         pytest.param(1024, {"logits_bytes": 1 << 24}, marks=pytest.mark.slow),
-        pytest.param(512, {"checkpointing": False, "dtype": "fp32"}, marks=pytest.mark.slow),
+        pytest.param(
+            512, {"gradient_checkpointing": False, "dtype": "fp32"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_estimate_is_within_a_fifth_of_what_a_step_of_the_packaged_model_takes(
     tokens: int, keys: dict[str, object]
 ) -> None:
     command = [sys.executable, "-c", STEP, str(tokens), json.dumps(keys)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     measured, estimated = json.loads(done.stdout.splitlines()[-1])
-    print(f"{tokens} tokens {keys}: measured {measured / GIB:.3f} GiB, estimated {estimated / GIB:.3f} GiB")
+    print(
+        f"{tokens} tokens {keys}: measured {measured / GIB:.3f} GiB, estimated {estimated / GIB:.3f} GiB"
+    )
     assert 0.8 * measured < estimated < 1.2 * measured
 
 
@@ -117,10 +130,12 @@ def test_where_memory_is_short_freed_blocks_go_back_at_once(
     called: list[int] = []
     monkeypatch.setattr(planning, "return_at_once", lambda: called.append(1))
     config = settings(tmp_path / "r", tiny)
-    whole = planning._total(config, 512, False, checkpointing=False)
+    whole = planning._total(config, 512, False, gradient_checkpointing=False)
     with Run(config, Progress(quiet=True)) as run:
         for room, times in ((whole + 1, 0), (whole - 1, 1)):
-            monkeypatch.setattr(planning, "limit_bytes", lambda room=room: (False, RESERVE_BYTES + room))
+            monkeypatch.setattr(
+                planning, "limit_bytes", lambda room=room: (False, RESERVE_BYTES + room)
+            )
             check_fit(config, run, 512)
             assert len(called) == times
 
@@ -155,7 +170,9 @@ def test_a_step_on_random_weights_fits_the_card(name: str, tmp_path: Path) -> No
     with torch.device("cuda"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(card * GIB / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        card * GIB / torch.cuda.get_device_properties(0).total_memory
+    )
     model = make_model(settings(tmp_path, str(tmp_path), dtype="nf4", logits_bytes=1 << 26)).train()
     ids = torch.randint(5, 1000, (1, tokens), device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -13,7 +13,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
 )
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + CHATML
+)
 
 
 class Toy:
@@ -33,7 +36,9 @@ class Toy:
         return ids
 
     def decode(self, ids):
-        return "".join(next((n for n, i in SPECIAL.items() if i == t), None) or chr(t - 10) for t in ids)
+        return "".join(
+            next((n for n, i in SPECIAL.items() if i == t), None) or chr(t - 10) for t in ids
+        )
 
 
 def test_special_names_in_data_stay_text():
@@ -63,13 +68,19 @@ def test_no_template_at_all_leaves_the_users_text():
 
 
 def test_a_broken_or_hostile_template_is_an_error_of_ours():
-    for template in ("{{ nonsense(", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no') }}"):
+    for template in (
+        "{{ nonsense(",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('no') }}",
+    ):
         with pytest.raises(KitError, match="chat template"):
             prompts.render_text(Toy(template), "q")
 
 
 def test_braces_in_data_are_data():
-    text = prompts.draft_text(configs.Prompts(), "{prefix} {question} \\boxed{}", "\\frac{1}{2} {instruction}")
+    text = prompts.draft_text(
+        configs.Prompts(), "{prefix} {question} \\boxed{}", "\\frac{1}{2} {instruction}"
+    )
     assert "{prefix} {question} \\boxed{}" in text and text.endswith("\\frac{1}{2} {instruction}")
 
 
@@ -86,6 +97,9 @@ def test_prompts_come_from_text_or_a_file_and_lacks_are_named(tmp_path):
 def test_the_template_hash_sees_what_shapes_a_prompt():
     base = prompts.template_hash(Toy(), configs.Prompts(), None, False)
     assert base == prompts.template_hash(Toy(), configs.Prompts(), None, False)
-    others = [(Toy(NO_SYSTEM), configs.Prompts(), None, False), (Toy(), configs.Prompts(instruction="x"), None, False)]
+    others = [
+        (Toy(NO_SYSTEM), configs.Prompts(), None, False),
+        (Toy(), configs.Prompts(instruction="x"), None, False),
+    ]
     others += [(Toy(), configs.Prompts(), "system", False), (Toy(), configs.Prompts(), None, True)]
     assert len({base, *(prompts.template_hash(*args) for args in others)}) == 5

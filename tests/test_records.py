@@ -16,13 +16,23 @@ from tests.conftest import ROOT
 
 
 def row(id: str, **more) -> PrefixRow:
-    fields = {"question": "q", "answer": "7", "trace": "a. b.", "end": 3, "sentences": 1, "sentences_total": 2}
+    fields = {
+        "question": "q",
+        "answer": "7",
+        "trace": "a. b.",
+        "end": 3,
+        "sentences": 1,
+        "sentences_total": 2,
+    }
     return PrefixRow(id=id, **{**fields, "ratio": 0.5, "sufficient": True, **more})
 
 
 def test_rows_come_back_equal(tmp_path):
     file = RowFile(tmp_path / "p.jsonl", PrefixRow)
-    rows = [row("a", verdicts=(Verdict(sentences=1, label="ENOUGH", margin=0.1),)), row("b", trace="汉字\u2028 \x00é")]
+    rows = [
+        row("a", verdicts=(Verdict(sentences=1, label="ENOUGH", margin=0.1),)),
+        row("b", trace="汉字\u2028 \x00é"),
+    ]
     file.append(rows[0])
     file.append(rows[1])
     assert file.read() == rows and not file.damaged
@@ -31,7 +41,11 @@ def test_rows_come_back_equal(tmp_path):
 def test_lone_surrogates_in_what_a_model_wrote_are_stored_as_replacement_characters(tmp_path):
     file = RowFile(tmp_path / "t.jsonl", TraceRow)
     wrote = TraceRow(
-        id="\ud800", question="q", answer="7", kept=(), samples=(Sample(text="so \udc00", verdict="wrong"),)
+        id="\ud800",
+        question="q",
+        answer="7",
+        kept=(),
+        samples=(Sample(text="so \udc00", verdict="wrong"),),
     )
     file.append(wrote)
     assert file.read() == [wrote] and not file.damaged
@@ -53,7 +67,9 @@ def test_an_edited_row_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     file = RowFile(path, PrefixRow)
     file.append(row("a"), row("b"))
-    path.write_text(path.read_text().replace('"id": "b", "question": "q"', '"id": "b", "question": "Q"'))
+    path.write_text(
+        path.read_text().replace('"id": "b", "question": "q"', '"id": "b", "question": "Q"')
+    )
     assert [r.id for r in file.read()] == ["a"] and "'b' was edited" in file.damaged[0]
 
 
@@ -64,7 +80,9 @@ def test_a_row_of_another_format_is_named(tmp_path):
     import hashlib
 
     raw["brand_new"] = 1
-    sha = hashlib.sha256(json.dumps(raw, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
+    sha = hashlib.sha256(json.dumps(raw, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
     path.write_text(json.dumps({**raw, "sha": sha}) + "\n")
     file = RowFile(path, PrefixRow)
     assert file.read() == [] and "another format" in file.damaged[0]
@@ -82,8 +100,9 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path):
         import resource, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from kit.records import RowFile, PrefixRow
-        from kit.errors import KitError
+        from kit.core.records import PrefixRow
+        from kit.core.storage import RowFile
+        from kit.core.errors import KitError
         from tests.test_records import row
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         file = RowFile(Path({str(tmp_path)!r}) / "p.jsonl", PrefixRow)
@@ -96,7 +115,9 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path):
         """
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "said:" in done.stdout and "p.jsonl could not be written" in done.stdout, done.stdout + done.stderr
+    assert "said:" in done.stdout and "p.jsonl could not be written" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert (tmp_path / "p.jsonl").read_bytes().endswith(b"}\n"), "the torn half row is taken back"
     assert [r.id for r in RowFile(tmp_path / "p.jsonl", PrefixRow).read()] == ["a"]
 

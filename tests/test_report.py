@@ -36,7 +36,11 @@ def pages(folder: Path) -> dict[str, Path]:
     root, files = folder.parent, Files(folder)
     short = Files(make(root / "short", upto="teach"))
     hostile = make(root / "hostile", upto="align")
-    rows = [row for row in RowFile(hostile / "prefixes.jsonl", PrefixRow).read() if row.id.startswith("bad")]
+    rows = [
+        row
+        for row in RowFile(hostile / "prefixes.jsonl", PrefixRow).read()
+        if row.id.startswith("bad")
+    ]
     assert len(rows) == len(HOSTILE)
     RowFile(hostile / "prefixes.jsonl", PrefixRow).write_all(rows)
     bad = Files(hostile)
@@ -44,15 +48,22 @@ def pages(folder: Path) -> dict[str, Path]:
     made = {name: root / f"{name}.html" for name in ("whole", "short", "hostile", "compare")}
     for name, found in (("whole", files), ("short", short), ("hostile", bad)):
         made[name].write_text(report.page(found, numbers(found)), encoding="utf-8")
-    runs = [folder, make(root / "other", SHARED, seed=4), make(root / "long", SHARED, seed=3, method="long-trace")]
+    runs = [
+        folder,
+        make(root / "other", SHARED, seed=4),
+        make(root / "long", SHARED, seed=3, method="long-trace"),
+    ]
     compare.compare([*runs, make(root / "bare", upto="truncate")], made["compare"])
     return made
 
 
 @pytest.mark.parametrize(
-    ("name", "sections"), [("whole", REPORT), ("short", ()), ("hostile", ()), ("compare", COMPARISON)]
+    ("name", "sections"),
+    [("whole", REPORT), ("short", ()), ("hostile", ()), ("compare", COMPARISON)],
 )
-def test_page_is_quiet_and_fits(browser: Any, pages: dict[str, Path], name: str, sections: tuple[str, ...]) -> None:
+def test_page_is_quiet_and_fits(
+    browser: Any, pages: dict[str, Path], name: str, sections: tuple[str, ...]
+) -> None:
     check(browser, pages[name], sections)
 
 
@@ -69,17 +80,23 @@ def test_hostile_text_is_shown_and_harmless(browser: Any, pages: dict[str, Path]
     page = opened.page
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     text = page.locator("body").inner_text()
-    assert "<script>alert('trace')</script></style></title></svg><img src=x onerror=alert(1)>" in text
+    assert (
+        "<script>alert('trace')</script></style></title></svg><img src=x onerror=alert(1)>" in text
+    )
     assert page.locator("h1").inner_text() == "<script>alert('name')</script>"
     assert "⟨U+202E⟩ reversed" in text and "⟨U+0000⟩" in text and "{{ 7 * 7 }}" in text
     assert "characters left out" in text and "x" * 5000 not in text
     html = pages["hostile"].read_text(encoding="utf-8")
-    assert not any(ord(c) in (0, 7, 0x1B, 0x202E, 0x2066, 0x200F) or 0xD800 <= ord(c) < 0xE000 for c in html)
+    assert not any(
+        ord(c) in (0, 7, 0x1B, 0x202E, 0x2066, 0x200F) or 0xD800 <= ord(c) < 0xE000 for c in html
+    )
     assert opened.trouble == []
     page.close()
 
 
-def test_the_policy_stops_what_slips_through(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_the_policy_stops_what_slips_through(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
     """Were a script or a picture from elsewhere ever in the page, the browser would refuse it."""
     slipped = tmp_path / "slipped.html"
     html = pages["short"].read_text(encoding="utf-8")
@@ -117,10 +134,20 @@ def test_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str) ->
     page.close()
 
     def light(name: str) -> float:
-        linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colours[name]]
+        linear = [
+            (c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4
+            for c in colours[name]
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    on = [("ink", "paper"), ("soft", "paper"), ("a", "paper"), ("b", "paper"), ("ink", "a-tint"), ("b", "b-tint")]
+    on = [
+        ("ink", "paper"),
+        ("soft", "paper"),
+        ("a", "paper"),
+        ("b", "paper"),
+        ("ink", "a-tint"),
+        ("b", "b-tint"),
+    ]
     for front, back in [*on, ("ink", "tint"), ("soft", "tint")]:
         high, low = sorted((light(front), light(back)), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
@@ -146,7 +173,9 @@ def test_text_is_shortened_with_a_count() -> None:
     assert report.visible("a\ud800b\u202ec\td\n") == "a⟨U+D800⟩b⟨U+202E⟩c\td\n"
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 7), (-4.6, 1.8), (0.71, 0.74), (3, 3), (0, 32768), (-1e-3, 0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 7), (-4.6, 1.8), (0.71, 0.74), (3, 3), (0, 32768), (-1e-3, 0)]
+)
 def test_ticks_span_the_data(low: float, high: float) -> None:
     found = report.ticks(low, high)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
@@ -179,7 +208,8 @@ def test_table_is_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(None, "–"), (0.44, "0.4 s"), (200, "3 min 20 s"), (599.7, "10 min"), (7500, "125 min")]
+    ("seconds", "words"),
+    [(None, "–"), (0.44, "0.4 s"), (200, "3 min 20 s"), (599.7, "10 min"), (7500, "125 min")],
 )
 def test_duration(seconds: float | None, words: str) -> None:
     times = Environment(loader=FileSystemLoader(report.TEMPLATES)).get_template("time.j2").module
@@ -210,31 +240,55 @@ def test_compare_pairs_and_groups(tmp_path: Path) -> None:
     each = [run["accuracy_after"] for run in found["runs"]]
     assert palign["by_run"] == pytest.approx(each[:2], abs=1e-4)
     assert palign["accuracy"] == pytest.approx(sum(each[:2]) / 2, abs=1e-4)
-    assert palign["spread"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5, abs=1e-4) and long["spread"] is None
+    assert (
+        palign["spread"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5, abs=1e-4)
+        and long["spread"] is None
+    )
     pair = found["pairs"][0]
-    assert pair["n"] == 60 and pair["difference"] == pytest.approx(long["accuracy"] - palign["accuracy"], abs=2e-4)
-    assert pair["low"] <= pair["difference"] <= pair["high"]
+    assert pair["n"] == 60 and pair["difference"] == pytest.approx(
+        long["accuracy"] - palign["accuracy"], abs=2e-4
+    )
+    assert pair["ci_low"] <= pair["difference"] <= pair["ci_high"]
     assert set(found["differs"]) == {"seed", "method", "judge.kind"}
     assert all(len({a["share"] for a in item["answers"]}) > 1 for item in found["different"])
     best = {max(item["answers"], key=lambda a: a["share"])["group"] for item in found["different"]}
-    assert pair["better"] and pair["worse"] and best >= {"palign (p1)", "long-trace"}  # shown in turn from each side
-    told = pair["words"] in ("within the noise", f"{pair['b']} is ahead, barely", f"{pair['a']} is ahead, barely")
-    assert told == (abs(pair["difference"]) < pair["detectable"] or pair["p_value"] >= 0.05)
+    assert (
+        pair["better"] and pair["worse"] and best >= {"palign (p1)", "long-trace"}
+    )  # shown in turn from each side
+    told = pair["words"] in (
+        "within the noise",
+        f"{pair['b']} is ahead, barely",
+        f"{pair['a']} is ahead, barely",
+    )
+    assert told == (
+        abs(pair["difference"]) < pair["min_detectable_difference"] or pair["p_value"] >= 0.05
+    )
     assert [(cut["b"], cut["traces"]) for cut in found["cuts"]] == [("answer", 24)] * 3
-    for label, points in next(iter(found["within"].values())):  # with all the room that there was: the accuracy itself
+    for label, points in next(
+        iter(found["within"].values())
+    ):  # with all the room that there was: the accuracy itself
         ratios = [ratio for _, ratio in points]
         assert ratios == sorted(ratios) and points[0][0] == 0
-        assert ratios[-1] == pytest.approx(palign["accuracy"] if label == labels[0] else long["accuracy"], abs=1e-4)
+        assert ratios[-1] == pytest.approx(
+            palign["accuracy"] if label == labels[0] else long["accuracy"], abs=1e-4
+        )
     lesson = found["lesson"]  # the run that stopped early taught nobody
     assert [target["group"] for target in lesson["targets"]] == labels[:2] == [*lesson["shown"]]
     for text in lesson["shown"].values():  # all of them were made of the trace beside them
-        begin = text.removeprefix("<Begin_of_Prefix>").split("<End_of_Prefix>")[0].split("\\boxed")[0].rstrip()
+        begin = (
+            text.removeprefix("<Begin_of_Prefix>")
+            .split("<End_of_Prefix>")[0]
+            .split("\\boxed")[0]
+            .rstrip()
+        )
         assert begin and lesson["trace"].startswith(begin)
     search = lesson["search"]  # the cut of the very trace that is shown, by the group that is named
     assert search["group"] == labels[0] and search["row"]["trace"] == lesson["trace"]
     assert "".join(text for text, _ in search["kept"]) == lesson["trace"][: search["row"]["end"]]
     assert "".join(text for text, _ in search["kept"] + search["rest"]) == lesson["trace"]
-    assert lesson["shown"][labels[0]].startswith("<Begin_of_Prefix>" + lesson["trace"][: search["row"]["end"]].rstrip())
+    assert lesson["shown"][labels[0]].startswith(
+        "<Begin_of_Prefix>" + lesson["trace"][: search["row"]["end"]].rstrip()
+    )
     assert (tmp_path / "out.html").stat().st_size > 10_000
     compare.show(found)
 
@@ -244,11 +298,18 @@ def test_accuracy_by_token_budget_counts_problems_not_rows() -> None:
         made = tuple(Sample(text="", verdict=verdict, tokens=tokens) for verdict, tokens in samples)
         return EvalRow(id=id, question=id, answer="1", samples=made)
 
-    rows = [row("a", ("correct", 10)), row("a", ("wrong", 5)), row("b", ("correct", 40), ("unparsed", 80)), row("c")]
+    rows = [
+        row("a", ("correct", 10)),
+        row("a", ("wrong", 5)),
+        row("b", ("correct", 40), ("unparsed", 80)),
+        row("c"),
+    ]
     [(label, points)] = compare._within({"palign": rows})
     assert label == "palign" and points[0] == (0, 0) and len(points) == 81
     at = dict(points)
-    assert (at[9], at[10], at[39]) == pytest.approx((0, 1 / 6, 1 / 6)) and at[40] == at[80] == pytest.approx(1 / 3)
+    assert (at[9], at[10], at[39]) == pytest.approx((0, 1 / 6, 1 / 6)) and at[40] == at[
+        80
+    ] == pytest.approx(1 / 3)
     assert at[80] == pytest.approx(accuracy(rows)["accuracy"], abs=1e-4)
 
 
@@ -259,7 +320,9 @@ def test_compare_tells_other_problems_apart(tmp_path: Path) -> None:
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
     for path in (runs[1] / "eval").glob("*.jsonl"):
         file = RowFile(path, EvalRow)
-        file.write_all([row.model_copy(update={"question": row.question + " Other."}) for row in file.read()])
+        file.write_all(
+            [row.model_copy(update={"question": row.question + " Other."}) for row in file.read()]
+        )
     assert compare.compare(runs, tmp_path / "out.html")["pairs"] == []
 
 
@@ -280,7 +343,10 @@ def test_reasoning_is_judged_on_both_runs_answers(tmp_path: Path) -> None:
         return {**told, "p_value": 0.002, "first_shown_ratio": 0.61}
 
     found = compare.compare(runs, tmp_path / "out.html", judge)
-    assert found["quality"]["builtin"]["second"] == 30 and found["quality"]["builtin"]["b"] == "no-search"
+    assert (
+        found["quality"]["builtin"]["second"] == 30
+        and found["quality"]["builtin"]["b"] == "no-search"
+    )
     html = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "Reasoning compared" in html and "a judge" in html and "61%" in html
     compare.show(found)

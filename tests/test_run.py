@@ -25,7 +25,9 @@ def open_run(folder, **keys):
 
 
 def trace_row(problem):
-    return TraceRow(id=problem.id, question=problem.question, answer=problem.answer, samples=(), kept=())
+    return TraceRow(
+        id=problem.id, question=problem.question, answer=problem.answer, samples=(), kept=()
+    )
 
 
 PROBLEMS = [Problem(id=f"p{i}", question=f"q{i}", answer=str(i)) for i in range(7)]
@@ -57,7 +59,9 @@ def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upt
         with pytest.raises(RuntimeError):
             sweep(run, [], upto)
         assert sweep(run, calls) == whole
-    assert (tmp_path / "torn/traces.jsonl").read_bytes() == (tmp_path / "whole/traces.jsonl").read_bytes()
+    assert (tmp_path / "torn/traces.jsonl").read_bytes() == (
+        tmp_path / "whole/traces.jsonl"
+    ).read_bytes()
     planned = [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
     assert calls == planned[upto // 3 :]
 
@@ -75,8 +79,12 @@ def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_p
     assert stage()[0] is False
     work, said = stage(teacher={"samples": 3})
     assert work and "teacher.samples: 1 -> 3" in said
-    assert list((tmp_path / "stale").glob("*-traces.jsonl")), "the rows made before are set aside, not lost"
-    assert stage(teacher={"samples": 3, "threads": 2})[0] is False, "a key that changes no row redoes nothing"
+    assert list((tmp_path / "stale").glob("*-traces.jsonl")), (
+        "the rows made before are set aside, not lost"
+    )
+    assert stage(teacher={"samples": 3, "n_threads": 2})[0] is False, (
+        "a key that changes no row redoes nothing"
+    )
 
 
 def test_what_a_row_depends_on_beside_the_stages_own_keys(tmp_path):
@@ -105,7 +113,14 @@ def test_what_a_row_depends_on_beside_the_stages_own_keys(tmp_path):
 
 def test_two_rows_of_one_name_are_refused(tmp_path):
     with open_run(tmp_path) as run, pytest.raises(KitError, match=r"'a\.0'"):
-        work_through(run, "teach", RowFile(run.path("traces.jsonl"), TraceRow), [("a.0", 1), ("a.0", 2)], 3, iter)
+        work_through(
+            run,
+            "teach",
+            RowFile(run.path("traces.jsonl"), TraceRow),
+            [("a.0", 1), ("a.0", 2)],
+            3,
+            iter,
+        )
 
 
 def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
@@ -129,7 +144,9 @@ def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
 
 
 def test_files_of_unknown_origin_never_mix_with_new_rows(tmp_path):
-    RowFile(tmp_path / "traces.jsonl", TraceRow).append(trace_row(Problem(id="old", question="", answer="")))
+    RowFile(tmp_path / "traces.jsonl", TraceRow).append(
+        trace_row(Problem(id="old", question="", answer=""))
+    )
     with open_run(tmp_path) as run:
         assert run.begin("teach", "input", lambda: "") and not (tmp_path / "traces.jsonl").exists()
 
@@ -177,7 +194,16 @@ def test_an_unwritable_folder_is_an_error_with_a_next_step(tmp_path):
         open_run(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("args", [["run"], ["run", "no.yaml"], ["run", "configs/smoke.yaml", "x=1"], ["nothing"]])
+@pytest.mark.parametrize(
+    "args", [["run"], ["run", "no.yaml"], ["run", "configs/smoke.yaml", "x=1"], ["nothing"]]
+)
 def test_bad_usage_exits_with_2_and_no_traceback(args):
-    done = subprocess.run([sys.executable, "palign.py", *args], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip() and not done.stdout
+    done = subprocess.run(
+        [sys.executable, "palign.py", *args], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and done.stderr.strip()
+        and not done.stdout
+    )

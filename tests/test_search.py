@@ -63,7 +63,11 @@ def test_any_verdicts(enough: list[bool]) -> None:
     assert first == (enough.index(True) + 1 if any(enough) else None)
     assert (stable is None) == (not enough[-1])
     if stable is not None:
-        assert all(enough[stable - 1 :]) and (stable == 1 or not enough[stable - 2]) and first <= stable
+        assert (
+            all(enough[stable - 1 :])
+            and (stable == 1 or not enough[stable - 2])
+            and first <= stable
+        )
     counted = search.violations(dict(enumerate(enough, 1)))
     assert counted == (0 if first is None else enough[first:].count(False))
     assert (counted == 0) == (first == stable or first is None)

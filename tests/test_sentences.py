@@ -61,10 +61,8 @@ def test_edges() -> None:
 PIECES = "$$ \\[ \\] \\( \\) \\begin{x} \\end{x} ``` ```py Dr. e.g. 1. So 3.5 \u2028 ~~~".split()
 LETTERS = "aBz1 \n\r\t.!?…。！？,:;-*#()[]{}\"'”$`\\|~é\ud800\u2028\x1c"
 ALPHABET = st.sampled_from([*LETTERS, *PIECES, "\n\n", "\n```\n", ". "])
-UNITS = (
-    '. |a. |$|$ |$x |`|``` \n|```\n|\\[ |\\( |\\begin{a}|\n| |\n\n|。|."|1. |A. |So, |!?|\\|((|~~~\n|$5. |\r|…|.'.split(
-        "|"
-    )
+UNITS = '. |a. |$|$ |$x |`|``` \n|```\n|\\[ |\\( |\\begin{a}|\n| |\n\n|。|."|1. |A. |So, |!?|\\|((|~~~\n|$5. |\r|…|.'.split(
+    "|"
 )
 
 
@@ -72,7 +70,11 @@ def check(text: str) -> None:
     """The promises that hold for any string."""
     parts, offsets = split(text), ends(text)
     assert "".join(parts) == text
-    assert offsets == sorted(set(offsets)) and (not text or offsets[-1] == len(text)) and len(offsets) == len(parts)
+    assert (
+        offsets == sorted(set(offsets))
+        and (not text or offsets[-1] == len(text))
+        and len(offsets) == len(parts)
+    )
     for before, part in zip(["x", *parts], parts, strict=False):
         assert part.strip() or part == text
         assert not part[:1].isspace() or before == "x"
@@ -103,7 +105,10 @@ def test_time_is_linear(unit: str) -> None:
 
 def test_real_traces(shared: Path) -> None:
     """63 real chains of thought: lossless, and of a sane size (a hundred characters a sentence, none huge)."""
-    traces = [json.loads(line)["long_cot"] for line in (shared / "long_cot_aime24.jsonl").open(encoding="utf-8")]
+    traces = [
+        json.loads(line)["long_cot"]
+        for line in (shared / "long_cot_aime24.jsonl").open(encoding="utf-8")
+    ]
     cut = [split(trace) for trace in traces]
     assert ["".join(parts) for parts in cut] == traces
     lengths = sorted(len(part) for parts in cut for part in parts)

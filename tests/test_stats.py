@@ -22,7 +22,11 @@ def simulated(seed, problems, accuracy, samples, spread=None):
     """Shares of right samples (EXPERIMENTS, problems); spread: concentration of the problems' difficulty (Beta)."""
     generator = np.random.default_rng(seed)
     shape = (EXPERIMENTS, problems)
-    ease = generator.beta(accuracy * spread, (1 - accuracy) * spread, shape) if spread else np.full(shape, accuracy)
+    ease = (
+        generator.beta(accuracy * spread, (1 - accuracy) * spread, shape)
+        if spread
+        else np.full(shape, accuracy)
+    )
     return generator.binomial(samples, ease) / samples
 
 
@@ -35,7 +39,9 @@ def test_pass_at_is_the_mean_over_all_subsets(right, samples):
 
 
 def test_pass_at_over_problems():
-    assert pass_at([(1, 3), (0, 3), (3, 3)]) == pytest.approx({1: 4 / 9, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3})
+    assert pass_at([(1, 3), (0, 3), (3, 3)]) == pytest.approx(
+        {1: 4 / 9, 2: (2 / 3 + 0 + 1) / 3, 3: 2 / 3}
+    )
     assert list(pass_at([(1, 3), (1, 2)])) == [1, 2]
     assert pass_at([]) == {}
 
@@ -114,14 +120,21 @@ def test_compare_single_samples():
     found = compare(a, b)
     assert found["difference"] == pytest.approx(0.15)
     assert found["p_value"] == pytest.approx(sign_test(20, 5)) and "McNemar" in found["method"]
-    assert found["low"] < 0.15 < found["high"] and found["low"] > 0
+    assert found["ci_low"] < 0.15 < found["ci_high"] and found["ci_low"] > 0
     back = compare(b, a)
-    assert (back["difference"], back["low"], back["high"]) == pytest.approx((-0.15, -found["high"], -found["low"]))
+    assert (back["difference"], back["ci_low"], back["ci_high"]) == pytest.approx(
+        (-0.15, -found["ci_high"], -found["ci_low"])
+    )
 
 
 def test_compare_equal_models_is_no_point():
     found = compare([1.0, 0.0] * 15, [1.0, 0.0] * 15)
-    assert found["difference"] == 0 and found["p_value"] == 1 and found["low"] < -0.05 and found["high"] > 0.05
+    assert (
+        found["difference"] == 0
+        and found["p_value"] == 1
+        and found["ci_low"] < -0.05
+        and found["ci_high"] > 0.05
+    )
 
 
 def test_permutation_test_is_exact_on_few_problems():
@@ -139,7 +152,7 @@ def test_detectable_difference_is_found_in_about_80_percent():
     base = generator.random((400, 300)) < 0.4
     flip = generator.random((400, 300))
     seen = [compare(a, np.where(f < 0.1, ~a, a)) for a, f in zip(base[:50], flip[:50], strict=True)]
-    target = float(np.mean([found["detectable"] for found in seen]))
+    target = float(np.mean([found["min_detectable_difference"] for found in seen]))
     gain, loss = 0.05 + target / 2, 0.05 - target / 2  # of all problems: the same 10% differ
     assert 0 < target < 0.1
     better = np.where(base, flip >= loss / 0.4, flip < gain / 0.6)
@@ -156,5 +169,5 @@ def test_compare_interval_covers(problems, shift):
         a = generator.random(problems) < ease
         b = generator.random(problems) < ease + shift
         found = compare(a, b)
-        inside += found["low"] <= shift <= found["high"]
+        inside += found["ci_low"] <= shift <= found["ci_high"]
     assert 0.92 <= inside / 500 <= 0.99

@@ -28,7 +28,12 @@ def test_solutions_add_up(problems: list[Problem]) -> None:
         value = int(re.search(r"\d+", problem.question)[0])  # type: ignore[index]
         for a, op, b, result in equations:
             assert int(a) == value and re.search(rf"\b{b}\b", problem.question)
-            value = {"+": value + int(b), "-": value - int(b), "*": value * int(b), "/": value / int(b)}[op]
+            value = {
+                "+": value + int(b),
+                "-": value - int(b),
+                "*": value * int(b),
+                "/": value / int(b),
+            }[op]
             assert value == int(result) and value > 1
         assert str(int(value)) == problem.answer == last_box(problem.solution or "")
 
@@ -39,15 +44,22 @@ def test_variety(problems: list[Problem]) -> None:
     assert {problem.subject for problem in problems} == set(stories)
     levels = Counter(problem.level for problem in problems)
     assert set(levels) == {"1", "2", "3", "4"} and min(levels.values()) > 1500 / 6
-    assert not any(re.search(r"(?<!boxed){", problem.question + (problem.solution or "")) for problem in problems)
+    assert not any(
+        re.search(r"(?<!boxed){", problem.question + (problem.solution or ""))
+        for problem in problems
+    )
     assert len({problem.id for problem in problems}) == len({p.question for p in problems}) == 1500
 
 
 def test_training_and_held_out_never_meet(problems: list[Problem]) -> None:
-    train = {p.question for p in problems} | {p.question for p in generate(1500, seed=7, steps=(1, 1))}
+    train = {p.question for p in problems} | {
+        p.question for p in generate(1500, seed=7, steps=(1, 1))
+    }
     for seed in (0, 1, 7):
         for steps in ((1, 4), (1, 1)):
-            assert not train & {p.question for p in generate(1500, seed, held_out=True, steps=steps)}
+            assert not train & {
+                p.question for p in generate(1500, seed, held_out=True, steps=steps)
+            }
 
 
 def test_same_seed_same_problems() -> None:
@@ -66,7 +78,9 @@ def test_wandering_is_long_right_and_repeatable(problems: list[Problem]) -> None
     for wordiness in (0, 1, 3):
         traces = [wander(problem, wordiness, seed=0) for problem in problems[:200]]
         assert traces == [wander(problem, wordiness, seed=0) for problem in problems[:200]]
-        assert [last_box(trace) for trace in traces] == [problem.answer for problem in problems[:200]]
+        assert [last_box(trace) for trace in traces] == [
+            problem.answer for problem in problems[:200]
+        ]
         assert all(trace.count("\\boxed") == 1 for trace in traces)
         sizes[wordiness] = sum(map(len, traces)) / 200
     assert wander(problems[0], 0, 0) == problems[0].solution
@@ -76,14 +90,14 @@ def test_wandering_is_long_right_and_repeatable(problems: list[Problem]) -> None
 
 def test_what_is_essential_comes_early(problems: list[Problem]) -> None:
     """Most of a wandering trace is behind the point where the result stands, so that there is something to cut."""
-    shares = []
+    accuracy_by_problem = []
     for problem in problems[:200]:
         parts = split(wander(problem, 1, seed=0))
         known = next(i for i, part in enumerate(parts) if part.startswith("So the result is"))
         essential = "".join(parts[:known])
         assert all(line in essential for line in (problem.solution or "").splitlines()[:-1])
-        shares.append((known + 1) / len(parts))
-    assert sum(shares) / len(shares) < 0.5
+        accuracy_by_problem.append((known + 1) / len(parts))
+    assert sum(accuracy_by_problem) / len(accuracy_by_problem) < 0.5
 
 
 def test_false_starts_are_caught_and_checks_are_true(problems: list[Problem]) -> None:
@@ -95,16 +109,26 @@ def test_false_starts_are_caught_and_checks_are_true(problems: list[Problem]) ->
                 caught += 1
                 continue
             for a, op, b, result in re.findall(r"(?<!\d)(\d+) ([+*/-]) (\d+) = (\d+)", line):
-                right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op]
+                right = {
+                    "+": int(a) + int(b),
+                    "-": int(a) - int(b),
+                    "*": int(a) * int(b),
+                    "/": int(a) / int(b),
+                }[op]
                 assert right == int(result)
     assert caught > 100
 
 
 def test_wandering_over_other_solutions() -> None:
-    gsm = Problem(id="g", question="How much is it? Say.", answer="7", solution="3+4 = $7 in all\n\\boxed{7}")
+    gsm = Problem(
+        id="g", question="How much is it? Say.", answer="7", solution="3+4 = $7 in all\n\\boxed{7}"
+    )
     assert last_box(wander(gsm, 2, 0)) == "7"
     prose = Problem(
-        id="p", question="Is it {so}?", answer="{}", solution="It is {so}, for 12 + 3 * 4 = 24 and 1.5 + 2 = 3."
+        id="p",
+        question="Is it {so}?",
+        answer="{}",
+        solution="It is {so}, for 12 + 3 * 4 = 24 and 1.5 + 2 = 3.",
     )
     assert "yes." not in wander(prose, 3, 0) and "It is {so}" in wander(prose, 3, 0)
     with pytest.raises(KitError, match="no worked solution"):

@@ -19,6 +19,7 @@ from kit.core.progress import Progress
 from kit.core.records import TrainRow
 from kit.core.run import Run
 from kit.models import hf_folder, load_tokenizer
+from kit.pipeline import train as stage
 from kit.prompts import render, solve_text, template_hash, words
 from kit.training import trainer as training
 from kit.training.sft_data import CUT, Example, collate, end_of_turn, order, prepare, read_rows
@@ -50,8 +51,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(out: Path, model: str, **train) -> Config:
-    keys = {"dtype": "fp32", "batch_rows": 4, "epochs": 3, "learning_rate": 5e-3, "save_steps": 2, "dropout": 0.1}
-    return resolve({"out": str(out), "student": {"model": model}, "train": {**keys, **train}}, "test")
+    keys = {
+        "dtype": "fp32",
+        "batch_size": 4,
+        "epochs": 3,
+        "learning_rate": 5e-3,
+        "save_steps": 2,
+        "dropout": 0.1,
+    }
+    return resolve(
+        {"out": str(out), "student": {"model": model}, "train": {**keys, **train}}, "test"
+    )
 
 
 def rows(count: int = 8) -> list[TrainRow]:
@@ -67,13 +77,15 @@ def rows(count: int = 8) -> list[TrainRow]:
 
 def write_rows(out: Path, lines: list[TrainRow]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in lines), encoding="utf-8")
+    (out / "train.jsonl").write_text(
+        "".join(row.model_dump_json() + "\n" for row in lines), encoding="utf-8"
+    )
 
 
 def run_stage(config: Config, lines: list[TrainRow] | None = None) -> dict:
     write_rows(config.folder, rows() if lines is None else lines)
     with Run(config, Progress(quiet=True)) as run:
-        training.train(run)
+        stage.train(run)
         return run.manifest
 
 
@@ -107,12 +119,20 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     assert summary["adapter_change"] > 0 and summary["rows"] == 8 and summary["peak_bytes"] > 0
     log = logged(config.folder)
     assert [row["step"] for row in log] == list(range(1, 13))
-    assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "seconds"} <= log[
-        0
-    ].keys()
+    assert {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "peak_bytes",
+        "seconds",
+    } <= log[0].keys()
     assert (config.folder / "adapter" / "adapter_model.safetensors").exists()
     assert len(list((config.folder / "checkpoints").iterdir())) <= 2
-    assert not list(config.folder.rglob("*.bin"))  # nothing pickled, in adapter/ and in checkpoints/
+    assert not list(
+        config.folder.rglob("*.bin")
+    )  # nothing pickled, in adapter/ and in checkpoints/
     hash_now = template_hash(load_tokenizer(tiny), config.prompts, None, False)
     assert manifest["template_hash"] == hash_now
     again = run_stage(config)  # done before: nothing is trained again
@@ -125,18 +145,28 @@ def test_labels_shifted_by_one_do_not_teach_the_fixed_batch(
     real = training.AdapterTrainer.compute_loss
 
     def shifted(trainer, model, inputs, *more, **options):
-        return real(trainer, model, {**inputs, "labels": torch.roll(inputs["labels"], 1, dims=1)}, *more, **options)
+        return real(
+            trainer,
+            model,
+            {**inputs, "labels": torch.roll(inputs["labels"], 1, dims=1)},
+            *more,
+            **options,
+        )
 
     right = learned[1]["stages"]["train"]["summary"]
     monkeypatch.setattr(training.AdapterTrainer, "compute_loss", shifted)
-    wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6, save_steps=6))["stages"]["train"]["summary"]
+    wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6, save_steps=6))["stages"][
+        "train"
+    ]["summary"]
     gain = right["fixed_batch_before"] - right["fixed_batch_after"]
     assert gain > 0.1
     assert wrong["fixed_batch_before"] - wrong["fixed_batch_after"] < gain / 2
 
 
 def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny: str) -> None:
-    config = settings(tmp_path / "r", tiny, epochs=1, dropout=0.0, batch_rows=8, group_by_length=False)
+    config = settings(
+        tmp_path / "r", tiny, epochs=1, dropout=0.0, batch_size=8, group_by_length=False
+    )
     run_stage(config)
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     examples, _ = prepare(rows(), load_tokenizer(tiny), config)
@@ -152,11 +182,21 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
 def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
     """As accelerate launch starts them: the same steps, tokens and losses (up to rounding), and one writer."""
     logs = []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+    for name, launch in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"]),
+    ):
         config = settings(tmp_path / name, tiny, dropout=0)
         write_rows(config.folder, rows())
         (tmp_path / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
-        command = [sys.executable, *launch, "palign.py", "train", str(tmp_path / f"{name}.yaml"), "--json"]
+        command = [
+            sys.executable,
+            *launch,
+            "palign.py",
+            "train",
+            str(tmp_path / f"{name}.yaml"),
+            "--json",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)["train"]
@@ -170,7 +210,9 @@ def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
 
 
-def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: str, whole: Config) -> None:
+def test_kill_and_resume_equals_an_uninterrupted_training(
+    tmp_path: Path, tiny: str, whole: Config
+) -> None:
     broken = settings(tmp_path / "broken", tiny, save_steps=3)
     write_rows(broken.folder, rows())
     script = (
@@ -188,14 +230,20 @@ def test_kill_and_resume_equals_an_uninterrupted_training(tmp_path: Path, tiny: 
 
     path = tmp_path / "config.yaml"
     path.write_text(dump(broken))
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), str(path)], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     killed = logged(broken.folder)
     assert len(killed) == 5
     run_stage(broken)
-    assert logged(broken.folder)[:3] == killed[:3]  # seconds and all: these steps were not trained again
+    assert (
+        logged(broken.folder)[:3] == killed[:3]
+    )  # seconds and all: these steps were not trained again
     assert losses(broken.folder) == losses(whole.folder)  # bit for bit, dropout included
-    ours, theirs = ((c.folder / "adapter" / "adapter_model.safetensors").read_bytes() for c in (broken, whole))
+    ours, theirs = (
+        (c.folder / "adapter" / "adapter_model.safetensors").read_bytes() for c in (broken, whole)
+    )
     assert ours == theirs
 
 
@@ -210,19 +258,23 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str, whole: 
     torn.write_bytes(torn.read_bytes()[:-100])  # as a kill leaves it: the mark comes last
     (checkpoints[1] / "complete").unlink()
     with Run(whole, Progress(quiet=True)) as run:
-        training.train(run)
+        stage.train(run)
     assert losses(whole.folder) == before
     assert "half-written" in (whole.folder / "run.log").read_text()
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path, tiny: str, whole: Config) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused(
+    tmp_path: Path, tiny: str, whole: Config
+) -> None:
     config = settings(tmp_path / "r", tiny, rank=4)
     write_rows(config.folder, rows())
     with Run(config, Progress(quiet=True)) as run:
-        run.begin("train", training._hash(config.folder / "train.jsonl"), lambda: "")
+        run.begin("train", stage._hash(config.folder / "train.jsonl"), lambda: "")
         shutil.copytree(whole.folder / "checkpoints", config.folder / "checkpoints")
-        with pytest.raises(KitError, match=r"checkpoint-6 holds an adapter of rank 16, .* the config's .* rank 4, "):
-            training.train(run)
+        with pytest.raises(
+            KitError, match=r"checkpoint-6 holds an adapter of rank 16, .* the config's .* rank 4, "
+        ):
+            stage.train(run)
     assert not (config.folder / "adapter").exists()
 
 
@@ -243,7 +295,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
         return model
 
     monkeypatch.setattr(training, "make_model", poisoned)
-    with pytest.raises(KitError, match=r"loss of step \d is not finite.*line 6 \(How many zebras\?\)") as caught:
+    with pytest.raises(
+        KitError, match=r"loss of step \d is not finite.*line 6 \(How many zebras\?\)"
+    ) as caught:
         run_stage(settings(tmp_path / "r", tiny), lines)
     assert "line 1 " not in str(caught.value)
     assert all(p.isfinite().all() for n, p in seen[0].named_parameters() if "lora" in n)
@@ -304,16 +358,18 @@ def test_prompt_ids_are_evaluations_and_only_the_target_is_learned(tiny: str) ->
     for i, length in enumerate((len(example.ids), len(example.ids) - 3)):
         learned = (batch["labels"][i] != -100).nonzero().flatten().tolist()
         assert learned == list(range(example.prompt_tokens, length))
-        assert batch["labels"][i, learned].tolist() == list(example.ids[example.prompt_tokens : length])
+        assert batch["labels"][i, learned].tolist() == list(
+            example.ids[example.prompt_tokens : length]
+        )
 
 
 def test_rows_over_the_cutoff_are_dropped_or_cut_and_named(tiny: str) -> None:
     tokenizer = load_tokenizer(tiny)
     lines = [*rows(3), rows()[0].model_copy(update={"output": "word " * 200})]
-    kept, lost = prepare(lines, tokenizer, settings(Path("unused"), tiny, cutoff_tokens=150))
-    assert len(kept) == 3 and [*lost] == ["dropped, over train.cutoff_tokens"]
-    assert lost["dropped, over train.cutoff_tokens"][0].startswith("line 4 (Ann has 0 pens")
-    config = settings(Path("unused"), tiny, cutoff_tokens=150, over_cutoff="cut")
+    kept, lost = prepare(lines, tokenizer, settings(Path("unused"), tiny, max_seq_tokens=150))
+    assert len(kept) == 3 and [*lost] == ["dropped, over train.max_seq_tokens"]
+    assert lost["dropped, over train.max_seq_tokens"][0].startswith("line 4 (Ann has 0 pens")
+    config = settings(Path("unused"), tiny, max_seq_tokens=150, on_too_long="truncate")
     kept, lost = prepare(lines, tokenizer, config)
     assert len(kept) == 4 and [*lost] == [CUT] and len(lost[CUT]) == 1 and len(kept[3].ids) == 150
     assert kept[3].ids[-1] != end_of_turn(tokenizer)
@@ -322,13 +378,19 @@ def test_rows_over_the_cutoff_are_dropped_or_cut_and_named(tiny: str) -> None:
     assert len(kept) == 3 and [len(names) for names in lost.values()] == [1] and CUT not in lost
 
 
-def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(tmp_path: Path, tiny: str) -> None:
+def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(
+    tmp_path: Path, tiny: str
+) -> None:
     empty = rows()[0].model_copy(update={"output": "  "})
     config, tokenizer = settings(tmp_path / "r", tiny), load_tokenizer(tiny)
     kept, lost = prepare([*rows(2), empty], tokenizer, config)
     assert len(kept) == 2 and [*lost] == ["dropped, nothing to learn"]
-    assert lost["dropped, nothing to learn"][0].startswith("line 3 (Ann has 0 pens and buys 0 more. How many has she?)")
-    with pytest.raises(KitError, match=r"None of 2 training rows.*2 dropped, nothing to learn: line 1"):
+    assert lost["dropped, nothing to learn"][0].startswith(
+        "line 3 (Ann has 0 pens and buys 0 more. How many has she?)"
+    )
+    with pytest.raises(
+        KitError, match=r"None of 2 training rows.*2 dropped, nothing to learn: line 1"
+    ):
         prepare([empty, empty], tokenizer, config)
     with pytest.raises(KitError, match="None of 0 training rows"):
         prepare([], tokenizer, config)
@@ -342,7 +404,9 @@ def test_a_step_whose_labels_are_all_masked_is_refused(
     monkeypatch.setattr(
         training,
         "collate",
-        lambda examples: {k: torch.full_like(v, -100) if k in masked else v for k, v in real(examples).items()},
+        lambda examples: {
+            k: torch.full_like(v, -100) if k in masked else v for k, v in real(examples).items()
+        },
     )
     with pytest.raises(KitError, match=r"loss of step 1 is not finite.*Rows: line \d"):
         run_stage(settings(tmp_path / "r", tiny))
@@ -370,17 +434,22 @@ def test_batches_of_unequal_rows_have_no_cross_talk(tiny: str) -> None:
 
 def test_every_epoch_holds_every_row_once_and_steps_are_sorted_within(tiny: str) -> None:
     lengths = [5, 9, 1, 7, 3, 8, 2, 6, 4, 10]
-    config = settings(Path("unused"), tiny, epochs=2, batch_rows=4)
+    config = settings(Path("unused"), tiny, epochs=2, batch_size=4)
     plan = order(lengths, config)
     loose = order(
-        lengths, config.model_copy(update={"train": config.train.model_copy(update={"group_by_length": False})})
+        lengths,
+        config.model_copy(
+            update={"train": config.train.model_copy(update={"group_by_length": False})}
+        ),
     )
     assert sorted(loose[:10]) == sorted(loose[10:]) == list(range(10)) and loose[:10] != loose[10:]
     for i in range(0, 20, 4):
         assert sorted(plan[i : i + 4]) == sorted(loose[i : i + 4])
-        assert [lengths[j] for j in plan[i : i + 4]] == sorted((lengths[j] for j in plan[i : i + 4]), reverse=True)
+        assert [lengths[j] for j in plan[i : i + 4]] == sorted(
+            (lengths[j] for j in plan[i : i + 4]), reverse=True
+        )
     assert plan == order(lengths, config)
-    assert len(order(lengths, settings(Path("unused"), tiny, max_steps=7, batch_rows=4))) == 28
+    assert len(order(lengths, settings(Path("unused"), tiny, max_steps=7, batch_size=4))) == 28
 
 
 def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) -> None:
@@ -388,22 +457,28 @@ def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) ->
     path.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": 1}\n')
     with pytest.raises(KitError, match="line 2"):
         read_rows(path)
-    path.write_text('{"instruction": "a", "input": "b\u2028b\x85b", "output": "c"}\n\n', encoding="utf-8")
-    assert [row.input for row in read_rows(path)] == ["b\u2028b\x85b"], "what Unicode calls a line end is none in JSONL"
-    with pytest.raises(KitError, match=r"batch_rows=4 is no multiple of train.micro_rows=3"):
-        run_stage(settings(tmp_path / "r", tiny, micro_rows=3))
+    path.write_text(
+        '{"instruction": "a", "input": "b\u2028b\x85b", "output": "c"}\n\n', encoding="utf-8"
+    )
+    assert [row.input for row in read_rows(path)] == ["b\u2028b\x85b"], (
+        "what Unicode calls a line end is none in JSONL"
+    )
+    with pytest.raises(KitError, match=r"batch_size=4 is no multiple of train.micro_batch_size=3"):
+        run_stage(settings(tmp_path / "r", tiny, micro_batch_size=3))
 
 
 def test_zero_shot_trains_nothing(tmp_path: Path, tiny: str) -> None:
     config = settings(tmp_path / "r", tiny).model_copy(update={"method": "zero-shot"})
     with Run(config, Progress(quiet=True)) as run:
-        training.train(run)
+        stage.train(run)
         assert run.manifest["stages"]["train"]["done"]
     assert not (config.folder / "adapter").exists()
 
 
 @pytest.mark.slow  # tests/test_pipeline.py trains the packaged model in NF4, too
 def test_nf4_on_the_packaged_model_learns(tmp_path: Path) -> None:
-    config = settings(tmp_path / "r", "smollm2-135m", dtype="nf4", max_steps=3, batch_rows=2, learning_rate=2e-3)
+    config = settings(
+        tmp_path / "r", "smollm2-135m", dtype="nf4", max_steps=3, batch_size=2, learning_rate=2e-3
+    )
     summary = run_stage(config, rows(2))["stages"]["train"]["summary"]
     assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.3

@@ -5,13 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 
 from kit.backends.base import Backend
-from kit.core.config import Engine
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 
-BACKENDS = {"hf": "HfBackend", "gguf": "GgufBackend", "http": "HttpBackend", "scripted": "ScriptedBackend"}
+BACKENDS = {
+    "hf": "HfBackend",
+    "gguf": "GgufBackend",
+    "http": "HttpBackend",
+    "scripted": "ScriptedBackend",
+}
 
 
-def open_backend(engine: Engine, adapter: str | None = None) -> Backend:
+def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
     """Load the model that an engine names, a PEFT adapter's folder on top of it (hf only); KitError: it cannot be."""
     if adapter and engine.backend in ("gguf", "http"):
         hint = "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that."

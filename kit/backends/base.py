@@ -2,7 +2,7 @@
 
 A backend generates text and reads log-probabilities; it knows nothing of prefixes, verdicts or grades.
 Batch shape moves the last bits of logits, so outputs of different batch plans are equal up to the first
-near-tie of two tokens; one sequence at a time (`parallel: 1`) is exact.
+near-tie of two tokens; one sequence at a time (`max_num_seqs: 1`) is exact.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Completion:
 
     text: str
     ids: tuple[int, ...]
-    finish: Finish
+    finish_reason: Finish
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,21 @@ class Generation:
     id: str
     completions: tuple[Completion, ...] = ()
     prompt_tokens: int = 0
-    evaluated_tokens: int = 0  # prompt tokens that went through the model; fewer when a beginning was reused
+    prefill_tokens: int = (
+        0  # prompt tokens that went through the model; fewer when a beginning was reused
+    )
     seconds: float = 0.0
     error: str | None = None
 
 
 @dataclass(eq=False)
-class Job:
+class ActiveRequest:
     """A request under way in this process; each of its samples may have `limit_tokens` new tokens."""
 
     request: Request
     limit_tokens: int
     begun: float = 0.0
-    evaluated_tokens: int = 0
+    prefill_tokens: int = 0
     logits: Any = None  # (V,) after the prompt, where they serve all samples
     done: dict[int, Completion] = field(default_factory=dict)
 
@@ -70,33 +72,36 @@ class Job:
         self.done[sample] = completion
         if len(self.done) < self.request.n:
             return None
-        samples, prompt_tokens = tuple(one for _, one in sorted(self.done.items())), len(self.request.prompt)
+        samples, prompt_tokens = (
+            tuple(one for _, one in sorted(self.done.items())),
+            len(self.request.prompt),
+        )
         seconds = round(time.perf_counter() - self.begun, 3)
-        return Generation(self.request.id, samples, prompt_tokens, self.evaluated_tokens, seconds)
+        return Generation(self.request.id, samples, prompt_tokens, self.prefill_tokens, seconds)
 
 
 @dataclass(frozen=True)
-class Probe:
+class ScoreRequest:
     """Log-probabilities to read along one sequence of token ids (T,): of candidates to stand after ids[:p+1]."""
 
     ids: tuple[int, ...]
     reads: tuple[tuple[int, tuple[int, ...]], ...]  # (p in [0, T), candidates), by ascending p
 
 
-Readings = list[list[float]]  # of one probe: natural-log probabilities, [read][candidate]
+Logprobs = list[list[float]]  # of one probe: natural-log probabilities, [read][candidate]
 
 
 @dataclass
-class Cost:
+class TokenUsage:
     """Tokens that went through the model and tokens taken from a cache."""
 
-    evaluated_tokens: int = 0
-    reused_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
 
-    def add(self, other: Cost) -> None:
+    def add(self, other: TokenUsage) -> None:
         """Add another cost to this one."""
-        self.evaluated_tokens += other.evaluated_tokens
-        self.reused_tokens += other.reused_tokens
+        self.prefill_tokens += other.prefill_tokens
+        self.cached_tokens += other.cached_tokens
 
 
 class Tokenizer(Protocol):
@@ -113,19 +118,19 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-class Session(Protocol):
+class ScoringSession(Protocol):
     """Reads of many probes that share a beginning: what one trace's judging is made of. `read` reuses the longest token
     prefix that is cached; each probe sees only its own prefix."""
 
-    cost: Cost  # of everything read so far
+    cost: TokenUsage  # of everything read so far
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]: ...
+    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]: ...
     def close(self) -> None: ...
 
 
 class Backend(Protocol):
     """A loaded model. `generate` yields each request's result as it finishes, an over-long prompt's as an error;
-    `session(fresh=True)` evaluates every probe from its first token, without any cache."""
+    `session(uncached=True)` evaluates every probe from its first token, without any cache."""
 
     name: str  # see `slug`
     tokenizer: Tokenizer
@@ -133,7 +138,7 @@ class Backend(Protocol):
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]: ...
-    def session(self, fresh: bool = False) -> Session: ...
+    def session(self, uncached: bool = False) -> ScoringSession: ...
     def close(self) -> None: ...
 
 
@@ -152,25 +157,35 @@ def too_long(request: Request, context_tokens: int) -> Generation | None:
     """The result of a request whose prompt is empty or leaves no room for an answer."""
     size = len(request.prompt)
     why = f"The prompt has {size} tokens, the context {context_tokens}."
-    return None if 0 < size < context_tokens else Generation(request.id, prompt_tokens=size, error=why)
+    return (
+        None if 0 < size < context_tokens else Generation(request.id, prompt_tokens=size, error=why)
+    )
 
 
-def ended(ids: Sequence[int], limit_tokens: int, sampling: Sampling, tokenizer: Tokenizer) -> Completion | None:
+def check_stop(
+    ids: Sequence[int], limit_tokens: int, sampling: Sampling, tokenizer: Tokenizer
+) -> Completion | None:
     """The completion, if the last of a sample's ids ends it. A stop string and what follows it are not in its text."""
-    finish: Finish | None = None
-    tail = 4 + max((len(stop.encode()) for stop in sampling.stop), default=0)  # a token is a byte or more
+    finish_reason: Finish | None = None
+    tail = 4 + max(
+        (len(stop.encode()) for stop in sampling.stop), default=0
+    )  # a token is a byte or more
     if ids[-1] in tokenizer.eos_ids:
-        finish, ids = "stop", ids[:-1]
+        finish_reason, ids = "stop", ids[:-1]
     elif sampling.stop and any(stop in tokenizer.decode(ids[-tail:]) for stop in sampling.stop):
-        finish = "stop"
+        finish_reason = "stop"
     elif sampling.stop_loops and len(ids) % LOOP_EVERY_TOKENS == 0 and looping(ids):
-        finish = "loop"
+        finish_reason = "loop"
     elif len(ids) >= limit_tokens:
-        finish = "length"
-    if finish is None:
+        finish_reason = "length"
+    if finish_reason is None:
         return None
     text = tokenizer.decode(ids)
-    return Completion(text[: min((text.find(s) for s in sampling.stop if s in text), default=None)], tuple(ids), finish)
+    return Completion(
+        text[: min((text.find(s) for s in sampling.stop if s in text), default=None)],
+        tuple(ids),
+        finish_reason,
+    )
 
 
 def looping(ids: Sequence[int], longest: int = 64) -> bool:
@@ -183,7 +198,7 @@ def looping(ids: Sequence[int], longest: int = 64) -> bool:
     return False
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common beginning of two prompts' token ids."""
     n = min(len(a), len(b))
     different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))

@@ -15,8 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends.base import Cost, Generation, Probe, Readings, Request, common, slug
-from kit.core.config import Engine
+from kit.backends.base import (
+    Generation,
+    Logprobs,
+    Request,
+    ScoreRequest,
+    TokenUsage,
+    common_prefix_len,
+    slug,
+)
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 from kit.models import gguf_file
 
@@ -52,16 +60,18 @@ def library() -> Any:
     return llama_cpp
 
 
-def load(path: Path, gpu_layers: int = 0, vocab_only: bool = False) -> Any:
+def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     """A llama_model; KitError: a file that llama.cpp cannot read."""
     lib = library()
     params = lib.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = gpu_layers, vocab_only
+    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
     lib.complaints.clear()
     if model := lib.llama_model_load_from_file(str(path).encode(), params):
         return model
     what = f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}"
-    raise KitError(what, "Is the download complete? Compare its size with the source's, or name another GGUF.")
+    raise KitError(
+        what, "Is the download complete? Compare its size with the source's, or name another GGUF."
+    )
 
 
 def unpacked(path: Path) -> Path:
@@ -93,16 +103,25 @@ class GgufTokenizer:
         every = range(lib.llama_vocab_n_tokens(vocab))
         self.size = len(every)
         self._piece = cache(self._piece)
-        self.template = (lib.llama_model_chat_template(model, None) or b"").decode("utf-8", "replace") or None
-        self.bos, self.eos = self.decode([lib.llama_vocab_bos(vocab)]), self.decode([lib.llama_vocab_eos(vocab)])
+        self.template = (lib.llama_model_chat_template(model, None) or b"").decode(
+            "utf-8", "replace"
+        ) or None
+        self.bos, self.eos = (
+            self.decode([lib.llama_vocab_bos(vocab)]),
+            self.decode([lib.llama_vocab_eos(vocab)]),
+        )
         self.eos_ids = frozenset(i for i in every if lib.llama_vocab_is_eog(vocab, i))
-        self.special = tuple(self.decode([i]) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED)
+        self.special = tuple(
+            self.decode([i]) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
         data = text.encode("utf-8", "replace")
         ids = (ctypes.c_int32 * (len(data) + 8))()
-        return ids[: self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, special)]
+        return ids[
+            : self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, special)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names; bytes that are not (yet) UTF-8 become U+FFFD."""
@@ -110,7 +129,11 @@ class GgufTokenizer:
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(1024)
-        size = self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True) if token >= 0 else 0
+        size = (
+            self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
+            if token >= 0
+            else 0
+        )
         return buffer.raw[: max(size, 0)]
 
 
@@ -121,19 +144,29 @@ class Context:
     in the same order, and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
     """
 
-    def __init__(self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool) -> None:
+    def __init__(
+        self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool
+    ) -> None:
         self._lib = lib = library()
-        self.tokens, self._size, self._notes = -(-tokens // 256) * 256, backend.tokenizer.size, backend.notes
+        self.tokens, self._size, self._notes = (
+            -(-tokens // 256) * 256,
+            backend.tokenizer.size,
+            backend.notes,
+        )
         self.held: list[list[int]] = [[] for _ in range(sequences)]
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = self.tokens * sequences, sequences, False
+        params.n_ctx, params.n_seq_max, params.kv_unified = (
+            self.tokens * sequences,
+            sequences,
+            False,
+        )
         params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_threads = params.n_threads_batch = backend.threads
+        params.n_threads = params.n_threads_batch = backend.n_threads
         params.flash_attn_type = int(flash_attention)
         self._context = lib.llama_init_from_model(backend.model, params)
         if not self._context:
             why = f"llama.cpp has no memory for {sequences} sequences of {tokens} tokens: {' '.join(lib.complaints)}"
-            raise KitError(why, "Set a smaller context_tokens, parallel or max_new_tokens.")
+            raise KitError(why, "Set a smaller context_tokens, max_num_seqs or max_new_tokens.")
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(BATCH_TOKENS, 0, 1)
 
@@ -144,7 +177,7 @@ class Context:
         lost what comes before.
         """
         lib, memory = self._lib, self._memory
-        shared = [common(held, ids) for held in self.held]
+        shared = [common_prefix_len(held, ids) for held in self.held]
         best = int(np.argmax(shared))
         best = best if shared[best] >= shared[sequence] + WORTH_TOKENS else sequence
         length = shared[best]
@@ -153,7 +186,10 @@ class Context:
             lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
         if 0 < length < len(self.held[best]):
             done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
-            left = lib.llama_memory_seq_pos_min(memory, sequence), lib.llama_memory_seq_pos_max(memory, sequence)
+            left = (
+                lib.llama_memory_seq_pos_min(memory, sequence),
+                lib.llama_memory_seq_pos_max(memory, sequence),
+            )
             if not done or left != (0, length - 1):
                 length = 0
                 self._notes += [RECOMPUTED] if RECOMPUTED not in self._notes else []
@@ -162,7 +198,9 @@ class Context:
         self.held[sequence] = list(ids[:length])
         return length
 
-    def evaluate(self, rows: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> Iterator[tuple[int, np.ndarray]]:
+    def evaluate(
+        self, rows: Sequence[tuple[int, Sequence[int], Collection[int]]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Append rows (sequence, token ids, positions whose logits are wanted) to sequences.
 
         Yields (position, logits (V,)) in the order of the rows; valid until the next is taken.
@@ -174,7 +212,9 @@ class Context:
             for position, token in enumerate(ids, len(self.held[sequence]))
         ]
         while tokens:
-            size = BATCH_TOKENS - (len(tokens) == BATCH_TOKENS + 1)  # one token alone takes other kernels: see read
+            size = BATCH_TOKENS - (
+                len(tokens) == BATCH_TOKENS + 1
+            )  # one token alone takes other kernels: see read
             chunk, tokens = tokens[:size], tokens[size:]
             batch.n_tokens = len(chunk)
             for i, (sequence, position, token, wanted) in enumerate(chunk):
@@ -198,15 +238,15 @@ class Context:
 class GgufBackend:
     """See kit.backends.Backend; KitError: no llama-cpp-python, no such file, a file that llama.cpp cannot read."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ModelConfig) -> None:
         self._lib = lib = library()
         self.engine, self.notes = engine, []
         path = gguf_file(engine.model)
         self.name = slug(engine.model)
-        self.threads = engine.threads or len(os.sched_getaffinity(0))
-        self.model = load(path, engine.gpu_layers)
+        self.n_threads = engine.n_threads or len(os.sched_getaffinity(0))
+        self.model = load(path, engine.n_gpu_layers)
         slow = lib.llama_model_ftype(self.model) in SLOW
-        slow = slow and not (engine.gpu_layers and lib.llama_supports_gpu_offload())
+        slow = slow and not (engine.n_gpu_layers and lib.llama_supports_gpu_offload())
         if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
             lib.llama_model_free(self.model)
             self.model = load(unpacked(path))
@@ -220,9 +260,9 @@ class GgufBackend:
 
         return generate(self, requests)
 
-    def session(self, fresh: bool = False) -> GgufSession:
-        """Open a judging session; fresh=True evaluates every probe without a cache."""
-        return GgufSession(self, fresh)
+    def session(self, uncached: bool = False) -> GgufSession:
+        """Open a judging session; uncached=True evaluates every probe without a cache."""
+        return GgufSession(self, uncached)
 
     def close(self) -> None:
         """Free the weights."""
@@ -230,29 +270,33 @@ class GgufBackend:
 
 
 class GgufSession:
-    """See kit.backends.Session; fresh=True evaluates every probe from its first token.
+    """See kit.backends.Session; uncached=True evaluates every probe from its first token.
 
     Sequence 0 holds the longest probe so far, the trunk; shorter ones are answered in sequence 1, which takes the
     trunk's beginning over. Many probes go longest first, so one copy serves a whole scan.
     """
 
-    def __init__(self, backend: GgufBackend, fresh: bool = False) -> None:
-        self.backend, self.fresh, self.cost = backend, fresh, Cost()
+    def __init__(self, backend: GgufBackend, uncached: bool = False) -> None:
+        self.backend, self.uncached, self.cost = backend, uncached, TokenUsage()
         self._context: Context | None = None
 
-    def read(self, probes: Sequence[Probe]) -> list[Readings]:
+    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Read probes; KitError: one is longer than the model's context."""
         context = self._grown(max((len(probe.ids) for probe in probes), default=0))
-        found: list[Readings] = [[] for _ in probes]
+        found: list[Logprobs] = [[] for _ in probes]
         for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
             ids, reads = probes[i].ids, dict(probes[i].reads)
-            sequence = 0 if self.fresh or len(ids) >= len(context.held[0]) else 1
+            sequence = 0 if self.uncached or len(ids) >= len(context.held[0]) else 1
             # at least two tokens are evaluated: llama.cpp multiplies one alone otherwise, and logits moved by up to 0.4
-            kept = context.keep(sequence, () if self.fresh else ids[: min([*reads, len(ids) - 2])])
+            kept = context.keep(
+                sequence, () if self.uncached else ids[: min([*reads, len(ids) - 2])]
+            )
             for position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
                 shifted = logits - logits.max().astype(np.float64)
-                found[i].append((shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist())
-            self.cost.add(Cost(len(ids) - kept, kept))
+                found[i].append(
+                    (shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist()
+                )
+            self.cost.add(TokenUsage(len(ids) - kept, kept))
         return found
 
     def close(self) -> None:
@@ -264,5 +308,7 @@ class GgufSession:
         if not self._context or self._context.tokens < tokens:
             self.close()
             room = min(max(2 * tokens, ROOM_TOKENS), self.backend.context_tokens)
-            self._context = Context(self.backend, room, 2 - self.fresh, self.backend.engine.flash_attention)
+            self._context = Context(
+                self.backend, room, 2 - self.uncached, self.backend.engine.flash_attention
+            )
         return self._context

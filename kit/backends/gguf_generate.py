@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kit.backends.base import Generation, Job, Request, ended, sample_seed, too_long
+from kit.backends.base import ActiveRequest, Generation, Request, check_stop, sample_seed, too_long
 from kit.backends.gguf import Context, GgufBackend
 from kit.core.config import Sampling
 
@@ -21,7 +21,7 @@ from kit.core.config import Sampling
 class Sample:
     """What is being written, or waits for a place."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: ActiveRequest, number: int) -> None:
         self.job, self.number, request = job, number, job.request
         self.ids: list[int] = []
         self.random = np.random.default_rng(sample_seed(request.seed, request.id, number))
@@ -31,7 +31,7 @@ class Sample:
         job, prompt = self.job, self.job.request.prompt
         job.begun = job.begun or time.perf_counter()
         kept = context.keep(place, prompt if job.logits is not None else prompt[:-1])
-        job.evaluated_tokens += len(prompt) - kept
+        job.prefill_tokens += len(prompt) - kept
         for _, logits in context.evaluate([(place, prompt[kept:], {len(prompt) - 1})]):
             job.logits = logits.copy()
         self.draw(job.logits)
@@ -49,47 +49,59 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
         if refused := too_long(request, limit):
             yield refused
             continue
-        job = Job(request, min(request.sampling.max_new_tokens, limit - len(request.prompt)))
+        job = ActiveRequest(
+            request, min(request.sampling.max_new_tokens, limit - len(request.prompt))
+        )
         waiting += [Sample(job, number) for number in range(request.n)]
         longest = max(longest, len(request.prompt) + request.sampling.max_new_tokens)
     if not waiting:
         return
-    places: list[Sample | None] = [None] * min(backend.engine.parallel, len(waiting))
-    context = Context(backend, min(longest, limit), len(places), flash_attention=True)
+    slots: list[Sample | None] = [None] * min(backend.engine.max_num_seqs, len(waiting))
+    context = Context(backend, min(longest, limit), len(slots), flash_attention=True)
     try:
-        while waiting or any(places):
-            busy = [place for place, sample in enumerate(places) if not sample][: len(waiting)]
+        while waiting or any(slots):
+            busy = [place for place, sample in enumerate(slots) if not sample][: len(waiting)]
             for place in busy:
-                places[place] = waiting.popleft()
-                places[place].begin(context, place)
+                slots[place] = waiting.popleft()
+                slots[place].begin(context, place)
             if not busy:
-                busy = [place for place, sample in enumerate(places) if sample]
-                rows = [(place, places[place].ids[-1:], {len(context.held[place])}) for place in busy]
+                busy = [place for place, sample in enumerate(slots) if sample]
+                rows = [
+                    (place, slots[place].ids[-1:], {len(context.held[place])}) for place in busy
+                ]
                 for place, (_, logits) in zip(busy, context.evaluate(rows), strict=True):
-                    places[place].draw(logits)
+                    slots[place].draw(logits)
             for place in busy:
-                sample, job = places[place], places[place].job
-                completion = ended(sample.ids, job.limit_tokens, job.request.sampling, backend.tokenizer)
+                sample, job = slots[place], slots[place].job
+                completion = check_stop(
+                    sample.ids, job.limit_tokens, job.request.sampling, backend.tokenizer
+                )
                 if completion:
-                    places[place] = None
+                    slots[place] = None
                     if made := job.finish(sample.number, completion):
                         yield made
     finally:
         context.close()
 
 
-def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]) -> int:
+def draw(
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]
+) -> int:
     """Draw a token from logits (V,), left as they are; the penalty looks at `seen`, the prompt included. Filtered as in
     hf_batch.draw, whose tensors take 3 to 15 times as long on a CPU's row."""
     if sampling.repetition_penalty != 1:
         logits, known = logits.copy(), np.unique(seen)
-        factor = np.where(logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        factor = np.where(
+            logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
+        )
         logits[known] *= factor.astype(np.float32)
     if sampling.temperature == 0:
         return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
     # tokens under this floor weigh less than 1 - top_p together, so the nucleus lies above it and few need sorting
-    tokens = np.flatnonzero(weights > weights.sum() * max((1 - sampling.top_p) / len(weights), 1e-12))
+    tokens = np.flatnonzero(
+        weights > weights.sum() * max((1 - sampling.top_p) / len(weights), 1e-12)
+    )
     tokens = tokens[np.argsort(-weights[tokens], kind="stable")][: sampling.top_k or None]
     total = weights[tokens].sum() if sampling.top_k else weights.sum()
     weights = weights[tokens]

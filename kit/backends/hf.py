@@ -15,26 +15,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kit.backends.base import (
+    ActiveRequest,
     Completion,
     Generation,
-    Job,
     Request,
-    Session,
+    ScoringSession,
     Tokenizer,
-    ended,
+    check_stop,
     sample_seed,
     slug,
     too_long,
 )
-from kit.core.config import Engine, Sampling
+from kit.core.config import ModelConfig, Sampling
 
 if TYPE_CHECKING:
     import torch
 
-    from kit.backends.hf_batch import Part, Rows
+    from kit.backends.hf_batch import DecodeBatch, Part
 
 FREE_SHARE = 0.7  # of free memory that caches may take when the config names no budget
-HEADROOM_TOKENS = 256  # a row is let in when this much of its sample fits; it may have to leave again
+HEADROOM_TOKENS = (
+    256  # a row is let in when this much of its sample fits; it may have to leave again
+)
 
 
 class HfBackend:
@@ -48,35 +50,37 @@ class HfBackend:
         KitError: the model or the adapter does not load; see kit.models.
     """
 
-    def __init__(self, engine: Engine, adapter: str | None = None) -> None:
+    def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         import torch
 
         from kit.models import load_model, load_tokenizer
 
-        if engine.threads:
-            torch.set_num_threads(engine.threads)
+        if engine.n_threads:
+            torch.set_num_threads(engine.n_threads)
         self.engine = engine
         self.notes: list[str] = []
         self.tokenizer = load_tokenizer(engine.model)
         self.model: Any = load_model(engine.model, engine.dtype, adapter)
         self.device: torch.device = self.model.device
         self.name = slug(engine.model)
-        trained = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 4096
+        trained = (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 4096
+        )
         self.context_tokens = min(engine.context_tokens or trained, trained)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's samples as they finish; prompts that leave no room come first, as errors."""
-        work = _Work(self, requests)
+        work = Scheduler(self, requests)
         while work.finished or work.queue or any(work.rows):
             while work.finished:
                 yield work.finished.popleft()
             work.advance()
 
-    def session(self, fresh: bool = False) -> Session:
-        """Open a judging session; fresh=True evaluates every probe without a cache."""
+    def session(self, uncached: bool = False) -> ScoringSession:
+        """Open a judging session; uncached=True evaluates every probe without a cache."""
         from kit.backends.hf_session import open_session
 
-        return open_session(self, fresh)
+        return open_session(self, uncached)
 
     def close(self) -> None:
         """Drop the weights."""
@@ -87,7 +91,10 @@ class HfBackend:
         from kit.core.memory import limit_bytes
         from kit.models import kv_elements
 
-        gib, token_bytes = self.engine.memory_gib, kv_elements(self.model.config) * self.model.dtype.itemsize
+        gib, token_bytes = (
+            self.engine.kv_cache_gib,
+            kv_elements(self.model.config) * self.model.dtype.itemsize,
+        )
         return int(gib * 2**30 if gib else limit_bytes()[1] * FREE_SHARE) // token_bytes
 
 
@@ -95,7 +102,7 @@ class HfBackend:
 class _Row:
     """One sample under way."""
 
-    job: Job
+    job: ActiveRequest
     sample: int
     random: random.Random
     ids: list[int] = field(default_factory=list)
@@ -113,7 +120,7 @@ class _Row:
     def push(self, token: int, tokenizer: Tokenizer) -> Completion | None:
         """Take a drawn token; the sample, if it ends."""
         self.ids.append(token)
-        return ended(self.ids, self.job.limit_tokens, self.sampling, tokenizer)
+        return check_stop(self.ids, self.job.limit_tokens, self.sampling, tokenizer)
 
     def marked(self, like: torch.Tensor) -> torch.Tensor:
         """(V,) bool: the tokens of prompt and sample, for the repetition penalty; `like` is (V,)."""
@@ -125,18 +132,26 @@ class _Row:
         return self.seen
 
 
-class _Work:
+class Scheduler:
     """One call of generate: what waits, what runs, what is finished."""
 
     def __init__(self, backend: HfBackend, requests: Sequence[Request]) -> None:
-        from kit.backends.hf_batch import joins
+        from kit.backends.hf_batch import supports_continuous_batching
 
         self.backend, self.model, self.tokenizer = backend, backend.model, backend.tokenizer
-        self.limit, self.joins, self.budget_tokens = backend.engine.parallel, joins(self.model), backend.cache_tokens()
+        self.limit, self.supports_continuous_batching, self.budget_tokens = (
+            backend.engine.max_num_seqs,
+            supports_continuous_batching(self.model),
+            backend.cache_tokens(),
+        )
         self.finished: deque[Generation] = deque()
-        self.queue: deque[_Row] = deque()  # longest prompts first, so that a batch holds rows of like length
-        self.held: tuple[list[tuple[int, ...]], Rows] | None = None  # evaluated last, for its other samples
-        self.batch: Rows | None = None
+        self.queue: deque[_Row] = (
+            deque()
+        )  # longest prompts first, so that a batch holds rows of like length
+        self.held: tuple[list[tuple[int, ...]], DecodeBatch] | None = (
+            None  # evaluated last, for its other samples
+        )
+        self.batch: DecodeBatch | None = None
         self.rows: list[_Row | None] = []  # of the batch; None: finished, not yet cut out
         for request in sorted(requests, key=lambda r: (-len(r.prompt), r.id)):
             self._enqueue(request)
@@ -160,7 +175,7 @@ class _Work:
             self.finished.append(refused)
             return
         room = self.backend.context_tokens - len(request.prompt)
-        job = Job(request, min(room, request.sampling.max_new_tokens))
+        job = ActiveRequest(request, min(room, request.sampling.max_new_tokens))
         seeds = [sample_seed(request.seed, request.id, j) for j in range(request.n)]
         self.queue.extend(_Row(job, j, random.Random(seed)) for j, seed in enumerate(seeds))
 
@@ -179,12 +194,16 @@ class _Work:
             self.rows.append(joining[-1])
         parts += self._evaluate(joining)
         self.batch = assemble(parts, keep=self.held and self.held[1]) if parts else None
-        if not self.queue or not self.joins:
+        if not self.queue or not self.supports_continuous_batching:
             self.held = None
 
     def _fits(self, joining: Sequence[_Row]) -> bool:
         """Whether the first waiting row may join: there is always room for one."""
-        if not self.queue or len(self.rows) >= self.limit or (not self.joins and len(self.rows) > len(joining)):
+        if (
+            not self.queue
+            or len(self.rows) >= self.limit
+            or (not self.supports_continuous_batching and len(self.rows) > len(joining))
+        ):
             return False
         widest = max(len(row.tokens) for row in (self.queue[0], *self.rows)) + HEADROOM_TOKENS
         return not self.rows or (len(self.rows) + 1) * widest <= self.budget_tokens
@@ -197,12 +216,20 @@ class _Work:
             row.job.begun = row.job.begun or time.perf_counter()
         jobs = {row.tokens: row.job for row in joining}
         parts: list[Part] = []
-        for group in [[tokens] for tokens in jobs] if self.joins else [list(jobs)] if jobs else []:
+        for group in (
+            [[tokens] for tokens in jobs]
+            if self.supports_continuous_batching
+            else [list(jobs)]
+            if jobs
+            else []
+        ):
             if self.held is None or self.held[0] != group:
                 self.held = (group, prefill(self.model, group))
                 for tokens in group:
-                    jobs[tokens].evaluated_tokens += len(tokens)
-            parts.append((self.held[1], [group.index(row.tokens) for row in joining if row.tokens in group]))
+                    jobs[tokens].prefill_tokens += len(tokens)
+            parts.append(
+                (self.held[1], [group.index(row.tokens) for row in joining if row.tokens in group])
+            )
         return parts
 
     def _step(self) -> None:
@@ -232,12 +259,12 @@ class _Work:
             if row:
                 groups.setdefault(row.sampling, []).append(i)
         tokens = [0] * len(self.rows)
-        for sampling, places in groups.items():
-            rows, logits, seen = [self.rows[i] for i in places], self.batch.logits[places], None
+        for sampling, slots in groups.items():
+            rows, logits, seen = [self.rows[i] for i in slots], self.batch.logits[slots], None
             if sampling.repetition_penalty != 1:
                 seen = torch.stack([row.marked(logits[0]) for row in rows])
             drawn = draw(logits, sampling, [row.random.random() for row in rows], seen)
-            for i, token in zip(places, drawn, strict=True):
+            for i, token in zip(slots, drawn, strict=True):
                 tokens[i] = token
         return tokens
 

@@ -21,9 +21,15 @@ from transformers import AttentionInterface
 from kit.backends.hf_batch import few_tokens
 
 NAME = "palign_tree"
-MASK_CELLS = 1 << 22  # queries by keys of one masked call: bounds memory (4 bytes a cell, times the heads folded)
-GROUP_TOKENS = 128  # tails that share one masked call on a CPU: fewer see keys in vain, more fill the kernel
-KNOWN = frozenset({"dropout", "use_cache", "position_ids", "is_causal", "output_attentions", "cache_position"})
+MASK_CELLS = (
+    1 << 22
+)  # queries by keys of one masked call: bounds memory (4 bytes a cell, times the heads folded)
+GROUP_TOKENS = (
+    128  # tails that share one masked call on a CPU: fewer see keys in vain, more fill the kernel
+)
+KNOWN = frozenset(
+    {"dropout", "use_cache", "position_ids", "is_causal", "output_attentions", "cache_position"}
+)
 LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -40,10 +46,15 @@ class Layout:
         lengths: for each piece, its tokens; (q,) in all.
     """
 
-    def __init__(self, past: int, cuts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, past: int, cuts: Sequence[int], lengths: Sequence[int], device: torch.device
+    ) -> None:
         self.past, self.tokens, self.device = past, sum(lengths), device
         self.lead = lengths[0] if cuts[0] == past else 0  # tokens of plain causal continuation
-        self.cut, self.begin = np.repeat(cuts, lengths), np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)  # (q,)
+        self.cut, self.begin = (
+            np.repeat(cuts, lengths),
+            np.repeat(np.cumsum([0, *lengths[:-1]]), lengths),
+        )  # (q,)
         position = self.cut + np.arange(self.tokens) - self.begin  # (q,)
         self.furthest, self.position = int(position.max()), torch.from_numpy(position).to(device)
         self.masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -72,7 +83,9 @@ class Layout:
             cut, begin = (torch.from_numpy(x).to(self.device) for x in (self.cut, self.begin))
             tails, position = slice(own.start - self.past, end), self.position[start:end, None]
             same = begin[None, tails] == begin[start:end, None]
-            seen = torch.cat([trunk < cut[start:end, None], same & (self.position[None, tails] <= position)], 1)
+            seen = torch.cat(
+                [trunk < cut[start:end, None], same & (self.position[None, tails] <= position)], 1
+            )
             if window:
                 seen &= torch.cat([trunk, self.position[None, tails]], 1) > position - window
             self.masks[start, end, window] = seen
@@ -122,24 +135,42 @@ def attend(
     """transformers' attention interface: query (1, H, q, d), key and value (1, H / g, past + q, d) -> (1, q, H, d)."""
     layout = _layout.get()
     odd = [name for name, given in features.items() if given is not None and name not in KNOWN]
-    if layout is None or odd or attention_mask is not None or key.shape[2] != layout.past + query.shape[2]:
+    if (
+        layout is None
+        or odd
+        or attention_mask is not None
+        or key.shape[2] != layout.past + query.shape[2]
+    ):
         raise Unsupported(f"its attention uses {', '.join(odd) or 'keys of its own'}")
     layout.calls += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window and sliding_window <= layout.furthest else None
-    split = window is None and query.is_cpu and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
+    split = (
+        window is None and query.is_cpu and query.shape[2] > 1 and key.shape[-1] == value.shape[-1]
+    )
     parts = []
     for start, end in layout.rows(split):
         near, some, own = layout.keys(start, end)
-        piece, pairs = query[:, :, start:end], ((x[:, :, :near], x[:, :, some], x[:, :, own]) for x in (key, value))
+        piece, pairs = (
+            query[:, :, start:end],
+            ((x[:, :, :near], x[:, :, some], x[:, :, own]) for x in (key, value)),
+        )
         if split:
-            parts.append(_split(piece, *pairs, scale, None if end == layout.lead else layout.mask(start, end)))
+            parts.append(
+                _split(
+                    piece, *pairs, scale, None if end == layout.lead else layout.mask(start, end)
+                )
+            )
             continue
         (far, *rest), (far_value, *rest_value) = pairs
-        seen = layout.mask(start, end, window or layout.furthest + 1)  # a window past everything hides nothing
+        seen = layout.mask(
+            start, end, window or layout.furthest + 1
+        )  # a window past everything hides nothing
         seen = seen.repeat(query.shape[1] // key.shape[1], 1)[None, None]
         keys, values = torch.cat([far, *rest], 2), torch.cat([far_value, *rest_value], 2)
-        out = scaled_dot_product_attention(_fold(piece, key.shape[1]), keys, values, attn_mask=seen, scale=scale)
+        out = scaled_dot_product_attention(
+            _fold(piece, key.shape[1]), keys, values, attn_mask=seen, scale=scale
+        )
         parts.append(out.reshape(*piece.shape[:3], -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2), None
 
@@ -152,7 +183,9 @@ def _fold(query: torch.Tensor, heads: int) -> torch.Tensor:
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _split(query: torch.Tensor, keys: _Parts, values: _Parts, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+def _split(
+    query: torch.Tensor, keys: _Parts, values: _Parts, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:
     """What every query sees, without a mask; the rest causally (None) or under `mask`; joined by their log-sum-exp.
 
     A mask over all keys would cost a quarter more, and a chunk behind the first would be a whole rectangle.
@@ -164,9 +197,15 @@ def _split(query: torch.Tensor, keys: _Parts, values: _Parts, scale: float, mask
         key, value = (x[2].repeat_interleave(groups, 1) for x in (keys, values))
         out, total = kernel(query, key, value, 0.0, True, scale=scale)
     else:
-        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(groups, 1)
+        hidden = (
+            torch.zeros_like(mask, dtype=query.dtype)
+            .masked_fill_(~mask, float("-inf"))
+            .repeat(groups, 1)
+        )
         key, value = torch.cat(keys[1:], 2), torch.cat(values[1:], 2)
-        out, total = kernel(folded, key, value, 0.0, False, attn_mask=hidden[None, None], scale=scale)
+        out, total = kernel(
+            folded, key, value, 0.0, False, attn_mask=hidden[None, None], scale=scale
+        )
     out, total = out.reshape(query.shape), total.reshape(query.shape[:3])
     if keys[0].shape[2] == 0:
         return out

@@ -23,7 +23,7 @@ ROOM_TOKENS = 64  # free columns that a growing cache is given at a time
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations
 HEAD = 256  # likeliest tokens looked at before the whole vocabulary is sorted
 
-Part = tuple["Rows", list[int]]  # a batch and the indices of the rows wanted
+Part = tuple["DecodeBatch", list[int]]  # a batch and the indices of the rows wanted
 
 
 class GrowingLayer(DynamicLayer):
@@ -34,7 +34,9 @@ class GrowingLayer(DynamicLayer):
 
     buffers: tuple[torch.Tensor, ...] = ()
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Write new states (B, H, t, D) behind the old ones; returns all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -42,7 +44,9 @@ class GrowingLayer(DynamicLayer):
         new = old + key_states.shape[2]
         if not self.buffers or new > self.buffers[0].shape[2]:
             room = [pad(fresh, (0, 0, 0, ROOM_TOKENS)) for fresh in states]
-            self.buffers = tuple(torch.cat(both, 2) for both in zip((self.keys, self.values), room, strict=True))
+            self.buffers = tuple(
+                torch.cat(both, 2) for both in zip((self.keys, self.values), room, strict=True)
+            )
         for buffer, fresh in zip(self.buffers, states, strict=True):
             buffer[:, :, old:new] = fresh
         self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
@@ -50,7 +54,7 @@ class GrowingLayer(DynamicLayer):
 
 
 @dataclass
-class Rows:
+class DecodeBatch:
     """A batch's tensors.
 
     Args:
@@ -72,26 +76,28 @@ class Rows:
         self.columns += 1
 
 
-def joins(model: Any) -> bool:
+def supports_continuous_batching(model: Any) -> bool:
     """Whether rows may join a running batch of this model: every layer keeps all keys and values."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> Rows:
+def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> DecodeBatch:
     """Evaluate prompts (token ids, of any lengths) together."""
     columns = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (columns - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    ids = torch.tensor(
+        [[0] * (columns - len(prompt)) + list(prompt) for prompt in prompts], device=model.device
+    )
     starts = torch.tensor([[columns - len(prompt)] for prompt in prompts], device=model.device)
     cache, chunk = DynamicCache(config=model.config), columns
-    if joins(model):
+    if supports_continuous_batching(model):
         cache.layers = [GrowingLayer() for _ in cache.layers]
         chunk = CHUNK_TOKENS
     for begin in range(0, columns, chunk):
         logits = _forward(model, cache, ids[:, begin : begin + chunk], starts, begin)
-    return Rows(cache, starts, columns, logits)
+    return DecodeBatch(cache, starts, columns, logits)
 
 
-def assemble(parts: Sequence[Part], keep: Rows | None = None) -> Rows:
+def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBatch:
     """One batch of chosen rows of several, in the order given.
 
     Args:
@@ -100,11 +106,13 @@ def assemble(parts: Sequence[Part], keep: Rows | None = None) -> Rows:
             never two whole caches at a time.
     """
     first = parts[0][0]
-    starts = torch.cat([rows.starts[chosen] - rows.columns for rows, chosen in parts])  # counted from the end
+    starts = torch.cat(
+        [rows.starts[chosen] - rows.columns for rows, chosen in parts]
+    )  # counted from the end
     logits = torch.cat([rows.logits[chosen] for rows, chosen in parts])
     if not isinstance(first.cache.layers[0], GrowingLayer):
         first.cache.reorder_cache(torch.tensor(parts[0][1], device=starts.device))
-        return Rows(first.cache, starts + first.columns, first.columns, logits)
+        return DecodeBatch(first.cache, starts + first.columns, first.columns, logits)
     columns, cache = -int(starts.min()), DynamicCache()
     cache.layer_class_to_replicate = None
     for index in range(len(first.cache.layers)):
@@ -116,16 +124,20 @@ def assemble(parts: Sequence[Part], keep: Rows | None = None) -> Rows:
         for rows, _ in parts:
             if rows is not keep:
                 rows.cache.layers[index] = None
-    return Rows(cache, starts + columns, columns, logits)
+    return DecodeBatch(cache, starts + columns, columns, logits)
 
 
 def _gather(parts: Sequence[Part], index: int, name: str, columns: int) -> torch.Tensor:
     """A layer's keys or values of the chosen rows, ends aligned at `columns`, with room behind."""
-    tensors = [getattr(rows.cache.layers[index], name)[chosen, :, -columns:] for rows, chosen in parts]
+    tensors = [
+        getattr(rows.cache.layers[index], name)[chosen, :, -columns:] for rows, chosen in parts
+    ]
     return torch.cat([pad(x, (0, 0, columns - x.shape[2], ROOM_TOKENS)) for x in tensors])
 
 
-def _forward(model: Any, cache: Any, ids: torch.Tensor, starts: torch.Tensor, columns: int) -> torch.Tensor:
+def _forward(
+    model: Any, cache: Any, ids: torch.Tensor, starts: torch.Tensor, columns: int
+) -> torch.Tensor:
     """Logits (B, V) after the last of ids (B, t), whose states join the cache behind its `columns`."""
     column = torch.arange(columns + ids.shape[1], device=ids.device)[None]
     with few_tokens(ids.numel(), ids.device):
@@ -140,11 +152,17 @@ def _forward(model: Any, cache: Any, ids: torch.Tensor, starts: torch.Tensor, co
 
 
 class _Transposed(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is not linear or kwargs:
             return function(*args, **(kwargs or {}))
         shown, weight, *bias = args
-        made = (weight @ shown.reshape(-1, shown.shape[-1]).T).T.contiguous().reshape(*shown.shape[:-1], len(weight))
+        made = (
+            (weight @ shown.reshape(-1, shown.shape[-1]).T)
+            .T.contiguous()
+            .reshape(*shown.shape[:-1], len(weight))
+        )
         return made if not bias or bias[0] is None else made + bias[0]
 
 
@@ -157,28 +175,37 @@ def few_tokens(tokens: int, device: torch.device) -> AbstractContextManager:
 
 
 def draw(
-    logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float], seen: torch.Tensor | None = None
+    logits: torch.Tensor,
+    sampling: Sampling,
+    uniforms: Sequence[float],
+    seen: torch.Tensor | None = None,
 ) -> list[int]:
     """One token id for each row of logits (B, V), which are left as they are, with B numbers `uniforms` in [0, 1);
     `seen` (B, V) bool marks tokens of prompt and sample so far, None without a repetition penalty."""
     logits = logits.float()
     if seen is not None:
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+        )
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     weights, ids = torch.softmax(logits / sampling.temperature, -1), None
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         weights, ids = _filtered(weights, sampling)
     running = weights.double().cumsum(-1)
-    at = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * running[:, -1:]
+    at = (
+        torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * running[:, -1:]
+    )
     at = torch.searchsorted(running, at, right=True)
     return (at if ids is None else ids.gather(-1, at))[:, 0].tolist()
 
 
 def _filtered(weights: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (B, K), likeliest first, those that the filters drop set to zero, and the tokens' ids (B, K)."""
-    top_p = sampling.top_p if sampling.top_p < 1 else 2.0  # rounded sums may pass 1 before the last token
+    top_p = (
+        sampling.top_p if sampling.top_p < 1 else 2.0
+    )  # rounded sums may pass 1 before the last token
     top, ids = weights.topk(min(sampling.top_k or HEAD, weights.shape[-1]))
     if sampling.top_k:
         top = top / top.sum(-1, keepdim=True)

@@ -21,7 +21,13 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         if not args.traces:
             raise KitError("bench judge measures on traces.", "Name a JSONL with --traces FILE.", 2)
         return judge(
-            Path(args.traces), args.limit, args.backend, args.model, args.verdicts, args.repeats, progress=progress
+            Path(args.traces),
+            args.limit,
+            args.backend,
+            args.model,
+            args.verdicts,
+            args.repeats,
+            progress=progress,
         )
     if args.subject == "generate":
         from kit.bench.generate import bench as generate

@@ -12,7 +12,7 @@ from typing import Any
 from kit import prompts
 from kit.backends import open_backend
 from kit.backends.base import Backend, Request, Tokenizer
-from kit.core.config import Engine, Sampling
+from kit.core.config import ModelConfig, Sampling
 from kit.synthetic import generate
 
 SHORTEST, LONGEST = 30, 400  # prompt tokens, chat template apart
@@ -20,7 +20,11 @@ Ids = tuple[int, ...]
 
 
 def bench(
-    limit: int = 32, new_tokens: int = 128, repeats: int = 3, model: str = "smollm2-135m", parallel: int = 16
+    limit: int = 32,
+    new_tokens: int = 128,
+    repeats: int = 3,
+    model: str = "smollm2-135m",
+    max_num_seqs: int = 16,
 ) -> dict[str, Any]:
     """Greedy generation, the four ways in turn within every repeat; their order turns around from one to the next.
 
@@ -41,12 +45,12 @@ def bench(
     """
     from kit.models import resolve
 
-    hf = open_backend(Engine(backend="hf", model=model, parallel=parallel))
+    hf = open_backend(ModelConfig(backend="hf", model=model, max_num_seqs=max_num_seqs))
     asked = make_prompts(hf.tokenizer, limit)
     context = max(map(len, asked)) + new_tokens
     ways: dict[str, Callable[[int], int]] = {}
     if isinstance(resolve(model), Path):
-        gguf = open_backend(Engine(backend="gguf", model=model, parallel=parallel))
+        gguf = open_backend(ModelConfig(backend="gguf", model=model, max_num_seqs=max_num_seqs))
         ways["gguf-sequential"] = _completions(model, gguf, asked, context)
         ways["gguf-parallel"] = _backend(gguf, asked)
     ways |= {"hf-sequential": _generate(hf, asked), "hf-batched": _backend(hf, asked)}
@@ -60,11 +64,16 @@ def bench(
     prompt_tokens = sum(map(len, asked))
     rows = [_row(name, turns, prompt_tokens) for name, turns in seen.items()]
     result: dict[str, Any] = {"subject": "generate", "rows": rows}
-    for kind, one, many in (("hf", "hf-sequential", "hf-batched"), ("gguf", "gguf-sequential", "gguf-parallel")):
+    for kind, one, many in (
+        ("hf", "hf-sequential", "hf-batched"),
+        ("gguf", "gguf-sequential", "gguf-parallel"),
+    ):
         if one in seen:
             pairs = zip(seen[one], seen[many], strict=True)
-            result[f"{kind}_ratio"] = statistics.median((b[0] / b[1]) / (a[0] / a[1]) for a, b in pairs)
-    return result | {"prompts": limit, "parallel": parallel, "repeats": repeats}
+            result[f"{kind}_ratio"] = statistics.median(
+                (b[0] / b[1]) / (a[0] / a[1]) for a, b in pairs
+            )
+    return result | {"prompts": limit, "max_num_seqs": max_num_seqs, "repeats": repeats}
 
 
 def make_prompts(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[Ids]:
@@ -81,14 +90,18 @@ def make_prompts(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[Ids]:
     return made
 
 
-def _row(name: str, turns: Sequence[tuple[int, float, float]], prompt_tokens: int) -> dict[str, Any]:
+def _row(
+    name: str, turns: Sequence[tuple[int, float, float]], prompt_tokens: int
+) -> dict[str, Any]:
     return {
         "name": name,
         "tokens_per_second": statistics.median(made / seconds for made, seconds, _ in turns),
         "prompt_tokens": prompt_tokens,
         "new_tokens": turns[0][0],
         "seconds": statistics.median(seconds for _, seconds, _ in turns),
-        "prefill_tokens_per_second": statistics.median(prompt_tokens / prefill for _, _, prefill in turns),
+        "prefill_tokens_per_second": statistics.median(
+            prompt_tokens / prefill for _, _, prefill in turns
+        ),
     }
 
 
@@ -102,7 +115,11 @@ def _backend(backend: Backend, asked: Sequence[Ids]) -> Callable[[int], int]:
     def run(new_tokens: int) -> int:
         sampling = Sampling(temperature=0, max_new_tokens=new_tokens)
         requests = [Request(str(i), ids, sampling) for i, ids in enumerate(asked)]
-        return sum(len(sample.ids) for result in backend.generate(requests) for sample in result.completions)
+        return sum(
+            len(sample.ids)
+            for result in backend.generate(requests)
+            for sample in result.completions
+        )
 
     return run
 
@@ -116,27 +133,44 @@ def _generate(backend: Any, asked: Sequence[Ids]) -> Callable[[int], int]:
         made = 0
         for prompt in asked:
             ids = torch.tensor([prompt], device=backend.device)
-            options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
-            out = backend.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+            options = {
+                "do_sample": False,
+                "max_new_tokens": new_tokens,
+                "eos_token_id": ends,
+                "pad_token_id": ends[0],
+            }
+            out = backend.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[
+                0, len(prompt) :
+            ]
             made += sum(token not in backend.tokenizer.eos_ids for token in out.tolist())
         return made
 
     return run
 
 
-def _completions(model: str, backend: Any, asked: Sequence[Ids], context: int) -> Callable[[int], int]:
+def _completions(
+    model: str, backend: Any, asked: Sequence[Ids], context: int
+) -> Callable[[int], int]:
     from llama_cpp import Llama
 
     from kit.models import gguf_file
 
-    threads = backend.threads
-    llama = Llama(str(gguf_file(model)), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    n_threads = backend.n_threads
+    llama = Llama(
+        str(gguf_file(model)),
+        n_ctx=context,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        verbose=False,
+    )
 
     def run(new_tokens: int) -> int:
         made = 0
         for prompt in asked:
             llama.reset()  # every prompt whole, as the batched ways evaluate it
-            done = llama.create_completion(list(prompt), max_tokens=new_tokens, temperature=0.0, repeat_penalty=1.0)
+            done = llama.create_completion(
+                list(prompt), max_tokens=new_tokens, temperature=0.0, repeat_penalty=1.0
+            )
             made += done["usage"]["completion_tokens"]
         return made
 

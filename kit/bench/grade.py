@@ -28,7 +28,10 @@ def bench(repeats: int = 3) -> dict[str, Any]:
         worker), verdicts}].
     """
     sets = {"gsm8k": _gsm8k(1000), "math": _math(500)}
-    return {"subject": "grade", "rows": [_measure(name, items, repeats) for name, items in sets.items()]}
+    return {
+        "subject": "grade",
+        "rows": [_measure(name, items, repeats) for name, items in sets.items()],
+    }
 
 
 def _measure(name: str, items: list[Item], repeats: int) -> dict[str, Any]:
@@ -39,25 +42,44 @@ def _measure(name: str, items: list[Item], repeats: int) -> dict[str, Any]:
             grades = grader.grade(items)
         times.append(time.perf_counter() - begun)
     seconds = statistics.median(times)
-    asked = sum(grade.how.endswith((":math", ":string", ":unreadable", ":time")) for grade in grades)
-    facts = {"name": name, "rows_per_second": round(len(items) / seconds, 1), "seconds": round(seconds, 3)}
-    return {**facts, "answers": len(items), "asked": asked, "verdicts": dict(Counter(g.verdict for g in grades))}
+    asked = sum(
+        grade.how.endswith((":math", ":string", ":unreadable", ":time")) for grade in grades
+    )
+    facts = {
+        "name": name,
+        "rows_per_second": round(len(items) / seconds, 1),
+        "seconds": round(seconds, 3),
+    }
+    return {
+        **facts,
+        "answers": len(items),
+        "asked": asked,
+        "verdicts": dict(Counter(g.verdict for g in grades)),
+    }
 
 
 def _gsm8k(count: int) -> list[Item]:
     golds = [gold_of(row["answer"]) for row in _rows("gsm8k_test.jsonl", count)]
     given = [golds[(n + n % 2) % len(golds)] for n in range(len(golds))]
-    return [Item(gold, STYLES[n % 4] % given[n].replace(",", ""), "number") for n, gold in enumerate(golds)]
+    return [
+        Item(gold, STYLES[n % 4] % given[n].replace(",", ""), "number")
+        for n, gold in enumerate(golds)
+    ]
 
 
 def _math(count: int) -> list[Item]:
     golds = [row["answer"] for row in _rows("math500.jsonl", count)]
-    given = [golds[(n + 1) % len(golds)] if n % 2 else f"{gold} + 0" for n, gold in enumerate(golds)]
+    given = [
+        golds[(n + 1) % len(golds)] if n % 2 else f"{gold} + 0" for n, gold in enumerate(golds)
+    ]
     return [Item(gold, f"\\boxed{{{answer}}}") for gold, answer in zip(golds, given, strict=True)]
 
 
 def _rows(name: str, count: int) -> list[dict[str, Any]]:
     path = DATA / name
     if not path.exists():
-        raise KitError(f"{path} is not there.", "Put the public test data beside the project, in ../shared/data.")
+        raise KitError(
+            f"{path} is not there.",
+            "Put the public test data beside the project, in ../shared/data.",
+        )
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]

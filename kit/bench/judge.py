@@ -23,7 +23,7 @@ from kit.data import load_traces
 from kit.judging.judge import Judge, cut, from_problem
 from kit.judging.sentences import ends
 
-SEARCHES = ("fresh", "binary", "gallop", "scan")
+SEARCHES = ("uncached", "binary", "gallop", "scan")
 REFERENCES = {"reference-256": 256, "reference-16": 16}
 
 
@@ -49,13 +49,18 @@ def bench(
         {subject, rows: [{name, seconds, ratio, worst, traces}], max_margin_difference, skipped, traces: [{id, tokens,
         sentences, kept, seconds: {name: s}, ratio: {name: r}}]}; ratios are to prefill, seconds medians over traces.
     """
-    raw = {"student": {"backend": backend, "model": model}, "teacher": {"backend": "file", "path": str(traces)}}
+    raw = {
+        "student": {"backend": backend, "model": model},
+        "teacher": {"backend": "file", "path": str(traces)},
+    }
     config = resolve(raw, "the command line")
     progress = progress or Progress()
     opened = open_backend(config.student)
     judge = Judge(config, opened)
     rows = [from_problem(problem) for problem in load_traces(config)]
-    fits = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens][:limit]
+    fits = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens][
+        :limit
+    ]
     found, worst = [], 0.0
     with progress.bar("bench", len(fits), "traces") as bar:
         for number, row in enumerate(fits):
@@ -64,7 +69,9 @@ def bench(
             found.append(trace)
             worst = max(worst, difference)
             bar.advance()
-            progress.say(f"{row.id}: {trace['tokens']} tokens, kept {trace['kept']}, ratios {trace['ratio']}")
+            progress.say(
+                f"{row.id}: {trace['tokens']} tokens, kept {trace['kept']}, ratios {trace['ratio']}"
+            )
     opened.close()
     return {
         "subject": "judge",
@@ -78,7 +85,12 @@ def bench(
 
 
 def _trace(
-    judge: Judge, row: PrefixRow, verdicts: str | None, repeats: int, names: list[str], say: Callable[[str], None]
+    judge: Judge,
+    row: PrefixRow,
+    verdicts: str | None,
+    repeats: int,
+    names: list[str],
+    say: Callable[[str], None],
 ) -> tuple[Any, float]:
     m = row.sentences_total
     turn = {"early": 1, "middle": (m + 1) // 2, "late": m}.get(verdicts or "")
@@ -89,8 +101,8 @@ def _trace(
 
     def work(name: str) -> None:
         if name == "prefill":
-            session = judge.backend.session(fresh=True)
-            session.read([whole])
+            session = judge.backend.session(uncached=True)
+            session.score([whole])
             session.close()
         elif name in REFERENCES:
             for verdict in asked.verdicts:
@@ -105,24 +117,40 @@ def _trace(
         for name in names:
             if turn_number == 0 or name not in REFERENCES:
                 seconds[name].append(_timed(lambda name=name: work(name)))
-                say(f"{row.id}, round {turn_number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s")
+                say(
+                    f"{row.id}, round {turn_number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s"
+                )
     medians = {name: median(times) for name, times in seconds.items()}
     ratio = {name: round(s / medians["prefill"], 4) for name, s in medians.items()}
-    shown = {"id": row.id, "tokens": len(whole.ids), "sentences": m, "kept": kept["binary"].sentences}
+    shown = {
+        "id": row.id,
+        "tokens": len(whole.ids),
+        "sentences": m,
+        "kept": kept["binary"].sentences,
+    }
     shown |= {"seconds": {k: round(v, 3) for k, v in medians.items()}, "ratio": ratio}
     return shown, _difference(kept)
 
 
 def _difference(kept: dict[str, PrefixRow]) -> float:
     """Largest distance of a cached margin from the uncached one at the same boundary."""
-    fresh = {v.sentences: v.margin for v in kept["fresh"].verdicts} if "fresh" in kept else {}
-    pairs = [(v.margin, fresh[v.sentences]) for row in kept.values() for v in row.verdicts if v.sentences in fresh]
+    fresh = {v.sentences: v.margin for v in kept["uncached"].verdicts} if "uncached" in kept else {}
+    pairs = [
+        (v.margin, fresh[v.sentences])
+        for row in kept.values()
+        for v in row.verdicts
+        if v.sentences in fresh
+    ]
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
 def _generate(backend: Backend, prompt: tuple[int, ...], tokens: int) -> None:
     if backend.__class__.__name__ != "HfBackend":
-        list(backend.generate([Request("reference", prompt, Sampling(temperature=0, max_new_tokens=tokens))]))
+        list(
+            backend.generate(
+                [Request("reference", prompt, Sampling(temperature=0, max_new_tokens=tokens))]
+            )
+        )
         return
     import torch
 

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("plain", "chunked")
 
 
-def bench(tokens: int = 4096, repeats: int = 3, model: str = "smollm2-135m", supervised: float = 0.8) -> dict[str, Any]:
+def bench(
+    tokens: int = 4096, repeats: int = 3, model: str = "smollm2-135m", supervised: float = 0.8
+) -> dict[str, Any]:
     """Forward and backward of one row, in an alternating order, each time in a process of its own.
 
     On a CPU both give freed blocks back to the system at once, so that a peak is of what was alive together.
@@ -36,7 +38,15 @@ def bench(tokens: int = 4096, repeats: int = 3, model: str = "smollm2-135m", sup
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for turn in range(repeats):
         for name in NAMES if turn % 2 == 0 else NAMES[::-1]:
-            command = [sys.executable, "-m", "kit.bench.train", name, str(tokens), model, str(supervised)]
+            command = [
+                sys.executable,
+                "-m",
+                "kit.bench.train",
+                name,
+                str(tokens),
+                model,
+                str(supervised),
+            ]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
@@ -52,7 +62,13 @@ def bench(tokens: int = 4096, repeats: int = 3, model: str = "smollm2-135m", sup
         for name in NAMES
     ]
     time_ratio, peak_ratio = (rows[1][key] / rows[0][key] for key in ("seconds", "peak_bytes"))
-    return {"subject": "train", "rows": rows, "time_ratio": time_ratio, "peak_ratio": peak_ratio, "repeats": repeats}
+    return {
+        "subject": "train",
+        "rows": rows,
+        "time_ratio": time_ratio,
+        "peak_ratio": peak_ratio,
+        "repeats": repeats,
+    }
 
 
 def step(name: str, tokens: int, model: str, supervised: float) -> dict[str, float]:
@@ -65,11 +81,15 @@ def step(name: str, tokens: int, model: str, supervised: float) -> dict[str, flo
     from kit.training.trainer import make_model
 
     return_at_once()  # else glibc keeps what was freed, and a peak is not of what was alive
-    peft = make_model(resolve({"student": {"model": model}, "train": {"dropout": 0.0}}, "bench")).train()
+    peft = make_model(
+        resolve({"student": {"model": model}, "train": {"dropout": 0.0}}, "bench")
+    ).train()
     causal = peft.get_base_model()
     if name == "plain":
         del causal.forward  # the class's own again
-    ids = torch.randint(0, causal.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, causal.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)
+    )
     labels = ids.clone()
     labels[:, : int(tokens * (1 - supervised))] = IGNORED
     ids, labels = ids.to(peft.device), labels.to(peft.device)
@@ -89,7 +109,11 @@ def step(name: str, tokens: int, model: str, supervised: float) -> dict[str, flo
     peak = peak_bytes() - before  # the first step's: later ones find memory that the allocator kept
     begun = time.perf_counter()
     loss = once()
-    return {"seconds": time.perf_counter() - begun, "peak_bytes": max(peak, peak_bytes() - before), "loss": loss}
+    return {
+        "seconds": time.perf_counter() - begun,
+        "peak_bytes": max(peak, peak_bytes() - before),
+        "loss": loss,
+    }
 
 
 if __name__ == "__main__":

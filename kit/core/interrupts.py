@@ -21,7 +21,9 @@ def watch() -> None:
     """Start the watch: KeyboardInterrupt is raised as usual, and the process ends if that does not get through."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # written by C, so no library call can delay it
+    signal.set_wakeup_fd(
+        writer.fileno(), warn_on_full_buffer=False
+    )  # written by C, so no library call can delay it
 
     def guard() -> None:
         """Count the Ctrl-C that arrive: the first starts a timer, the second ends the process."""

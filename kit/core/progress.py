@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PLAIN_EVERY_SECONDS = 10.0
-_BAD = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+_BAD = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
 
 
 class Bar:
@@ -28,7 +30,11 @@ class Bar:
 
     def advance(self, tokens: int = 0) -> None:
         """Count a finished unit, and tokens for the rate."""
-        self.done, self.tokens, seconds = self.done + 1, self.tokens + tokens, time.monotonic() - self.begun
+        self.done, self.tokens, seconds = (
+            self.done + 1,
+            self.tokens + tokens,
+            time.monotonic() - self.begun,
+        )
         left = (self.total - self.done) * seconds / (self.done - self.skipped)
         rate = f"{self.tokens / max(seconds, 1e-9):.0f} tokens/s, " if self.tokens else ""
         self.tell(self.done, rate + (f"{left:.0f} s left" if left else f"{seconds:.0f} s"))
@@ -47,7 +53,10 @@ class Progress:
         if always or not self.quiet:
             print(text, file=sys.stderr, flush=True)
         if self.log and log:
-            with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8", errors="replace") as out:
+            with (
+                contextlib.suppress(OSError),
+                open(self.log, "a", encoding="utf-8", errors="replace") as out,
+            ):
                 out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, text: str) -> None:
@@ -71,11 +80,18 @@ class Progress:
         from rich import progress as rich
         from rich.console import Console
 
-        columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[rate]}")
+        columns = (
+            "{task.description}",
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            "{task.fields[rate]}",
+        )
         elapsed = rich.TimeElapsedColumn()
         with rich.Progress(*columns, elapsed, console=Console(stderr=True), transient=True) as live:
             task = live.add_task(name, total=total, completed=done, rate="")
-            yield Bar(total, done, lambda count, rate: live.update(task, completed=count, rate=rate))
+            yield Bar(
+                total, done, lambda count, rate: live.update(task, completed=count, rate=rate)
+            )
 
 
 def visible(text: str) -> str:
@@ -87,7 +103,13 @@ def tame_libraries(verbose: bool = False) -> None:
     """Quiet the libraries' own chatter; called before any of them is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "BITSANDBYTES_NOWELCOME": "1"}
+        quiet = {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "BITSANDBYTES_NOWELCOME": "1",
+        }
         os.environ.update({**quiet, **os.environ})
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' word to each other
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning
+        )  # the libraries' word to each other

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
 
 
-def sound(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Text with U+FFFD for lone surrogates, which neither UTF-8 nor any tokenizer takes."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
@@ -28,8 +28,8 @@ class Part(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _sound(cls, value: Any) -> Any:
-        return sound(value) if isinstance(value, str) else value
+    def _replace_surrogates(cls, value: Any) -> Any:
+        return replace_surrogates(value) if isinstance(value, str) else value
 
 
 class Row(Part):
@@ -55,7 +55,7 @@ class Sample(Part):
     text: str
     verdict: Literal["correct", "wrong", "unparsed", "timeout"]
     answer: str | None = None  # as extracted
-    finish: Literal["stop", "length", "loop", "error"] = "stop"
+    finish_reason: Literal["stop", "length", "loop", "error"] = "stop"
     tokens: int = 0  # generated
 
 
@@ -104,7 +104,9 @@ class Verdict(Part):
 
     sentences: int
     label: Label
-    margin: float | None  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
+    margin: (
+        float | None
+    )  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
 
 
 class PrefixRow(Outcome):
@@ -119,8 +121,8 @@ class PrefixRow(Outcome):
     verdicts: tuple[Verdict, ...] = ()
     violations: int = 0  # NOT_ENOUGH at a boundary behind an ENOUGH one
     prompt_tokens: int = 0  # of the longest judging prompt asked
-    evaluated_tokens: int = 0
-    reused_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class AlignedRow(Outcome):

@@ -29,8 +29,16 @@ from kit.core.records import Row
 from kit.core.stages import FILES, KEYS, NEUTRAL
 from kit.core.storage import RowFile, write_atomic
 
-FORMAT = 1  # of the run folder; a newer kit opens older formats or refuses them by this number
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "llama-cpp-python", "math-verify")
+FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "llama-cpp-python",
+    "math-verify",
+)
 R = TypeVar("R", bound=Row)
 
 
@@ -45,15 +53,24 @@ class Run:
 
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
         self.config, self.progress, self.folder = config, progress, config.folder
-        self.leads = os.environ.get("RANK", "0") == "0"
+        self.is_main_process = os.environ.get("RANK", "0") == "0"
         if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise KitError(f"Several processes can train together, not {command}.", "accelerate launch palign.py train")
-        if self.leads:
+            raise KitError(
+                f"Several processes can train together, not {command}.",
+                "accelerate launch palign.py train",
+            )
+        if self.is_main_process:
             self._take_lock(command)
             progress.log = self.folder / "run.log"
         facts = {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
-        self.manifest = {"stages": {}, "machine": {}, **self._read_manifest(), **facts, "versions": versions()}
-        if self.leads:
+        self.manifest = {
+            "stages": {},
+            "machine": {},
+            **self._read_manifest(),
+            **facts,
+            "versions": versions(),
+        }
+        if self.is_main_process:
             write_atomic(self.folder / "config.yaml", dump(config))
         self.record(machine=self.manifest["machine"] | machine())
 
@@ -85,28 +102,45 @@ class Run:
             Whether there is work to do. False: it is done and whole.
         """
         wanted, leaves = tuple(f"{key}." for key in KEYS[stage]), flat(self.config).items()
-        now = {k: v for k, v in leaves if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL}
+        now = {
+            k: v
+            for k, v in leaves
+            if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL
+        }
         now["input"], usual = source, flat(Config())
-        files = [path for name in FILES[stage] if (path := self.folder / name.split("/")[0]).exists()]
+        files = [
+            path for name in FILES[stage] if (path := self.folder / name.split("/")[0]).exists()
+        ]
         entry, say = self.manifest["stages"].get(stage), self.progress.say
-        before = {key: usual.get(key) for key in now} | entry["keys"] if entry else now  # an older kit knew fewer keys
+        before = (
+            {key: usual.get(key) for key in now} | entry["keys"] if entry else now
+        )  # an older kit knew fewer keys
         changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
         if changed:
-            shown = ", ".join(f"{key}: {before.get(key)!s:.40} -> {now.get(key)!s:.40}" for key in changed[:4])
+            shown = ", ".join(
+                f"{key}: {before.get(key)!s:.40} -> {now.get(key)!s:.40}" for key in changed[:4]
+            )
             say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
         elif not entry and files:
-            self.progress.warn(f"{stage}: files of unknown origin in {self.folder}; set aside under stale/")
+            self.progress.warn(
+                f"{stage}: files of unknown origin in {self.folder}; set aside under stale/"
+            )
         elif entry and not entry["done"]:
             say(f"{stage}: resumed")
         elif entry and output() == entry["output"]:
             say(f"{stage}: done before, skipped")
             return False
         elif entry:
-            self.progress.warn(f"{stage}: what it wrote was deleted or changed since; the missing part is made again")
+            self.progress.warn(
+                f"{stage}: what it wrote was deleted or changed since; the missing part is made again"
+            )
         if changed or not entry:
             entry = {}
-            for path in files if self.leads else ():
-                shutil.move(path, self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"))
+            for path in files if self.is_main_process else ():
+                shutil.move(
+                    path,
+                    self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"),
+                )
         self.manifest["stages"][stage] = {**entry, "keys": now, "done": False}
         self.record()
         self.begun = time.perf_counter()
@@ -114,30 +148,47 @@ class Run:
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, **summary: Any) -> None:
         """Mark a stage done; seconds since `begin` add up over sittings. rejected.jsonl gathers every row that left."""
-        if not self.leads:
+        if not self.is_main_process:
             return
         entry = self.manifest["stages"][stage]
-        entry |= {"done": True, "output": output, "rows_in": rows_in, "rows_out": rows_out, "summary": summary}
+        entry |= {
+            "done": True,
+            "output": output,
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "summary": summary,
+        }
         entry["seconds"] = round(entry.get("seconds", 0.0) + time.perf_counter() - self.begun, 3)
         self.record(machine=self.manifest["machine"] | machine())
         gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
-        for name, pattern, kind in ((name, *file) for name, files in FILES.items() for file in files.items()):
+        for name, pattern, kind in (
+            (name, *file) for name, files in FILES.items() for file in files.items()
+        ):
             for path in sorted(self.folder.glob(pattern)) if kind else ():
                 rows = [row for row in RowFile(path, kind).read(mend=False) if row.rejected]
-                gone += [{"stage": name, "id": row.id, "reason": row.rejected, "detail": row.detail} for row in rows]
-        write_atomic(self.folder / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone))
+                gone += [
+                    {"stage": name, "id": row.id, "reason": row.rejected, "detail": row.detail}
+                    for row in rows
+                ]
+        write_atomic(
+            self.folder / "rejected.jsonl",
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone),
+        )
 
     def record(self, **facts: Any) -> None:
         """Put facts (fingerprints, hashes, devices) into the manifest, and write it."""
         self.manifest |= facts
-        if self.leads:
-            write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+        if self.is_main_process:
+            write_atomic(
+                self.folder / "manifest.json",
+                json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n",
+            )
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.leads:
+        if self.is_main_process:
             self._lock.close()
 
     def _take_lock(self, command: str) -> None:
@@ -155,7 +206,10 @@ class Run:
             raise KitError(what, "Choose another with out=DIR, or mend its permissions.") from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
             os.ftruncate(self._lock.fileno(), 0)
-            os.write(self._lock.fileno(), f"palign {command}, process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(
+                self._lock.fileno(),
+                f"palign {command}, process {os.getpid()} on {socket.gethostname()}".encode(),
+            )
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -164,15 +218,30 @@ class Run:
         except ValueError as error:
             hint = "Mend it, or delete it: the stages' files are then set aside under stale/ and made anew."
             raise KitError(f"{path} is not JSON ({error}).", hint) from None
-        if manifest.get("format", 0) > FORMAT:
-            what = f"{self.folder} was made by palign {manifest.get('palign')} in run format {manifest['format']}"
-            raise KitError(f"{what}; this one reads up to {FORMAT}.", "Upgrade palign, or choose another out=DIR.")
+        if manifest:
+            check_format(self.folder, manifest)
         return manifest
+
+
+def check_format(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse (KitError) a run folder of another format than this version's."""
+    version = manifest.get("format", 0)
+    if version == FORMAT:
+        return
+    what = f"{folder} was made by palign {manifest.get('palign')} in run format {version}; this version reads {FORMAT}."
+    if version > FORMAT:
+        raise KitError(what, "Upgrade palign, or choose another out=DIR.")
+    raise KitError(
+        what,
+        f"Run its config anew: palign.py run {folder}/config.yaml out=NEW (old keys are understood).",
+    )
 
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that shape numbers; absent ones are left out."""
-    found = {name: package.version for name in PACKAGES for package in metadata.distributions(name=name)}
+    found = {
+        name: package.version for name in PACKAGES for package in metadata.distributions(name=name)
+    }
     return {"python": platform.python_version(), **found}
 
 

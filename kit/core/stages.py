@@ -23,14 +23,46 @@ R = TypeVar("R", bound=Row)
 
 KEYS = {  # what each stage's rows depend on, besides its input
     "teach": ("teacher", "data.train.verifier", "prompts.instruction", "seed"),
-    "truncate": ("method", "student", "judge", "data.train.verifier", "prompts.judge", "prompts.forced"),
-    "align": ("method", "student", "align", "data.train.verifier", "prompts.instruction", "prompts.draft", "seed"),
-    "train": ("method", "student.model", "student.system", "student.thinking", "train", "prompts.instruction", "seed"),
+    "truncate": (
+        "method",
+        "student",
+        "judge",
+        "data.train.verifier",
+        "prompts.judge",
+        "prompts.answer_cue",
+    ),
+    "align": (
+        "method",
+        "student",
+        "align",
+        "data.train.verifier",
+        "prompts.instruction",
+        "prompts.draft",
+        "seed",
+    ),
+    "train": (
+        "method",
+        "student.model",
+        "student.system",
+        "student.thinking",
+        "train",
+        "prompts.instruction",
+        "seed",
+    ),
     "eval": ("method", "eval", "prompts.instruction", "seed"),
 }
 
 
-NEUTRAL = {"threads", "timeout_seconds", "retries", "url", "api_key_env", "memory_gib", "save_steps", "overfit"}
+NEUTRAL = {
+    "n_threads",
+    "timeout_seconds",
+    "retries",
+    "url",
+    "api_key_env",
+    "kv_cache_gib",
+    "save_steps",
+    "on_low_memory",
+}
 
 
 FILES: dict[str, dict[str, type[Row] | None]] = {  # what each stage writes, and what its rows are
@@ -60,8 +92,13 @@ def work_through(
     finished, its id among the batch's.
     """
     if twice := [id for id, times in Counter(id for id, _ in units).items() if times > 1]:
-        raise KitError(f"{stage}: two rows would be called {twice[0]!r}.", "Rename one of the problems in the data.")
-    rows = {row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)}
+        raise KitError(
+            f"{stage}: two rows would be called {twice[0]!r}.",
+            "Rename one of the problems in the data.",
+        )
+    rows = {
+        row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)
+    }
     with run.progress.bar(stage, len(units), done=sum(id in rows for id, _ in units)) as bar:
         for start in range(0, len(units), size):
             batch = units[start : start + size]
@@ -72,14 +109,17 @@ def work_through(
                     file.append(row)
                     rows[row.id] = row
                     samples = sum(sample.tokens for sample in getattr(row, "samples", ()))
-                    bar.advance(tokens=samples or getattr(row, "evaluated_tokens", 0))
+                    bar.advance(tokens=samples or getattr(row, "prefill_tokens", 0))
     return [rows[id] for id, _ in units]
 
 
 def tallies(rows: Sequence[Any]) -> dict[str, Any]:
     """For a stage's summary: tokens generated, and how many rows left for which reason."""
     tokens = sum(sample.tokens for row in rows for sample in row.samples)
-    return {"tokens": tokens, "rejected": dict(Counter(row.rejected for row in rows if row.rejected))}
+    return {
+        "tokens": tokens,
+        "rejected": dict(Counter(row.rejected for row in rows if row.rejected)),
+    }
 
 
 def file_digest(run: Run, name: str, kind: type[R]) -> str:
@@ -88,6 +128,6 @@ def file_digest(run: Run, name: str, kind: type[R]) -> str:
 
 
 def file_name(model: str, which: str, dataset: str) -> str:
-    """A score's file in the run's folder, e.g. eval/smollm2-135m-before-gsm8k.jsonl."""
+    """A score's file in the run's folder, e.g. eval/smollm2-135m-base-gsm8k.jsonl."""
     safe = [re.sub(r"[^\w.-]+", "-", Path(part).name).strip("-.") for part in (model, dataset)]
     return f"eval/{safe[0]}-{which}-{safe[1]}.jsonl"

@@ -36,7 +36,9 @@ class RowFile(Generic[R]):
         """All sound rows, in file order. Damaged lines are named in `damaged`; `mend` moves them to NAME.damaged."""
         rows: dict[str, R] = {}
         bad, self.damaged = b"", []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n") if self.path.exists() else (), 1):
+        for number, line in enumerate(
+            self.path.read_bytes().split(b"\n") if self.path.exists() else (), 1
+        ):
             try:
                 if line.strip():
                     row = self._parse(line)
@@ -68,7 +70,9 @@ class RowFile(Generic[R]):
         try:
             return self.kind.model_validate(raw)
         except ValidationError as error:
-            raise ValueError(f"row {raw.get('id')!r} is of another format ({error.errors()[0]['msg']})") from None
+            raise ValueError(
+                f"row {raw.get('id')!r} is of another format ({error.errors()[0]['msg']})"
+            ) from None
 
 
 def line_of(row: Row) -> str:
@@ -87,7 +91,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 def digest(rows: Iterable[Row]) -> str:
     """One hash over rows, volatile fields and order aside: equal for an interrupted and an uninterrupted run."""
-    return _sha("".join(sorted(_canonical(row.model_dump(mode="json", exclude=VOLATILE)) for row in rows)), 16)
+    return _sha(
+        "".join(sorted(_canonical(row.model_dump(mode="json", exclude=VOLATILE)) for row in rows)),
+        16,
+    )
 
 
 @contextlib.contextmanager

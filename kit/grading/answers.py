@@ -34,7 +34,9 @@ _VALUE = (
     r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s?%?)"
 )
 _IS = r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?"
-_NUMERIC = re.compile(r"(?!.*(?:\bnot\b|n['\u2019]t\b))(?:.*=\s*|" + _IS + ")" + _VALUE, re.IGNORECASE)
+_NUMERIC = re.compile(
+    r"(?!.*(?:\bnot\b|n['\u2019]t\b))(?:.*=\s*|" + _IS + ")" + _VALUE, re.IGNORECASE
+)
 _SAID = re.compile(r"\W*?(?:is|are|was|:|=)\s*:?\s*(.+)")  # where the answer is no number
 _LETTER = re.compile(  # the one option letter, not the first of several
     r"(?![\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b)"
@@ -100,12 +102,19 @@ class Grader:
         """Verdict and method; the worker is asked last."""
         if verifier == "choice":
             right, given = _letter(gold), _letter(answer)
-            return ("correct" if right == given else "wrong") if right and given else "unparsed", "choice"
+            return (
+                "correct" if right == given else "wrong"
+            ) if right and given else "unparsed", "choice"
         plain = _plain(gold), _plain(answer)
         if verifier == "text":
             return "correct" if plain[0] == plain[1] else "wrong", "text"
-        right, given = decimal(gold, words=verifier == "number"), decimal(answer, words=verifier == "number")
-        if right and given and (right[0] == given[0] or right[1] == given[1]):  # 0.2 and 20% are left to math-verify
+        right, given = (
+            decimal(gold, words=verifier == "number"),
+            decimal(answer, words=verifier == "number"),
+        )
+        if (
+            right and given and (right[0] == given[0] or right[1] == given[1])
+        ):  # 0.2 and 20% are left to math-verify
             return "correct" if right[0] == given[0] else "wrong", "decimal"
         if plain[0] == plain[1]:
             return "correct", "string"
@@ -129,7 +138,9 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     if hashes := _HASHES.findall(text):
         return (hashes[-1].strip(), "hashes") if len(hashes[-1]) <= LONGEST else (None, "oversized")
     for rest in reversed(_ANSWER.findall(text)[-1000:]):
-        named = (_SAID if verifier in ("choice", "text") else _NUMERIC).match(_SENTENCE_END.split(rest, maxsplit=1)[0])
+        named = (_SAID if verifier in ("choice", "text") else _NUMERIC).match(
+            _SENTENCE_END.split(rest, maxsplit=1)[0]
+        )
         if named and (answer := named[1].strip(" *").rstrip(",")):
             return answer, "phrase"
     return None, "none"
@@ -138,11 +149,17 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
 def last_box(text: str) -> str | None:
     r"""Content of the last `\boxed{...}` that is not empty and whose braces balance, in one pass over the text."""
     last, start = None, -1
-    begins: list[int | None] = []  # of the open braces: where a box's content begins, None for any other brace
+    begins: list[
+        int | None
+    ] = []  # of the open braces: where a box's content begins, None for any other brace
     for match in _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ():
         if match[0] == "}":
             begin = begins.pop() if begins else None
-            if begin is not None and begin > start and (content := text[begin : match.start()].strip()):
+            if (
+                begin is not None
+                and begin > start
+                and (content := text[begin : match.start()].strip())
+            ):
                 last, start = content, begin
         elif match[0][-1] == "{" and match[0] != "\\{":
             begins.append(match.end() if len(match[0]) > 1 else None)
@@ -161,7 +178,9 @@ def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
         text: `8,000`, `-3.0`, `\$5.50`, `20\%`, `90^\circ`, `15\text{ cm}`.
         words: allow any words as a unit (`8 apples`), a scale (`2 million`) and what goes before `=` (`x = 8`).
     """
-    plain = _bare(_MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ","))
+    plain = _bare(
+        _MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ",")
+    )
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", plain.replace("\\$", "$"))
     plain = re.sub(r"\\[,!;: ]|~", " ", re.sub(r",\\!\s*", ",", plain)).strip()
     match = _NUMBER.fullmatch(plain.rsplit("=", 1)[-1].strip() if words else plain)
@@ -169,7 +188,9 @@ def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
         return None
     unit = match[4].strip(" .,-")
     first = re.split(r"[^a-z]", unit.lower(), maxsplit=1)[0]
-    if first in _NOT_UNITS or (unit not in ("", "%", "\u00b0") and not words and not _MACRO.search(text)):
+    if first in _NOT_UNITS or (
+        unit not in ("", "%", "\u00b0") and not words and not _MACRO.search(text)
+    ):
         return None
     value = Decimal(f"{match[1]}{re.sub('[, ]', '', match[2]) or 0}.{match[3] or 0}")
     return value.scaleb(_SCALES.get(first, 0)), unit.startswith("%") or first == "percent"
@@ -184,7 +205,11 @@ def _letter(text: str) -> str | None:
 def _bare(text: str) -> str:
     """Without Markdown's emphasis, the outer signs of math mode, and a full stop."""
     text = text.strip().strip("*`").strip().removeprefix("\\(").removesuffix("\\)").rstrip(" .,;")
-    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
+    return (
+        text[1:-1].strip()
+        if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1]
+        else text
+    )
 
 
 def _plain(text: str) -> str:
@@ -196,6 +221,12 @@ def _plain(text: str) -> str:
 
 def _comparable(gold: str, answer: str) -> bool:
     """Whether brackets and number bases allow equality: [1,2] is not (1,2), {1,2} neither; 12_5 is not 12_7."""
-    kinds = [text[0] + text[-1] for text in (gold, answer) if "," in text and text[0] in "([{" and text[-1] in ")]}"]
-    bases = [base[1] for text in (gold, answer) if (base := re.fullmatch(r"[\da-z]+_\{?(\d+)\}?", text))]
+    kinds = [
+        text[0] + text[-1]
+        for text in (gold, answer)
+        if "," in text and text[0] in "([{" and text[-1] in ")]}"
+    ]
+    bases = [
+        base[1] for text in (gold, answer) if (base := re.fullmatch(r"[\da-z]+_\{?(\d+)\}?", text))
+    ]
     return len(set(kinds)) < 2 and len(set(bases)) < 2

@@ -15,7 +15,9 @@ from kit.core.records import EvalRow, Sample
 from kit.grading.answers import Grader, Item
 from kit.grading.scores import score
 
-ANSWER = "answer gold target expected_answer ground_truth"  # keys that are looked for, the first first
+ANSWER = (
+    "answer gold target expected_answer ground_truth"  # keys that are looked for, the first first
+)
 LABELS = "labels label correct is_correct"
 OUTPUTS = "samples outputs output responses response completions completion predictions prediction generations text"
 
@@ -24,7 +26,7 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
     """Grade every output of a file.
 
     Returns:
-        file, problems, samples, accuracy (mean over samples) with low and high, pass_at {k: ratio}, verdicts {verdict:
+        file, problems, samples, accuracy (mean over samples) with ci_low and ci_high, pass_at {k: ratio}, verdicts {verdict:
         samples}, agreement {agree, of} with the file's labels (None: it has none) and differ: [{line, sample, label,
         gold, verdict, answer, how}].
 
@@ -52,11 +54,22 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
         raise KitError(f"{path} cannot be read: {error.strerror}.", "Mend the path.") from None
     except ValueError as error:
         hint = f"Keys that are read, the first first: answer: {ANSWER}. outputs: {OUTPUTS}. labels: {LABELS}."
-        raise KitError(f"{path}{f' line {line}' if line else ''} cannot be graded: {error}.", hint) from None
+        raise KitError(
+            f"{path}{f' line {line}' if line else ''} cannot be graded: {error}.", hint
+        ) from None
     found = score(scored)
-    told = {key: found[key] for key in ("samples", "accuracy", "low", "high", "pass_at", "verdicts")}
+    told = {
+        key: found[key]
+        for key in ("samples", "accuracy", "ci_low", "ci_high", "pass_at", "verdicts")
+    }
     agreement = {"agree": labelled - len(differ), "of": labelled} if labelled else None
-    return {"file": str(path), "problems": found["n"], **told, "agreement": agreement, "differ": differ}
+    return {
+        "file": str(path),
+        "problems": found["n"],
+        **told,
+        "agreement": agreement,
+        "differ": differ,
+    }
 
 
 def _fields(row: Any) -> tuple[str, list[str], list[bool]]:
@@ -69,10 +82,15 @@ def _fields(row: Any) -> tuple[str, list[str], list[bool]]:
     )
     outputs, labels = (found if isinstance(found, list) else [found] for found in (outputs, labels))
     if all(isinstance(output, dict) for output in outputs):  # our own rows, graded before
-        outputs, labels = [o.get("text") for o in outputs], [o.get("verdict") == "correct" for o in outputs]
+        outputs, labels = (
+            [o.get("text") for o in outputs],
+            [o.get("verdict") == "correct" for o in outputs],
+        )
     labels = [bool(label) for label in labels if isinstance(label, int)]  # words are no labels
     if gold is None or not str(gold).strip() or not all(isinstance(t, str) for t in outputs):
-        raise ValueError(f"it lacks an answer or outputs that are text; its keys are {', '.join(row)}")
+        raise ValueError(
+            f"it lacks an answer or outputs that are text; its keys are {', '.join(row)}"
+        )
     if labels and len(labels) != len(outputs):
         raise ValueError(f"it has {len(outputs)} outputs and {len(labels)} labels")
     return str(gold), outputs, labels

@@ -35,7 +35,9 @@ class Worker:
             if self.process is None:
                 self._start()
             reply = self._talk([gold, answer], self.timeout_seconds)
-        except BaseException:  # Ctrl-C too: a reply that is still to come must not answer the next question
+        except (
+            BaseException
+        ):  # Ctrl-C too: a reply that is still to come must not answer the next question
             self.close()
             raise
         if reply[0] == "timeout":
@@ -52,12 +54,18 @@ class Worker:
 
     def _start(self) -> None:
         limits = [str(self.timeout_seconds + GRACE_SECONDS), str(self.memory_bytes)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
         # in a session of its own: Ctrl-C reaches the parent, which ends its worker itself
         command = [sys.executable, "-P", __file__, *limits]
         self.process = subprocess.Popen(command, start_new_session=True, text=True, **pipes)
         if self._talk(None, START_SECONDS)[1] != "ready":
-            raise RuntimeError("the grading worker did not start: is math-verify there, and its memory limit enough?")
+            raise RuntimeError(
+                "the grading worker did not start: is math-verify there, and its memory limit enough?"
+            )
 
     def _talk(self, message: Any, seconds: float) -> tuple[str, str]:
         """Send one line and wait for one."""
@@ -91,7 +99,11 @@ def serve(timeout_seconds: float, memory_bytes: int) -> None:
         with contextlib.suppress(MemoryError):
             found = verify(math_verify, *message) if message else ("", "ready")
             # math-verify takes any exception for "not equal", a lack of memory as well
-            reply = found if found[0] in ("", "correct") or _peak_bytes() < 0.5 * memory_bytes else reply
+            reply = (
+                found
+                if found[0] in ("", "correct") or _peak_bytes() < 0.5 * memory_bytes
+                else reply
+            )
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(out, json.dumps(reply).encode() + b"\n")
 
@@ -99,10 +111,16 @@ def serve(timeout_seconds: float, memory_bytes: int) -> None:
 def verify(library: Any, gold: str, answer: str) -> tuple[str, str]:
     """Verdict and method by math-verify: math, string (not both are mathematics) or unreadable."""
     kinds = [library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig()]
-    parsed = [library.parse(f"\\boxed{{{text}}}", kinds, parsing_timeout=None) for text in (gold, answer)]
-    right, given = ([item for item in found if not isinstance(item, str)] for found in parsed)  # strings: unread
+    parsed = [
+        library.parse(f"\\boxed{{{text}}}", kinds, parsing_timeout=None) for text in (gold, answer)
+    ]
+    right, given = (
+        [item for item in found if not isinstance(item, str)] for found in parsed
+    )  # strings: unread
     if right and given:
-        return ("correct" if library.verify(right, given, timeout_seconds=None) else "wrong"), "math"
+        return (
+            "correct" if library.verify(right, given, timeout_seconds=None) else "wrong"
+        ), "math"
     unreadable = not given and re.search(r"[\\{}^_$]", answer)
     return ("unparsed", "unreadable") if unreadable else ("wrong", "string")
 

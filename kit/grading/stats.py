@@ -21,7 +21,10 @@ def pass_at(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
         counts: (right, samples) of each problem.
     """
     most = min((n for _, n in counts), default=0)
-    return {k: sum(1 - comb(n - c, k) / comb(n, k) for c, n in counts) / len(counts) for k in range(1, most + 1)}
+    return {
+        k: sum(1 - comb(n - c, k) / comb(n, k) for c, n in counts) / len(counts)
+        for k in range(1, most + 1)
+    }
 
 
 def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[float, float]:
@@ -65,7 +68,7 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
     Returns:
         n, better and worse (problems on which b has the higher and the lower share), difference (b's mean minus a's)
-        with low and high, p_value and its method, and detectable: the smallest true difference that as many such
+        with ci_low and ci_high, p_value and its method, and min_detectable_difference: the smallest true difference that as many such
         problems show at this level in 80% of experiments; {n: 0} for none.
     """
     if not len(a):
@@ -75,14 +78,29 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     if np.isin([*a, *b], (0.0, 1.0)).all():
         method, p_value = "McNemar's exact test", sign_test(better, worse)
     else:
-        flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": np.random.default_rng(0)}
+        flips = {
+            "permutation_type": "samples",
+            "n_resamples": 9999,
+            "rng": np.random.default_rng(0),
+        }
         law = stats.permutation_test((b, a), lambda x, y, axis: (x - y).mean(axis=axis), **flips)
         method, p_value = "paired permutation test", float(law.pvalue)
     count = len(difference) + 2
     square, middle = (np.square(difference).sum() + 1) / count, difference.sum() / count
     quantile = stats.norm.ppf(0.975)
     half, power = quantile * sqrt((square - middle**2) / count), quantile + stats.norm.ppf(0.8)
-    found = {"difference": difference.mean(), "low": max(middle - half, -1.0), "high": min(middle + half, 1.0)}
-    found["detectable"] = min(power * sqrt(square / len(difference)), 1.0)
+    found = {
+        "difference": difference.mean(),
+        "ci_low": max(middle - half, -1.0),
+        "ci_high": min(middle + half, 1.0),
+    }
+    found["min_detectable_difference"] = min(power * sqrt(square / len(difference)), 1.0)
     rounded = {name: round(float(value), 4) for name, value in found.items()}
-    return {"n": len(difference), "better": better, "worse": worse, **rounded, "p_value": p_value, "method": method}
+    return {
+        "n": len(difference),
+        "better": better,
+        "worse": worse,
+        **rounded,
+        "p_value": p_value,
+        "method": method,
+    }

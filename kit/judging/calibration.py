@@ -26,9 +26,11 @@ def share_threshold(judge: Judge, rows: Sequence[PrefixRow]) -> float:
     for row in rows if not judge.generates else ():
         probe, session = judge.probe(row, row.trace), judge.backend.session()
         if row.trace.strip() and len(probe.ids) <= judge.limit_tokens:
-            margins.append(judge.margin(session.read([probe])[0]))
+            margins.append(judge.margin(session.score([probe])[0]))
         session.close()
     if not margins:
         why = "its verdicts have no margins" if judge.generates else "no trace fits its context"
-        raise KitError(f"judge.calibration=share has nothing to go by: {why}.", "Set judge.calibration=none.")
+        raise KitError(
+            f"judge.calibration=share has nothing to go by: {why}.", "Set judge.calibration=none."
+        )
     return sorted(margins, reverse=True)[ceil(judge.keys.share * len(margins)) - 1]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-Ask = Callable[..., bool]  # ask(k, *ahead): whether the first k sentences suffice; ahead: what may be asked next
+Ask = Callable[
+    ..., bool
+]  # ask(k, *ahead): whether the first k sentences suffice; ahead: what may be asked next
 
 
 def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | None:
@@ -20,7 +22,9 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        if ask(middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)):  # what may be next, then beyond
+        if ask(
+            middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)
+        ):  # what may be next, then beyond
             kept, high = middle, middle - 1
         else:
             low = middle + 1

@@ -9,9 +9,15 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-_NEVER = frozenset("e.g i.e cf vs viz resp approx dr mr mrs ms prof st jr sr thm lem eq eqs fig figs".split())
-_NUMBERED = frozenset("no nos p pp sec secs ch vol ex prop cor def art par".split())  # short for words before a digit
-_HEADED = frozenset("step case part method option claim example problem question equation approach lemma".split())
+_NEVER = frozenset(
+    "e.g i.e cf vs viz resp approx dr mr mrs ms prof st jr sr thm lem eq eqs fig figs".split()
+)
+_NUMBERED = frozenset(
+    "no nos p pp sec secs ch vol ex prop cor def art par".split()
+)  # short for words before a digit
+_HEADED = frozenset(
+    "step case part method option claim example problem question equation approach lemma".split()
+)
 _OPENERS = frozenset(  # words that open a sentence behind "point A." or "the U.S."; other capitals there are names
     "a after all also alternatively an and another any are as assume at because both but by can check clearly compute "
     "consider does each finally find first following for from given hence here hmm how however i if in indeed instead "
@@ -26,12 +32,16 @@ _TOKEN = re.compile(
 )
 _CLOSERS = {"\\[": "\\]", "\\(": "\\)", "$$": "$$"}
 _PROSE = re.compile(r"[.?!]\s+[A-Z][a-z ]")  # between two dollars: they are money
-_CANDIDATE = re.compile(  # possessive repeats behind a class that excludes itself: no stretch is read twice
-    r"(?P<inner>[.?!]\s?(?:\$|\\[\])])\s++)(?=[A-Z])"
-    r"|(?<![.!?…])(?P<stop>[.!?…]++)(?P<close>[\"'”’»)\]}*_]*+)(?P<space>\s++|\Z)"
-    r"|(?P<full>[。！？｡])[。！？｡]*+[”’」』）》】)\"'*]*+\s*+|(?P<line>[\n\r]\s*+)"
+_CANDIDATE = (
+    re.compile(  # possessive repeats behind a class that excludes itself: no stretch is read twice
+        r"(?P<inner>[.?!]\s?(?:\$|\\[\])])\s++)(?=[A-Z])"
+        r"|(?<![.!?…])(?P<stop>[.!?…]++)(?P<close>[\"'”’»)\]}*_]*+)(?P<space>\s++|\Z)"
+        r"|(?P<full>[。！？｡])[。！？｡]*+[”’」』）》】)\"'*]*+\s*+|(?P<line>[\n\r]\s*+)"
+    )
 )
-_MARKER = re.compile(r"[*_#>(\s]*(\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\Z")  # of a list: "1.", "(a)", "**2."
+_MARKER = re.compile(
+    r"[*_#>(\s]*(\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\Z"
+)  # of a list: "1.", "(a)", "**2."
 
 
 def split(text: str) -> list[str]:
@@ -71,7 +81,11 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> bytearray:
     for token in _TOKEN.finditer(text, begin):
         word, behind, closed = token[0], text[token.end() : token.end() + 1], False
         if opened:
-            closed = bool(token["fence"]) and token["fence"].startswith(opened["fence"]) and not token["info"].strip()
+            closed = (
+                bool(token["fence"])
+                and token["fence"].startswith(opened["fence"])
+                and not token["info"].strip()
+            )
         elif token["fence"] and fences:
             start, closer, opened = token.start("fence"), "", token
         elif token["blank"]:
@@ -80,13 +94,25 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> bytearray:
             depth += {"begin": 1, "end": -1}.get(token["end"], 0)
             closed = depth == 0
         elif word == "$" and closer in ("", "$"):
-            plain = text[token.start() - 1].isspace() or behind.isdigit() or _PROSE.search(text, start, token.start())
+            plain = (
+                text[token.start() - 1].isspace()
+                or behind.isdigit()
+                or _PROSE.search(text, start, token.start())
+            )
             closed = bool(closer) and not plain
-            start, closer = (start, closer) if closed else (token.start(), "" if behind.isspace() else "$")
+            start, closer = (
+                (start, closer) if closed else (token.start(), "" if behind.isspace() else "$")
+            )
         elif closer == word:
             closed = True
-        elif closer in ("", "$") and (word in _CLOSERS or token["end"] == "begin" or (word[0] == "`" and not closer)):
-            start, closer, depth = token.start(), "end" if token["end"] else _CLOSERS.get(word, word), 1
+        elif closer in ("", "$") and (
+            word in _CLOSERS or token["end"] == "begin" or (word[0] == "`" and not closer)
+        ):
+            start, closer, depth = (
+                token.start(),
+                "end" if token["end"] else _CLOSERS.get(word, word),
+                1,
+            )
         if closed:
             inside[start : token.end()] = b"\1" * (token.end() - start)
             closer, opened = "", None
@@ -135,4 +161,6 @@ def _abbreviates(before: str, after: str) -> bool:
     if following.lower() in _OPENERS or not re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word):
         return False
     named = re.match(r"[A-Z]\.", after) or re.fullmatch(r"|[A-Z]\.|[A-Z][a-z]+", previous)
-    return "." in word or bool(word.isupper() and following[:1].isupper() and named)  # U.S., J. R. Smith
+    return "." in word or bool(
+        word.isupper() and following[:1].isupper() and named
+    )  # U.S., J. R. Smith

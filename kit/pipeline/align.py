@@ -23,7 +23,7 @@ from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest, write_atomic
 from kit.judging.sentences import ends
 from kit.prompts import draft_text, solve_text, target, text_of
-from kit.sampling import FACTS, Asker, choose, why
+from kit.sampling import FACTS, Sampler, choose, why
 
 NAME, TRAIN = "aligned.jsonl", "train.jsonl"
 UNCUT = ("long-trace", "label-only")  # methods that take the whole trace
@@ -36,11 +36,14 @@ def align(run: Run) -> None:
     if not run.begin("align", digest(prefixes), lambda: _output(run)):
         return
     sound = [row for row in prefixes if not row.rejected]
-    with Asker(run, run.config.student, run.config.align) as student:
+    with Sampler(run, run.config.student, run.config.align) as student:
         work = take_over if run.config.method in UNCONTINUED else extend
         rows = student.sweep("align", NAME, AlignedRow, sound, partial(work, student))
     lines = training_rows(run, rows)
-    write_atomic(run.path(TRAIN), "".join(json.dumps(r.model_dump(), ensure_ascii=False) + "\n" for r in lines))
+    write_atomic(
+        run.path(TRAIN),
+        "".join(json.dumps(r.model_dump(), ensure_ascii=False) + "\n" for r in lines),
+    )
     run.finish("align", _output(run), len(sound), len(lines), **tallies(rows))
 
 
@@ -55,24 +58,30 @@ def _prefixes(run: Run) -> list[PrefixRow]:
     return run.rows("prefixes.jsonl", PrefixRow)
 
 
-def take_over(student: Asker, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
+def take_over(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows of the methods that need no continuation."""
     yield from (_row(row, row, continuation="", kept_by=student.run.config.method) for row in rows)
 
 
-def extend(student: Asker, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
+def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows with the student's continuations, each as it is finished; rounds of lengthening follow."""
     config, how = student.run.config, student.run.config.align
     tried, seconds, number = defaultdict(list), Counter(), 0
     while rows:
-        drafts, failed = [longer(row, number, how.lengthen) for row in rows], set()
+        drafts, failed = [longer(row, number, how.extend_rounds) for row in rows], set()
         judged = {draft.id: row for draft, row in zip(drafts, rows, strict=True)}
-        for draft, samples, done in student.ask(drafts, config.data.train.verifier, partial(words, config)):
+        for draft, samples, done in student.ask(
+            drafts, config.data.train.verifier, partial(words, config)
+        ):
             row = judged[draft.id]
             tried[row.id] += [sample.verdict == "correct" for sample in samples]
             seconds[row.id] += done.seconds
             kept = choose(samples, how.keep)
-            if not kept and not done.error and number < min(how.lengthen, row.sentences_total - row.sentences):
+            if (
+                not kept
+                and not done.error
+                and number < min(how.extend_rounds, row.sentences_total - row.sentences)
+            ):
                 failed.add(row.id)
                 continue
             outcome = {"kept_by": f"{how.keep}+{number}" if number else how.keep}
@@ -104,12 +113,16 @@ def longer(row: PrefixRow, number: int, rounds: int) -> PrefixRow:
         return row
     left = row.sentences_total - row.sentences
     kept = row.sentences + math.ceil(left * number / min(rounds, left))
-    return row.model_copy(update={"id": f"{row.id}+{number}", "sentences": kept, "end": ends(row.trace)[kept - 1]})
+    return row.model_copy(
+        update={"id": f"{row.id}+{number}", "sentences": kept, "end": ends(row.trace)[kept - 1]}
+    )
 
 
 def _row(row: PrefixRow, draft: PrefixRow, **found: Any) -> AlignedRow:
     facts, prefix = row.model_dump(include=FACTS), row.trace[: draft.end]
-    return AlignedRow(**facts, prefix=prefix, answer_in_prefix=holds_answer(prefix, row.answer), **found)
+    return AlignedRow(
+        **facts, prefix=prefix, answer_in_prefix=holds_answer(prefix, row.answer), **found
+    )
 
 
 def holds_answer(prefix: str, answer: str) -> bool:
@@ -121,9 +134,15 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
     """Alpaca rows of what was kept, in order; the target is the method's."""
     method, instruction, lines = run.config.method, text_of(run.config.prompts, "instruction"), []
     for row in rows:
-        kept = [row.samples[i].text for i in choose(row.samples, run.config.align.keep)] or [row.continuation]
+        kept = [row.samples[i].text for i in choose(row.samples, run.config.align.keep)] or [
+            row.continuation
+        ]
         for text in [] if row.rejected else kept:
-            lines.append(TrainRow(instruction=instruction, input=row.question, output=target(method, row, text)))
+            lines.append(
+                TrainRow(
+                    instruction=instruction, input=row.question, output=target(method, row, text)
+                )
+            )
     return lines
 
 

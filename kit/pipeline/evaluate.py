@@ -18,14 +18,14 @@ from kit.core.storage import digest
 from kit.data import problems_of
 from kit.grading.scores import compare_rows, score
 from kit.prompts import template_hash
-from kit.sampling import FACTS, Asker, why
+from kit.sampling import FACTS, Sampler, why
 
 
 def evaluate(run: Run) -> None:
-    """The stage: `eval/MODEL-WHICH-DATASET.jsonl`, one `EvalRow` a problem; WHICH is before or after.
+    """The stage: `eval/MODEL-WHICH-DATASET.jsonl`, one `EvalRow` a problem; WHICH is base or tuned.
 
     The stage's summary in the manifest holds `scores`, each `score(...)` with {model, dataset, which}, and
-    `comparisons` of after against before, each {dataset, a, b} with `compare_rows(...)`.
+    `comparisons` of tuned against base, each {dataset, a, b} with `compare_rows(...)`.
 
     Raises:
         KitError: no finished training, or prompts rendered in another way than the adapter was trained with.
@@ -33,32 +33,44 @@ def evaluate(run: Run) -> None:
     engine, trained = run.config.eval, run.config.method != "zero-shot"
     datasets, verifiers = problems_of(run).evals, [data.verifier for data in run.config.data.eval]
     if not datasets:
-        raise KitError("There is nothing to evaluate on.", "Name data.eval, and let stop_after be eval or report.", 2)
+        raise KitError(
+            "There is nothing to evaluate on.",
+            "Name data.eval, and let stop_after be eval or report.",
+            2,
+        )
     if trained:
         run.require("train")
     source = digest([problem for problems in datasets.values() for problem in problems])
-    source += "".join(f" {name}:{kind}" for name, kind in zip(datasets, verifiers, strict=True) if kind != "math")
+    source += "".join(
+        f" {name}:{kind}" for name, kind in zip(datasets, verifiers, strict=True) if kind != "math"
+    )
     source += f" {run.manifest['stages']['train']['output'] if trained else None}"
-    # after comes first: an adapter that cannot be used is found before anything is spent on the base model
-    sides = ["after"] * trained + ["before"] * (engine.before or not trained)
-    files = {(which, name): file_name(engine.model, which, name) for which in sides for name in datasets}
-    if not run.begin("eval", source, lambda: " ".join(file_digest(run, name, EvalRow) for name in files.values())):
+    # tuned comes first: an adapter that cannot be used is found before anything is spent on the base model
+    sides = ["tuned"] * trained + ["base"] * (engine.base or not trained)
+    files = {
+        (which, name): file_name(engine.model, which, name) for which in sides for name in datasets
+    }
+    if not run.begin(
+        "eval", source, lambda: " ".join(file_digest(run, name, EvalRow) for name in files.values())
+    ):
         return
     rows: dict[tuple[str, str], list[EvalRow]] = {}
     for which in sides:
-        adapter = str(run.folder / "adapter") if which == "after" else None
-        with Asker(run, engine, engine, adapter) as student:
+        adapter = str(run.folder / "adapter") if which == "tuned" else None
+        with Sampler(run, engine, engine, adapter) as student:
             for (name, problems), verifier in zip(datasets.items(), verifiers, strict=True):
                 work = partial(answers, student, verifier)
-                rows[which, name] = student.sweep("eval", files[which, name], EvalRow, problems, work)
+                rows[which, name] = student.sweep(
+                    "eval", files[which, name], EvalRow, problems, work
+                )
     scores, comparisons = [], []
     for name in datasets:
         for which in reversed(sides):
             about = {"model": engine.model, "dataset": name, "which": which}
             scores.append(about | score(rows[which, name]))
         if len(sides) == 2:
-            found = compare_rows(rows["before", name], rows["after", name])
-            comparisons.append({"dataset": name, "a": "before", "b": "after", **found})
+            found = compare_rows(rows["base", name], rows["tuned", name])
+            comparisons.append({"dataset": name, "a": "base", "b": "tuned", **found})
     every = [row for found in rows.values() for row in found]
     lost = tallies(every)["rejected"]
     told = {"scores": scores, "comparisons": comparisons, "rejected": lost}
@@ -66,7 +78,7 @@ def evaluate(run: Run) -> None:
     run.finish("eval", output, len(every), len(every) - sum(lost.values()), **told)
 
 
-def answers(student: Asker, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:
+def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:
     """Graded rows of a batch of problems, as they are finished, from a model that is asked as it was trained."""
     config, engine = student.run.config, student.engine
     now = template_hash(student.backend.tokenizer, config.prompts, engine.system, engine.thinking)
@@ -79,4 +91,9 @@ def answers(student: Asker, verifier: str, problems: list[Problem]) -> Iterator[
     for problem, samples, done in student.ask(problems, verifier):
         facts = problem.model_dump(include=FACTS | {"level", "subject"})
         facts |= why(done, "", samples) if done.error else {}
-        yield EvalRow(**facts, samples=samples, prompt_tokens=done.prompt_tokens, seconds=round(done.seconds, 3))
+        yield EvalRow(
+            **facts,
+            samples=samples,
+            prompt_tokens=done.prompt_tokens,
+            seconds=round(done.seconds, 3),
+        )

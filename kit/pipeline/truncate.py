@@ -26,7 +26,7 @@ from kit.reporting.metrics import degenerate
 NAME = "prefixes.jsonl"
 
 
-SUMS = ("evaluated_tokens", "reused_tokens", "sufficient", "violations")
+SUMS = ("prefill_tokens", "cached_tokens", "sufficient", "violations")
 
 
 def truncate(run: Run) -> None:
@@ -37,9 +37,11 @@ def truncate(run: Run) -> None:
     if not run.begin("truncate", digest(rows), lambda: file_digest(run, NAME, PrefixRow)):
         return
     with ExitStack() as held:
-        cutter = Cutter(run, rows, held)
+        cutter = TruncateWorker(run, rows, held)
         units = [(row.id, row) for row in rows]
-        made = work_through(run, "truncate", RowFile(run.path(NAME), PrefixRow), units, cutter.size, cutter.work)
+        made = work_through(
+            run, "truncate", RowFile(run.path(NAME), PrefixRow), units, cutter.size, cutter.work
+        )
     sound = [row for row in made if row.rejected is None]
     labels, judge = Counter(v.label for row in sound for v in row.verdicts), cutter.judge
     told = {
@@ -56,12 +58,12 @@ def truncate(run: Run) -> None:
     run.finish("truncate", digest(made), len(rows), len(sound), **told)
 
 
-class Cutter:
+class TruncateWorker:
     """Cuts batches of traces; opens the student only when there is a trace to judge."""
 
     def __init__(self, run: Run, rows: Sequence[PrefixRow], held: ExitStack) -> None:
         self.run, self.rows, self.config, self.held = run, rows, run.config, held
-        self.size = self.config.student.parallel if self.config.student.backend == "http" else 1
+        self.size = self.config.student.max_num_seqs if self.config.student.backend == "http" else 1
         self.judge: Judge | None = None
 
     def work(self, rows: list[PrefixRow]) -> Iterator[PrefixRow]:
@@ -77,9 +79,14 @@ class Cutter:
     def _open(self) -> Judge:
         judge, run = open_judge(self.config, self.held), self.run
         if judge.keys.calibration == "share":
-            stage, known = run.manifest["stages"]["truncate"]["keys"], run.manifest.get("judge_threshold", {})
+            stage, known = (
+                run.manifest["stages"]["truncate"]["keys"],
+                run.manifest.get("judge_threshold", {}),
+            )
             if known.get("keys") != stage:
-                run.progress.say("truncate: reading every whole trace once, to choose the threshold")
+                run.progress.say(
+                    "truncate: reading every whole trace once, to choose the threshold"
+                )
                 known = {"keys": stage, "value": share_threshold(judge, self.rows)}
                 run.record(judge_threshold=known)
             judge.threshold = known["value"]
@@ -102,15 +109,31 @@ def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
             judge.threshold = share_threshold(judge, rows)
         for row in rows:
             done.append(cut(judge, row))
-            bar.advance(tokens=done[-1].evaluated_tokens)
+            bar.advance(tokens=done[-1].prefill_tokens)
     told = {"model": config.student.model, "search": judge.keys.search, "kind": judge.keys.kind}
-    told |= {"threshold": judge.threshold, "degenerate": degenerate(done), "notes": list(judge.backend.notes)}
+    told |= {
+        "threshold": judge.threshold,
+        "degenerate": degenerate(done),
+        "notes": list(judge.backend.notes),
+    }
     return told | {"traces": [shown(row) for row in done]}
 
 
 def shown(row: PrefixRow) -> dict[str, Any]:
     """{id, sentences, kept, sufficient, verdicts: [{sentences, label, margin}], and what it cost}."""
-    names = ("id", "sufficient", "prompt_tokens", "evaluated_tokens", "reused_tokens", "seconds", "rejected", "detail")
-    found = {"sentences": row.sentences_total, "kept": row.sentences if row.rejected is None else None}
+    names = (
+        "id",
+        "sufficient",
+        "prompt_tokens",
+        "prefill_tokens",
+        "cached_tokens",
+        "seconds",
+        "rejected",
+        "detail",
+    )
+    found = {
+        "sentences": row.sentences_total,
+        "kept": row.sentences if row.rejected is None else None,
+    }
     found |= {"verdicts": [verdict.model_dump() for verdict in row.verdicts]}
     return {name: getattr(row, name) for name in names} | found

@@ -25,7 +25,11 @@ from kit.judging.sentences import ends
 from kit.reporting.metrics import Files, numbers, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
-CURVES, EXAMPLES, CHIPS = 4, 3, 24  # traces with their verdicts, rows to read, verdicts marked in a text
+CURVES, EXAMPLES, CHIPS = (
+    4,
+    3,
+    24,
+)  # traces with their verdicts, rows to read, verdicts marked in a text
 
 
 def report(run: Run) -> None:
@@ -40,10 +44,15 @@ def report(run: Run) -> None:
 def page(files: Files, found: dict[str, Any]) -> str:
     """The page of a run, from its rows and its numbers."""
     traces = {row.id: row.trace for row in files.prefixes}
-    kept = sorted((row for row in files.aligned if not row.rejected), key=lambda row: len(row.prefix))
+    kept = sorted(
+        (row for row in files.aligned if not row.rejected), key=lambda row: len(row.prefix)
+    )
     lost = [row for row in files.aligned if row.rejected][:1]
     judged = sorted((row for row in files.prefixes if row.verdicts), key=lambda row: row.ratio)
-    examples = [{"row": row, "trace": traces.get(row.id, row.prefix)} for row in spread(kept, EXAMPLES) + lost]
+    examples = [
+        {"row": row, "trace": traces.get(row.id, row.prefix)}
+        for row in spread(kept, EXAMPLES) + lost
+    ]
     curves = [{"row": row, **pieces(row)} for row in spread(judged, CURVES)]
     return render("report.html.j2", run=found, files=files, curves=curves, examples=examples)
 
@@ -65,7 +74,11 @@ def render(template: str, **fields: Any) -> str:
     page = Environment(autoescape=".html" in template, undefined=StrictUndefined)  # noqa: S701 (the others are plain)
     page.loader, page.trim_blocks, page.lstrip_blocks = FileSystemLoader(TEMPLATES), True, True
     page.finalize = lambda value: visible(value) if type(value) is str else value
-    page.filters |= {"percent": percent, "clip": clip, "count": lambda n: "–" if n is None else f"{n:,}"}
+    page.filters |= {
+        "percent": percent,
+        "clip": clip,
+        "count": lambda n: "–" if n is None else f"{n:,}",
+    }
     page.filters["basename"] = os.path.basename
     page.globals |= {"ticks": ticks, "scale": scale, "flat": flat}
     return page.get_template(template).render(**fields)
@@ -83,7 +96,9 @@ def clip(text: str, limit: int) -> Any:
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """At most `count` rows, evenly spaced, the first and the last among them."""
     last = len(rows) - 1
-    return list(rows) if last < count else [rows[round(i * last / (count - 1))] for i in range(count)]
+    return (
+        list(rows) if last < count else [rows[round(i * last / (count - 1))] for i in range(count)]
+    )
 
 
 def pieces(row: PrefixRow) -> dict[str, Any]:
@@ -92,8 +107,13 @@ def pieces(row: PrefixRow) -> dict[str, Any]:
     asked = spread(sorted(row.verdicts, key=lambda v: v.sentences), CHIPS)
     marks = {places[v.sentences - 1]: v.model_dump() for v in asked}
     cuts = sorted({0, *marks, row.end, len(row.trace)})
-    parts = [(end <= row.end, row.trace[start:end], marks.get(end)) for start, end in pairwise(cuts)]
-    return {name: [(text, v) for kept, text, v in parts if kept == (name == "kept")] for name in ("kept", "rest")}
+    parts = [
+        (end <= row.end, row.trace[start:end], marks.get(end)) for start, end in pairwise(cuts)
+    ]
+    return {
+        name: [(text, v) for kept, text, v in parts if kept == (name == "kept")]
+        for name in ("kept", "rest")
+    }
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -109,4 +129,6 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 def scale(values: Sequence[float], start: float, end: float) -> Any:
     """A function from data to picture: the first of `values` lies at `start`, the last at `end`."""
-    return lambda value: round(start + (value - values[0]) / (values[-1] - values[0]) * (end - start), 1)
+    return lambda value: round(
+        start + (value - values[0]) / (values[-1] - values[0]) * (end - start), 1
+    )

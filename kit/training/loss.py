@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from kit.core.errors import KitError
 
 IGNORED = -100  # label of a position that is not learned
-LIVE_BYTES = 16  # a logit's own in a slice's backward: fp32 logit, log-softmax and the gradients of both
+LIVE_BYTES = (
+    16  # a logit's own in a slice's backward: fp32 logit, log-softmax and the gradients of both
+)
 
 
 class Head(NamedTuple):
@@ -40,7 +42,9 @@ class Head(NamedTuple):
             return cross_entropy(self.logits(states), wanted, reduction="none")
 
         parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.cat([checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts])
+        return torch.cat(
+            [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
+        )
 
 
 def head_of(causal: Any) -> Head:
@@ -50,19 +54,27 @@ def head_of(causal: Any) -> Head:
         KitError: the head computes something else than `Head` does (compared on 8 tokens).
     """
     config, output = causal.config.get_text_config(), causal.get_output_embeddings()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = (
+        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    )
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
     head, training = Head(output.weight, getattr(output, "bias", None), scale, cap), causal.training
     with torch.no_grad():
         ids = torch.arange(8, device=output.weight.device)[None]
-        plain = type(causal).forward(causal.eval(), input_ids=ids, use_cache=False).logits[0].float()
+        plain = (
+            type(causal).forward(causal.eval(), input_ids=ids, use_cache=False).logits[0].float()
+        )
         ours = head.logits(_states(causal, input_ids=ids)[0])
         causal.train(training)
-    slack = (1e-4 if output.weight.dtype == torch.float32 else 5e-2) * max(1.0, plain.abs().max().item())
+    slack = (1e-4 if output.weight.dtype == torch.float32 else 5e-2) * max(
+        1.0, plain.abs().max().item()
+    )
     if not (plain - ours).abs().max().item() <= slack:
         name = type(causal).__name__
-        raise KitError(f"{name} shapes its logits in a way training does not know.", "Try another student.")
+        raise KitError(
+            f"{name} shapes its logits in a way training does not know.", "Try another student."
+        )
     return head
 
 

@@ -24,7 +24,9 @@ from kit.training.loss import LIVE_BYTES
 
 GIB = 1 << 30
 CARDS_GIB = (8, 12, 16, 24)
-RESERVE_BYTES = int(0.6 * GIB)  # CUDA's context and the allocator's rounding; on a CPU the libraries and their threads
+RESERVE_BYTES = int(
+    0.6 * GIB
+)  # CUDA's context and the allocator's rounding; on a CPU the libraries and their threads
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with the scales of double quantization
 
 
@@ -33,7 +35,7 @@ def plan(config: Config) -> dict[str, Any]:
 
     Returns:
         {model, device, rows, tokens: of a forward pass, train_gib: by part and in total, kv_cache_gib: of
-        student.parallel sequences of align's length, free_gib: less a reserve, fits, change: keys that would make it
+        student.max_num_seqs sequences of align's length, free_gib: less a reserve, fits, change: keys that would make it
         fit, longest_tokens: {card: tokens a row that train on it}, times: [{stage, rows, seconds}] at the speed of the
         run in this folder}.
 
@@ -42,16 +44,24 @@ def plan(config: Config) -> dict[str, Any]:
     """
     settings, student = config.train, config.student
     cuda, limit = _limit()
-    parts = training_bytes(config, settings.cutoff_tokens, cuda)
+    parts = training_bytes(config, settings.max_seq_tokens, cuda)
     total, shape = sum(parts.values()), _shape(student.model, settings.rank, 2)
-    cached = student.parallel * min(config.align.sampling.max_new_tokens, shape["context_tokens"])
+    cached = student.max_num_seqs * min(
+        config.align.sampling.max_new_tokens, shape["context_tokens"]
+    )
     found = {"model": student.model, "device": "cuda" if cuda else "cpu"}
-    found |= {"rows": settings.micro_rows, "tokens": settings.cutoff_tokens}
-    found["train_gib"] = {name: round(size / GIB, 3) for name, size in (parts | {"total": total}).items()}
+    found |= {"rows": settings.micro_batch_size, "tokens": settings.max_seq_tokens}
+    found["train_gib"] = {
+        name: round(size / GIB, 3) for name, size in (parts | {"total": total}).items()
+    }
     found["kv_cache_gib"] = round(shape["kv_elements"] * (2 if cuda else 4) * cached / GIB, 3)
     found |= {"free_gib": round(limit / GIB, 3), "fits": total <= limit}
-    found["change"] = None if found["fits"] else _change(config, settings.cutoff_tokens, cuda, limit)
-    found["longest_tokens"] = {f"{size} GB": longest(config, size * GIB - RESERVE_BYTES) for size in CARDS_GIB}
+    found["change"] = (
+        None if found["fits"] else _change(config, settings.max_seq_tokens, cuda, limit)
+    )
+    found["longest_tokens"] = {
+        f"{size} GB": longest(config, size * GIB - RESERVE_BYTES) for size in CARDS_GIB
+    }
     return found | {"times": _times(config)}
 
 
@@ -62,14 +72,25 @@ def training_bytes(config: Config, tokens: int, cuda: bool) -> dict[str, float]:
     A slice of the logits and that one layer are never there together: the larger of the two counts.
     """
     settings = config.train
-    wide = 4 if settings.dtype == "fp32" or not (cuda or settings.dtype == "bf16") else 2  # bytes of an activation
+    wide = (
+        4 if settings.dtype == "fp32" or not (cuda or settings.dtype == "bf16") else 2
+    )  # bytes of an activation
     weight = {"nf4": NF4_BYTES, "int8": 1.0}.get(settings.dtype, wide)
-    shape, count = _shape(config.student.model, settings.rank, wide), tokens * settings.micro_rows
+    shape, count = (
+        _shape(config.student.model, settings.rank, wide),
+        tokens * settings.micro_batch_size,
+    )
     eight_bit = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
     states = shape["hidden"] * wide * count
-    flowing = 3 * shape["widest"] * wide * count + shape["largest"] * wide * (weight != wide)  # gradients; dequantized
+    flowing = 3 * shape["widest"] * wide * count + shape["largest"] * wide * (
+        weight != wide
+    )  # gradients; dequantized
     layers = shape["layers"] * shape["saved_bytes"] * count
-    held, once = (shape["layers"] * states, layers / shape["layers"]) if settings.checkpointing else (layers, 0.0)
+    held, once = (
+        (shape["layers"] * states, layers / shape["layers"])
+        if settings.gradient_checkpointing
+        else (layers, 0.0)
+    )
     logits = min(settings.logits_bytes, LIVE_BYTES * shape["vocabulary"] * count) + 3 * states
     return {
         "weights": shape["linear"] * weight + shape["other"] * wide,
@@ -87,18 +108,18 @@ def longest(config: Config, limit: float, cuda: bool = True, **keys: Any) -> int
 
 
 def check_fit(config: Config, run: Run, tokens: int) -> None:
-    """Refuse rows of `tokens` that will not fit (KitError), before training starts; warn with train.overfit=ignore."""
+    """Refuse rows of `tokens` that will not fit (KitError), before training starts; warn with train.on_low_memory=warn."""
     cuda, limit = _limit()
     need = _total(config, tokens, cuda)
-    if not cuda and _total(config, tokens, cuda, checkpointing=False) > limit:
+    if not cuda and _total(config, tokens, cuda, gradient_checkpointing=False) > limit:
         return_at_once()  # malloc hoards about what checkpointing frees: faster, where there is room
     if need <= limit:
         return
     text = f"Training on rows of {tokens} tokens needs about {need / GIB:.1f} GiB; {limit / GIB:.1f} GiB are free."
-    if config.train.overfit == "refuse":
+    if config.train.on_low_memory == "refuse":
         change = _change(config, tokens, cuda, limit)
-        raise KitError(text, f"Set {change}; or try all the same with train.overfit=ignore.")
-    run.progress.warn(f"{text} Tried all the same (train.overfit=ignore).")
+        raise KitError(text, f"Set {change}; or try all the same with train.on_low_memory=warn.")
+    run.progress.warn(f"{text} Tried all the same (train.on_low_memory=warn).")
 
 
 def _limit() -> tuple[bool, int]:
@@ -116,14 +137,19 @@ def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str:
     """The fewest keys, in the order of what they cost, with which it fits."""
     keys: dict[str, Any] = {}
     slice_bytes = min(config.train.logits_bytes, 1 << 26)
-    for key, value in {"checkpointing": True, "micro_rows": 1, "logits_bytes": slice_bytes, "dtype": "nf4"}.items():
+    for key, value in {
+        "gradient_checkpointing": True,
+        "micro_batch_size": 1,
+        "logits_bytes": slice_bytes,
+        "dtype": "nf4",
+    }.items():
         if getattr(config.train, key) != value:
             keys[key] = value
             if _total(config, tokens, cuda, **keys) <= limit:
                 break
     else:
-        keys["cutoff_tokens"] = longest(config, limit, cuda, **keys) // 16 * 16
-        if not keys["cutoff_tokens"]:
+        keys["max_seq_tokens"] = longest(config, limit, cuda, **keys) // 16 * 16
+        if not keys["max_seq_tokens"]:
             return "a smaller student.model"
     return ", ".join(f"train.{key}={str(value).lower()}" for key, value in keys.items())
 
@@ -135,21 +161,43 @@ def _shape(name: str, rank: int, wide: int) -> dict[str, int]:
     try:
         model_config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa").train()
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, attn_implementation="sdpa"
+            ).train()
     except (OSError, ValueError) as error:
         hint = "It is read from the hub or the model's folder: with no network, set student.model=FOLDER."
-        raise KitError(f"The config of {name} cannot be read: {str(error).partition(chr(10))[0]}", hint) from error
+        raise KitError(
+            f"The config of {name} cannot be read: {str(error).partition(chr(10))[0]}", hint
+        ) from error
     text, head = model.config.get_text_config(), model.get_output_embeddings()
-    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    total, linear = sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in linears)
+    linears = [
+        m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head
+    ]
+    total, linear = (
+        sum(p.numel() for p in model.parameters()),
+        sum(weight.numel() for weight in linears),
+    )
     lora = LoraConfig(r=rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.device("meta"):
-        get_peft_model(model.requires_grad_(False), lora, autocast_adapter_dtype=False)  # changes `model` itself
+        get_peft_model(
+            model.requires_grad_(False), lora, autocast_adapter_dtype=False
+        )  # changes `model` itself
     short, long = (_saved_bytes(model, tokens) for tokens in (128, 256))
-    found = {"layers": text.num_hidden_layers, "hidden": text.hidden_size, "vocabulary": head.weight.shape[0]}
+    found = {
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "vocabulary": head.weight.shape[0],
+    }
     found |= {"context_tokens": text.max_position_embeddings, "kv_elements": kv_elements(text)}
-    found |= {"linear": linear, "other": total - linear, "adapter": rank * sum(sum(weight.shape) for weight in linears)}
-    found |= {"largest": max(w.numel() for w in linears), "widest": max(max(w.shape) for w in linears)}
+    found |= {
+        "linear": linear,
+        "other": total - linear,
+        "adapter": rank * sum(sum(weight.shape) for weight in linears),
+    }
+    found |= {
+        "largest": max(w.numel() for w in linears),
+        "widest": max(max(w.shape) for w in linears),
+    }
     # s(T) = aT + bT^2, for without storage attention is traced as if it kept its matrix; a is what is wanted
     return found | {"saved_bytes": (4 * short - long) // (2 * 128 * found["layers"])}
 
@@ -164,8 +212,12 @@ def _saved_bytes(model: Any, tokens: int) -> int:
         return tensor
 
     like = {"device": "meta", "dtype": model.dtype}
-    embedded = torch.zeros(1, tokens, model.config.get_text_config().hidden_size, requires_grad=True, **like)
-    mask = torch.zeros(1, 1, tokens, tokens, **like)  # given, so that none is made from values that are not there
+    embedded = torch.zeros(
+        1, tokens, model.config.get_text_config().hidden_size, requires_grad=True, **like
+    )
+    mask = torch.zeros(
+        1, 1, tokens, tokens, **like
+    )  # given, so that none is made from values that are not there
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
     return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
@@ -178,5 +230,11 @@ def _times(config: Config) -> list[dict[str, Any]]:
     for stage, entry in stages.items():
         if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
             rows = (stage == "teach" and config.data.train.limit) or entry["rows_in"]
-            times.append({"stage": stage, "rows": rows, "seconds": entry["seconds"] * rows / entry["rows_in"]})
+            times.append(
+                {
+                    "stage": stage,
+                    "rows": rows,
+                    "seconds": entry["seconds"] * rows / entry["rows_in"],
+                }
+            )
     return times

@@ -41,7 +41,9 @@ def read_rows(path: Path) -> list[TrainRow]:
         try:
             rows += [TrainRow.model_validate_json(line)] if line.strip() else []
         except ValueError as error:
-            raise KitError(f"{path} line {number} is no {{instruction, input, output}} row: {error}") from None
+            raise KitError(
+                f"{path} line {number} is no {{instruction, input, output}} row: {error}"
+            ) from None
     return rows
 
 
@@ -51,7 +53,7 @@ def prepare(
     """Tokenize rows and set aside those that cannot be learned from.
 
     A cut row keeps its prompt and the beginning of its target, as LLaMA-Factory cuts; it loses its answer and the
-    token that ends the turn, which is why `over_cutoff: drop` is the default.
+    token that ends the turn, which is why `on_too_long: drop` is the default.
 
     Returns:
         (examples, names of the rows that were dropped, or under CUT shortened, by the reason).
@@ -59,7 +61,7 @@ def prepare(
     Raises:
         KitError: rows with another instruction than evaluation will use; no row is left.
     """
-    limit, end = config.train.cutoff_tokens, end_of_turn(tokenizer)
+    limit, end = config.train.max_seq_tokens, end_of_turn(tokenizer)
     student, instruction = config.student, text_of(config.prompts, "instruction")
     examples: list[Example] = []
     lost: dict[str, list[str]] = {}
@@ -67,14 +69,16 @@ def prepare(
         if row.instruction != instruction:
             what = f"train.jsonl line {line} asks {row.instruction!r}, but evaluation will ask {instruction!r}."
             raise KitError(what, "Set prompts.instruction to the rows' own, or run align again.")
-        prompt = render(tokenizer, f"{row.instruction}\n{row.input}", student.system, thinking=student.thinking)
+        prompt = render(
+            tokenizer, f"{row.instruction}\n{row.input}", student.system, thinking=student.thinking
+        )
         ids = (*prompt, *tokenizer.encode(row.output, special=False), end)
         name, why = f"line {line} ({' '.join(row.input.split())[:60]})", None
         if not row.output.strip():
             why = "dropped, nothing to learn"
         elif len(ids) > limit:
-            cut = config.train.over_cutoff == "cut" and len(prompt) < limit
-            why = CUT if cut else "dropped, over train.cutoff_tokens"
+            cut = config.train.on_too_long == "truncate" and len(prompt) < limit
+            why = CUT if cut else "dropped, over train.max_seq_tokens"
         if why:
             lost.setdefault(why, []).append(f"{name}, {len(ids)} tokens")
         if why in (None, CUT):
@@ -82,22 +86,34 @@ def prepare(
     if not examples:
         why = "; ".join(f"{len(names)} {reason}: {names[0]}" for reason, names in lost.items())
         what = f"None of {len(rows)} training rows can be trained on ({why or 'train.jsonl is empty'})."
-        raise KitError(what, "Raise train.cutoff_tokens for rows too long; rejected.jsonl has those lost before.")
+        raise KitError(
+            what,
+            "Raise train.max_seq_tokens for rows too long; rejected.jsonl has those lost before.",
+        )
     return examples, lost
 
 
 def order(lengths: Sequence[int], config: Config) -> list[int]:
     """Which example stands where, for the whole training.
 
-    Epochs, each shuffled by its own seed, follow without a gap: every step but the last has `batch_rows` rows. With
+    Epochs, each shuffled by its own seed, follow without a gap: every step but the last has `batch_size` rows. With
     `group_by_length` a step's rows stand longest first: like lengths share a batch, a card too small shows at once.
     """
     settings, count = config.train, len(lengths)
-    total = settings.max_steps * settings.batch_rows if settings.max_steps else max(1, round(settings.epochs * count))
-    seeds = [torch.Generator().manual_seed(config.seed + epoch) for epoch in range(math.ceil(total / count))]
+    total = (
+        settings.max_steps * settings.batch_size
+        if settings.max_steps
+        else max(1, round(settings.epochs * count))
+    )
+    seeds = [
+        torch.Generator().manual_seed(config.seed + epoch)
+        for epoch in range(math.ceil(total / count))
+    ]
     plan = [i for seed in seeds for i in torch.randperm(count, generator=seed).tolist()][:total]
     if settings.group_by_length:
-        steps = [plan[i : i + settings.batch_rows] for i in range(0, len(plan), settings.batch_rows)]
+        steps = [
+            plan[i : i + settings.batch_size] for i in range(0, len(plan), settings.batch_size)
+        ]
         plan = [i for step in steps for i in sorted(step, key=lambda i: -lengths[i])]
     return plan
 
@@ -106,14 +122,23 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Right-padded ids and labels (B, T), and the examples. No mask: causal attention never looks right, and a mask
     would cost the fast attention path."""
     ids = [torch.tensor(example.ids) for example in examples]
-    labels = [torch.tensor((IGNORED,) * e.prompt_tokens + e.ids[e.prompt_tokens :]) for e in examples]
+    labels = [
+        torch.tensor((IGNORED,) * e.prompt_tokens + e.ids[e.prompt_tokens :]) for e in examples
+    ]
     padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-    return {"input_ids": pad_sequence(ids, batch_first=True), "labels": padded, "examples": list(examples)}
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": padded,
+        "examples": list(examples),
+    }
 
 
 def end_of_turn(tokenizer: HfTokenizer) -> int:
     """The token that the chat template writes behind an answer, else EOS; KitError: a student could never stop."""
     ends = turn_ends(tokenizer.inner) or {tokenizer.inner.eos_token_id} - {None}
     if not ends:
-        raise KitError("The student's tokenizer has no token that ends a turn.", "Choose an instruction-tuned student.")
+        raise KitError(
+            "The student's tokenizer has no token that ends a turn.",
+            "Choose an instruction-tuned student.",
+        )
     return min(ends)

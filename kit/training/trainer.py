@@ -37,14 +37,18 @@ FIXED_ROWS = 4  # rows whose loss is read before and after
 def make_model(config: Config) -> Any:
     """The student with a fresh adapter on all linear layers but the head, ready for `attach`ed loss."""
     settings = config.train
-    base = load_model(config.student.model, dtype=settings.dtype, for_training=True).requires_grad_(False)
-    if settings.checkpointing:
+    base = load_model(config.student.model, dtype=settings.dtype, for_training=True).requires_grad_(
+        False
+    )
+    if settings.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()  # else no gradient crosses the frozen embeddings into a checkpoint
     attach(base, settings.logits_bytes)
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
     shape = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    return get_peft_model(base, LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        base, LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 class AdapterTrainer(Trainer):
@@ -59,7 +63,13 @@ class AdapterTrainer(Trainer):
         self.run, self.bar, self.told = run, None, time.perf_counter()
         self.seen: list[Example] = []  # in the step under way
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch=None,
+    ):
         """The micro-batch's summed loss over the step's supervised tokens; stops where it is not finite."""
         examples = inputs.pop("examples")
         self.seen += examples
@@ -75,26 +85,42 @@ class AdapterTrainer(Trainer):
             self._stop("gradient", self.seen)
         if self.state.global_step == 0 and not norm > 0:
             what = "The adapter's gradient is zero at the first step: nothing would be learned."
-            raise KitError(what, "Try train.checkpointing=false: not every model supports checkpointing.")
+            raise KitError(
+                what,
+                "Try train.gradient_checkpointing=false: not every model supports checkpointing.",
+            )
         return norm
 
     def _stop(self, what: str, examples: Sequence[Example]) -> None:
         told = f"The {what} of step {self.state.global_step + 1} is not finite; the weights were not updated. Rows: "
-        hint = "Look at these rows; then try a lower train.learning_rate, train.dtype=bf16 or train.micro_rows=1."
-        raise KitError(f"{told}{', '.join(e.name for e in examples)}.", f"{hint} The last checkpoint will be taken up.")
+        hint = "Look at these rows; then try a lower train.learning_rate, train.dtype=bf16 or train.micro_batch_size=1."
+        raise KitError(
+            f"{told}{', '.join(e.name for e in examples)}.",
+            f"{hint} The last checkpoint will be taken up.",
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line of train_log.jsonl a step. The Trainer's state keeps them, so that a checkpoint holds its past."""
-        tokens, self.seen = torch.tensor(sum(len(example.ids) for example in self.seen), device=self.args.device), []
+        tokens, self.seen = (
+            torch.tensor(sum(len(example.ids) for example in self.seen), device=self.args.device),
+            [],
+        )
         tokens = int(self.accelerator.reduce(tokens))  # over all processes
         if "loss" not in logs:  # the Trainer's own summary
             return
         now = time.perf_counter()
         seconds, self.told = now - self.told, now
-        row = {"step": self.state.global_step, **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm")}}
-        row |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
+        row = {
+            "step": self.state.global_step,
+            **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm")},
+        }
+        row |= {
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "seconds": round(seconds, 3),
+        }
         self.state.log_history.append(row | {"peak_bytes": peak_bytes()})
-        if self.run.leads:
+        if self.run.is_main_process:
             lines = [json.dumps(row, sort_keys=True) + "\n" for row in self.state.log_history]
             write_atomic(self.run.folder / "train_log.jsonl", "".join(lines))
             self.bar.advance(tokens=tokens)
@@ -114,12 +140,14 @@ class AdapterTrainer(Trainer):
 def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """Train, save the adapter, and say what changed."""
     config, student = run.config, run.config.student
-    run.record(template_hash=template_hash(tokenizer, config.prompts, student.system, student.thinking))
+    run.record(
+        template_hash=template_hash(tokenizer, config.prompts, student.system, student.thinking)
+    )
     reset_peak()
     model = make_model(config)
     trainer = AdapterTrainer(run, model, examples)
     checkpoint, step = _last_checkpoint(run, _about(model))
-    steps = math.ceil(len(trainer.train_dataset) / config.train.batch_rows)
+    steps = math.ceil(len(trainer.train_dataset) / config.train.batch_size)
     if step:
         run.progress.say(f"train: going on from step {step} of {steps}")
     with run.progress.bar("train", steps, "steps", done=step) as trainer.bar:
@@ -128,10 +156,12 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     after = _mean_loss(model, examples[:FIXED_ROWS])
     with model.disable_adapter():  # an untrained adapter adds exactly nothing
         before = _mean_loss(model, examples[:FIXED_ROWS])
-    if run.leads:
+    if run.is_main_process:
         model.save_pretrained(run.folder / "adapter")
     log, weights = trainer.state.log_history, get_peft_model_state_dict(model)
-    grown = [value.float().square().sum().item() for name, value in weights.items() if "lora_B" in name]
+    grown = [
+        value.float().square().sum().item() for name, value in weights.items() if "lora_B" in name
+    ]
     return {
         "adapter_change": math.sqrt(sum(grown)),  # norm of all B, which are zero before
         "fixed_batch_before": before,
@@ -139,7 +169,9 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         "fixed_batch_rows": min(FIXED_ROWS, len(examples)),
         "processes": trainer.accelerator.num_processes,
         "peak_bytes": max(row["peak_bytes"] for row in log),
-        "tokens_per_second": round(sum(row["tokens"] for row in log) / sum(row["seconds"] for row in log), 1),
+        "tokens_per_second": round(
+            sum(row["tokens"] for row in log) / sum(row["seconds"] for row in log), 1
+        ),
     }
 
 
@@ -148,7 +180,10 @@ def _mean_loss(model: Any, examples: Sequence[Example]) -> float:
     model.eval()
     with torch.no_grad():
         batches = [collate([example]) for example in examples]
-        inputs = [{key: batch[key].to(model.device) for key in ("input_ids", "labels")} for batch in batches]
+        inputs = [
+            {key: batch[key].to(model.device) for key in ("input_ids", "labels")}
+            for batch in batches
+        ]
         return torch.cat([model(**one)["losses"] for one in inputs]).mean().item()
 
 
@@ -161,7 +196,9 @@ def _last_checkpoint(run: Run, about: str) -> tuple[str | None, int]:
             shutil.rmtree(folder)
         elif (told := (folder / MARK).read_text(encoding="utf-8")) != about:
             what = f"{folder} holds an adapter of {told}; the config's is one of {about}."
-            raise KitError(what, "Set the keys or the student back, or delete checkpoints/ to train anew.")
+            raise KitError(
+                what, "Set the keys or the student back, or delete checkpoints/ to train anew."
+            )
         else:
             return str(folder), int(folder.name.split("-")[1])
     return None, 0
@@ -175,19 +212,21 @@ def _about(model: Any) -> str:
 
 def _arguments(run: Run) -> TrainingArguments:
     settings, cuda = run.config.train, torch.cuda.is_available()
-    together = settings.micro_rows * int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_rows % together:
-        what = f"train.batch_rows={settings.batch_rows} is no multiple of train.micro_rows={settings.micro_rows}"
+    together = settings.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_size % together:
+        what = f"train.batch_size={settings.batch_size} is no multiple of train.micro_batch_size={settings.micro_batch_size}"
         raise KitError(f"{what} times the processes.", "Change one of them.", 2)
     paged = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
     return TrainingArguments(
         str(run.folder / "checkpoints"),
-        **settings.model_dump(include={"learning_rate", "weight_decay", "max_grad_norm", "save_steps"}),
-        lr_scheduler_type=settings.schedule.replace("constant", "constant_with_warmup"),
+        **settings.model_dump(
+            include={"learning_rate", "weight_decay", "max_grad_norm", "save_steps"}
+        ),
+        lr_scheduler_type=settings.lr_scheduler.replace("constant", "constant_with_warmup"),
         warmup_steps=settings.warmup_ratio,
         optim="paged_adamw_8bit" if paged else "adamw_torch",
-        per_device_train_batch_size=settings.micro_rows,
-        gradient_accumulation_steps=settings.batch_rows // together,
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // together,
         num_train_epochs=1,  # `order` lays all epochs out in one
         train_sampling_strategy="sequential",
         seed=run.config.seed,
