@@ -1,118 +1,165 @@
 #!/usr/bin/env python3
-"""palign: reproduce, study and teach P-ALIGN on one card. The command line: stages wired, nothing computed."""
+"""palign: reproduce, study and teach P-ALIGN on one GPU. The command line: commands are wired here.
+
+Nothing is computed here, and nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from kit import __version__
 from kit.core.errors import KitError
 
-STAGES = ("teach", "truncate", "align", "train", "eval", "report")
-ABOUT = {
+# Adds an argument to a command; argparse's own add_argument.
+Option = Callable[..., Any]
+STAGE_COMMANDS = {
     "run": "run all stages, skipping what is done",
     "teach": "a trace for every problem, from a model, a file or the problem itself",
     "truncate": "cut each trace at the shortest prefix that the student judges sufficient",
-    "align": "let the student continue from each prefix; keep the right ones as training rows",
+    "align": "let the student continue from each prefix; keep correct ones as training rows",
     "train": "QLoRA on the training rows",
     "eval": "grade the student before and after, on problems it never saw",
     "report": "metrics.json and report.html of a run",
 }
+SHARED_OPTIONS = {
+    "--json": "print one machine-readable object on standard output",
+    "--quiet": "print only warnings and errors",
+    "--verbose": "print the libraries' own messages too",
+    "--debug": "print tracebacks instead of one clear paragraph",
+}
+# Flags of `judge`: the config key that each sets, which the config then checks.
+JUDGE_FLAGS = {
+    "--model": ("student.model", "smollm2-135m (default), a GGUF file, a folder or a hub id"),
+    "--backend": ("student.backend", "hf (default), gguf or http"),
+    "--url": ("student.url", "http: the server's address up to and with /v1"),
+    "--dtype": ("student.dtype", "auto (default), fp32, bf16, int8 or nf4"),
+    "--search": ("judge.search", "binary (default), gallop, scan or uncached"),
+    "--kind": ("judge.kind", "verbal (default) or answer"),
+    "--threshold": ("judge.threshold", "a margin at or above it is ENOUGH"),
+    "--limit": ("data.train.limit", "only the first N traces"),
+}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """The whole command line; nothing heavy is imported for it."""
-    top = argparse.ArgumentParser(
-        prog="palign.py", description=__doc__.split(".")[0] + ".", epilog=_epilog()
+    top = ArgumentParser(
+        prog="palign.py",
+        description=f"{__doc__.split('.')[0]}.",
+        epilog="palign.py COMMAND --help tells more. Start with: palign.py run configs/smoke.yaml",
     )
     top.add_argument("--version", action="version", version=f"palign {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    shared = _shared()
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=about, description=about[0].upper() + about[1:] + ".", parents=[shared]
-        )
+    def command(name: str, run: Callable[..., int], about: str, config: bool = False) -> Option:
+        description = f"{about[0].upper()}{about[1:]}."
+        added = commands.add_parser(name, help=about, description=description)
+        added.set_defaults(run=run)
+        for flag, meaning in SHARED_OPTIONS.items():
+            added.add_argument(flag, action="store_true", help=meaning)
+        if config:
+            added.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+            example = "e.g. data.train=PATH align.samples=4"
+            added.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+        return added.add_argument
 
-    for name, about in ABOUT.items():
-        _config_arguments(command(name, about))
-    grade = command(
-        "grade", "grade the outputs in any JSONL: accuracy, pass@k, agreement with its labels"
+    for name, about in STAGE_COMMANDS.items():
+        command(name, _stages, about, config=True)
+    _grade_options(command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k"))
+    _judge_options(command("judge", _judge, "look at verdicts along the traces of a JSONL"))
+    _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
+    _compare_options(
+        command("compare", _compare, "put runs side by side: one table, paired tests, one page")
     )
-    grade.add_argument("file", metavar="FILE", help="rows with an answer and one or more outputs")
-    grade.add_argument("--verifier", choices=("math", "number", "choice", "text"), default="math")
-    _judge_arguments(command("judge", "look at verdicts along the traces of a JSONL"))
-    _bench_arguments(
-        command("bench", "measure side by side in one run: judge, generate, train or grade")
+    command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
+    command("doctor", _doctor, "check this machine; each finding with the command that fixes it")
+    _export_options(
+        command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
     )
-    compare = command("compare", "put runs side by side: one table, paired tests, one page")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    compare.add_argument(
-        "--out", default="compare.html", metavar="FILE", help="the page (default: compare.html)"
-    )
-    compare.add_argument(
-        "--pairwise-judge",
-        metavar="CONFIG",
-        help="compare two runs' reasoning with this config's teacher",
-    )
-    _config_arguments(command("plan", "will it fit, how long will it take; no weights are loaded"))
-    command("doctor", "check this machine; each finding with the command that fixes it")
-    export = command("export", "merge a run's adapter, or turn it into a GGUF file")
-    export.add_argument("run", metavar="RUN", help="run folder")
-    export.add_argument("--to", choices=("merged", "gguf"), default="merged")
-    export.add_argument("--out", metavar="DIR", help="default: RUN/export")
-    prompt = command("prompt", "show a rendered prompt, as the model sees it, with its token count")
-    _config_arguments(prompt)
-    prompt.add_argument("--of", choices=("solve", "judge", "draft"), default="solve")
+    about = "show a rendered prompt, as the model sees it, with its token count"
+    option = command("prompt", _prompt, about, config=True)
+    option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
 
 
+def _grade_options(option: Option) -> None:
+    option("file", metavar="FILE", help="rows with an answer and one or more outputs")
+    option("--verifier", choices=("math", "number", "choice", "text"), default="math")
+
+
+def _judge_options(option: Option) -> None:
+    option("teacher.path", metavar="FILE", help="rows with a question, an answer and a trace")
+    option("--config", metavar="CONFIG", help="take everything else from this config")
+    option("--interactive", action="store_true", help="walk through a trace interactively")
+    for flag, (key, meaning) in JUDGE_FLAGS.items():
+        option(flag, dest=key, metavar="VALUE", help=meaning)
+
+
+def _bench_options(option: Option) -> None:
+    option("subject", choices=("judge", "generate", "train", "grade"))
+    option("--traces", metavar="FILE", type=Path, help="judge: rows with traces")
+    option("--limit", type=int, help="how many traces or prompts")
+    option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
+    option("--model", default="smollm2-135m")
+    option("--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path")
+    option("--repeats", type=int, default=3)
+    option("--tokens", type=int, default=4096, help="train: length of the row")
+    option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
+
+
+def _compare_options(option: Option) -> None:
+    option("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    page = "the page (default: compare.html)"
+    option("--out", default="compare.html", type=Path, metavar="FILE", help=page)
+    judge = "compare two runs' reasoning with this config's teacher"
+    option("--pairwise-judge", metavar="CONFIG", help=judge)
+
+
+def _export_options(option: Option) -> None:
+    option("folder", type=Path, metavar="RUN", help="run folder")
+    option("--to", choices=("merged", "gguf"), default="merged")
+    option("--out", type=Path, metavar="DIR", help="default: RUN/export")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted.
+    """
     args = _parse(argv)
     from kit.core import interrupts
     from kit.core.progress import Progress, tame_libraries, visible
 
     tame_libraries(args.verbose or args.debug)
     interrupts.watch()
-    progress = Progress(quiet=args.quiet)
     try:
-        return (
-            globals()[f"_{args.command}"](args, progress)
-            if args.command not in ABOUT
-            else _stages(args, progress)
-        )
-    except KitError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(visible(f"palign: {error}"), file=sys.stderr)
-        return error.code
+        return args.run(args, Progress(quiet=args.quiet))
     except KeyboardInterrupt:
         interrupts.leave()
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:
+        # The reader of our output has gone.
         return 1
     except Exception as error:
         if args.debug:
-            raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        print(
-            f"palign: a defect, not your mistake: {type(error).__name__}: {visible(str(error))} (at {where}). "
-            "Finished rows are safe. Run again with --debug for the traceback, and please report it.",
-            file=sys.stderr,
-        )
-        return 1
+            traceback.print_exc()
+        message = error if isinstance(error, KitError) else _defect(error)
+        print(visible(f"palign: {message}"), file=sys.stderr)
+        return getattr(error, "code", 1)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse; key=value may stand before and after flags alike, which argparse alone does not take."""
+def _parse(argv: list[str] | None) -> Namespace:
+    """Parse; key=value may stand before and after flags, which argparse alone does not take."""
     top = parser()
     args, extra = top.parse_known_args(argv)
     if any(text.startswith("-") for text in extra) or (extra and not hasattr(args, "overrides")):
@@ -122,131 +169,98 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _stages(args: argparse.Namespace, progress: Any) -> int:
-    from kit.core import config as configs
-    from kit.core.run import Run
-    from kit.data import problems_of
-
-    config = configs.load(args.config, args.overrides)
-    if args.command == "run":
-        wanted = STAGES[: STAGES.index(config.stop_after) + 1]
-        wanted = wanted if "report" in wanted else (*wanted, "report")  # a short run has a page too
-    else:
-        wanted = (args.command,)
-    with Run(config, progress, args.command) as run:
-        if args.command == "run":
-            problems_of(
-                run
-            )  # read before any work: a mistake in the data shows at once and not after hours
-        try:
-            for stage in wanted:
-                _stage(stage)(run)
-        except KitError:
-            with contextlib.suppress(
-                KitError
-            ):  # a run that cannot go on has a page that shows why, where it can
-                if args.command == "run":
-                    _stage("report")(run)
-            raise
-        if not run.is_main_process:
-            return 0
-        from kit.reporting import metrics, report
-
-        numbers = metrics.numbers(metrics.Files(run.folder))
-        if args.json:
-            print(json.dumps(numbers, ensure_ascii=False))
-        elif not args.quiet:
-            report.show(numbers)
-    return 0
-
-
-def _stage(name: str) -> Any:
-    if name == "teach":
-        from kit.pipeline.teach import teach as stage
-    elif name == "truncate":
-        from kit.pipeline.truncate import truncate as stage
-    elif name == "align":
-        from kit.pipeline.align import align as stage
-    elif name == "train":
-        from kit.pipeline.train import train as stage
-    elif name == "eval":
-        from kit.pipeline.evaluate import evaluate as stage
-    else:
-        from kit.reporting.report import report as stage
-    return stage
-
-
-def _grade(args: argparse.Namespace, progress: Any) -> int:
-    from kit.grading import files as grade
-
-    return _print(args, grade.grade_file(Path(args.file), args.verifier))
-
-
-def _judge(args: argparse.Namespace, progress: Any) -> int:
-    from kit import interactive
-    from kit.core import config as configs
-    from kit.pipeline import truncate
-    from kit.reporting import report
-
-    given = {
-        "judge.search": args.search,
-        "judge.kind": args.kind,
-        "judge.threshold": args.threshold,
-    }
-    given |= {
-        "student.backend": args.backend,
-        "student.model": args.model,
-        "student.dtype": args.dtype,
-    }
-    given |= {"student.url": args.url, "teacher.backend": "file", "teacher.path": args.file}
-    given |= {"data.train.limit": args.limit}
-    keys = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in given.items()
-        if value is not None
-    ]
-    config = configs.load(args.config, keys)
+def _defect(error: Exception) -> str:
+    """A paragraph about an error that nothing here expects."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        interactive.walk(config)
-        if args.interactive
-        else _print(args, truncate.judge_file(config, progress), report.show_judged)
+        f"a defect, not your mistake: {type(error).__name__}: {error} "
+        f"(at {Path(last.filename).name}:{last.lineno}). Finished rows are safe. "
+        "Run again with --debug for the traceback, and please report it."
     )
 
 
-def _bench(args: argparse.Namespace, progress: Any) -> int:
+def _stages(args: Namespace, progress: Any) -> int:
+    """One stage; or all of them up to `stop_after`, and the report."""
+    from kit.core.run import Run
+    from kit.core.stages import STAGE_TABLE, STAGES
+    from kit.data import problems_of
+    from kit.reporting import metrics, report
+
+    config = _config(args)
+    whole = args.command == "run"
+    names = [args.command]
+    if whole:
+        # A run that stops early has a report too.
+        names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
+    with Run(config, progress, args.command) as run:
+        if whole:
+            # A mistake in the data is reported at once, not after hours.
+            problems_of(run)
+        try:
+            for name in names:
+                resolve_name(STAGE_TABLE[name].entry_point)(run)
+        except KitError:
+            # So has one that cannot go on, where it can.
+            if whole:
+                with contextlib.suppress(KitError):
+                    report.report(run)
+            raise
+        if not run.is_main_process:
+            return 0
+        numbers = metrics.numbers(metrics.Files(run.folder))
+    if args.json or not args.quiet:
+        _print(args, numbers, report.show)
+    return 0
+
+
+def _grade(args: Namespace, progress: Any) -> int:
+    from kit.grading import files
+
+    return _print(args, files.grade_file(Path(args.file), args.verifier))
+
+
+def _judge(args: Namespace, progress: Any) -> int:
+    from kit import interactive
+    from kit.pipeline import truncate
+    from kit.reporting import report
+
+    overrides = ["teacher.backend=file"]
+    for key, value in vars(args).items():
+        if "." in key and value is not None:
+            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+    args.overrides = overrides
+    config = _config(args)
+    if args.interactive:
+        return interactive.walk(config)
+    return _print(args, truncate.judge_file(config, progress), report.show_judged)
+
+
+def _bench(args: Namespace, progress: Any) -> int:
     from kit import bench
 
     return _print(args, bench.run(args, progress))
 
 
-def _compare(args: argparse.Namespace, progress: Any) -> int:
-    from kit.reporting import compare
-
-    judge = _quality(args.pairwise_judge) if args.pairwise_judge else None
-    return _print(
-        args, compare.compare([Path(run) for run in args.runs], Path(args.out), judge), compare.show
-    )
-
-
-def _quality(path: str) -> Any:
-    """What compares reasoning: the teacher of a config, as a judge."""
+def _compare(args: Namespace, progress: Any) -> int:
     from kit.backends import open_backend
     from kit.core import config as configs
-    from kit.reporting.pairwise import compare_reasoning
+    from kit.reporting import compare, pairwise
 
-    config = configs.load(path)
-    backend = open_backend(config.teacher)
-    return lambda first, second: compare_reasoning(backend, config.prompts, first, second)
+    judge = None
+    if args.pairwise_judge:
+        config = configs.load(args.pairwise_judge)
+        backend = open_backend(config.teacher)
+        judge = partial(pairwise.compare_reasoning, backend, config.prompts)
+    return _print(args, compare.compare(args.runs, args.out, judge), compare.show)
 
 
-def _plan(args: argparse.Namespace, progress: Any) -> int:
-    from kit.core import config as configs
+def _plan(args: Namespace, progress: Any) -> int:
     from kit.training import plan
 
-    return _print(args, plan.plan(configs.load(args.config, args.overrides)))
+    return _print(args, plan.plan(_config(args)))
 
 
-def _doctor(args: argparse.Namespace, progress: Any) -> int:
+def _doctor(args: Namespace, progress: Any) -> int:
     from kit import doctor
 
     result = doctor.examine()
@@ -254,22 +268,26 @@ def _doctor(args: argparse.Namespace, progress: Any) -> int:
     return 0 if result["ok"] else 1
 
 
-def _export(args: argparse.Namespace, progress: Any) -> int:
+def _export(args: Namespace, progress: Any) -> int:
     from kit.training import export
 
-    return _print(
-        args, export.export(Path(args.run), progress, args.to, Path(args.out) if args.out else None)
-    )
+    return _print(args, export.export(args.folder, progress, args.to, args.out))
 
 
-def _prompt(args: argparse.Namespace, progress: Any) -> int:
-    from kit import interactive as step
-    from kit.core import config as configs
+def _prompt(args: Namespace, progress: Any) -> int:
+    from kit import interactive
 
-    return _print(args, step.prompt(configs.load(args.config, args.overrides), args.of))
+    return _print(args, interactive.prompt(_config(args), args.of))
 
 
-def _print(args: argparse.Namespace, result: dict[str, Any], show: Any = None) -> int:
+def _config(args: Namespace) -> Any:
+    from kit.core import config
+
+    return config.load(args.config, args.overrides)
+
+
+def _print(args: Namespace, result: dict[str, Any], show: Any = None) -> int:
+    """Print a result for programs, or with `show` for people."""
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
@@ -282,91 +300,25 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kit.core.progress import visible
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
-        return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
-
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for key, value in result.items():
         if not isinstance(value, list):
-            console.print(
-                f"{key}:{chr(10) if isinstance(value, str) and chr(10) in value else ' '}{text(value)}"
-            )
+            text = _text(value)
+            console.print(f"{key}:\n{text}" if "\n" in text else f"{key}: {text}")
         elif value:
-            names = list(dict.fromkeys(name for row in value for name in row))
-            table = Table(*names, title=key)
+            columns = list(dict.fromkeys(name for row in value for name in row))
+            table = Table(*columns, title=key)
             for row in value:
-                table.add_row(*(text(row.get(name, "")) for name in names))
+                table.add_row(*(_text(row.get(name, "")) for name in columns))
             console.print(table)
 
 
-def _shared() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--json", action="store_true", help="one machine-readable object on standard output"
-    )
-    shared.add_argument("--quiet", action="store_true", help="print only warnings and errors")
-    shared.add_argument(
-        "--verbose", action="store_true", help="say more, the libraries' own messages included"
-    )
-    shared.add_argument(
-        "--debug", action="store_true", help="tracebacks instead of one clear paragraph"
-    )
-    return shared
+def _text(value: Any) -> str:
+    from kit.core.progress import visible
 
-
-def _config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.train=PATH align.samples=4"
-    )
-
-
-def _judge_arguments(judge: argparse.ArgumentParser) -> None:
-    judge.add_argument("file", metavar="FILE", help="rows with a question, an answer and a trace")
-    judge.add_argument(
-        "--config",
-        metavar="CONFIG",
-        help="take the student, the judge and the rest from this config",
-    )
-    judge.add_argument(
-        "--model", help="an alias (default: smollm2-135m), a GGUF file, a folder or a hub id"
-    )
-    judge.add_argument("--backend", choices=("hf", "gguf", "http"), help="default: hf")
-    judge.add_argument("--url", help="http: the server's address up to and with /v1")
-    judge.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16", "int8", "nf4"), help="default: auto"
-    )
-    judge.add_argument(
-        "--search", choices=("binary", "gallop", "scan", "uncached"), help="default: binary"
-    )
-    judge.add_argument("--kind", choices=("verbal", "answer"), help="default: verbal")
-    judge.add_argument("--threshold", type=float, help="a margin at or above it is ENOUGH")
-    judge.add_argument("--limit", type=int, help="only the first N traces")
-    judge.add_argument(
-        "--interactive", action="store_true", help="walk through a trace interactively"
-    )
-
-
-def _bench_arguments(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("subject", choices=("judge", "generate", "train", "grade"))
-    bench.add_argument("--traces", metavar="FILE", help="judge: rows with traces")
-    bench.add_argument("--limit", type=int, help="how many traces or prompts")
-    bench.add_argument("--backend", choices=("hf", "gguf"), default="hf")
-    bench.add_argument("--model", default="smollm2-135m")
-    bench.add_argument(
-        "--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path"
-    )
-    bench.add_argument("--repeats", type=int, default=3)
-    bench.add_argument("--tokens", type=int, default=4096, help="train: length of the row")
-    bench.add_argument("--new-tokens", type=int, default=128, help="generate: tokens a prompt")
-
-
-def _epilog() -> str:
-    return "palign.py COMMAND --help tells more. Start with: palign.py run configs/smoke.yaml"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
 if __name__ == "__main__":

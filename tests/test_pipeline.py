@@ -208,7 +208,7 @@ def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(config, whole, t
         command(config, out), capture_output=True, text=True, check=False, cwd=ROOT
     )
     for stage in STAGES[:5]:
-        assert f"{stage}: done before, skipped" in again.stderr
+        assert f"{stage}: already done, skipped" in again.stderr
 
 
 @pytest.mark.parametrize("name", ["run", "teach", "truncate", "align", "train", "eval", "report", "grade", "judge",

@@ -78,7 +78,7 @@ def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_p
     assert stage()[0] is True
     assert stage()[0] is False
     work, said = stage(teacher={"samples": 3})
-    assert work and "teacher.samples: 1 -> 3" in said
+    assert work and "rerunning teach: teacher.samples changed from 1 to 3" in said
     assert list((tmp_path / "stale").glob("*-traces.jsonl")), (
         "the rows made before are set aside, not lost"
     )
@@ -139,7 +139,7 @@ def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
             rows = sweep(run, calls)
             assert digest(rows) == run.manifest["stages"]["teach"]["output"]
             run.finish("teach", digest(rows), 7, 7)
-        assert "made again" in capsys.readouterr().err
+        assert "output missing or modified; regenerating" in capsys.readouterr().err
     assert calls == [["p3", "p4", "p5"]], "only the batch with the edited row ran again"
 
 
@@ -179,12 +179,12 @@ def test_a_damaged_manifest_is_said_with_what_to_do_and_loses_no_row(tmp_path, c
         run.finish("teach", digest(sweep(run, [])), 7, 7)
     rows = (tmp_path / "traces.jsonl").read_bytes()
     (tmp_path / "manifest.json").write_text('{"stages": ')
-    with pytest.raises(KitError, match=r"manifest\.json is not JSON .* set aside under stale/"):
+    with pytest.raises(KitError, match=r"manifest\.json is not JSON .* moved to stale/"):
         open_run(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with open_run(tmp_path) as run:
         assert run.begin("teach", "input", lambda: "")
-    assert "unknown origin" in capsys.readouterr().err
+    assert "files not in the manifest" in capsys.readouterr().err
     assert next((tmp_path / "stale").glob("*-traces.jsonl")).read_bytes() == rows
 
 

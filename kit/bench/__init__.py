@@ -1,42 +1,52 @@
-"""Measurements: side by side in one run, ratios against a named baseline, medians of repeats.
+"""Measurements: named ways of doing one thing, side by side in one run, medians over repeats.
 
-Numbers of different runs or machines are not compared here; nothing is asserted about speed in tests.
+Numbers of different runs or machines are not compared here; tests assert nothing about speed.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import Any
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
+from statistics import median
+from typing import Any, NamedTuple
 
-from kit.core.errors import KitError
 from kit.core.progress import Progress
 
 
-def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Measure one subject. Returns {subject, rows: [...], ...}, rows as each bench module documents them."""
-    if args.subject == "judge":
-        from kit.bench.judge import bench as judge
+class Timing(NamedTuple):
+    """One way's median duration, and what its calls returned."""
 
-        if not args.traces:
-            raise KitError("bench judge measures on traces.", "Name a JSONL with --traces FILE.", 2)
-        return judge(
-            Path(args.traces),
-            args.limit,
-            args.backend,
-            args.model,
-            args.verdicts,
-            args.repeats,
-            progress=progress,
-        )
-    if args.subject == "generate":
-        from kit.bench.generate import bench as generate
+    seconds: float
+    results: list[Any]
 
-        return generate(args.limit or 32, args.new_tokens, args.repeats, args.model)
-    if args.subject == "train":
-        from kit.bench.train import bench as train
 
-        return train(args.tokens, args.repeats, args.model)
-    from kit.bench.grade import bench as grade
+def run(options: Namespace, progress: Progress) -> dict[str, Any]:
+    """Measure one subject.
 
-    return grade(args.repeats)
+    Args:
+        options: of palign.py bench: subject, traces, limit, backend, model, verdicts, repeats, ...
+
+    Returns:
+        {subject, rows: [...], ...}, rows as each module of kit.bench documents them.
+    """
+    bench = resolve_name(f"kit.bench.{options.subject}:bench")
+    return {"subject": options.subject, **bench(options, progress)}
+
+
+def measure(
+    ways: Mapping[str, Callable[[], Any]], repeats: int, progress: Progress
+) -> dict[str, Timing]:
+    """Call every way once per round; the order turns around from one round to the next."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, list[Any]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(repeats):
+        for name in names:
+            started = time.perf_counter()
+            results[name].append(ways[name]())
+            seconds[name].append(time.perf_counter() - started)
+            progress.say(f"round {number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s")
+        names.reverse()
+    return {name: Timing(median(seconds[name]), results[name]) for name in ways}

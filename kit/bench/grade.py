@@ -1,85 +1,69 @@
 """How fast grading is: 1,000 grade-school answers and 500 of MATH, worker start included.
 
-Every gold answer is taken once as it is and once exchanged for a neighbour's, so that half the answers are wrong and
-cost a whole comparison; right ones of MATH are rewritten, so that they are not equal as strings.
+Every other answer is the problem's before, so that half of them are wrong and cost a whole
+comparison; those of MATH are rewritten, so that correct ones are not equal as strings. The data is
+read from ../shared/data.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
+from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kit.bench import measure
 from kit.core.errors import KitError
-from kit.grading.answers import Grader, Item, gold_of
+from kit.core.progress import Progress
+from kit.grading.answers import Grade, Grader, Item, gold_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-STYLES = ("\\boxed{%s}", "The answer is %s.", "So:\n#### $%s", "\\boxed{\\$%s.00}")
+NUMBERS = ("\\boxed{%s}", "The answer is %s.", "So:\n#### $%s", "\\boxed{\\$%s.00}")
+EXPRESSIONS = ("\\boxed{%s + 0}",)
+BY_WORKER = (":math", ":string", ":unreadable", ":time")  # how a grade that asked a worker ends
 
 
-def bench(repeats: int = 3) -> dict[str, Any]:
+def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     """Grade both sets.
 
     Returns:
-        rows: [{name: gsm8k | math, rows_per_second, seconds (median of the repeats), answers, asked (of them, a
-        worker), verdicts}].
+        {rows: [{name: gsm8k | math, rows_per_second, seconds (median of the repeats), answers,
+        asked (how many of them asked a worker), verdicts: {verdict: count}}]}.
     """
-    sets = {"gsm8k": _gsm8k(1000), "math": _math(500)}
-    return {
-        "subject": "grade",
-        "rows": [_measure(name, items, repeats) for name, items in sets.items()],
-    }
+    gsm8k = _items("gsm8k_test.jsonl", 1000, "number", NUMBERS)
+    math = _items("math500.jsonl", 500, "math", EXPRESSIONS)
+    ways = {"gsm8k": partial(_grade, gsm8k), "math": partial(_grade, math)}
+    rows = []
+    for name, timing in measure(ways, options.repeats, progress).items():
+        grades = timing.results[0]
+        row = {
+            "name": name,
+            "rows_per_second": round(len(grades) / timing.seconds, 1),
+            "seconds": round(timing.seconds, 3),
+            "answers": len(grades),
+            "asked": sum(grade.how.endswith(BY_WORKER) for grade in grades),
+            "verdicts": dict(Counter(grade.verdict for grade in grades)),
+        }
+        rows.append(row)
+    return {"rows": rows}
 
 
-def _measure(name: str, items: list[Item], repeats: int) -> dict[str, Any]:
-    times = []
-    for _ in range(max(repeats, 1)):
-        begun = time.perf_counter()
-        with Grader() as grader:
-            grades = grader.grade(items)
-        times.append(time.perf_counter() - begun)
-    seconds = statistics.median(times)
-    asked = sum(
-        grade.how.endswith((":math", ":string", ":unreadable", ":time")) for grade in grades
-    )
-    facts = {
-        "name": name,
-        "rows_per_second": round(len(items) / seconds, 1),
-        "seconds": round(seconds, 3),
-    }
-    return {
-        **facts,
-        "answers": len(items),
-        "asked": asked,
-        "verdicts": dict(Counter(g.verdict for g in grades)),
-    }
+def _grade(items: list[Item]) -> list[Grade]:
+    with Grader() as grader:
+        return grader.grade(items)
 
 
-def _gsm8k(count: int) -> list[Item]:
-    golds = [gold_of(row["answer"]) for row in _rows("gsm8k_test.jsonl", count)]
-    given = [golds[(n + n % 2) % len(golds)] for n in range(len(golds))]
-    return [
-        Item(gold, STYLES[n % 4] % given[n].replace(",", ""), "number")
-        for n, gold in enumerate(golds)
-    ]
-
-
-def _math(count: int) -> list[Item]:
-    golds = [row["answer"] for row in _rows("math500.jsonl", count)]
-    given = [
-        golds[(n + 1) % len(golds)] if n % 2 else f"{gold} + 0" for n, gold in enumerate(golds)
-    ]
-    return [Item(gold, f"\\boxed{{{answer}}}") for gold, answer in zip(golds, given, strict=True)]
-
-
-def _rows(name: str, count: int) -> list[dict[str, Any]]:
+def _items(name: str, count: int, verifier: str, styles: tuple[str, ...]) -> list[Item]:
     path = DATA / name
     if not path.exists():
-        raise KitError(
-            f"{path} is not there.",
-            "Put the public test data beside the project, in ../shared/data.",
-        )
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+        hint = "Put the public test data next to the project, in ../shared/data."
+        raise KitError(f"{path} does not exist.", hint)
+    lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    golds = [gold_of(json.loads(line)["answer"]) for line in lines]
+    items = []
+    for number, gold in enumerate(golds):
+        answer = golds[number - number % 2]
+        items.append(Item(gold, styles[number % len(styles)] % answer, verifier))
+    return items

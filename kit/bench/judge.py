@@ -1,22 +1,24 @@
 """What judging a trace costs, against one prefill of the whole trace in the same run.
 
-Names: prefill (one uncached forward pass over the whole trace's prompt), reference-256 and reference-16
-(the paper's loop: every question of the binary search prefilled anew and answered by greedy generation of
-up to that many tokens, ended by the end token), fresh (the same questions, uncached, labels constrained),
-binary, gallop, scan. Rounds are interleaved; a figure is the median over rounds, a ratio is a trace's own.
+Names: prefill (one uncached forward pass over the whole trace's prompt), reference-256 and
+reference-16 (the paper's loop: every question of the binary search prefilled anew and answered by
+greedy generation of up to that many tokens, ended by the end token), uncached (the same questions,
+uncached, labels constrained), binary, gallop, scan.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace
+from functools import partial
 from statistics import median
 from typing import Any
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Request
+from kit.backends.base import Request
+from kit.bench import Timing, measure
+from kit.bench.generate import transformers_generate
 from kit.core.config import Sampling, resolve
+from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
 from kit.data import load_traces
@@ -24,157 +26,114 @@ from kit.judging.judge import Judge, cut, from_problem
 from kit.judging.sentences import ends
 
 SEARCHES = ("uncached", "binary", "gallop", "scan")
-REFERENCES = {"reference-256": 256, "reference-16": 16}
+REFERENCES = {"reference-256": 256, "reference-16": 16}  # new tokens per question
 
 
-def bench(
-    traces: Path,
-    limit: int | None = None,
-    backend: str = "hf",
-    model: str = "smollm2-135m",
-    verdicts: str | None = None,
-    repeats: int = 3,
-    names: tuple[str, ...] = ("prefill", *REFERENCES, *SEARCHES),
-    references: int = 1,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure.
+def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
+    """Measure every trace that fits the model; the reference loops on the first one, and once.
 
-    Args:
-        verdicts: early, middle or late steers the searches to keep 1, half or all of the sentences; the model's work
-            is done all the same. None: the model's own verdicts.
-        references: traces on which the reference loops run, once each, for they take minutes.
+    `verdicts` early, middle or late steers the searches to keep 1, half or all of the sentences;
+    the model's work is done all the same.
 
     Returns:
-        {subject, rows: [{name, seconds, ratio, worst, traces}], max_margin_difference, skipped, traces: [{id, tokens,
-        sentences, kept, seconds: {name: s}, ratio: {name: r}}]}; ratios are to prefill, seconds medians over traces.
+        {rows: [{name, seconds, ratio, worst, traces}], max_margin_difference, verdicts, skipped,
+        traces: [{id, tokens, sentences, kept, seconds: {name: s}, ratio: {name: r},
+        margin_difference}], notes}; ratios are a trace's own, to its prefill, and with the seconds
+        medians over traces.
+
+    Raises:
+        KitError: no traces are named.
     """
+    if not options.traces:
+        raise KitError("bench judge measures on traces.", "Name a JSONL with --traces FILE.", 2)
     raw = {
-        "student": {"backend": backend, "model": model},
-        "teacher": {"backend": "file", "path": str(traces)},
+        "student": {"backend": options.backend, "model": options.model},
+        "teacher": {"backend": "file", "path": str(options.traces)},
     }
     config = resolve(raw, "the command line")
-    progress = progress or Progress()
-    opened = open_backend(config.student)
-    judge = Judge(config, opened)
+    backend = open_backend(config.student)
+    judge = Judge(config, backend)
     rows = [from_problem(problem) for problem in load_traces(config)]
-    fits = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens][
-        :limit
-    ]
-    found, worst = [], 0.0
-    with progress.bar("bench", len(fits), "traces") as bar:
-        for number, row in enumerate(fits):
-            chosen = [name for name in names if name not in REFERENCES or number < references]
-            trace, difference = _trace(judge, row, verdicts, repeats, chosen, progress.say)
-            found.append(trace)
-            worst = max(worst, difference)
-            bar.advance()
-            progress.say(
-                f"{row.id}: {trace['tokens']} tokens, kept {trace['kept']}, ratios {trace['ratio']}"
-            )
-    opened.close()
+    fitting = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens]
+    traces: list[dict[str, Any]] = []
+    for row in fitting[: options.limit]:
+        timings = _measure(judge, row, options, progress, references=not traces)
+        traces.append(_trace(judge, row, timings))
+        progress.say(f"{row.id}: {traces[-1]}")
+    backend.close()
     return {
-        "subject": "judge",
-        "rows": [_row(name, found) for name in names],
-        "max_margin_difference": worst,
-        "verdicts": verdicts or "the model's own",
-        "skipped": len(rows) - len(fits),
-        "traces": found,
-        "notes": list(opened.notes),
+        "rows": [_row(name, traces) for name in ("prefill", *REFERENCES, *SEARCHES)],
+        "max_margin_difference": max((trace["margin_difference"] for trace in traces), default=0.0),
+        "verdicts": options.verdicts or "the model's own",
+        "skipped": len(rows) - len(traces),
+        "traces": traces,
+        "notes": list(backend.notes),
     }
 
 
-def _trace(
-    judge: Judge,
-    row: PrefixRow,
-    verdicts: str | None,
-    repeats: int,
-    names: list[str],
-    say: Callable[[str], None],
-) -> tuple[Any, float]:
-    m = row.sentences_total
-    turn = {"early": 1, "middle": (m + 1) // 2, "late": m}.get(verdicts or "")
-    force = None if turn is None else lambda k: k >= turn
-    whole = judge.probe(row, row.trace)
-    asked = cut(judge, row, force, "binary")  # warms up, and gives the reference its questions
-    kept: dict[str, PrefixRow] = {"binary": asked}
+def _measure(
+    judge: Judge, row: PrefixRow, options: Namespace, progress: Progress, references: bool
+) -> dict[str, Timing]:
+    """Time the prefill and every search on one trace, and the reference loops once."""
+    total = row.sentences_total
+    first_enough = {"early": 1, "middle": (total + 1) // 2, "late": total}.get(options.verdicts)
+    force = first_enough.__le__ if first_enough else None
+    # Warms up, and gives the reference loops their questions.
+    judged = cut(judge, row, force, "binary")
+    ways = {name: partial(cut, judge, row, force, name) for name in SEARCHES}
+    ways["prefill"] = partial(_prefill, judge, row)
+    timings = measure(ways, options.repeats, progress)
+    if references:
+        loops = {name: partial(_ask, judge, judged, size) for name, size in REFERENCES.items()}
+        timings.update(measure(loops, 1, progress))
+    return timings
 
-    def work(name: str) -> None:
-        if name == "prefill":
-            session = judge.backend.session(uncached=True)
-            session.score([whole])
-            session.close()
-        elif name in REFERENCES:
-            for verdict in asked.verdicts:
-                prefix = row.trace[: ends(row.trace)[verdict.sentences - 1]]
-                prompt = judge.probe(row, prefix).ids[: -len(judge.common) or None]
-                _generate(judge.backend, prompt, REFERENCES[name])
+
+def _prefill(judge: Judge, row: PrefixRow) -> None:
+    session = judge.backend.session(uncached=True)
+    session.score([judge.probe(row, row.trace)])
+    session.close()
+
+
+def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> None:
+    """The paper's loop over the questions that a search asked."""
+    greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
+    for verdict in judged.verdicts:
+        prefix = judged.trace[: ends(judged.trace)[verdict.sentences - 1]]
+        ids = judge.probe(judged, prefix).ids
+        prompt = ids[: len(ids) - len(judge.common)]
+        if judge.config.student.backend == "hf":
+            transformers_generate(judge.backend, [prompt], new_tokens)
         else:
-            kept[name] = cut(judge, row, force, name)
+            list(judge.backend.generate([Request("reference", prompt, greedy)]))
 
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn_number in range(repeats):
-        for name in names:
-            if turn_number == 0 or name not in REFERENCES:
-                seconds[name].append(_timed(lambda name=name: work(name)))
-                say(
-                    f"{row.id}, round {turn_number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s"
-                )
-    medians = {name: median(times) for name, times in seconds.items()}
-    ratio = {name: round(s / medians["prefill"], 4) for name, s in medians.items()}
-    shown = {
+
+def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
+    """One trace's measurements, and the largest distance of a cached margin from the uncached."""
+    margins = {}
+    differences = [0.0]
+    for name in SEARCHES:
+        for verdict in timings[name].results[0].verdicts:
+            uncached = margins.setdefault(verdict.sentences, verdict.margin)
+            differences.append(abs(verdict.margin - uncached))
+    prefill = timings["prefill"].seconds
+    return {
         "id": row.id,
-        "tokens": len(whole.ids),
-        "sentences": m,
-        "kept": kept["binary"].sentences,
+        "tokens": len(judge.probe(row, row.trace).ids),
+        "sentences": row.sentences_total,
+        "kept": timings["binary"].results[0].sentences,
+        "seconds": {name: round(timing.seconds, 3) for name, timing in timings.items()},
+        "ratio": {name: round(timing.seconds / prefill, 4) for name, timing in timings.items()},
+        "margin_difference": max(differences),
     }
-    shown |= {"seconds": {k: round(v, 3) for k, v in medians.items()}, "ratio": ratio}
-    return shown, _difference(kept)
-
-
-def _difference(kept: dict[str, PrefixRow]) -> float:
-    """Largest distance of a cached margin from the uncached one at the same boundary."""
-    fresh = {v.sentences: v.margin for v in kept["uncached"].verdicts} if "uncached" in kept else {}
-    pairs = [
-        (v.margin, fresh[v.sentences])
-        for row in kept.values()
-        for v in row.verdicts
-        if v.sentences in fresh
-    ]
-    return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
-
-
-def _generate(backend: Backend, prompt: tuple[int, ...], tokens: int) -> None:
-    if backend.__class__.__name__ != "HfBackend":
-        list(
-            backend.generate(
-                [Request("reference", prompt, Sampling(temperature=0, max_new_tokens=tokens))]
-            )
-        )
-        return
-    import torch
-
-    shown = torch.tensor([prompt], device=backend.device)  # type: ignore[attr-defined]
-    mask = torch.ones_like(shown)
-    backend.model.generate(shown, attention_mask=mask, do_sample=False, max_new_tokens=tokens)  # type: ignore[attr-defined]
-
-
-def _timed(work: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 def _row(name: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
     measured = [trace for trace in traces if name in trace["seconds"]]
-    if not measured:
-        return {"name": name, "seconds": None, "ratio": None, "worst": None, "traces": 0}
-    ratios = [trace["ratio"][name] for trace in measured]
-    seconds = median(trace["seconds"][name] for trace in measured)
-    return {
-        "name": name,
-        "seconds": round(seconds, 3),
-        "ratio": round(median(ratios), 4),
-        "worst": max(ratios),
-        "traces": len(measured),
-    }
+    row = {"name": name, "seconds": None, "ratio": None, "worst": None, "traces": len(measured)}
+    if measured:
+        ratios = [trace["ratio"][name] for trace in measured]
+        row["seconds"] = round(median(trace["seconds"][name] for trace in measured), 3)
+        row["ratio"] = round(median(ratios), 4)
+        row["worst"] = max(ratios)
+    return row

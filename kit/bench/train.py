@@ -1,78 +1,64 @@
-"""One training step with the plain and with the sliced loss (palign.py bench train)."""
+"""One training step with the plain and with the chunked loss (palign.py bench train).
+
+Each step runs in a process of its own. The student is as train.* sets it by default: an NF4 base,
+rank 16, gradient checkpointing. `plain` lets transformers build the logits and their loss.
+"""
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from kit.bench import measure
+from kit.core.progress import Progress
+
 ROOT = Path(__file__).parents[2]
+SUPERVISED_RATIO = 0.8  # of the row's tokens
 
-NAMES = ("plain", "chunked")
 
-
-def bench(
-    tokens: int = 4096, repeats: int = 3, model: str = "smollm2-135m", supervised: float = 0.8
-) -> dict[str, Any]:
-    """Forward and backward of one row, in an alternating order, each time in a process of its own.
-
-    On a CPU both give freed blocks back to the system at once, so that a peak is of what was alive together.
-    The student is as train.* sets it by default: an NF4 base, rank 16, activation checkpointing on for both. `plain`
-    lets transformers build the logits and their loss. The first step of a process is not counted.
-
-    Args:
-        tokens: length of the row.
-        repeats: processes a name; times are medians over them, peaks are the largest.
-        model: the student.
-        supervised: share of the row's tokens that are learned.
+def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
+    """Forward and backward of one row of `tokens` random tokens.
 
     Returns:
-        {subject, rows: [{name, tokens, seconds, peak_bytes}], time_ratio, peak_ratio}: seconds of one step, and the
-        process's largest memory above what it held with the model loaded (the CUDA allocator's, where there is a card);
-        the ratios are chunked over plain.
+        {rows: [{name, tokens, seconds, peak_bytes, loss}], time_ratio, peak_ratio, repeats}:
+        the median seconds of one step, and the largest memory above what the process used with the
+        model loaded (the CUDA allocator's, where there is a card); ratios are chunked over plain.
     """
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    for turn in range(repeats):
-        for name in NAMES if turn % 2 == 0 else NAMES[::-1]:
-            command = [
-                sys.executable,
-                "-m",
-                "kit.bench.train",
-                name,
-                str(tokens),
-                model,
-                str(supervised),
-            ]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
-            seen[name].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = [
-        {
+    ways = {name: partial(_run, name, options) for name in ("plain", "chunked")}
+    rows = []
+    for name, timing in measure(ways, options.repeats, progress).items():
+        row = {
             "name": name,
-            "tokens": tokens,
-            "seconds": statistics.median(one["seconds"] for one in seen[name]),
-            "peak_bytes": max(one["peak_bytes"] for one in seen[name]),
-            "loss": seen[name][0]["loss"],
+            "tokens": options.tokens,
+            "seconds": median(step["seconds"] for step in timing.results),
+            "peak_bytes": max(step["peak_bytes"] for step in timing.results),
+            "loss": timing.results[0]["loss"],
         }
-        for name in NAMES
-    ]
-    time_ratio, peak_ratio = (rows[1][key] / rows[0][key] for key in ("seconds", "peak_bytes"))
+        rows.append(row)
+    plain, chunked = rows
     return {
-        "subject": "train",
         "rows": rows,
-        "time_ratio": time_ratio,
-        "peak_ratio": peak_ratio,
-        "repeats": repeats,
+        "time_ratio": chunked["seconds"] / plain["seconds"],
+        "peak_ratio": chunked["peak_bytes"] / plain["peak_bytes"],
+        "repeats": options.repeats,
     }
 
 
-def step(name: str, tokens: int, model: str, supervised: float) -> dict[str, float]:
-    """Two steps in this process, the second one measured."""
+def _run(name: str, options: Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", __name__, name, str(options.tokens), options.model]
+    output = subprocess.check_output(command, cwd=ROOT, text=True)
+    return json.loads(output.splitlines()[-1])
+
+
+def step(name: str, tokens: int, model: str) -> dict[str, float]:
+    """Two steps in this process, the second one timed."""
     import torch
 
     from kit.core.config import resolve
@@ -80,41 +66,34 @@ def step(name: str, tokens: int, model: str, supervised: float) -> dict[str, flo
     from kit.training.loss import IGNORED
     from kit.training.trainer import make_model
 
-    return_at_once()  # else glibc keeps what was freed, and a peak is not of what was alive
-    peft = make_model(
-        resolve({"student": {"model": model}, "train": {"dropout": 0.0}}, "bench")
-    ).train()
-    causal = peft.get_base_model()
+    # Otherwise glibc keeps what was freed, and a peak is not of what was in use together.
+    return_at_once()
+    config = resolve({"student": {"model": model}, "train": {"dropout": 0.0}}, "bench")
+    student = make_model(config).train()
+    causal = student.get_base_model()
     if name == "plain":
-        del causal.forward  # the class's own again
-    ids = torch.randint(
-        0, causal.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)
-    )
+        # The class's own forward again, which builds all logits.
+        del causal.forward
+    torch.manual_seed(0)
+    ids = torch.randint(causal.config.vocab_size, (1, tokens), device=student.device)
     labels = ids.clone()
-    labels[:, : int(tokens * (1 - supervised))] = IGNORED
-    ids, labels = ids.to(peft.device), labels.to(peft.device)
+    labels[:, : int(tokens * (1 - SUPERVISED_RATIO))] = IGNORED
 
-    def once() -> float:
-        loss = peft(input_ids=ids, labels=labels)["loss"]
+    def one_step() -> float:
+        loss = student(input_ids=ids, labels=labels)["loss"]
         loss.backward()
-        peft.zero_grad()
+        student.zero_grad()
         return loss.item()
 
-    def held() -> int:
-        reset_peak()
-        return peak_bytes()
-
-    before = held()
-    once()
-    peak = peak_bytes() - before  # the first step's: later ones find memory that the allocator kept
-    begun = time.perf_counter()
-    loss = once()
-    return {
-        "seconds": time.perf_counter() - begun,
-        "peak_bytes": max(peak, peak_bytes() - before),
-        "loss": loss,
-    }
+    reset_peak()
+    loaded = peak_bytes()
+    # The first step is not timed, but its peak counts: later ones reuse what the allocator kept.
+    one_step()
+    started = time.perf_counter()
+    loss = one_step()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_bytes": peak_bytes() - loaded, "loss": loss}
 
 
 if __name__ == "__main__":
-    print(json.dumps(step(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))
+    print(json.dumps(step(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

@@ -1,7 +1,7 @@
 """One typed config: YAML plus `key=value`, every mistake reported at once.
 
-Sections follow the way of the data (data, teacher, judge, align, train, eval). The resolved config is
-saved in the run. Nothing here loads a model or opens a data file.
+Sections follow the data: data, teacher, judge, align, train, eval. The resolved config is saved in
+the run's folder. Nothing here loads a model or opens a data file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -19,6 +19,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -27,43 +31,47 @@ from pydantic import (
 
 from kit.core.errors import KitError
 from kit.core.old_keys import upgrade
+from kit.core.stages import STAGES
 
-Stage = Literal["teach", "truncate", "align", "train", "eval", "report"]
 Dtype = Literal["auto", "fp32", "bf16", "int8", "nf4"]
-Keep = Literal["first", "shortest", "all"]  # of the right samples
-STAGES = get_args(Stage)
-Role = Literal[
-    "id", "question", "answer", "solution", "trace", "level", "subject"
-]  # what a row of data may hold
-BASELINES = r"zero-shot|label-only|long-trace|prefix-only|continuation-only|no-search|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)"
-
-
-PLACES = {
-    "judge": ("question", "prefix"),
-    "draft": ("question", "prefix"),
-    "compare": ("question", "first", "second"),
+Keep = Literal["first", "shortest", "all"]  # of the correct samples
+# What a row of data may hold.
+Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject"]
+Share = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+# ratio-0.25 keeps this share of the sentences.
+METHOD = (
+    r"^(palign|zero-shot|label-only|long-trace|prefix-only|continuation-only|no-search"
+    r"|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?))$"
+)
+# The placeholders that a prompt must hold.
+PLACEHOLDERS = {
+    "judge": ("{question}", "{prefix}"),
+    "draft": ("{question}", "{prefix}"),
+    "compare": ("{question}", "{first}", "{second}"),
 }
 
 
 class BaseConfig(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DatasetConfig(BaseConfig):
-    """Where problems come from. A bare string is its `path`."""
+    """Where problems come from. A bare string is its `path`.
 
-    path: str = "builtin"  # builtin | holdout (rows of data.train that training never sees) | a file | a hub id
-    fields: dict[
-        Role, str
-    ] = {}  # which key holds what, for any JSONL: {question: KEY, answer: KEY}
-    name: str | None = None  # the dataset's name in eval/ and in tables; default: from the path
+    The path is builtin, holdout (rows of data.train that training never sees), a file or a hub id.
+    """
+
+    path: str = "builtin"
+    fields: dict[Role, str] = {}  # any JSONL: which key holds what, e.g. {question: KEY}
+    name: str | None = None  # in eval/ and in tables; default: from the path
     subset: str | None = None  # a hub dataset's configuration, e.g. main
     steps: tuple[int, int] = (1, 4)  # builtin: fewest and most arithmetic steps of a problem
     max_number: int = Field(60, ge=6)  # builtin: largest number that a story begins with or adds
     split: str | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: PositiveInt | None = None
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
     stratify: str | None = None  # level or subject: the subset keeps each stratum's share
     verifier: Literal["math", "number", "choice", "text"] = "math"
@@ -83,167 +91,142 @@ class Data(BaseConfig):
 
 
 class Sampling(BaseConfig):
-    """How text is drawn. temperature 0 is greedy."""
+    """How text is sampled. temperature 0 is greedy."""
 
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
-    min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(512, ge=1)
+    temperature: NonNegativeFloat = 0.6
+    top_p: Share = 0.9
+    top_k: NonNegativeInt = 0  # 0: off
+    min_p: Ratio = 0.0
+    repetition_penalty: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 512
     stop: tuple[str, ...] = ()
-    stop_loops: bool = (
-        False  # end a sample that repeats to no end (http: only name it), as its own finish reason
-    )
+    stop_loops: bool = False  # end a sample that repeats itself endlessly; http only names it
 
 
 class ModelConfig(BaseConfig):
     """A model and what runs it. Swapping one backend for another changes one line."""
 
     backend: Literal["hf", "gguf", "http", "scripted"] = "hf"
-    model: str = "smollm2-135m"  # an alias, a .gguf file, a folder, or a hub id; http: the server's name for it
+    model: str = "smollm2-135m"  # an alias, a .gguf file, a folder or a hub id; http: served name
     dtype: Dtype = "auto"  # auto: bf16 with CUDA, fp32 without
-    context_tokens: int | None = Field(None, ge=64)  # None: what the model was trained for
-    max_num_seqs: int = Field(
-        8, ge=1
-    )  # sequences in flight: llama.cpp sequences, HF batch rows, HTTP requests
-    n_threads: int | None = Field(None, ge=1)
-    n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1 is all, where it was built for a GPU
-    flash_attention: bool = False  # llama.cpp: faster prefill, margins move by up to some tenths
-    kv_cache_gib: float | None = Field(
-        None, gt=0
-    )  # HF: KV-cache budget of a batch; None: what is free
+    context_tokens: PositiveInt | None = None  # None: what the model was trained for
+    max_num_seqs: PositiveInt = 8  # llama.cpp sequences, HF batch rows, HTTP requests at once
+    n_threads: PositiveInt | None = None
+    n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1: all, where it was built for a GPU
+    flash_attention: bool = False  # llama.cpp: faster prefill; margins move by some tenths
+    kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free
     url: str | None = None  # http: the server's address up to and with /v1
-    tokenizer: str | None = (
-        None  # http: the served model's: a hub id, folder or .gguf; None: as vLLM names it
-    )
-    api_key_env: str | None = None  # http: the environment's variable with the key; None: no key
-    timeout_seconds: float = Field(600.0, gt=0)
-    retries: int = Field(6, ge=0)
-    system: str | None = None  # a system message; None: none
+    tokenizer: str | None = None  # http: a hub id, folder or .gguf; None: as the server names it
+    api_key_env: str | None = None  # http: environment variable with the key; None: no key
+    timeout_seconds: PositiveFloat = 600.0
+    retries: NonNegativeInt = 6
+    system: str | None = None  # a system message
     thinking: bool = False  # for models whose template has the switch
 
 
 class Teacher(ModelConfig):
-    """Who writes the traces: a model, a file of traces, or the built-in problems' own worked solutions."""
+    """Who writes the traces: a model, a file, or the problems' own solutions (reference)."""
 
     backend: Literal["hf", "gguf", "http", "scripted", "file", "reference"] = "gguf"  # type: ignore[assignment]
-    path: str | None = (
-        None  # backend file: JSONL of {id, question, answer, long_cot} or data.train's s1K rows
-    )
-    fields: dict[Role, str] = {}
-    wordiness: float = Field(
-        1.0, ge=0
-    )  # backend worked: how much a trace wanders; 0 is the bare solution
-    samples: int = Field(1, ge=1)
+    path: str | None = None  # file: JSONL with traces; None: data.train has them
+    fields: dict[Role, str] = {}  # file: as data.train.fields
+    wordiness: NonNegativeFloat = 1.0  # reference: how much a trace wanders; 0: the bare solution
+    samples: PositiveInt = 1
     keep: Keep = "first"
     sampling: Sampling = Sampling()
 
 
 class Judge(BaseConfig):
-    """How sufficiency of a prefix is asked (section 3.2 of the paper)."""
+    """How the student is asked whether a prefix is sufficient (section 3.2 of the paper)."""
 
     search: Literal["binary", "gallop", "scan", "uncached"] = "binary"
     scan_rule: Literal["binary", "first", "stable"] = "binary"  # which boundary a scan keeps
     kind: Literal["verbal", "answer"] = "verbal"
     decode: Literal["constrained", "generate"] = "constrained"
-    answer_scoring: Literal["likelihood", "greedy"] = (
-        "likelihood"  # kind answer: gold's log-likelihood, or greedy and graded
-    )
-    max_new_tokens: int = Field(256, ge=1)  # decode generate, and answer_scoring greedy
+    # kind answer: the gold answer's log-likelihood, or a greedy answer, graded.
+    answer_scoring: Literal["likelihood", "greedy"] = "likelihood"
+    max_new_tokens: PositiveInt = 256  # decode generate, and answer_scoring greedy
     labels: tuple[str, str] = ("[ENOUGH]", "[NOT_ENOUGH]")
-    threshold: float | None = (
-        None  # a margin at or above it is ENOUGH; None: 0 verbal, -1.0 nats a token answer
-    )
+    # A margin at or above it is ENOUGH; None: 0 (verbal), -1.0 nats per token (answer).
+    threshold: float | None = None
     calibration: Literal["none", "content-free", "share"] = "none"
-    share: float = Field(
-        0.9, gt=0, le=1
-    )  # calibration share: this share of full traces is to be sufficient
-    chunk_tokens: int = Field(1024, ge=16)  # prefill chunk: bounds memory on long traces
-    limit_tokens: int | None = Field(
-        None, ge=64
-    )  # longest judging prompt; None: the model's context
+    share: Share = 0.9  # calibration share: this share of full traces is to be sufficient
 
 
 class Align(BaseConfig):
-    """The student continues from the kept prefix; right answers stay (section 3.3, Eq. 9)."""
+    """The student continues from the kept prefix; correct answers stay (section 3.3, Eq. 9)."""
 
-    mode: Literal["prompt", "prefill"] = (
-        "prompt"  # the draft in the user turn (paper), or as the answer's start
-    )
-    samples: int = Field(1, ge=1)
+    # The draft stands in the user turn (the paper), or begins the answer.
+    mode: Literal["prompt", "prefill"] = "prompt"
+    samples: PositiveInt = 1
     keep: Keep = "first"
-    extend_rounds: int = Field(
-        0, ge=0
-    )  # rounds that move the cut to a longer prefix where no sample is right
-    sampling: Sampling = Sampling(
-        temperature=0.6, top_p=0.9, repetition_penalty=1.05, max_new_tokens=32768
-    )
+    extend_rounds: NonNegativeInt = 0  # where no sample is correct: rounds with a longer prefix
+    sampling: Sampling = Sampling(repetition_penalty=1.05, max_new_tokens=32768)
 
 
 class Train(BaseConfig):
-    """QLoRA (Here: NF4; Paper: LoRA on 16-bit weights)."""
+    """QLoRA (Paper: LoRA on 16-bit weights. Here: NF4)."""
 
     dtype: Dtype = "nf4"  # of the frozen base
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    learning_rate: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 16
+    dropout: Ratio = 0.05
+    epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 5e-5
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_ratio: Ratio = 0.1
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    batch_size: int = Field(32, ge=1)  # rows an optimizer step
-    micro_batch_size: int = Field(1, ge=1)  # rows a forward pass; the rest is gradient accumulation
+    batch_size: PositiveInt = 32  # rows per optimizer step
+    micro_batch_size: PositiveInt = 1  # rows per forward pass; the rest is gradient accumulation
     group_by_length: bool = True
-    max_seq_tokens: int = Field(32768, ge=16)
+    max_seq_tokens: PositiveInt = 32768
     on_too_long: Literal["drop", "truncate"] = "drop"
     optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"  # auto: paged 8-bit with CUDA
     gradient_checkpointing: bool = True
-    logits_bytes: int = Field(256 << 20, ge=1 << 16)  # largest slice of logits ever alive
-    max_grad_norm: float = Field(1.0, gt=0)
-    save_steps: int = Field(50, ge=1)
-    on_low_memory: Literal["warn", "refuse"] = (
-        "refuse"  # rows that will not fit the card: refuse before starting
-    )
+    logits_bytes: PositiveInt = 256 << 20  # largest slice of logits in memory at once
+    max_grad_norm: PositiveFloat = 1.0
+    save_steps: PositiveInt = 50
+    on_low_memory: Literal["warn", "refuse"] = "refuse"  # rows that will not fit the card
 
 
 class Eval(ModelConfig):
-    """The student before and after, on problems it never saw. Engine keys left out follow `student`."""
+    """The student before and after, on problems it never saw.
 
-    samples: int = Field(1, ge=1)
-    base: bool = True  # the untrained student too
+    Keys of the model that are left out follow `student`.
+    """
+
+    samples: PositiveInt = 1
+    base: bool = True  # evaluate the untrained student too
     sampling: Sampling = Sampling(max_new_tokens=4096)
 
 
 class Prompts(BaseConfig):
-    """The prompts' words, each replaceable by text, or by `file:PATH`. None: our own, in kit/prompts.yaml."""
+    """The prompts' words, each replaceable by text or by `file:PATH`. None: kit/prompts.yaml's."""
 
-    instruction: str | None = (
-        None  # joined to the question by one newline: teaching, training, evaluation
-    )
-    judge: str | None = (
-        None  # holds {question} and {prefix}; the prefix comes last for the cache's sake
-    )
-    draft: str | None = None  # alignment; holds {instruction}, {question} and {prefix}
+    instruction: str | None = None  # before a question: teaching, training, evaluation
+    judge: str | None = None  # the prefix comes last, so that the prompts share a cache
+    draft: str | None = None  # alignment; may also hold {instruction}
     answer_cue: str | None = (
-        None  # answer judge: what is put after a prefix to force the boxed answer
+        None  # judge.kind answer: what follows a prefix before the boxed answer
     )
-    compare: str | None = None  # reasoning quality; holds {question}, {first} and {second}
+    compare: str | None = None  # compare --pairwise-judge
 
     @field_validator("*")
     @classmethod
-    def _read(cls, text: str | None, about: ValidationInfo) -> str | None:
-        """A file's words in place of its name, so that a changed file is a changed key; every {place} must be there."""
-        if text and text.startswith("file:"):
+    def _read_file(cls, text: str | None, field: ValidationInfo) -> str | None:
+        """Put a file's words in place of its name, so that a changed file is a changed key."""
+        if text is None:
+            return None
+        if text.startswith("file:"):
+            path = Path(text.removeprefix("file:"))
             try:
-                text = Path(text[5:]).read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
-                raise ValueError(f"{text[5:]} cannot be read ({error}); mend the path") from None
-        for place in PLACES.get(about.field_name or "", ()) if text is not None else ():
-            if f"{{{place}}}" not in text:
-                raise ValueError(f"lacks {{{place}}}; put it where it belongs")
+                raise ValueError(f"{path} cannot be read ({error}); fix the path") from None
+        for placeholder in PLACEHOLDERS.get(str(field.field_name), ()):
+            if placeholder not in text:
+                raise ValueError(f"lacks {placeholder}; put it where it belongs")
         return text
 
 
@@ -253,10 +236,8 @@ class Config(BaseConfig):
     name: str = Field("run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
     seed: int = 0
-    method: str = Field(
-        "palign", pattern=f"^(palign|{BASELINES})$"
-    )  # ratio-0.25: this share of the sentences
-    stop_after: Stage = "report"
+    method: str = Field("palign", pattern=METHOD)
+    stop_after: str = Field("report", pattern=f"^({'|'.join(STAGES)})$")
     data: Data = Data()
     teacher: Teacher = Teacher()
     student: ModelConfig = ModelConfig()
@@ -269,12 +250,11 @@ class Config(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _eval_follows_student(cls, raw: Any) -> Any:
-        parts = [raw.get("student", {}), raw.get("eval", {})] if isinstance(raw, dict) else []
-        return (
-            {**raw, "eval": parts[0] | parts[1]}
-            if parts and all(isinstance(p, dict) for p in parts)
-            else raw
-        )
+        try:
+            return {**raw, "eval": {**raw.get("student", {}), **raw.get("eval", {})}}
+        except (AttributeError, TypeError):
+            # Something is not a mapping: the sections' own checks name it.
+            return raw
 
     @property
     def folder(self) -> Path:
@@ -284,13 +264,16 @@ class Config(BaseConfig):
     @property
     def ratio(self) -> float | None:
         """The fixed share of sentences kept, for the ratio-X baselines."""
-        return float(self.method[6:]) if self.method.startswith("ratio-") else None
+        share = self.method.partition("ratio-")[2]
+        return float(share) if share else None
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, set `a.b.c=value` overrides (YAML values; a string over a source sets its path), validate.
+    """Read a YAML file, set overrides, validate.
 
-    Without a path, start from the defaults.
+    Args:
+        path: None starts from the defaults.
+        overrides: `a.b.c=value` each, with a YAML value; a string over a dataset sets its path.
 
     Raises:
         KitError: (exit 2) with every mistake and the nearest valid name of each unknown key.
@@ -300,23 +283,36 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        hint = "Mend it, or start from one that comes along, like configs/smoke.yaml."
+        hint = "Fix it, or start from a bundled config like configs/smoke.yaml."
         raise KitError(f"The config {path} cannot be read: {error}.", hint, 2) from None
-    problems = [problem for text in overrides if (problem := _override(raw, text))]
-    upgrade(raw, lambda text: print(f"note: {text}", file=sys.stderr))
-    return resolve(raw, str(path or "the command line"), problems)
+    mistakes = []
+    for text in overrides:
+        try:
+            _override(raw, text)
+        except ValueError as error:
+            mistakes.append(str(error))
+    for note in upgrade(raw):
+        print(f"note: {note}", file=sys.stderr)
+    return resolve(raw, str(path or "the command line"), mistakes)
 
 
-def resolve(raw: dict[str, Any], where: str, problems: Sequence[str] = ()) -> Config:
-    """Validate a mapping into a `Config`; all mistakes, `problems` found before included, in one error (exit 2)."""
+def resolve(raw: dict[str, Any], where: str, mistakes: Sequence[str] = ()) -> Config:
+    """Validate a mapping into a `Config`.
+
+    Args:
+        where: what the mapping was read from, for the message.
+        mistakes: found before, reported with the others.
+
+    Raises:
+        KitError: (exit 2) with every mistake.
+    """
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems = [*problems, *map(_explain, error.errors())]
-    if problems:
-        raise KitError(
-            "\n  - ".join([f"{where} has {len(problems)} problem(s):", *problems]), code=2
-        )
+        mistakes = [*mistakes, *map(_explain, error.errors())]
+    if mistakes:
+        lines = [f"{where} has {len(mistakes)} problem(s):", *mistakes]
+        raise KitError("\n  - ".join(lines), code=2)
     return config
 
 
@@ -326,44 +322,53 @@ def dump(config: Config) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A config or nested mapping as {dotted key: leaf value}; how two configs are compared key by key."""
-    value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    if isinstance(value, dict) and value:
-        return {
-            k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()
-        }
-    return {prefix.rstrip("."): value}
+    """A config or nested mapping as {dotted key: leaf value}, to compare two of them key by key."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): value}
+    leaves = {}
+    for key, item in value.items():
+        leaves.update(flat(item, f"{prefix}{key}."))
+    return leaves
 
 
-def _override(raw: dict[str, Any], text: str) -> str | None:
-    """Set one key=value in place. Returns what is wrong with it, if anything."""
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set one key=value in place (ValueError: in words, what is wrong with it)."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        return f"{text!r} is not key=value"
-    *parents, last = key.split(".")
+        raise ValueError(f"{text!r} is not key=value")
+    *sections, last = key.split(".")
     node: Any = raw
-    for part in parents:
-        if isinstance(node.get(part), str):  # data.train: PATH in the file, data.train.limit=4 here
-            node[part] = {"path": node[part]}
-        node = node.setdefault(part, {})
+    for section in sections:
+        # data.train is a bare path in the file, and the override is data.train.limit=4
+        if isinstance(node.get(section), str):
+            node[section] = {"path": node[section]}
+        node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            return f"{key}: {part} is not a section"
-    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is text
+            raise ValueError(f"{key}: {section} is not a section")
+    # What is not YAML is text.
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
         value = yaml.safe_load(value)
-    over = isinstance(value, str) and isinstance(node.get(last), dict) and "path" in node[last]
-    node[last] = {**node[last], "path": value} if over else value
-    return None
+    replaced = node.get(last)
+    if isinstance(value, str) and isinstance(replaced, dict) and "path" in replaced:
+        replaced["path"] = value
+    else:
+        node[last] = value
 
 
-def _explain(item: Any) -> str:
+def _explain(error: Any) -> str:
     """One of pydantic's errors in our words."""
-    where, section = ".".join(map(str, item["loc"])), Config()
-    if item["type"] != "extra_forbidden":
-        return f"{where}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
-    for part in item["loc"][:-1]:
-        section = section[0] if isinstance(part, int) else getattr(section, part)
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+    # Find the section that lacks the key, for the names that it has.
+    *parents, key = error["loc"]
+    section: Any = Config()
+    for parent in parents:
+        section = section[0] if isinstance(parent, int) else getattr(section, parent)
     known = sorted(type(section).model_fields)
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-    return f"{where}: unknown key" + (
-        f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-    )
+    suggestions = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    if suggestions:
+        return f"{where}: unknown key; did you mean {suggestions[0]}?"
+    return f"{where}: unknown key; known: {', '.join(known)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class KitError(Exception):
-    """A failure that the user can mend, printed as one paragraph.
+    """A failure that the user can fix, printed as one paragraph.
 
     Args:
         message: what happened and the value it happened with.
@@ -14,7 +14,8 @@ class KitError(Exception):
 
     def __init__(self, message: str, hint: str = "", code: int = 1) -> None:
         super().__init__(message)
-        self.hint, self.code = hint, code
+        self.hint = hint
+        self.code = code
 
     def __str__(self) -> str:
         return f"{self.args[0]} {self.hint}".rstrip()

@@ -1,7 +1,7 @@
-"""Ctrl-C that ends within two seconds, whatever native code is running; a second one ends at once.
+"""Ctrl-C ends the process within two seconds, whatever native code runs; a second one at once.
 
 Rows are on the disk as soon as they are finished and whole files are replaced atomically, so ending
-the process never costs a finished row. What this does not do: save the batch under way.
+the process never costs a finished row. What this does not do: save the batch in progress.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ MESSAGE = "\nInterrupted. Every finished row is on the disk; run the same comman
 
 
 def watch() -> None:
-    """Start the watch: KeyboardInterrupt is raised as usual, and the process ends if that does not get through."""
+    """Raise KeyboardInterrupt on Ctrl-C, and end the process if that does not get through."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(
-        writer.fileno(), warn_on_full_buffer=False
-    )  # written by C, so no library call can delay it
 
-    def guard() -> None:
-        """Count the Ctrl-C that arrive: the first starts a timer, the second ends the process."""
-        hits = 0
-        while hits < 2:
-            hits += reader.recv(16).count(signal.SIGINT)
-            if hits == 1:
+    def count_interrupts() -> None:
+        """Wait for Ctrl-C: the first starts a timer, the second ends the process."""
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += reader.recv(16).count(signal.SIGINT)
+            if interrupts == 1:
                 threading.Timer(PATIENCE_SECONDS, leave).start()
         leave()
 
-    threading.Thread(target=guard, name="interrupts", daemon=True).start()
+    # The signal's number is written to the socket by C, so no library call can delay it.
+    # detach() leaves the socket open for the life of the process.
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    threading.Thread(target=count_interrupts, name="interrupts", daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    watch.sockets = (reader, writer)  # type: ignore[attr-defined]  # kept open for the process's life
 
 
 def leave() -> None:
-    """Say how to go on, and end with 130 without waiting for libraries to tidy up."""
+    """Print how to go on, and end with 130 without waiting for libraries to tidy up."""
     print(MESSAGE, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

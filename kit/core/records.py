@@ -1,8 +1,7 @@
-"""The typed rows that pass between stages, and their resumable JSONL files.
+"""The typed rows that pass between stages.
 
-Every unit of work leaves exactly one row in its stage's file, a rejected one too (with the reason), so
-the funnel adds up by construction. A line carries a digest of its fields: an edited row and a line cut
-off by a power failure are found when the file is read, set aside, and made again.
+Every unit of work leaves exactly one row in its stage's file, a rejected one too (with the reason),
+so the funnel adds up by construction. How rows are stored is in kit/core/storage.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def replace_surrogates(text: str) -> str:
 
 
 class Part(BaseModel):
-    """A frozen piece of a row; its texts are sound."""
+    """A frozen piece of a row; its texts have no lone surrogates."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,7 +32,10 @@ class Part(BaseModel):
 
 
 class Row(Part):
-    """A question with its gold answer; what every row has. Several traces of one question have ids of their own."""
+    """A question with its gold answer: what every row has.
+
+    Several traces of one question have ids of their own.
+    """
 
     id: str
     question: str
@@ -50,7 +52,7 @@ class Problem(Row):
 
 
 class Sample(Part):
-    """One generated text and what became of it."""
+    """One generated text and its grade."""
 
     text: str
     verdict: Literal["correct", "wrong", "unparsed", "timeout"]
@@ -60,11 +62,17 @@ class Sample(Part):
 
 
 class Outcome(Row):
-    """What every stage's row has: what it took, and, where it left here, why."""
+    """What every stage's row has: the time it took and, if it was rejected, why."""
 
     seconds: float = 0.0
     rejected: str | None = None
     detail: str | None = None
+
+    @property
+    def processed_tokens(self) -> int:
+        """Tokens generated for this row, or evaluated where none are generated; for rates."""
+        samples = getattr(self, "samples", ())
+        return sum(sample.tokens for sample in samples) or getattr(self, "prefill_tokens", 0)
 
 
 class TraceRow(Outcome):
@@ -74,15 +82,18 @@ class TraceRow(Outcome):
     kept: tuple[int, ...]  # indices into samples
 
     def whole(self, sentence_ends: Callable[[str], Sequence[int]]) -> list[PrefixRow]:
-        """The kept traces as prefixes that keep everything; with several kept ones, each has an id of its own.
+        """The kept traces as prefixes that keep everything.
 
         Args:
             sentence_ends: where each sentence of a text ends, see kit/judging/sentences.py.
+
+        Returns:
+            One row per kept trace; where there are several, their indices are part of their ids.
         """
         prefixes = []
         for index in self.kept:
             trace = self.samples[index].text
-            count = len(sentence_ends(trace))
+            sentences = len(sentence_ends(trace))
             prefixes.append(
                 PrefixRow(
                     id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
@@ -90,8 +101,8 @@ class TraceRow(Outcome):
                     answer=self.answer,
                     trace=trace,
                     end=len(trace),
-                    sentences=count,
-                    sentences_total=count,
+                    sentences=sentences,
+                    sentences_total=sentences,
                     ratio=1.0,
                     sufficient=True,
                 )
@@ -100,13 +111,15 @@ class TraceRow(Outcome):
 
 
 class Verdict(Part):
-    """The judge's answer at one boundary: the first `sentences` sentences of the trace were shown."""
+    """The judge's answer at one boundary: the first `sentences` sentences of the trace were shown.
+
+    The margin is the log-odds of ENOUGH (judge.kind verbal) or the mean log-likelihood per token of
+    the gold answer (answer); None where the verdict was generated.
+    """
 
     sentences: int
     label: Label
-    margin: (
-        float | None
-    )  # log-odds of ENOUGH (verbal) or log-likelihood a token (answer); None: generated
+    margin: float | None
 
 
 class PrefixRow(Outcome):
@@ -119,7 +132,7 @@ class PrefixRow(Outcome):
     ratio: float  # sentences / sentences_total
     sufficient: bool
     verdicts: tuple[Verdict, ...] = ()
-    violations: int = 0  # NOT_ENOUGH at a boundary behind an ENOUGH one
+    violations: int = 0  # NOT_ENOUGH at a boundary after an ENOUGH one
     prompt_tokens: int = 0  # of the longest judging prompt asked
     prefill_tokens: int = 0
     cached_tokens: int = 0
@@ -132,7 +145,7 @@ class AlignedRow(Outcome):
     continuation: str
     samples: tuple[Sample, ...] = ()  # of the last round
     pass_rate: float = 0.0  # over all rounds
-    kept_by: str | None = None  # first, shortest, all; with +N after N lengthening rounds
+    kept_by: str | None = None  # first, shortest, all; with +N after N rounds of extension
     lengthened: int = 0
     answer_in_prefix: bool = False
 

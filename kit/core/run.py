@@ -1,8 +1,8 @@
-"""A run's folder: its lock, its manifest, and which stages are done, resumed, or redone.
+"""A run's folder: its lock, its manifest, and which stages are done, resumed, or run again.
 
-A stage is known by the config keys it depends on and by a digest of its input rows. Equal: it is skipped
-or resumed. Different: the differing key is named, the old files are set aside under `stale/`, and the
-stage is made anew; rows made under two configs never stand in one file.
+A stage is known by the config keys it depends on and by a digest of its input. Equal: it is skipped
+or resumed. Different: the differing key is named, the old files are moved to `stale/`, and the stage
+runs again; rows made under two configs are never in one file. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,163 +25,134 @@ from kit.core.config import Config, dump, flat
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import Row
-from kit.core.stages import FILES, KEYS, NEUTRAL
+from kit.core.stages import STAGE_TABLE, Stage
 from kit.core.storage import RowFile, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "llama-cpp-python",
-    "math-verify",
-)
+PACKAGES = "torch transformers peft bitsandbytes accelerate llama-cpp-python math-verify".split()
 R = TypeVar("R", bound=Row)
 
 
 class Run:
-    """An open, locked run folder. `command` is written into the lock, so that a second run can say who holds it.
+    """An open, locked run folder.
 
-    Of several processes that train together (accelerate launch) the first one holds the lock and writes.
+    Of several processes that train together (accelerate launch) the first one holds the lock and
+    writes.
+
+    Args:
+        command: written into the lock, so that a second run can name who holds it.
 
     Raises:
-        KitError: another process holds the folder, it cannot be written, or it is of a newer format.
+        KitError: another process holds the folder, it cannot be written, or it has another format.
     """
 
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
-        self.config, self.progress, self.folder = config, progress, config.folder
-        self.is_main_process = os.environ.get("RANK", "0") == "0"
         if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise KitError(
-                f"Several processes can train together, not {command}.",
-                "accelerate launch palign.py train",
-            )
+            message = f"Several processes can train together, not {command}."
+            raise KitError(message, "Run `accelerate launch palign.py train`.")
+        self.config = config
+        self.progress = progress
+        self.folder = config.folder
+        self.is_main_process = os.environ.get("RANK", "0") == "0"
         if self.is_main_process:
-            self._take_lock(command)
+            self._take_lock()
             progress.log = self.folder / "run.log"
-        facts = {"format": FORMAT, "palign": __version__, "name": config.name, "seed": config.seed}
-        self.manifest = {
-            "stages": {},
-            "machine": {},
-            **self._read_manifest(),
-            **facts,
-            "versions": versions(),
-        }
-        if self.is_main_process:
-            write_atomic(self.folder / "config.yaml", dump(config))
-        self.record(machine=self.manifest["machine"] | machine())
+        self.manifest = {"stages": {}, "machine": {}, **read_manifest(self.folder)}
+        self._write("config.yaml", dump(config))
+        self.record(
+            format=FORMAT,
+            palign=__version__,
+            process=f"palign {command}, process {os.getpid()} on {socket.gethostname()}",
+            name=config.name,
+            seed=config.seed,
+            versions=versions(),
+        )
 
     def path(self, name: str) -> Path:
-        """A file of this run; a folder inside the run's is made, the run's own is not when it has vanished."""
+        """A file of this run. A folder inside the run's is made; the run's own never is again."""
         path = self.folder / name
         if path.parent != self.folder:
             path.parent.mkdir(exist_ok=True)
         return path
 
     def rows(self, name: str, kind: type[R]) -> list[R]:
-        """A stage's rows; damaged lines are set aside and said."""
+        """A stage's rows; damaged lines are set aside with a warning."""
         file = RowFile(self.folder / name, kind)
         rows = file.read()
         for line in file.damaged:
-            self.progress.warn(f"{line}; set aside in {name}.damaged, the row will be made again")
+            self.progress.warn(f"{line}; moved to {name}.damaged, the row will be regenerated")
         return rows
 
     def require(self, stage: str) -> None:
-        """Raise unless a stage is done."""
+        """Raise KitError unless a stage is done."""
         if not self.manifest["stages"].get(stage, {}).get("done"):
             hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
             raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
 
     def begin(self, stage: str, source: str, output: Callable[[], str]) -> bool:
-        """Open a stage whose input has the digest `source`; `output` computes the digest of what it has written.
+        """Open a stage.
+
+        Args:
+            source: the digest of its input.
+            output: computes the digest of what it has written.
 
         Returns:
-            Whether there is work to do. False: it is done and whole.
+            Whether there is work to do. False: it is done, and its output intact.
         """
-        wanted, leaves = tuple(f"{key}." for key in KEYS[stage]), flat(self.config).items()
-        now = {
-            k: v
-            for k, v in leaves
-            if f"{k}.".startswith(wanted) and k.split(".")[-1] not in NEUTRAL
-        }
-        now["input"], usual = source, flat(Config())
-        files = [
-            path for name in FILES[stage] if (path := self.folder / name.split("/")[0]).exists()
-        ]
-        entry, say = self.manifest["stages"].get(stage), self.progress.say
-        before = (
-            {key: usual.get(key) for key in now} | entry["keys"] if entry else now
-        )  # an older kit knew fewer keys
-        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
-        if changed:
-            shown = ", ".join(
-                f"{key}: {before.get(key)!s:.40} -> {now.get(key)!s:.40}" for key in changed[:4]
-            )
-            say(f"{stage}: redone, for {shown} changed" + (" ..." if len(changed) > 4 else ""))
-        elif not entry and files:
-            self.progress.warn(
-                f"{stage}: files of unknown origin in {self.folder}; set aside under stale/"
-            )
-        elif entry and not entry["done"]:
-            say(f"{stage}: resumed")
-        elif entry and output() == entry["output"]:
-            say(f"{stage}: done before, skipped")
-            return False
-        elif entry:
-            self.progress.warn(
-                f"{stage}: what it wrote was deleted or changed since; the missing part is made again"
-            )
-        if changed or not entry:
+        about = STAGE_TABLE[stage]
+        entry = self.manifest["stages"].get(stage, {})
+        keys = {**about.dependencies(flat(self.config)), "input": source}
+        # A key that an older kit did not know had its default.
+        known = {**about.dependencies(flat(Config())), **entry.get("keys", keys)}
+        changes = about.changes(known, keys)
+        if entry and not changes:
+            if not entry["done"]:
+                self.progress.say(f"{stage}: resuming")
+            elif output() == entry["output"]:
+                self.progress.say(f"{stage}: already done, skipped")
+                return False
+            else:
+                self.progress.warn(f"{stage}: output missing or modified; regenerating")
+        else:
+            # Rows made under two configs are never in one file.
+            old_files = self._set_aside(about)
+            if entry:
+                self.progress.say(f"rerunning {stage}: {changes}")
+            elif old_files:
+                self.progress.warn(f"{stage}: files not in the manifest; moved to stale/")
             entry = {}
-            for path in files if self.is_main_process else ():
-                shutil.move(
-                    path,
-                    self.path(f"stale/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{path.name}"),
-                )
-        self.manifest["stages"][stage] = {**entry, "keys": now, "done": False}
+        self.manifest["stages"][stage] = {**entry, "keys": keys, "done": False}
         self.record()
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         return True
 
     def finish(self, stage: str, output: str, rows_in: int, rows_out: int, **summary: Any) -> None:
-        """Mark a stage done; seconds since `begin` add up over sittings. rejected.jsonl gathers every row that left."""
-        if not self.is_main_process:
-            return
-        entry = self.manifest["stages"][stage]
-        entry |= {
-            "done": True,
-            "output": output,
-            "rows_in": rows_in,
-            "rows_out": rows_out,
-            "summary": summary,
-        }
-        entry["seconds"] = round(entry.get("seconds", 0.0) + time.perf_counter() - self.begun, 3)
-        self.record(machine=self.manifest["machine"] | machine())
-        gone = [{"stage": "data", **row} for row in self.manifest.get("rejected", ())]
-        for name, pattern, kind in (
-            (name, *file) for name, files in FILES.items() for file in files.items()
-        ):
-            for path in sorted(self.folder.glob(pattern)) if kind else ():
-                rows = [row for row in RowFile(path, kind).read(mend=False) if row.rejected]
-                gone += [
-                    {"stage": name, "id": row.id, "reason": row.rejected, "detail": row.detail}
-                    for row in rows
-                ]
-        write_atomic(
-            self.folder / "rejected.jsonl",
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gone),
-        )
+        """Mark a stage done; rejected.jsonl then lists every row that any stage rejected.
 
-    def record(self, **facts: Any) -> None:
-        """Put facts (fingerprints, hashes, devices) into the manifest, and write it."""
-        self.manifest |= facts
-        if self.is_main_process:
-            write_atomic(
-                self.folder / "manifest.json",
-                json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n",
-            )
+        Args:
+            output: the digest of what it has written.
+            summary: what else the manifest is to hold of it.
+        """
+        entry = self.manifest["stages"][stage]
+        # Over several sittings the seconds add up.
+        seconds = entry.get("seconds", 0.0) + time.perf_counter() - self.started
+        entry.update(
+            done=True,
+            output=output,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            summary=summary,
+            seconds=round(seconds, 3),
+        )
+        self.record(machine={**self.manifest["machine"], **machine()})
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected()]
+        self._write("rejected.jsonl", "".join(lines))
+
+    def record(self, **entries: Any) -> None:
+        """Put entries (fingerprints, hashes, devices) into the manifest, and write it."""
+        self.manifest.update(entries)
+        text = json.dumps(self.manifest, indent=1, ensure_ascii=False)
+        self._write("manifest.json", f"{text}\n")
 
     def __enter__(self) -> Run:
         return self
@@ -191,36 +161,64 @@ class Run:
         if self.is_main_process:
             self._lock.close()
 
-    def _take_lock(self, command: str) -> None:
+    def _write(self, name: str, text: str) -> None:
+        if self.is_main_process:
+            write_atomic(self.folder / name, text)
+
+    def _set_aside(self, stage: Stage) -> list[Path]:
+        """Move a stage's files to stale/; the paths they had."""
+        paths = [self.folder / name.split("/")[0] for name in (*stage.rows, *stage.files)]
+        existing = [path for path in paths if path.exists()]
+        prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        for path in existing if self.is_main_process else ():
+            path.rename(self.path(f"stale/{prefix}-{path.name}"))
+        return existing
+
+    def _rejected(self) -> Iterator[dict[str, Any]]:
+        """Every row that the data or a stage rejected, with the reason."""
+        for row in self.manifest.get("rejected", ()):
+            yield {"stage": "data", **row}
+        for name, stage in STAGE_TABLE.items():
+            for pattern, kind in stage.rows.items():
+                for path in sorted(self.folder.glob(pattern)):
+                    for row in RowFile(path, kind).read(repair=False):
+                        if row.rejected:
+                            fields = {"id": row.id, "reason": row.rejected, "detail": row.detail}
+                            yield {"stage": name, **fields}
+
+    def _take_lock(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the run's life)
+            self._lock = open(self.folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.seek(0)
-            what = f"The run folder {self.folder} is in use by {self._lock.read().strip() or 'another process'}."
             self._lock.close()
-            raise KitError(what, "Wait for it, stop it, or choose another out=DIR.") from None
+            holder = read_manifest(self.folder).get("process", "another process")
+            message = f"The run folder {self.folder} is in use by {holder}."
+            raise KitError(message, "Wait for it, stop it, or choose another out=DIR.") from None
         except OSError as error:
-            what = f"The run folder {self.folder} cannot be written: {error.strerror}."
-            raise KitError(what, "Choose another with out=DIR, or mend its permissions.") from None
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-            os.ftruncate(self._lock.fileno(), 0)
-            os.write(
-                self._lock.fileno(),
-                f"palign {command}, process {os.getpid()} on {socket.gethostname()}".encode(),
-            )
+            message = f"The run folder {self.folder} cannot be written: {error.strerror}."
+            raise KitError(
+                message, "Choose another with out=DIR, or fix its permissions."
+            ) from None
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
-        try:
-            manifest = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as error:
-            hint = "Mend it, or delete it: the stages' files are then set aside under stale/ and made anew."
-            raise KitError(f"{path} is not JSON ({error}).", hint) from None
-        if manifest:
-            check_format(self.folder, manifest)
-        return manifest
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A run folder's manifest, {} where there is none.
+
+    Raises:
+        KitError: it is damaged, or of another format than this version's.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        hint = "Fix it, or delete it: the stages' files are then moved to stale/ and regenerated."
+        raise KitError(f"{path} is not JSON ({error}).", hint) from None
+    check_format(folder, manifest)
+    return manifest
 
 
 def check_format(folder: Path, manifest: dict[str, Any]) -> None:
@@ -228,25 +226,32 @@ def check_format(folder: Path, manifest: dict[str, Any]) -> None:
     version = manifest.get("format", 0)
     if version == FORMAT:
         return
-    what = f"{folder} was made by palign {manifest.get('palign')} in run format {version}; this version reads {FORMAT}."
-    if version > FORMAT:
-        raise KitError(what, "Upgrade palign, or choose another out=DIR.")
-    raise KitError(
-        what,
-        f"Run its config anew: palign.py run {folder}/config.yaml out=NEW (old keys are understood).",
+    message = (
+        f"{folder} was made by palign {manifest.get('palign')} in run format {version}; "
+        f"this version reads {FORMAT}."
     )
+    if version > FORMAT:
+        raise KitError(message, "Upgrade palign, or choose another out=DIR.")
+    hint = (
+        f"Run its config again: palign.py run {folder}/config.yaml out=NEW "
+        "(old keys are understood)."
+    )
+    raise KitError(message, hint)
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that shape numbers; absent ones are left out."""
-    found = {
-        name: package.version for name in PACKAGES for package in metadata.distributions(name=name)
-    }
-    return {"python": platform.python_version(), **found}
+    """Installed versions of the packages that affect numbers; absent ones are left out."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on; the card's name once torch has been loaded for some stage."""
+    """What the run runs on; the card's name once torch has been loaded for some stage."""
+    about: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
-    card = {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
-    return {"system": platform.platform(), "cores": os.cpu_count(), **card}
+    if torch and torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about

@@ -1,58 +1,29 @@
-"""The stages: their order, what each depends on and writes, and the loop that makes a row for every unit of work.
+"""The stages: their order, what each depends on and writes, and the loop that makes their rows.
 
-A stage is known by the config keys it depends on and by a digest of its input rows (see kit/core/run.py).
+A stage is known by the config keys it depends on and by a digest of its input; kit/core/run.py
+compares both with the manifest. Nothing here loads a model.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kit.core.errors import KitError
-from kit.core.records import AlignedRow, EvalRow, PrefixRow, Row, TraceRow
+from kit.core.records import AlignedRow, EvalRow, Outcome, PrefixRow, TraceRow
 from kit.core.storage import RowFile, digest
 
 if TYPE_CHECKING:
     from kit.core.run import Run
 
-R = TypeVar("R", bound=Row)
+Item = TypeVar("Item")
+R = TypeVar("R", bound=Outcome)
 
-
-KEYS = {  # what each stage's rows depend on, besides its input
-    "teach": ("teacher", "data.train.verifier", "prompts.instruction", "seed"),
-    "truncate": (
-        "method",
-        "student",
-        "judge",
-        "data.train.verifier",
-        "prompts.judge",
-        "prompts.answer_cue",
-    ),
-    "align": (
-        "method",
-        "student",
-        "align",
-        "data.train.verifier",
-        "prompts.instruction",
-        "prompts.draft",
-        "seed",
-    ),
-    "train": (
-        "method",
-        "student.model",
-        "student.system",
-        "student.thinking",
-        "train",
-        "prompts.instruction",
-        "seed",
-    ),
-    "eval": ("method", "eval", "prompts.instruction", "seed"),
-}
-
-
+# Config keys that change no row: only where, how fast or how safely it is made.
 NEUTRAL = {
     "n_threads",
     "timeout_seconds",
@@ -65,69 +36,160 @@ NEUTRAL = {
 }
 
 
-FILES: dict[str, dict[str, type[Row] | None]] = {  # what each stage writes, and what its rows are
-    "teach": {"traces.jsonl": TraceRow},
-    "truncate": {"prefixes.jsonl": PrefixRow},
-    "align": {"aligned.jsonl": AlignedRow, "train.jsonl": None},
-    "train": {"adapter": None, "checkpoints": None, "train_log.jsonl": None},
-    "eval": {"eval/*.jsonl": EvalRow},
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    entry_point: str  # module:function, imported when the stage runs; it takes the run
+    keys: tuple[str, ...] = ()  # config keys and sections that its rows depend on
+    input: str = ""  # what else they depend on, in words
+    rows: Mapping[str, type[Outcome]] = field(default_factory=dict)  # files it writes: row type
+    files: tuple[str, ...] = ()  # other files and folders it writes
+
+    def dependencies(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a config's dotted keys that the stage's rows depend on."""
+        sections = tuple(f"{name}." for name in self.keys)
+        return {
+            key: value
+            for key, value in config.items()
+            if f"{key}.".startswith(sections) and key.split(".")[-1] not in NEUTRAL
+        }
+
+    def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        """What differs between two sets of dependencies, in words; empty where they are equal."""
+        changes = []
+        for key in sorted({*before, *now}):
+            old, new = before.get(key), now.get(key)
+            if old == new:
+                continue
+            if key == "input":
+                changes.append(f"{self.input} changed")
+            else:
+                changes.append(f"{key} changed from {old!s:.40} to {new!s:.40}")
+        return ", ".join(changes)
+
+
+STAGE_TABLE = {
+    "teach": Stage(
+        "kit.pipeline.teach:teach",
+        keys=("teacher", "data.train.verifier", "prompts.instruction", "seed"),
+        input="the training problems",
+        rows={"traces.jsonl": TraceRow},
+    ),
+    "truncate": Stage(
+        "kit.pipeline.truncate:truncate",
+        keys=(
+            "method",
+            "student",
+            "judge",
+            "data.train.verifier",
+            "prompts.judge",
+            "prompts.answer_cue",
+        ),
+        input="traces.jsonl",
+        rows={"prefixes.jsonl": PrefixRow},
+    ),
+    "align": Stage(
+        "kit.pipeline.align:align",
+        keys=(
+            "method",
+            "student",
+            "align",
+            "data.train.verifier",
+            "prompts.instruction",
+            "prompts.draft",
+            "seed",
+        ),
+        input="the prefixes",
+        rows={"aligned.jsonl": AlignedRow},
+        files=("train.jsonl",),
+    ),
+    "train": Stage(
+        "kit.pipeline.train:train",
+        keys=(
+            "method",
+            "student.model",
+            "student.system",
+            "student.thinking",
+            "train",
+            "prompts.instruction",
+            "seed",
+        ),
+        input="train.jsonl",
+        files=("adapter", "checkpoints", "train_log.jsonl"),
+    ),
+    "eval": Stage(
+        "kit.pipeline.evaluate:evaluate",
+        keys=("method", "eval", "prompts.instruction", "seed"),
+        input="the evaluation problems or the adapter",
+        rows={"eval/*.jsonl": EvalRow},
+    ),
+    "report": Stage("kit.reporting.report:report"),
 }
-
-
-T = TypeVar("T")
+STAGES = tuple(STAGE_TABLE)
 
 
 def work_through(
     run: Run,
     stage: str,
     file: RowFile[R],
-    units: Sequence[tuple[str, T]],
+    units: Sequence[tuple[str, Item]],
     size: int,
-    work: Callable[[list[T]], Iterator[R]],
+    work: Callable[[list[Item]], Iterator[R]],
 ) -> list[R]:
-    """Make one row for every unit (row id, item), resuming where the file ends; all rows, in the order of `units`.
+    """Make one row for every unit, resuming where the file ends.
 
-    Batches of `size` are planned from all units, so that a resumed batch has the neighbours it would have had: a batch
-    with a missing row runs whole, and rows that are already written stay as they are. `work` yields each row as it is
-    finished, its id among the batch's.
+    Batches are planned from all units, so that a resumed batch has the neighbours it would have
+    had: a batch with a missing row runs whole, and rows that are already written stay as they are.
+
+    Args:
+        file: where each row is appended as soon as it is finished.
+        units: (row id, item) pairs.
+        size: units per batch.
+        work: yields the rows of a batch's items in any order, their ids among the batch's.
+
+    Returns:
+        All rows, in the order of `units`.
+
+    Raises:
+        KitError: two units have one id.
     """
-    if twice := [id for id, times in Counter(id for id, _ in units).items() if times > 1]:
-        raise KitError(
-            f"{stage}: two rows would be called {twice[0]!r}.",
-            "Rename one of the problems in the data.",
-        )
-    rows = {
-        row.id: row for row in run.rows(file.path.relative_to(run.folder).as_posix(), file.kind)
-    }
-    with run.progress.bar(stage, len(units), done=sum(id in rows for id, _ in units)) as bar:
+    for id, times in Counter(id for id, _ in units).items():
+        if times > 1:
+            message = f"{stage}: two rows would be called {id!r}."
+            raise KitError(message, "Rename one of the problems in the data.")
+    name = file.path.relative_to(run.folder).as_posix()
+    rows = {row.id: row for row in run.rows(name, file.kind)}
+    done = sum(id in rows for id, _ in units)
+    with run.progress.bar(stage, len(units), done=done) as bar:
         for start in range(0, len(units), size):
-            batch = units[start : start + size]
-            if all(id in rows for id, _ in batch):
+            batch = dict(units[start : start + size])
+            if batch.keys() <= rows.keys():
                 continue
-            for row in work([item for _, item in batch]):
+            for row in work(list(batch.values())):
                 if row.id not in rows:
                     file.append(row)
                     rows[row.id] = row
-                    samples = sum(sample.tokens for sample in getattr(row, "samples", ()))
-                    bar.advance(tokens=samples or getattr(row, "prefill_tokens", 0))
+                    bar.advance(row.processed_tokens)
     return [rows[id] for id, _ in units]
 
 
 def tallies(rows: Sequence[Any]) -> dict[str, Any]:
-    """For a stage's summary: tokens generated, and how many rows left for which reason."""
-    tokens = sum(sample.tokens for row in rows for sample in row.samples)
+    """For a stage's summary: tokens generated, and how many rows were rejected for which reason."""
     return {
-        "tokens": tokens,
+        "tokens": sum(row.processed_tokens for row in rows),
         "rejected": dict(Counter(row.rejected for row in rows if row.rejected)),
     }
 
 
 def file_digest(run: Run, name: str, kind: type[R]) -> str:
-    """Digest of a stage file's rows as they stand."""
+    """Digest of a stage file's rows as they are now."""
     return digest(run.rows(name, kind))
 
 
 def file_name(model: str, which: str, dataset: str) -> str:
     """A score's file in the run's folder, e.g. eval/smollm2-135m-base-gsm8k.jsonl."""
-    safe = [re.sub(r"[^\w.-]+", "-", Path(part).name).strip("-.") for part in (model, dataset)]
-    return f"eval/{safe[0]}-{which}-{safe[1]}.jsonl"
+    model_name, dataset_name = (
+        re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-.") for name in (model, dataset)
+    )
+    return f"eval/{model_name}-{which}-{dataset_name}.jsonl"

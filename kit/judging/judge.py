@@ -43,10 +43,8 @@ class Judge:
         self.generates = (
             self.keys.decode == "generate" if verbal else self.keys.answer_scoring == "greedy"
         )
-        self.limit_tokens = min(
-            self.keys.limit_tokens or backend.context_tokens, backend.context_tokens
-        )
-        self.limit_tokens -= 16 * self.generates  # room for a generated label
+        # With room for a generated label.
+        self.limit_tokens = backend.context_tokens - 16 * self.generates
         self.threshold = (
             THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
         )
@@ -204,8 +202,6 @@ def cut(judge: Judge, row: PrefixRow, force: Force = None, how: str | None = Non
     if m <= 1:
         return fixed(row)
     session = judge.backend.session(uncached=how == "uncached")
-    if hasattr(session, "chunk_tokens"):
-        session.chunk_tokens = judge.keys.chunk_tokens
     asking = TraceJudge(judge, row, session, force)
     if how == "scan":
         kept = search.choose(asking.ask_many(range(1, m + 1)), judge.keys.scan_rule)

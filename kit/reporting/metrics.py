@@ -57,7 +57,7 @@ class Files:
     def rows(self, name: str, kind: type[Row]) -> list[Any]:
         """A stage file's sound rows; damaged lines are named in `damaged` and stay where they are."""
         file = RowFile(self.folder / name, kind)
-        rows = file.read(mend=False)
+        rows = file.read(repair=False)
         self.damaged += file.damaged
         return rows
 
