@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Whole public files, where a machine has them. Their beginnings stand in tests/data under the same names.
+# Whole public files, where a machine has them; their first rows are in tests/data.
 SHARED = ROOT.parent / "shared" / "data"
 EXCERPTS = ROOT / "tests" / "data"
 BROWSER_FLAGS = (
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# The test processes share the cores: each with threads for all of them is slower than one thread each.
+# The test processes share the cores: as many threads in each as there are cores is slower.
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
@@ -73,7 +73,7 @@ def real_data() -> Path:
 def real_traces(real_data: Path) -> list[dict[str, str]]:
     """Real chains of thought, {id, question, long_cot, answer}, shortest first.
 
-    The three shortest are the same in every clone: tests that take no more prove the same everywhere.
+    The three shortest are in every clone: tests that take no more prove the same everywhere.
     """
     with open(real_data / "long_cot_aime24.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
