@@ -1,7 +1,8 @@
-"""Settings that every test shares: offline, markers, and the real data where it lies."""
+"""Settings and fixtures that every test shares: offline, the markers, real data, a browser."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -12,56 +13,86 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Whole public files, where a machine has them; their first rows are in tests/data.
 SHARED = ROOT.parent / "shared" / "data"
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+EXCERPTS = ROOT / "tests" / "data"
+BROWSER_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub must fail, not wait
+
+# A test that asks a hub must fail, not wait.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# the test processes share the cores: each with threads for all of them is slower than one thread each
-share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+# The test processes share the cores: as many threads in each as there are cores is slower.
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+
+# The tests run on the CPU, also where there is a card; those marked gpu run where one is named.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--slow", action="store_true", help="run the long proofs as well")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes long; run with --slow")
+    config.addinivalue_line("markers", "slow: a long proof, minutes; run with --slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA card")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "gpu" in item.keywords and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            item.add_marker(pytest.mark.skip(reason="a long proof: run with --slow"))
+        if "gpu" in item.keywords and not os.environ["CUDA_VISIBLE_DEVICES"]:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card: set CUDA_VISIBLE_DEVICES"))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real inputs."""
+    """The folder of whole real files; a test that needs all of their rows skips without it."""
     if not SHARED.is_dir():
-        pytest.skip("the real inputs (../shared/data) are not here")
+        pytest.skip("needs the whole real files (../shared/data)")
     return SHARED
 
 
-@pytest.fixture(
-    scope="module"
-)  # no longer: while it is open, this thread counts as inside an event loop
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of whole real files where there is one, else of their first rows in tests/data."""
+    return SHARED if SHARED.is_dir() else EXCERPTS
+
+
+@pytest.fixture(scope="session")
+def real_traces(real_data: Path) -> list[dict[str, str]]:
+    """Real chains of thought, {id, question, long_cot, answer}, shortest first.
+
+    The three shortest are in every clone: tests that take no more prove the same everywhere.
+    """
+    with open(real_data / "long_cot_aime24.jsonl", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return sorted(rows, key=lambda row: len(row["long_cot"]))
+
+
+# A module's, not a session's: while it is open, this thread counts as inside an event loop.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium. Where it is absent the test skips, in CI it fails."""
     path = shutil.which("chromium")
     if path is None:
-        message = "no chromium: install it (apt-get install chromium) to have the pages looked at"
+        message = "no chromium: install it (apt-get install chromium) to test the pages"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        chromium = playwright.chromium.launch(executable_path=path, args=list(BROWSER_FLAGS))
         yield chromium
         chromium.close()
