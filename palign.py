@@ -64,36 +64,35 @@ def parser() -> ArgumentParser:
         description = f"{about[0].upper()}{about[1:]}."
         added = commands.add_parser(name, help=about, description=description)
         added.set_defaults(run=run)
+        option = added.add_argument
         for flag, meaning in SHARED_OPTIONS.items():
-            added.add_argument(flag, action="store_true", help=meaning)
+            option(flag, action="store_true", help=meaning)
         if config:
-            added.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+            option("config", metavar="CONFIG", help="a YAML file, see configs/")
             example = "e.g. data.train=PATH align.samples=4"
-            added.add_argument("overrides", nargs="*", metavar="key=value", help=example)
-        return added.add_argument
+            option("overrides", nargs="*", metavar="key=value", help=example)
+        return option
 
     for name, about in STAGE_COMMANDS.items():
         command(name, _stages, about, config=True)
-    _grade_options(command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k"))
+    option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
+    option("file", type=Path, metavar="FILE", help="rows with an answer and one or more outputs")
+    option("--verifier", choices=("math", "number", "choice", "text"), default="math")
     _judge_options(command("judge", _judge, "look at verdicts along the traces of a JSONL"))
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
-    _compare_options(
-        command("compare", _compare, "put runs side by side: one table, paired tests, one page")
-    )
+    option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
+    option("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    option("--out", default="compare.html", type=Path, metavar="FILE", help="the page")
+    option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
     command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
     command("doctor", _doctor, "check this machine; each finding with the command that fixes it")
-    _export_options(
-        command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
-    )
-    about = "show a rendered prompt, as the model sees it, with its token count"
-    option = command("prompt", _prompt, about, config=True)
+    option = command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
+    option("folder", type=Path, metavar="RUN", help="run folder")
+    option("--to", choices=("merged", "gguf"), default="merged")
+    option("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    option = command("prompt", _prompt, "show a prompt as the model sees it", config=True)
     option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
-
-
-def _grade_options(option: Option) -> None:
-    option("file", metavar="FILE", help="rows with an answer and one or more outputs")
-    option("--verifier", choices=("math", "number", "choice", "text"), default="math")
 
 
 def _judge_options(option: Option) -> None:
@@ -114,20 +113,6 @@ def _bench_options(option: Option) -> None:
     option("--repeats", type=int, default=3)
     option("--tokens", type=int, default=4096, help="train: length of the row")
     option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
-
-
-def _compare_options(option: Option) -> None:
-    option("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    page = "the page (default: compare.html)"
-    option("--out", default="compare.html", type=Path, metavar="FILE", help=page)
-    judge = "compare two runs' reasoning with this config's teacher"
-    option("--pairwise-judge", metavar="CONFIG", help=judge)
-
-
-def _export_options(option: Option) -> None:
-    option("folder", type=Path, metavar="RUN", help="run folder")
-    option("--to", choices=("merged", "gguf"), default="merged")
-    option("--out", type=Path, metavar="DIR", help="default: RUN/export")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,7 +201,7 @@ def _stages(args: Namespace, progress: Any) -> int:
 def _grade(args: Namespace, progress: Any) -> int:
     from kit.grading import files
 
-    return _print(args, files.grade_file(Path(args.file), args.verifier))
+    return _print(args, files.grade_file(args.file, args.verifier))
 
 
 def _judge(args: Namespace, progress: Any) -> int:

@@ -1,4 +1,4 @@
-"""The config: overrides, every mistake at once, and what a stage depends on."""
+"""The config: overrides, every mistake at once, and the keys of the version before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load(tmp_path, text, *overrides):
     return configs.load(path, overrides)
 
 
-def test_overrides_reach_nested_keys_and_a_string_over_a_source_sets_its_path(tmp_path):
+def test_overrides_reach_nested_keys_and_a_string_over_a_dataset_sets_its_path(tmp_path):
     text = "data: {train: {path: a.jsonl, limit: 4}}"
     config = load(
         tmp_path, text, "data.train=b.jsonl", "align.samples=4", "data.eval=c.jsonl", "out=x"
@@ -50,7 +50,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00", "a: 2024-13-45", "[" * 5000])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     with pytest.raises(KitError):
         load(tmp_path, text)
 
@@ -81,5 +81,51 @@ RUNS = [
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
-def test_every_config_that_comes_along_is_valid(path):
+def test_every_bundled_config_is_valid(path):
     assert configs.load(path).name
+
+
+def test_a_bundled_config_has_no_old_keys_and_no_line_over_100_columns(capsys):
+    for path in RUNS:
+        configs.load(path)
+        assert max(map(len, path.read_text("utf-8").splitlines())) <= 100, path
+    assert capsys.readouterr().err == ""
+
+
+def test_old_keys_and_values_are_read_with_a_note_that_names_the_new_ones(tmp_path, capsys):
+    text = """
+    data: {train: {path: builtin, subset: 1-2 to 10}, eval: [{subset: main, path: openai/gsm8k}]}
+    teacher: {backend: worked, parallel: 3}
+    eval: {before: false}
+    judge: {search: fresh, limit_tokens: 900, chunk_tokens: 64}
+    train: {batch_rows: 4, over_cutoff: cut, overfit: ignore}
+    """
+    config = load(tmp_path, text)
+    assert (config.data.train.steps, config.data.train.max_number) == ((1, 2), 10)
+    assert config.data.train.subset is None and config.data.eval[0].subset == "main"
+    assert (config.teacher.backend, config.teacher.max_num_seqs) == ("reference", 3)
+    assert not config.eval.base and config.judge.search == "uncached"
+    assert (config.train.batch_size, config.train.on_too_long) == (4, "truncate")
+    assert config.train.on_low_memory == "warn"
+    notes = capsys.readouterr().err.splitlines()
+    for note in (
+        "note: train.batch_rows is now called train.batch_size",
+        "note: judge.search=fresh is now called uncached",
+        "note: data.train.subset is now called steps and max_number",
+        "note: judge.limit_tokens is no longer a key",
+    ):
+        assert note in notes
+    assert len(notes) == 12, notes
+
+
+def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):
+    (tmp_path / "judge.txt").write_text("{question} {prefix} Enough?")
+    config = load(tmp_path, f"prompts: {{judge: 'file:{tmp_path}/judge.txt'}}")
+    assert config.prompts.judge == "{question} {prefix} Enough?"
+    with pytest.raises(KitError, match=r"prompts\.draft: lacks \{prefix\}"):
+        load(tmp_path, "prompts: {draft: '{question}'}")
+
+
+def test_an_unknown_key_with_no_near_name_lists_those_of_its_section(tmp_path):
+    with pytest.raises(KitError, match=r"data\.xyzzy: unknown key; known: eval, train"):
+        load(tmp_path, "data: {xyzzy: 1}")

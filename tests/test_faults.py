@@ -1,4 +1,4 @@
-"""Faults of the machine on the real command line: Ctrl-C, a full disk, a read-only one, a folder that vanishes.
+"""Faults of the machine on the real command line: Ctrl-C, full and read-only disks, a lost folder.
 
 The scripted stand-in answers; the disks are small tmpfs mounts, which only root can make.
 """
@@ -31,10 +31,11 @@ def start(config, out, seconds=0.0):
 
 
 def check_stop(process, code, timeout=120):
-    """What a process said, which must have ended with this code and no traceback."""
-    said = process.communicate(timeout=timeout)[1]
-    assert process.returncode == code and "Traceback" not in said and "a defect" not in said, said
-    return said
+    """What a process printed, which must have ended with this code and no traceback."""
+    printed = process.communicate(timeout=timeout)[1]
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed and "a defect" not in printed, printed
+    return printed
 
 
 def rows(folder):
@@ -87,8 +88,16 @@ def test_ctrl_c_ends_a_stage_and_says_how_to_go_on(whole, tmp_path):
 @pytest.mark.parametrize(("patience", "presses"), [(0.2, 1), (600, 2)])
 def test_code_that_swallows_ctrl_c_ends_when_patience_does_or_at_the_second(patience, presses):
     code = (
-        f"from kit.core import interrupts\nimport time\ninterrupts.PATIENCE_SECONDS = {patience}\ninterrupts.watch()\n"
-        "while True:\n try:\n  print('working', flush=True)\n  time.sleep(600)\n except KeyboardInterrupt:\n  pass\n"
+        "from kit.core import interrupts\n"
+        "import time\n"
+        f"interrupts.PATIENCE_SECONDS = {patience}\n"
+        "interrupts.watch()\n"
+        "while True:\n"
+        " try:\n"
+        "  print('working', flush=True)\n"
+        "  time.sleep(600)\n"
+        " except KeyboardInterrupt:\n"
+        "  pass\n"
     )
     run = [sys.executable, "-c", code]
     process = subprocess.Popen(
@@ -100,12 +109,12 @@ def test_code_that_swallows_ctrl_c_ends_when_patience_does_or_at_the_second(pati
     assert "Interrupted" in check_stop(process, 130, SECONDS)
 
 
-def test_a_full_disk_is_said_loses_no_row_and_goes_on_when_there_is_room(whole, mount):
+def test_a_full_disk_is_reported_loses_no_row_and_goes_on_when_there_is_room(whole, mount):
     ballast = mount / "ballast"
     ballast.write_bytes(bytes(4 * 2**20 - 96 * 1024))
-    said = check_stop(start(whole[0], mount / "run"), 1)
-    assert "could not be written: No space left on device. Every finished row is safe." in said
-    assert said.strip().splitlines()[-1].startswith("palign: ")
+    printed = check_stop(start(whole[0], mount / "run"), 1)
+    assert "could not be written: No space left on device. Every finished row is safe." in printed
+    assert printed.strip().splitlines()[-1].startswith("palign: ")
     kept = rows(mount / "run")
     ballast.unlink()
     check_stop(start(whole[0], mount / "run"), 0)
@@ -121,7 +130,7 @@ def test_a_disk_that_is_full_from_the_start(whole, mount):
     assert "No space left on device" in check_stop(start(whole[0], mount / "run"), 1)
 
 
-def test_a_read_only_disk_is_said_at_once(whole, mount):
+def test_a_read_only_disk_is_reported_at_once(whole, mount):
     check_stop(start(whole[0], mount / "run"), 0)
     subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
     assert "cannot be written: Read-only file system. Choose another with out=DIR" in check_stop(
@@ -129,7 +138,7 @@ def test_a_read_only_disk_is_said_at_once(whole, mount):
     )
 
 
-def test_a_folder_that_vanishes_is_said_and_goes_on_when_it_is_back(whole, tmp_path):
+def test_a_folder_that_vanishes_is_reported_and_goes_on_when_it_is_back(whole, tmp_path):
     process = start(whole[0], tmp_path / "run", 0.1)
     wait_for_rows(process, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "gone")

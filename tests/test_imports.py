@@ -1,4 +1,4 @@
-"""The floors of the house: an import goes down or stays on its floor, never in a circle, never into tests."""
+"""The floors: an import goes down or stays on its floor, never in a circle, never into tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from kit.core.stages import STAGE_TABLE
 from tests.conftest import ROOT
 
 # From the ground up. A module may import from its own floor and from those before it.
 #
-# Scores stand with grading, for both `grade FILE` and `eval` need them; reporting stands below the pipeline, whose
-# stages warn with its metrics; device memory stands in core, for generation and training both look at it.
+# Scores are with grading, because `grade FILE` and `eval` both need them; reporting is below the
+# pipeline, whose stages warn with its metrics; device memory is in core, because generation and
+# training both look at it.
 FLOORS = (
     ("kit.core",),
     ("kit.models", "kit.synthetic"),
@@ -50,7 +52,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
-    """The modules that a file imports anywhere, also inside functions and under TYPE_CHECKING, with their lines."""
+    """The modules that a file imports, in functions and under TYPE_CHECKING too, by line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -67,20 +69,20 @@ def floor(module: str) -> int:
     for number, names in enumerate(FLOORS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
             return number
-    raise AssertionError(f"{module} stands on no floor: name it in FLOORS")
+    raise AssertionError(f"{module} is on no floor: name it in FLOORS")
 
 
 def graph() -> dict[str, dict[str, int]]:
     """Module -> the modules of ours that it imports -> the line."""
     paths = modules()
-    found: dict[str, dict[str, int]] = {}
+    arrows: dict[str, dict[str, int]] = {}
     for module, path in paths.items():
-        found[module] = {
+        arrows[module] = {
             name: line
             for name, line in imports(path, set(paths))
             if name.split(".")[0] in ("kit", "tests")
         }
-    return found
+    return arrows
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if name != "kit"])
@@ -89,7 +91,7 @@ def test_a_module_imports_only_from_its_own_floor_and_below(module: str) -> None
         if imported != "kit":  # the version
             assert imported.split(".")[0] != "tests", f"{module}:{line} imports {imported}"
             assert floor(imported) <= floor(module), (
-                f"{module}:{line} imports {imported}, which stands above it"
+                f"{module}:{line} imports {imported}, which is above it"
             )
 
 
@@ -110,6 +112,13 @@ def test_no_imports_go_in_a_circle() -> None:
                     open_names += [
                         n for n in ways if (here, n) not in CIRCLES and (n, here) not in CIRCLES
                     ]
+
+
+def test_stages_are_named_by_a_function_above_their_table() -> None:
+    """Names in a table are imports too: the entry points of the stages go up, on purpose."""
+    for name, stage in STAGE_TABLE.items():
+        module = stage.entry_point.partition(":")[0]
+        assert module in modules() and floor(module) > floor("kit.core.stages"), name
 
 
 def test_the_named_circles_exist() -> None:

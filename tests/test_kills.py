@@ -1,6 +1,6 @@
 """Kill -9 at random moments, then the same command: the files equal an uninterrupted run's.
 
-Here the real stage code runs on the scripted, torch-free stand-in, in forked children, many times over;
+Here the real stage code runs on the scripted, torch-free stand-in, in forked children, many times;
 tests/test_pipeline.py does the same with the real model.
 """
 
@@ -45,7 +45,7 @@ def steady(folder: Path) -> dict[str, list[str]]:
 
 
 def launch(args: list[str], seconds_an_answer: float) -> int:
-    """`palign.py ARGS` in a forked child: everything is imported already, so a start costs milliseconds."""
+    """`palign.py ARGS` in a forked child: all is imported, so a start costs milliseconds."""
     pid = os.fork()
     if pid == 0:
         code = 70
@@ -71,13 +71,13 @@ def write_config(folder: Path, method: str) -> Path:
     held_out = read(DatasetConfig(limit=24, seed=2), 0, held_out=True).problems
     answers = folder / "answers.json"
     answers.write_text(json.dumps({p.question: p.answer for p in [*train, *held_out]}))
-    engine = {"backend": "scripted", "model": str(answers), "max_num_seqs": 2}
+    model = {"backend": "scripted", "model": str(answers), "max_num_seqs": 2}
     config = {
         "method": method,
         "stop_after": "align" if method == "palign" else "report",
         "data": {"train": {"limit": 24, "seed": 1}, "eval": {"limit": 24, "seed": 2}},
-        "teacher": {**engine, "samples": 2},
-        "student": engine,
+        "teacher": {**model, "samples": 2},
+        "student": model,
         "align": {"samples": 2, "extend_rounds": 1},
         "eval": {"samples": 2},
     }

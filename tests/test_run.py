@@ -1,4 +1,4 @@
-"""The run's folder: what is skipped, resumed, redone and refused; with the scripted stand-in for a model."""
+"""The run's folder: what is skipped, resumed, rerun and refused."""
 
 from __future__ import annotations
 
@@ -50,23 +50,7 @@ def sweep(run, calls, upto=None):
     return work_through(run, "teach", RowFile(run.path("traces.jsonl"), TraceRow), UNITS, 3, work)
 
 
-@pytest.mark.parametrize("upto", range(7))
-def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upto):
-    calls: list[list[str]] = []
-    with open_run(tmp_path / "whole") as run:
-        whole = sweep(run, [])
-    with open_run(tmp_path / "torn") as run:
-        with pytest.raises(RuntimeError):
-            sweep(run, [], upto)
-        assert sweep(run, calls) == whole
-    assert (tmp_path / "torn/traces.jsonl").read_bytes() == (
-        tmp_path / "whole/traces.jsonl"
-    ).read_bytes()
-    planned = [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
-    assert calls == planned[upto // 3 :]
-
-
-def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_path, capsys):
+def test_a_done_stage_is_skipped_and_a_changed_key_is_named_and_reruns_it(tmp_path, capsys):
     def stage(**keys):
         with open_run(tmp_path, **keys) as run:
             run.progress.quiet = False
@@ -83,12 +67,37 @@ def test_a_done_stage_is_skipped_a_changed_key_redoes_it_and_names_the_key(tmp_p
         "the rows made before are set aside, not lost"
     )
     assert stage(teacher={"samples": 3, "n_threads": 2})[0] is False, (
-        "a key that changes no row redoes nothing"
+        "a key that changes no row reruns nothing"
     )
 
 
-def test_what_a_row_depends_on_beside_the_stages_own_keys(tmp_path):
-    """The grader, and the words in a prompt's file; a run of an older kit knew fewer keys and is whole."""
+def test_a_rerun_says_in_words_that_the_input_changed(tmp_path, capsys):
+    for source in ("rows", "other rows"):
+        with open_run(tmp_path) as run:
+            run.progress.quiet = False
+            assert run.begin("truncate", source, lambda: "")
+            run.finish("truncate", "", 0, 0)
+    printed = capsys.readouterr().err
+    assert "rerunning truncate: traces.jsonl changed\n" in printed and "other rows" not in printed
+
+
+def test_rejected_rows_of_every_stage_are_listed_with_their_reason(tmp_path):
+    with open_run(tmp_path) as run:
+        run.record(rejected=[{"id": "d", "reason": "no answer", "detail": "line 3"}])
+        run.begin("teach", "input", lambda: "")
+        lost = {"rejected": "no correct trace", "detail": "0 of 1 correct"}
+        rows = [trace_row(PROBLEMS[0]), trace_row(PROBLEMS[1]).model_copy(update=lost)]
+        RowFile(run.path("traces.jsonl"), TraceRow).append(*rows)
+        run.finish("teach", digest(rows), 2, 1)
+    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"stage": "data", "id": "d", "reason": "no answer", "detail": "line 3"},
+        {"stage": "teach", "id": "p1", "reason": "no correct trace", "detail": "0 of 1 correct"},
+    ]
+
+
+def test_what_a_row_depends_on_besides_the_stages_own_keys(tmp_path):
+    """The grader and the words in a prompt's file; keys unknown to an older kit had defaults."""
     words = tmp_path / "words.txt"
     words.write_text("Solve it.")
 
@@ -111,19 +120,7 @@ def test_what_a_row_depends_on_beside_the_stages_own_keys(tmp_path):
     assert works(data={"train": {"verifier": "number"}})[0]
 
 
-def test_two_rows_of_one_name_are_refused(tmp_path):
-    with open_run(tmp_path) as run, pytest.raises(KitError, match=r"'a\.0'"):
-        work_through(
-            run,
-            "teach",
-            RowFile(run.path("traces.jsonl"), TraceRow),
-            [("a.0", 1), ("a.0", 2)],
-            3,
-            iter,
-        )
-
-
-def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
+def test_a_deleted_or_edited_stage_file_is_regenerated(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
         run.finish("teach", digest(sweep(run, [])), 7, 7)
@@ -143,7 +140,7 @@ def test_a_deleted_or_edited_stage_file_is_made_again(tmp_path, capsys):
     assert calls == [["p3", "p4", "p5"]], "only the batch with the edited row ran again"
 
 
-def test_files_of_unknown_origin_never_mix_with_new_rows(tmp_path):
+def test_files_that_are_not_in_the_manifest_never_mix_with_new_rows(tmp_path):
     RowFile(tmp_path / "traces.jsonl", TraceRow).append(
         trace_row(Problem(id="old", question="", answer=""))
     )
@@ -173,7 +170,7 @@ def test_a_newer_format_is_refused_by_version(tmp_path):
         open_run(tmp_path)
 
 
-def test_a_damaged_manifest_is_said_with_what_to_do_and_loses_no_row(tmp_path, capsys):
+def test_a_damaged_manifest_is_reported_with_what_to_do_and_loses_no_row(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
         run.finish("teach", digest(sweep(run, [])), 7, 7)

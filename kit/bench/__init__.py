@@ -16,10 +16,15 @@ from kit.core.progress import Progress
 
 
 class Timing(NamedTuple):
-    """One way's median duration, and what its calls returned."""
+    """How long each call of one way took, and what it returned."""
 
-    seconds: float
+    all_seconds: list[float]
     results: list[Any]
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return median(self.all_seconds)
 
 
 def run(options: Namespace, progress: Progress) -> dict[str, Any]:
@@ -36,17 +41,17 @@ def run(options: Namespace, progress: Progress) -> dict[str, Any]:
 
 
 def measure(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, progress: Progress
+    ways: Mapping[str, Callable[..., Any]], repeats: int, progress: Progress, *args: Any
 ) -> dict[str, Timing]:
-    """Call every way once per round; the order turns around from one round to the next."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, list[Any]] = {name: [] for name in ways}
+    """Call every way once per round, with `args`; the order turns around from round to round."""
+    timings = {name: Timing([], []) for name in ways}
     names = list(ways)
-    for number in range(repeats):
+    for number in range(1, repeats + 1):
         for name in names:
             started = time.perf_counter()
-            results[name].append(ways[name]())
-            seconds[name].append(time.perf_counter() - started)
-            progress.say(f"round {number + 1} of {repeats}: {name} {seconds[name][-1]:.1f} s")
+            timings[name].results.append(ways[name](*args))
+            seconds = time.perf_counter() - started
+            timings[name].all_seconds.append(seconds)
+            progress.say(f"round {number} of {repeats}: {name} {seconds:.1f} s")
         names.reverse()
-    return {name: Timing(median(seconds[name]), results[name]) for name in ways}
+    return timings

@@ -15,7 +15,7 @@ from typing import Any
 
 from kit.backends import open_backend
 from kit.backends.base import Backend, Request, Tokenizer
-from kit.bench import Timing, measure
+from kit.bench import measure
 from kit.core.config import ModelConfig, Sampling
 from kit.core.progress import Progress
 from kit.models import gguf_file, resolve
@@ -50,30 +50,28 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
         ways["gguf-parallel"] = partial(_backend, gguf, prompts)
     ways["hf-sequential"] = partial(transformers_generate, hf, prompts)
     ways["hf-batched"] = partial(_backend, hf, prompts)
-
-    def times(new_tokens: int, repeats: int) -> dict[str, Timing]:
-        calls = {name: partial(way, new_tokens) for name, way in ways.items()}
-        return measure(calls, repeats, progress)
-
     # First calls allocate and build.
-    times(2, 1)
-    prefills = times(1, options.repeats)
-    rows = {}
-    for name, timing in times(options.new_tokens, options.repeats).items():
-        prompt_tokens = sum(map(len, prompts))
-        rows[name] = {
+    measure(ways, 1, progress, 2)
+    prefills = measure(ways, options.repeats, progress, 1)
+    timings = measure(ways, options.repeats, progress, options.new_tokens)
+    # One row per way, and how much faster the parallel ways are.
+    prompt_tokens = sum(map(len, prompts))
+    rows = []
+    speeds = {}
+    for name, timing in timings.items():
+        speeds[name] = timing.results[0] / timing.seconds
+        row = {
             "name": name,
-            "tokens_per_second": timing.results[0] / timing.seconds,
+            "tokens_per_second": speeds[name],
             "prompt_tokens": prompt_tokens,
             "new_tokens": timing.results[0],
             "seconds": timing.seconds,
             "prefill_tokens_per_second": prompt_tokens / prefills[name].seconds,
         }
-    result = {"rows": list(rows.values())}
-    for backend, parallel in (("hf", "hf-batched"), ("gguf", "gguf-parallel")):
-        if parallel in rows:
-            baseline = rows[f"{backend}-sequential"]["tokens_per_second"]
-            result[f"{backend}_ratio"] = rows[parallel]["tokens_per_second"] / baseline
+        rows.append(row)
+    result = {"rows": rows, "hf_ratio": speeds["hf-batched"] / speeds["hf-sequential"]}
+    if "gguf-parallel" in speeds:
+        result["gguf_ratio"] = speeds["gguf-parallel"] / speeds["gguf-sequential"]
     settings = {"prompts": len(prompts), "max_num_seqs": MAX_NUM_SEQS, "repeats": options.repeats}
     return {**result, **settings}
 
@@ -109,7 +107,7 @@ def transformers_generate(backend: Any, prompts: Sequence[Prompt], new_tokens: i
     return generated
 
 
-def _open(backend: str, model: str) -> Any:
+def _open(backend: Any, model: str) -> Any:
     return open_backend(ModelConfig(backend=backend, model=model, max_num_seqs=MAX_NUM_SEQS))
 
 
@@ -122,8 +120,13 @@ def _backend(backend: Backend, prompts: Sequence[Prompt], new_tokens: int) -> in
 def _open_llama(model: str, threads: int, context_tokens: int) -> Any:
     from llama_cpp import Llama
 
-    options = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": context_tokens}
-    return Llama(str(gguf_file(model)), verbose=False, **options)
+    return Llama(
+        str(gguf_file(model)),
+        n_ctx=context_tokens,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
 
 
 def _llama(llama: Any, prompts: Sequence[Prompt], new_tokens: int) -> int:

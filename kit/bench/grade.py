@@ -21,7 +21,11 @@ from kit.grading.answers import Grade, Grader, Item, gold_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NUMBERS = ("\\boxed{%s}", "The answer is %s.", "So:\n#### $%s", "\\boxed{\\$%s.00}")
-EXPRESSIONS = ("\\boxed{%s + 0}",)
+# File, rows, verifier, and the texts that hold an answer.
+SETS = {
+    "gsm8k": ("gsm8k_test.jsonl", 1000, "number", NUMBERS),
+    "math": ("math500.jsonl", 500, "math", ("\\boxed{%s + 0}",)),
+}
 BY_WORKER = (":math", ":string", ":unreadable", ":time")  # how a grade that asked a worker ends
 
 
@@ -32,16 +36,14 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
         {rows: [{name: gsm8k | math, rows_per_second, seconds (median of the repeats), answers,
         asked (how many of them asked a worker), verdicts: {verdict: count}}]}.
     """
-    gsm8k = _items("gsm8k_test.jsonl", 1000, "number", NUMBERS)
-    math = _items("math500.jsonl", 500, "math", EXPRESSIONS)
-    ways = {"gsm8k": partial(_grade, gsm8k), "math": partial(_grade, math)}
+    ways = {name: partial(_grade, _items(*source)) for name, source in SETS.items()}
     rows = []
     for name, timing in measure(ways, options.repeats, progress).items():
         grades = timing.results[0]
         row = {
             "name": name,
-            "rows_per_second": round(len(grades) / timing.seconds, 1),
-            "seconds": round(timing.seconds, 3),
+            "rows_per_second": len(grades) / timing.seconds,
+            "seconds": timing.seconds,
             "answers": len(grades),
             "asked": sum(grade.how.endswith(BY_WORKER) for grade in grades),
             "verdicts": dict(Counter(grade.verdict for grade in grades)),

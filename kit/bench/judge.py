@@ -38,23 +38,24 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     Returns:
         {rows: [{name, seconds, ratio, worst, traces}], max_margin_difference, verdicts, skipped,
         traces: [{id, tokens, sentences, kept, seconds: {name: s}, ratio: {name: r},
-        margin_difference}], notes}; ratios are a trace's own, to its prefill, and with the seconds
+        margin_difference}], notes}; ratios are a trace's own, to its prefill; a row's figures are
         medians over traces.
 
     Raises:
-        KitError: no traces are named.
+        KitError: no traces are named, or none fits the model.
     """
     if not options.traces:
         raise KitError("bench judge measures on traces.", "Name a JSONL with --traces FILE.", 2)
-    raw = {
-        "student": {"backend": options.backend, "model": options.model},
-        "teacher": {"backend": "file", "path": str(options.traces)},
-    }
-    config = resolve(raw, "the command line")
+    student = {"backend": options.backend, "model": options.model}
+    teacher = {"backend": "file", "path": str(options.traces)}
+    config = resolve({"student": student, "teacher": teacher}, "the command line")
     backend = open_backend(config.student)
     judge = Judge(config, backend)
     rows = [from_problem(problem) for problem in load_traces(config)]
     fitting = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens]
+    # A prompt longer than the context cannot be judged.
+    if not fitting:
+        raise KitError(f"No trace of {options.traces} fits the model.", "Use shorter traces.")
     traces: list[dict[str, Any]] = []
     for row in fitting[: options.limit]:
         timings = _measure(judge, row, options, progress, references=not traces)
@@ -63,7 +64,7 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     backend.close()
     return {
         "rows": [_row(name, traces) for name in ("prefill", *REFERENCES, *SEARCHES)],
-        "max_margin_difference": max((trace["margin_difference"] for trace in traces), default=0.0),
+        "max_margin_difference": max(trace["margin_difference"] for trace in traces),
         "verdicts": options.verdicts or "the model's own",
         "skipped": len(rows) - len(traces),
         "traces": traces,
@@ -81,8 +82,8 @@ def _measure(
     # Warms up, and gives the reference loops their questions.
     judged = cut(judge, row, force, "binary")
     ways = {name: partial(cut, judge, row, force, name) for name in SEARCHES}
-    ways["prefill"] = partial(_prefill, judge, row)
-    timings = measure(ways, options.repeats, progress)
+    timings = measure({"prefill": partial(_prefill, judge, row), **ways}, options.repeats, progress)
+    # Minutes long, so they are timed once.
     if references:
         loops = {name: partial(_ask, judge, judged, size) for name, size in REFERENCES.items()}
         timings.update(measure(loops, 1, progress))
@@ -97,7 +98,6 @@ def _prefill(judge: Judge, row: PrefixRow) -> None:
 
 def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> None:
     """The paper's loop over the questions that a search asked."""
-    greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
     for verdict in judged.verdicts:
         prefix = judged.trace[: ends(judged.trace)[verdict.sentences - 1]]
         ids = judge.probe(judged, prefix).ids
@@ -105,35 +105,38 @@ def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> None:
         if judge.config.student.backend == "hf":
             transformers_generate(judge.backend, [prompt], new_tokens)
         else:
+            greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
             list(judge.backend.generate([Request("reference", prompt, greedy)]))
 
 
 def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
     """One trace's measurements, and the largest distance of a cached margin from the uncached."""
-    margins = {}
-    differences = [0.0]
+    # SEARCHES begins with uncached, so its margins are the ones to compare with.
+    uncached: dict[int, float] = {}
+    differences = []
     for name in SEARCHES:
         for verdict in timings[name].results[0].verdicts:
-            uncached = margins.setdefault(verdict.sentences, verdict.margin)
-            differences.append(abs(verdict.margin - uncached))
+            margin = uncached.setdefault(verdict.sentences, verdict.margin)
+            differences.append(abs(verdict.margin - margin))
     prefill = timings["prefill"].seconds
     return {
         "id": row.id,
         "tokens": len(judge.probe(row, row.trace).ids),
         "sentences": row.sentences_total,
         "kept": timings["binary"].results[0].sentences,
-        "seconds": {name: round(timing.seconds, 3) for name, timing in timings.items()},
-        "ratio": {name: round(timing.seconds / prefill, 4) for name, timing in timings.items()},
-        "margin_difference": max(differences),
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "ratio": {name: timing.seconds / prefill for name, timing in timings.items()},
+        "margin_difference": max(differences, default=0.0),
     }
 
 
 def _row(name: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
     measured = [trace for trace in traces if name in trace["seconds"]]
-    row = {"name": name, "seconds": None, "ratio": None, "worst": None, "traces": len(measured)}
-    if measured:
-        ratios = [trace["ratio"][name] for trace in measured]
-        row["seconds"] = round(median(trace["seconds"][name] for trace in measured), 3)
-        row["ratio"] = round(median(ratios), 4)
-        row["worst"] = max(ratios)
-    return row
+    ratios = [trace["ratio"][name] for trace in measured]
+    return {
+        "name": name,
+        "seconds": median(trace["seconds"][name] for trace in measured),
+        "ratio": median(ratios),
+        "worst": max(ratios),
+        "traces": len(measured),
+    }

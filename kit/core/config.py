@@ -34,6 +34,7 @@ from kit.core.old_keys import upgrade
 from kit.core.stages import STAGES
 
 Dtype = Literal["auto", "fp32", "bf16", "int8", "nf4"]
+TeacherBackend = Literal["hf", "gguf", "http", "scripted", "file", "reference"]
 Keep = Literal["first", "shortest", "all"]  # of the correct samples
 # What a row of data may hold.
 Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject"]
@@ -69,7 +70,9 @@ class DatasetConfig(BaseConfig):
     name: str | None = None  # in eval/ and in tables; default: from the path
     subset: str | None = None  # a hub dataset's configuration, e.g. main
     steps: tuple[int, int] = (1, 4)  # builtin: fewest and most arithmetic steps of a problem
-    max_number: int = Field(60, ge=6)  # builtin: largest number that a story begins with or adds
+    max_number: int = Field(
+        default=60, ge=6
+    )  # builtin: largest number that a story begins with or adds
     split: str | None = None
     limit: PositiveInt | None = None
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
@@ -127,7 +130,7 @@ class ModelConfig(BaseConfig):
 class Teacher(ModelConfig):
     """Who writes the traces: a model, a file, or the problems' own solutions (reference)."""
 
-    backend: Literal["hf", "gguf", "http", "scripted", "file", "reference"] = "gguf"  # type: ignore[assignment]
+    backend: TeacherBackend = "gguf"  # type: ignore[assignment]
     path: str | None = None  # file: JSONL with traces; None: data.train has them
     fields: dict[Role, str] = {}  # file: as data.train.fields
     wordiness: NonNegativeFloat = 1.0  # reference: how much a trace wanders; 0: the bare solution
@@ -233,11 +236,11 @@ class Prompts(BaseConfig):
 class Config(BaseConfig):
     """A whole run."""
 
-    name: str = Field("run", pattern=r"^[\w][\w.-]*$")
+    name: str = Field(default="run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
     seed: int = 0
-    method: str = Field("palign", pattern=METHOD)
-    stop_after: str = Field("report", pattern=f"^({'|'.join(STAGES)})$")
+    method: str = Field(default="palign", pattern=METHOD)
+    stop_after: str = Field(default="report", pattern=f"^({'|'.join(STAGES)})$")
     data: Data = Data()
     teacher: Teacher = Teacher()
     student: ModelConfig = ModelConfig()

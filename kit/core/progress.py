@@ -19,7 +19,8 @@ from pathlib import Path
 PLAIN_EVERY_SECONDS = 10.0
 # Control characters, marks of text direction and width, lone surrogates.
 _INVISIBLE = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ud800-\udfff\ufeff]"
 )
 
 
@@ -53,12 +54,12 @@ class Bar:
         self.show(self.done, rate)
 
 
+@dataclass
 class Progress:
     """Where a run reports. All of it goes to standard error: standard output is for `--json`."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.log: Path | None = None  # a run sets its own
+    quiet: bool = False
+    log: Path | None = None  # a run sets its own
 
     def say(self, text: str, always: bool = False) -> None:
         """One line for the user and the log; with --quiet only in the log."""
@@ -87,14 +88,15 @@ class Progress:
         from rich import progress as rich
         from rich.console import Console
 
-        columns = [
+        with rich.Progress(
             "{task.description}",
             rich.BarColumn(),
             rich.MofNCompleteColumn(),
             "{task.fields[rate]}",
             rich.TimeElapsedColumn(),
-        ]
-        with rich.Progress(*columns, console=Console(stderr=True), transient=True) as live:
+            console=Console(stderr=True),
+            transient=True,
+        ) as live:
             task = live.add_task(name, total=total, completed=done, rate="")
             yield Bar(total, done, lambda n, rate: live.update(task, completed=n, rate=rate))
 

@@ -1,8 +1,8 @@
 """A run's folder: its lock, its manifest, and which stages are done, resumed, or run again.
 
 A stage is known by the config keys it depends on and by a digest of its input. Equal: it is skipped
-or resumed. Different: the differing key is named, the old files are moved to `stale/`, and the stage
-runs again; rows made under two configs are never in one file. Nothing here reads data.
+or resumed. Different: the differing key is named, the old files are moved to `stale/`, and the
+stage runs again; rows made under two configs are never in one file. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kit.core.stages import STAGE_TABLE, Stage
 from kit.core.storage import RowFile, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
+# Those that affect numbers.
 PACKAGES = "torch transformers peft bitsandbytes accelerate llama-cpp-python math-verify".split()
 R = TypeVar("R", bound=Row)
 
@@ -57,6 +58,7 @@ class Run:
         if self.is_main_process:
             self._take_lock()
             progress.log = self.folder / "run.log"
+        # Not before the lock: another process may be writing it.
         self.manifest = {"stages": {}, "machine": {}, **read_manifest(self.folder)}
         self._write("config.yaml", dump(config))
         self.record(
@@ -101,11 +103,13 @@ class Run:
         """
         about = STAGE_TABLE[stage]
         entry = self.manifest["stages"].get(stage, {})
+        # What the stage depends on now, and what it depended on when its files were written.
         keys = {**about.dependencies(flat(self.config)), "input": source}
         # A key that an older kit did not know had its default.
         known = {**about.dependencies(flat(Config())), **entry.get("keys", keys)}
         changes = about.changes(known, keys)
         if entry and not changes:
+            # The files are of this config: go on, or find that they are complete.
             if not entry["done"]:
                 self.progress.say(f"{stage}: resuming")
             elif output() == entry["output"]:

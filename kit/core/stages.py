@@ -69,6 +69,7 @@ class Stage:
         return ", ".join(changes)
 
 
+# The order of a run, and what each stage depends on and writes.
 STAGE_TABLE = {
     "teach": Stage(
         "kit.pipeline.teach:teach",
@@ -154,16 +155,19 @@ def work_through(
     Raises:
         KitError: two units have one id.
     """
+    # Ids name rows, so that two units of one id would share a row.
     for id, times in Counter(id for id, _ in units).items():
         if times > 1:
             message = f"{stage}: two rows would be called {id!r}."
             raise KitError(message, "Rename one of the problems in the data.")
+    # What an earlier sitting wrote.
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
     done = sum(id in rows for id, _ in units)
     with run.progress.bar(stage, len(units), done=done) as bar:
         for start in range(0, len(units), size):
             batch = dict(units[start : start + size])
+            # Complete batches are skipped, others run whole.
             if batch.keys() <= rows.keys():
                 continue
             for row in work(list(batch.values())):

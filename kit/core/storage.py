@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,13 +24,13 @@ VOLATILE = {"seconds"}  # fields in which equal runs may differ
 R = TypeVar("R", bound=Row)
 
 
+@dataclass
 class RowFile(Generic[R]):
     """Rows of one type in a JSONL file, which need not exist; appended one by one and flushed."""
 
-    def __init__(self, path: Path, kind: type[R]) -> None:
-        self.path = path
-        self.kind = kind
-        self.damaged: list[str] = []  # what the last `read` could not use, in words
+    path: Path
+    kind: type[R]
+    damaged: list[str] = field(default_factory=list)  # what `read` could not use, in words
 
     def read(self, repair: bool = True) -> list[R]:
         """All intact rows, in file order; of two rows with one id, the first.
@@ -52,21 +53,27 @@ class RowFile(Generic[R]):
             else:
                 rows.setdefault(row.id, row)
         if damaged_lines and repair:
+            # Keep them for a person to look at; their rows will be made again.
             _append(self.path.with_name(f"{self.path.name}.damaged"), b"".join(damaged_lines))
-            write_atomic(self.path, "".join(map(line_of, rows.values())))
+            self.write_all(rows.values())
         return list(rows.values())
 
     def append(self, *rows: R) -> None:
         """Add rows in one write and flush them to the disk."""
         _append(self.path, "".join(map(line_of, rows)).encode())
 
+    def write_all(self, rows: Iterable[R]) -> None:
+        """Replace the file's rows at once."""
+        write_atomic(self.path, "".join(map(line_of, rows)))
+
     def _parse(self, line: bytes) -> R:
+        # The digest shows an edit, the row's own type a field that it does not know.
         try:
             raw = json.loads(line)
-            recorded_digest = raw.pop("sha")
+            recorded = raw.pop("sha")
         except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
             raise ValueError("incomplete, or not a row of this kit") from None
-        if recorded_digest != _digest(_canonical(raw), 12):
+        if recorded != _digest(_canonical(raw)):
             raise ValueError(f"row {raw.get('id')!r} was edited: its digest differs")
         try:
             return self.kind.model_validate(raw)
@@ -78,7 +85,7 @@ class RowFile(Generic[R]):
 def line_of(row: Row) -> str:
     """A row as its JSON line, digest last."""
     raw = row.model_dump(mode="json")
-    raw["sha"] = _digest(_canonical(raw), 12)
+    raw["sha"] = _digest(_canonical(raw))
     return json.dumps(raw, ensure_ascii=False) + "\n"
 
 
@@ -132,5 +139,5 @@ def _canonical(raw: Any) -> str:
     return json.dumps(raw, ensure_ascii=False, sort_keys=True)
 
 
-def _digest(text: str, digits: int) -> str:
+def _digest(text: str, digits: int = 12) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]

@@ -1,0 +1,115 @@
+"""The measurements: their shape, their order, and that the ratios are what they say; no speed."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from kit import bench
+from kit.bench import measure
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+
+OPTIONS = {
+    "traces": None,
+    "limit": None,
+    "backend": "hf",
+    "model": "smollm2-135m",
+    "verdicts": None,
+    "repeats": 1,
+    "tokens": 32,
+    "new_tokens": 2,
+}
+TRACE = (
+    "Tom starts with 3 apples. He buys 4 more. So he has 3 + 4 = 7 apples. "
+    "Let me check: 7 - 4 = 3. The answer is 7."
+)
+
+
+def run(**options):
+    return bench.run(SimpleNamespace(**{**OPTIONS, **options}), Progress(quiet=True))
+
+
+def test_ways_take_turns_and_the_order_turns_around_each_round():
+    calls = []
+    ways = {name: lambda number, name=name: calls.append(name) or number for name in "abc"}
+    timings = measure(ways, 3, Progress(quiet=True), 8)
+    assert "".join(calls) == "abccbaabc"
+    assert timings["a"].results == [8, 8, 8]
+    assert timings["a"].seconds == sorted(timings["a"].all_seconds)[1]
+
+
+def test_judging_without_traces_is_bad_usage():
+    with pytest.raises(KitError, match="--traces") as caught:
+        run(subject="judge")
+    assert caught.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "traces.jsonl"
+    row = {"id": "t", "question": "How many apples?", "answer": "7", "long_cot": TRACE}
+    path.write_text(json.dumps(row) + "\n")
+    return run(subject="judge", traces=path, verdicts="middle")
+
+
+def test_judging_has_a_row_per_way_with_ratios_to_the_prefill(judged):
+    assert [row["name"] for row in judged["rows"]] == [
+        "prefill",
+        "reference-256",
+        "reference-16",
+        "uncached",
+        "binary",
+        "gallop",
+        "scan",
+    ]
+    [trace] = judged["traces"]
+    for row in judged["rows"]:
+        assert row.keys() == {"name", "seconds", "ratio", "worst", "traces"}
+        assert (
+            row["ratio"]
+            == row["worst"]
+            == pytest.approx(trace["seconds"][row["name"]] / trace["seconds"]["prefill"])
+        )
+        assert row["traces"] == 1
+    assert judged["subject"] == "judge" and judged["skipped"] == 0
+
+
+def test_forced_verdicts_keep_what_they_say_and_cached_margins_equal_uncached(judged):
+    [trace] = judged["traces"]
+    assert trace["sentences"] == 5 and trace["kept"] == 3
+    assert judged["max_margin_difference"] == trace["margin_difference"] < 1e-3
+
+
+def test_generation_counts_the_same_tokens_in_every_way():
+    result = run(subject="generate", limit=2)
+    assert [row["name"] for row in result["rows"]] == [
+        "gguf-sequential",
+        "gguf-parallel",
+        "hf-sequential",
+        "hf-batched",
+    ]
+    for row in result["rows"]:
+        assert 0 < row["new_tokens"] <= 4 and row["tokens_per_second"] > 0
+    speed = {row["name"]: row["tokens_per_second"] for row in result["rows"]}
+    assert result["hf_ratio"] == speed["hf-batched"] / speed["hf-sequential"]
+    assert result["gguf_ratio"] == speed["gguf-parallel"] / speed["gguf-sequential"]
+
+
+@pytest.mark.slow
+def test_both_losses_of_a_training_step_are_equal():
+    result = run(subject="train")
+    plain, chunked = result["rows"]
+    assert (plain["name"], chunked["name"]) == ("plain", "chunked")
+    assert chunked["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert result["time_ratio"] == chunked["seconds"] / plain["seconds"]
+    assert result["peak_ratio"] == chunked["peak_bytes"] / plain["peak_bytes"]
+
+
+def test_half_of_the_graded_answers_are_wrong(shared):
+    for row in run(subject="grade")["rows"]:
+        verdicts = row["verdicts"]
+        assert sum(verdicts.values()) == row["answers"] == {"gsm8k": 1000, "math": 500}[row["name"]]
+        assert 0.4 < verdicts["correct"] / row["answers"] < 0.6

@@ -1,0 +1,86 @@
+"""The table of stages, what makes one stale, and the loop that makes its rows."""
+
+from __future__ import annotations
+
+import inspect
+from pkgutil import resolve_name
+
+import pytest
+
+import palign
+from kit.core.config import Config, flat, resolve
+from kit.core.errors import KitError
+from kit.core.records import TraceRow
+from kit.core.stages import STAGE_TABLE, STAGES, file_name, tallies, work_through
+from kit.core.storage import RowFile
+from tests.test_run import PROBLEMS, open_run, sweep, trace_row
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_a_function_that_takes_the_run(name):
+    assert [*inspect.signature(resolve_name(STAGE_TABLE[name].entry_point)).parameters] == ["run"]
+
+
+def test_the_command_line_has_a_command_per_stage_in_their_order():
+    assert tuple(palign.STAGE_COMMANDS) == ("run", *STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_key_that_a_stage_depends_on_exists(name):
+    keys = flat(Config())
+    for prefix in STAGE_TABLE[name].keys:
+        assert any(f"{key}.".startswith(f"{prefix}.") for key in keys), prefix
+
+
+def test_a_stage_depends_on_its_sections_but_not_on_keys_that_change_no_row():
+    keys = STAGE_TABLE["truncate"].dependencies(flat(Config()))
+    assert {"student.model", "judge.search", "method"} <= keys.keys()
+    assert not {"student.n_threads", "student.url", "train.rank", "name", "seed"} & keys.keys()
+
+
+def test_changes_are_named_by_key_and_a_changed_input_in_words():
+    stage = STAGE_TABLE["truncate"]
+    before = {**stage.dependencies(flat(Config())), "input": "a"}
+    scan = flat(resolve({"judge": {"search": "scan"}}, "test"))
+    now = {**stage.dependencies(scan), "input": "a"}
+    assert stage.changes(before, now) == "judge.search changed from binary to scan"
+    assert stage.changes(before, {**before, "input": "b"}) == "traces.jsonl changed"
+    assert stage.changes(before, before) == ""
+
+
+@pytest.mark.parametrize("upto", range(7))
+def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upto):
+    calls: list[list[str]] = []
+    with open_run(tmp_path / "whole") as run:
+        whole = sweep(run, [])
+    with open_run(tmp_path / "torn") as run:
+        with pytest.raises(RuntimeError):
+            sweep(run, [], upto)
+        assert sweep(run, calls) == whole
+    assert (tmp_path / "torn/traces.jsonl").read_bytes() == (
+        tmp_path / "whole/traces.jsonl"
+    ).read_bytes()
+    planned = [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
+    assert calls == planned[upto // 3 :]
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    with open_run(tmp_path) as run, pytest.raises(KitError, match=r"'a\.0'"):
+        work_through(
+            run,
+            "teach",
+            RowFile(run.path("traces.jsonl"), TraceRow),
+            [("a.0", 1), ("a.0", 2)],
+            3,
+            iter,
+        )
+
+
+def test_tallies_count_generated_tokens_and_reasons():
+    rows = [trace_row(PROBLEMS[0]), trace_row(PROBLEMS[1]).model_copy(update={"rejected": "why"})]
+    assert tallies(rows) == {"tokens": 0, "rejected": {"why": 1}}
+
+
+def test_a_scores_file_is_named_after_model_side_and_dataset():
+    name = file_name("/models/Qwen 2.5.gguf", "tuned", "data/math500.jsonl")
+    assert name == "eval/Qwen-2.5.gguf-tuned-math500.jsonl.jsonl"
