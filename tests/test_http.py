@@ -27,7 +27,7 @@ import pytest
 
 from kit.backends import open_backend
 from kit.backends.base import Request, ScoreRequest, sample_seed
-from kit.backends.gguf import unpacked
+from kit.backends.gguf import f16_copy
 from kit.backends.http import HttpBackend
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
@@ -74,7 +74,7 @@ class Server:
             sys.executable,
             "-c",
             SERVE,
-            str(unpacked(gguf_file("smollm2-135m"))),
+            str(f16_copy(gguf_file("smollm2-135m"))),
             str(self.port),
             *self.more,
         ]
@@ -541,7 +541,7 @@ def test_a_server_that_names_no_ids_generates_and_does_not_judge(server: Server)
     prompt = render(other.tokenizer, "Name a colour.")
     made = next(other.generate([Request("a", prompt, GREEDY)])).completions[0]
     assert other.tokenizer.decode(made.ids) == made.text
-    with pytest.raises(KitError, match=r"tells no log-probabilities.*Judge with"):
+    with pytest.raises(KitError, match=r"returns no log-probabilities.*Judge with"):
         other.session().score([ScoreRequest(prompt, ((len(prompt) - 1, (5, 6)),))])
     other.close()
     proxy.close()
