@@ -102,9 +102,7 @@ def resolve(name: str) -> Path | str:
         spec = find_spec(package)
         path = Path(spec.submodule_search_locations[0] if spec else package, file_name)
     if path.is_file():
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
+        if path.open("rb").read(4) == b"GGUF":
             return path
         raise KitError(
             f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json."
@@ -142,7 +140,7 @@ def hf_folder(name: str) -> str:
     path = resolve(name)
     if isinstance(path, str):
         return path
-    return str(cached_copy(path, f"-{CONVERSION}", _convert))
+    return str(cached_copy(path, f"-{CONVERSION}", lambda folder: _convert(path, folder)))
 
 
 def cache_folder() -> Path:
@@ -150,13 +148,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PALIGN_CACHE") or "~/.cache/palign").expanduser()
 
 
-def cached_copy(gguf: Path, suffix: str, write: Callable[[Path, Path], None]) -> Path:
+def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     """A file or folder made from a GGUF, written once and cached under the GGUF's content hash.
 
     Args:
         gguf: the original.
         suffix: what tells this kind of copy from others of the same GGUF.
-        write: called with the GGUF and the path to write; that path is renamed when complete.
+        write: called with the path to write, which is renamed when complete.
 
     Raises:
         KitError: the cache cannot be written.
@@ -174,7 +172,7 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path, Path], None]) ->
             if not target.exists():
                 part = target.with_suffix(".part")
                 shutil.rmtree(part, ignore_errors=True)  # from a process that was killed
-                write(gguf, part)
+                write(part)
                 part.rename(target)
     except OSError as error:
         raise KitError(
@@ -197,17 +195,15 @@ def load_tokenizer(name: str) -> HfTokenizer:
     folder = hf_folder(name)
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    eos_ids = turn_ends(inner)
+    eos_ids = {inner.eos_token_id, *turn_ends(inner)}
     for token_id, token in inner.added_tokens_decoder.items():
         if token.content in TURN_ENDS:
             eos_ids.add(token_id)
-    if inner.eos_token_id is not None:
-        eos_ids.add(inner.eos_token_id)
     # many models come without generation_config.json; it names one id or several
     with contextlib.suppress(OSError):
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        eos_ids.update([configured] if isinstance(configured, int) else configured or ())
-    return HfTokenizer(inner, frozenset(eos_ids))
+        eos_ids.update(configured if isinstance(configured, list) else [configured])
+    return HfTokenizer(inner, frozenset(eos_ids - {None}))
 
 
 def load_model(
@@ -291,8 +287,7 @@ def kv_elements(config: Any) -> int:
         )
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    keys_and_values = 2
-    return keys_and_values * text_config.num_hidden_layers * kv_heads * head_size
+    return 2 * text_config.num_hidden_layers * kv_heads * head_size  # 2: keys and values
 
 
 def turn_ends(tokenizer: Any) -> set[int]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from kit.core.config import Sampling
 
+Ids = tuple[int, ...]  # token ids
 FinishReason = Literal["stop", "length", "loop", "error"]
 Logprobs = list[list[float]]  # of one ScoreRequest: natural logarithms, [read][candidate]
 LOOP_EVERY_TOKENS = 8  # how often a running sample is searched for a loop
@@ -36,7 +37,7 @@ class Request:
     """
 
     id: str
-    prompt: tuple[int, ...]  # token ids, special tokens included, from `prompts.render`
+    prompt: Ids  # token ids, special tokens included, from `prompts.render`
     sampling: Sampling
     n: int = 1
     seed: int = 0
@@ -47,7 +48,7 @@ class Completion:
     """One sample. Filled by `check_stop`, or by the server's answer."""
 
     text: str  # up to a stop string
-    ids: tuple[int, ...]  # without the end token
+    ids: Ids  # without the end token
     finish_reason: FinishReason
 
 
@@ -81,7 +82,7 @@ class ActiveRequest:
             return None
         completions = tuple(self.done[number] for number in range(self.request.n))
         prompt_tokens = len(self.request.prompt)
-        seconds = round(time.perf_counter() - self.begun, 3)
+        seconds = time.perf_counter() - self.begun
         return Generation(self.request.id, completions, prompt_tokens, self.prefill_tokens, seconds)
 
 
@@ -92,11 +93,11 @@ class ActiveRequest:
 class ScoreRequest:
     """Log-probabilities to read along one sequence. Filled by the judge."""
 
-    ids: tuple[int, ...]  # (T,) token ids
+    ids: Ids  # (T,) token ids
     # by ascending p in [0, T): (p, candidate tokens that may follow ids[: p + 1])
-    reads: tuple[tuple[int, tuple[int, ...]], ...]
+    reads: tuple[tuple[int, Ids], ...]
 
-    def prompts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def prompts(self) -> list[tuple[Ids, Ids]]:
         """Each read on its own: (the ids before the candidates, the candidates)."""
         return [(self.ids[: p + 1], candidates) for p, candidates in self.reads]
 
@@ -218,7 +219,9 @@ def _finish_reason(
             return "stop"
     if sampling.stop_loops and len(ids) % LOOP_EVERY_TOKENS == 0 and looping(ids):
         return "loop"
-    return "length" if len(ids) >= limit_tokens else None
+    if len(ids) >= limit_tokens:
+        return "length"
+    return None
 
 
 def looping(ids: Sequence[int], longest: int = 64) -> bool:

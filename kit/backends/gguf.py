@@ -77,16 +77,16 @@ def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
 
 def f16_copy(gguf: Path) -> Path:
     """The same model with 16-bit weights (equal to one part in 2,000), cached."""
-    return cached_copy(gguf, ".f16.gguf", _write_f16)
-
-
-def _write_f16(gguf: Path, target: Path) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = 1  # F16
     params.allow_requantize = True
-    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), params):
-        target.unlink(missing_ok=True)
-        raise OSError(" ".join(last_errors))
+
+    def write(path: Path) -> None:
+        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), params):
+            path.unlink(missing_ok=True)
+            raise OSError(" ".join(last_errors))
+
+    return cached_copy(gguf, ".f16.gguf", write)
 
 
 class GgufTokenizer:
@@ -94,7 +94,7 @@ class GgufTokenizer:
 
     def __init__(self, model: Any) -> None:
         self._vocab = vocab = llama_cpp.llama_model_get_vocab(model)
-        self._cached_piece = cache(self._piece)
+        self._piece = cache(self._read_piece)
         self.size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.template = (llama_cpp.llama_model_chat_template(model, None) or b"").decode() or None
         self.bos = self.decode([llama_cpp.llama_vocab_bos(vocab)])
@@ -114,9 +114,9 @@ class GgufTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names; incomplete UTF-8 becomes U+FFFD."""
-        return b"".join(map(self._cached_piece, ids)).decode("utf-8", "replace")
+        return b"".join(map(self._piece, ids)).decode("utf-8", "replace")
 
-    def _piece(self, token: int) -> bytes:
+    def _read_piece(self, token: int) -> bytes:
         if token < 0:  # the BOS or EOS of a model that has none
             return b""
         buffer = ctypes.create_string_buffer(1024)
@@ -183,51 +183,56 @@ class Context:
         """
         lengths = [common_prefix_len(cached, ids) for cached in self.cached]
         source = int(np.argmax(lengths))
-        if lengths[source] < lengths[sequence] + MIN_COPY_TOKENS:
-            source = sequence
-        length = lengths[source]
-        if source != sequence:
-            self._clear(sequence)
+        length = lengths[sequence]
+        if lengths[source] >= length + MIN_COPY_TOKENS:
+            length = lengths[source]
+            self._cut(sequence, 0)
             llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, -1, -1)
-        if 0 < length < len(self.cached[source]) and not self._cut(sequence, length):
-            length = 0
+            self.cached[sequence] = self.cached[source].copy()
+        if length < len(self.cached[sequence]) and not self._cut(sequence, length):
+            self._cut(sequence, 0)
             if UNCUTTABLE not in self._backend.notes:
                 self._backend.notes.append(UNCUTTABLE)
-        if length == 0:
-            self._clear(sequence)
-        self.cached[sequence] = list(ids[:length])
-        return length
+        return len(self.cached[sequence])
+
+    def _cut(self, sequence: int, length: int) -> bool:
+        """Drop a sequence's tokens from `length` on; whether exactly the others are left."""
+        del self.cached[sequence][length:]
+        removed = llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        first = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)
+        # both are -1 in an empty sequence
+        return removed and last == length - 1 and first == min(last, 0)
 
     def prefill(
         self, sequence: int, ids: Sequence[int], wanted: Collection[int]
     ) -> Iterator[np.ndarray]:
-        """Append what a sequence lacks of `ids`; yields as `evaluate`, at the wanted indices."""
-        cached_tokens = len(self.cached[sequence])
-        missing = enumerate(ids[cached_tokens:], cached_tokens)
-        return self.evaluate([BatchToken(sequence, token, i in wanted) for i, token in missing])
+        """Append what a sequence lacks of `ids`; yields logits (V,) at the wanted indices.
 
-    def evaluate(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
-        """Append tokens, and yield the wanted logits (V,), each valid until the next is taken."""
-        start = 0
-        while start < len(tokens):
-            end = start + BATCH_TOKENS
-            # none is left to go alone: see GgufSession
-            if end == len(tokens) - 1:
+        Each is valid until the next is taken.
+        """
+        start = len(self.cached[sequence])
+        while start < len(ids):
+            end = min(start + BATCH_TOKENS, len(ids))
+            # no single token is left over: see GgufSession
+            if end == len(ids) - 1:
                 end -= 1
-            yield from self._decode(tokens[start:end])
+            chunk = range(start, end)
+            yield from self.decode([BatchToken(sequence, ids[i], i in wanted) for i in chunk])
             start = end
 
-    def _decode(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
+    def decode(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
+        """Append tokens, at most BATCH_TOKENS, in one pass; yields as `prefill`."""
         batch = self._batch
         batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            cached = self.cached[token.sequence]
-            batch.token[i] = token.id
+        for i, (sequence, token, wanted) in enumerate(tokens):
+            cached = self.cached[sequence]
+            batch.token[i] = token
             batch.pos[i] = len(cached)
-            batch.logits[i] = token.wanted
+            batch.logits[i] = wanted
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = token.sequence
-            cached.append(token.id)
+            batch.seq_id[i][0] = sequence
+            cached.append(token)
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
             raise KitError(
@@ -238,16 +243,6 @@ class Context:
             if token.wanted:
                 pointer = llama_cpp.llama_get_logits_ith(self._context, i)
                 yield np.ctypeslib.as_array(pointer, (self._backend.tokenizer.size,))
-
-    def _clear(self, sequence: int) -> None:
-        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-
-    def _cut(self, sequence: int, length: int) -> bool:
-        """Drop a sequence's tokens from `length` on; whether exactly the others are left."""
-        removed = llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
-        first = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
-        last = llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)
-        return removed and first == 0 and last == length - 1
 
     def close(self) -> None:
         """Free the memory."""

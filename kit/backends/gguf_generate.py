@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from kit.backends.base import ActiveRequest, Generation, Request, check_stop, sample_seed, too_long
+from kit.backends.base import (
+    ActiveRequest,
+    Completion,
+    Generation,
+    Request,
+    Tokenizer,
+    check_stop,
+    sample_seed,
+    too_long,
+)
 from kit.backends.gguf import BatchToken, Context, GgufBackend
 from kit.core.config import Sampling
 
@@ -29,10 +38,10 @@ class Sample:
     number: int  # among the samples of its request
     random: np.random.Generator
     ids: list[int] = field(default_factory=list)  # drawn so far
-    seen: Any = None  # (V,) bool, the tokens of the prompt and of `ids`; set by `start`
+    seen: Any = None  # (V,) bool, the tokens of the prompt and of `ids`; set by `prefill`
 
-    def start(self, context: Context, slot: int) -> None:
-        """Evaluate the prompt in a slot and draw the first token."""
+    def prefill(self, context: Context, slot: int) -> np.ndarray:
+        """Evaluate the prompt in a slot; returns logits (V,)."""
         active = self.active
         prompt = active.request.prompt
         active.begun = active.begun or time.perf_counter()
@@ -43,17 +52,20 @@ class Sample:
             active.logits = logits.copy()
         self.seen = np.zeros(len(active.logits), bool)
         self.seen[list(prompt)] = True
-        self.push(active.logits)
+        return active.logits
 
-    def push(self, logits: np.ndarray) -> None:
-        """Draw the next token from logits (V,)."""
-        token = draw(logits, self.active.request.sampling, self.random, self.seen)
+    def push(self, logits: np.ndarray, tokenizer: Tokenizer) -> Completion | None:
+        """Draw the next token from logits (V,); returns the completion if that ends it."""
+        sampling = self.active.request.sampling
+        token = draw(logits, sampling, self.random, self.seen)
         self.seen[token] = True
         self.ids.append(token)
+        return check_stop(self.ids, self.active.limit_tokens, sampling, tokenizer)
 
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
     """Yield each request's result as it finishes; the plan follows from the requests alone."""
+    # 1. Refuse prompts that are too long; queue the samples of the others.
     limit = backend.context_tokens
     waiting: deque[Sample] = deque()
     longest = 0
@@ -70,38 +82,37 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
             waiting.append(Sample(active, number, np.random.default_rng(seed)))
     if not waiting:
         return
-    slots = range(min(backend.engine.max_num_seqs, len(waiting)))
+    # 2. Give samples one token after the other; those that end free their slots.
+    slots = min(backend.engine.max_num_seqs, len(waiting))
     running: dict[int, Sample] = {}  # by slot
-    with closing(Context(backend, longest, len(slots), flash_attention=True)) as context:
+    with closing(Context(backend, longest, slots, flash_attention=True)) as context:
         while waiting or running:
-            # 1. Every sample gets one token: new ones from their prompts, else all that run.
-            free = [slot for slot in slots if slot not in running]
-            starting = free[: len(waiting)]
-            for slot in starting:
-                running[slot] = waiting.popleft()
-                running[slot].start(context, slot)
-            if not starting:
-                decode_step(context, running)
-            # 2. Samples that end free their slots.
-            for slot, sample in sorted(running.items()):
-                active = sample.active
-                sampling = active.request.sampling
-                completion = check_stop(
-                    sample.ids, active.limit_tokens, sampling, backend.tokenizer
-                )
+            for slot, logits in next_logits(context, running, waiting):
+                sample = running[slot]
+                completion = sample.push(logits, backend.tokenizer)
                 if completion:
                     del running[slot]
-                    result = active.finish(sample.number, completion)
+                    result = sample.active.finish(sample.number, completion)
                     if result:
                         yield result
 
 
-def decode_step(context: Context, running: dict[int, Sample]) -> None:
-    """Give every running sample one token, all in one pass."""
-    slots = sorted(running)
-    last_tokens = [BatchToken(slot, running[slot].ids[-1], wanted=True) for slot in slots]
-    for slot, logits in zip(slots, context.evaluate(last_tokens), strict=True):
-        running[slot].push(logits)
+def next_logits(
+    context: Context, running: dict[int, Sample], waiting: deque[Sample]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Start waiting samples where slots are free, else decode all running ones together.
+
+    Moves samples from `waiting` to `running`. Yields (slot, logits (V,)).
+    """
+    free = [slot for slot in range(len(context.cached)) if slot not in running]
+    starting = free[: len(waiting)]
+    for slot in starting:
+        running[slot] = waiting.popleft()
+        yield slot, running[slot].prefill(context, slot)
+    if not starting:
+        slots = sorted(running)
+        tokens = [BatchToken(slot, running[slot].ids[-1], True) for slot in slots]
+        yield from zip(slots, context.decode(tokens), strict=True)
 
 
 def draw(
@@ -116,10 +127,9 @@ def draw(
         seen: (V,) bool, the tokens that the penalty applies to: of prompt and sample.
     """
     if sampling.repetition_penalty != 1:
-        factors = np.float32([sampling.repetition_penalty, 1 / sampling.repetition_penalty])
-        ids = np.flatnonzero(seen)
-        logits = logits.copy()
-        logits[ids] *= factors[(logits[ids] > 0).astype(int)]
+        penalty = sampling.repetition_penalty
+        factors = np.where(logits > 0, np.float32(1 / penalty), np.float32(penalty))
+        logits = np.where(seen, logits * factors, logits)
     if sampling.temperature == 0:
         return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)

@@ -26,8 +26,8 @@ import openai
 
 from kit.backends.base import (
     Completion,
-    FinishReason,
     Generation,
+    Ids,
     Logprobs,
     Request,
     ScoreRequest,
@@ -40,6 +40,8 @@ from kit.backends.base import (
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
 from kit.models import load_tokenizer, resolve
+
+Json = dict[str, Any]
 
 REFUSED_STATUSES = (400, 413, 422)  # of one request: asking again changes nothing
 KEY_STATUSES = (401, 403)
@@ -77,9 +79,7 @@ class HttpBackend:
         self._client = openai.OpenAI(
             api_key=self._key,
             base_url=self.root,
-            timeout=openai.Timeout(
-                engine.timeout_seconds, connect=min(10.0, engine.timeout_seconds)
-            ),
+            timeout=openai.Timeout(engine.timeout_seconds, connect=10.0),
             max_retries=engine.retries,
         )
         self._connect()
@@ -139,15 +139,14 @@ class HttpBackend:
             for future in as_completed(futures):
                 if future.cancelled():
                     continue
-                if future.exception() is None:
-                    yield future.result()
-                    continue
-                # nothing new is sent; requests in flight still bring their results
                 failure = failure or future.exception()
-                cancel(futures)
+                if failure:  # nothing new is sent; requests in flight still bring their results
+                    cancel(futures)
+                if not future.exception():
+                    yield future.result()
         finally:
             cancel(futures)
-        if failure is not None:
+        if failure:
             raise failure
 
     def session(self, uncached: bool = False) -> HttpSession:
@@ -159,9 +158,7 @@ class HttpBackend:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def complete(
-        self, prompt: Sequence[int], fields: dict[str, Any], usage: TokenUsage
-    ) -> list[dict[str, Any]]:
+    def complete(self, prompt: Sequence[int], fields: Json, usage: TokenUsage) -> list[Json]:
         """The choices of a completion of token ids.
 
         Args:
@@ -193,18 +190,18 @@ class HttpBackend:
         with self._lock:
             usage.add(spent)
             self._usage.add(spent)
-            total = self._usage.prefill_tokens + self._usage.cached_tokens
+            total = sum(vars(self._usage).values())
             ratio = self._usage.cached_tokens / total
             self.notes[:] = [f"prefix cache: {ratio:.1%} of {total:,} prompt tokens reused"]
         return choices
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, path: str, body: Json | None = None) -> Json:
         """POST a body, or GET without one, under the server's root; raises as `complete`."""
         try:
-            if body is None:
-                reply = self._client.get(path, cast_to=object)
-            else:
+            if body:
                 reply = self._client.post(path, body=body, cast_to=object)
+            else:
+                reply = self._client.get(path, cast_to=object)
         except openai.OpenAIError as error:
             raise self._explained(error) from None
         if not isinstance(reply, dict):
@@ -240,22 +237,25 @@ class HttpBackend:
         if error:
             return error
         begun = time.perf_counter()
-        size = len(request.prompt)
         usage = TokenUsage()
-        completions = []
+        choices = []
         # llama-server caches by slot: its samples go one by one and find the prompt's slot again
         step = 1 if self.llama else request.n
         try:
             for first in range(0, request.n, step):
                 fields = self._sampling_fields(request, first, step)
-                for choice in self.complete(request.prompt, fields, usage):
-                    completions.append(self._completion(choice, request.sampling))
+                choices += self.complete(request.prompt, fields, usage)
         except Refused as refused:
-            return Generation(request.id, prompt_tokens=size, error=str(refused))
-        seconds = time.perf_counter() - begun
-        return Generation(request.id, tuple(completions), size, usage.prefill_tokens, seconds)
+            return Generation(request.id, prompt_tokens=len(request.prompt), error=str(refused))
+        return Generation(
+            request.id,
+            tuple(self._completion(choice, request.sampling) for choice in choices),
+            len(request.prompt),
+            usage.prefill_tokens,
+            time.perf_counter() - begun,
+        )
 
-    def _sampling_fields(self, request: Request, first: int, count: int) -> dict[str, Any]:
+    def _sampling_fields(self, request: Request, first: int, count: int) -> Json:
         """The fields of `count` samples, the first of which is number `first`."""
         sampling = request.sampling
         room = self.context_tokens - len(request.prompt)
@@ -280,21 +280,21 @@ class HttpBackend:
             "logprobs": 1,  # nothing else brings the ids
         }
 
-    def _completion(self, choice: dict[str, Any], sampling: Sampling) -> Completion:
-        text = choice["text"]
+    def _completion(self, choice: Json, sampling: Sampling) -> Completion:
         ids = choice.get("token_ids")
-        if ids is None and self.llama:
+        if self.llama:
             content = (choice.get("logprobs") or {}).get("content") or ()
             ids = [entry["id"] for entry in content]
         if ids is None:  # SGLang
-            ids = self.tokenizer.encode(text, special=False)
-        reported = choice.get("finish_reason")
-        if reported == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
+            ids = self.tokenizer.encode(choice["text"], special=False)
+        finish_reason = choice.get("finish_reason")
+        if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
-        finish_reason: FinishReason = reported if reported in ("stop", "length") else "error"
         if finish_reason == "length" and sampling.stop_loops and looping(ids):
             finish_reason = "loop"
-        return Completion(text, tuple(ids), finish_reason)
+        if finish_reason not in ("stop", "length", "loop"):
+            finish_reason = "error"
+        return Completion(choice["text"], tuple(ids), finish_reason)
 
 
 class HttpSession:
@@ -314,23 +314,23 @@ class HttpSession:
         apply = map if self.backend.llama else self.backend.pool.map
         values = [*map(self._score, longest_first[:1]), *apply(self._score, longest_first[1:])]
         by_prompt = dict(zip(longest_first, values, strict=True))
-        return [[by_prompt[prompt] for prompt in request.prompts()] for request in requests]
+        return [list(map(by_prompt.__getitem__, request.prompts())) for request in requests]
 
     def close(self) -> None:
         """Nothing to free: the cache is the server's."""
 
-    def _score(self, prompt: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
+    def _score(self, prompt: tuple[Ids, Ids]) -> list[float]:
         """Log-probabilities of candidates after token ids."""
         backend = self.backend
         ids, candidates = prompt
-        fields: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        fields: Json = {"max_tokens": 1, "temperature": 0}
         if backend.llama:
             fields["cache_prompt"] = not self.uncached
         else:
             fields.update(return_tokens_as_token_ids=True, logprob_token_ids=candidates)
             if self.uncached:  # a salt of its own keeps a prompt out of vLLM's cache
                 fields["cache_salt"] = uuid.uuid4().hex
-        # llama-server lists the likeliest: where a candidate is not among them, ask for all
+        # an unlikely candidate may not be among the top: llama-server then lists every token
         for count in (TOP_LOGPROBS, ALL_LOGPROBS) if backend.llama else (TOP_LOGPROBS,):
             fields["logprobs"] = count
             known = logprobs(backend.complete(ids, fields, self.cost)[0])
@@ -348,7 +348,7 @@ def cancel(futures: Sequence[Future]) -> None:
         future.cancel()
 
 
-def logprobs(choice: dict[str, Any]) -> dict[int, float]:
+def logprobs(choice: Json) -> dict[int, float]:
     """Log-probabilities of the first token and its rivals by id, from llama-server or vLLM."""
     reply = choice.get("logprobs") or {}
     if reply.get("content"):

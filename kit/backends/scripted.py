@@ -12,11 +12,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 
 from kit.backends.base import (
     Completion,
     Generation,
+    Ids,
     Logprobs,
     Request,
     ScoreRequest,
@@ -55,9 +57,7 @@ class ScriptedBackend:
         self.notes = ["a scripted stand-in, no model: for tests of the stages only"]
         self.seconds = float(os.environ.get("PALIGN_SCRIPT_SECONDS", "0"))
         path = Path(engine.model)
-        self.answers: dict[str, str] = {}
-        if path.is_file():
-            self.answers = json.loads(path.read_text(encoding="utf-8"))
+        self.answers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Right, wrong, unparsable or over-long answers, by hash."""
@@ -66,20 +66,16 @@ class ScriptedBackend:
             text = self.tokenizer.decode(request.prompt)
             gold = next((self.answers[key] for key in self.answers if key in text), "0")
             seeds = [sample_seed(request.seed, request.id, j) for j in range(request.n)]
-            samples = tuple(self._answer(seed, gold) for seed in seeds)
+            completions = tuple(self._answer(seed, gold) for seed in seeds)
             size = len(request.prompt)
-            yield Generation(request.id, samples, size, size, self.seconds)
+            yield Generation(request.id, completions, size, size, self.seconds)
 
     def _answer(self, seed: int, gold: str) -> Completion:
-        text = f"First, look at it ({seed}). Then count. "
-        if seed % 5 == 0:
-            text += f"So it is \\boxed{{1{gold}}}."
-        elif seed % 5 == 1:
-            text += "No idea."
-        else:
-            text += f"So it is \\boxed{{{gold}}}."
-        finish_reason = "length" if seed % 7 == 0 else "stop"
-        return Completion(text, tuple(self.tokenizer.encode(text)), finish_reason)
+        endings = {0: f"So it is \\boxed{{1{gold}}}.", 1: "No idea."}
+        ending = endings.get(seed % 5, f"So it is \\boxed{{{gold}}}.")
+        text = f"First, look at it ({seed}). Then count. {ending}"
+        ids = tuple(self.tokenizer.encode(text))
+        return Completion(text, ids, "length" if seed % 7 == 0 else "stop")
 
     def session(self, uncached: bool = False) -> ScriptedSession:
         """Judging by hash."""
@@ -98,20 +94,16 @@ class ScriptedSession:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Numbers between -4 and 0."""
-        results = []
-        for request in requests:
-            prompts = request.prompts()
-            results.append([self._score(ids, candidates) for ids, candidates in prompts])
-        return results
+        return [list(starmap(self._score, request.prompts())) for request in requests]
 
-    def _score(self, ids: tuple[int, ...], candidates: Sequence[int]) -> list[float]:
-        values = []
+    def _score(self, ids: Ids, candidates: Ids) -> list[float]:
+        logprobs = []
         for candidate in candidates:
             time.sleep(self.seconds)
             self.cost.prefill_tokens += len(ids)
             digest = hashlib.sha256(repr((ids, candidate)).encode()).digest()
-            values.append(-int.from_bytes(digest[:2], "big") / 16384)
-        return values
+            logprobs.append(-int.from_bytes(digest[:2], "big") / 16384)
+        return logprobs
 
     def close(self) -> None:
         """Nothing is held."""
