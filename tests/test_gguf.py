@@ -1,4 +1,7 @@
-"""The llama.cpp backend on the packaged model: cached equals fresh, parallel equals sequential up to near-ties."""
+"""The llama.cpp backend on the packaged model.
+
+Cached equals fresh, and parallel equals sequential up to near-ties.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,24 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
 from kit import prompts
 from kit.backends import open_backend
 from kit.backends.base import Completion, Generation, Request, ScoreRequest, looping
-from kit.backends.gguf import GgufBackend, library
+from kit.backends.gguf import GgufBackend
 from kit.backends.gguf_generate import draw
 from kit.core.config import ModelConfig, Prompts, Sampling
 from kit.core.errors import KitError
 from kit.judging.sentences import ends
 from kit.models import gguf_file
 
-NEAR_TIE = (
-    0.05  # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
-)
+# nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
+NEAR_TIE = 0.05
 ENGINE = ModelConfig(backend="gguf", context_tokens=2048, max_num_seqs=6, n_threads=1)
 
 
@@ -35,16 +39,18 @@ def backend() -> Iterator[GgufBackend]:
     opened.close()
 
 
-def asked(backend: GgufBackend, count: int, sampling: Sampling, n: int = 1) -> list[Request]:
+def addition_requests(
+    backend: GgufBackend, count: int, sampling: Sampling, n: int = 1
+) -> list[Request]:
     """Prompts of mixed length that share the template and the instruction."""
     texts = [f"Add {i} and {i + 3}. " * (1 + 3 * (i % 4)) for i in range(count)]
     ids = [prompts.render(backend.tokenizer, prompts.solve_text(Prompts(), text)) for text in texts]
     return [Request(f"r{i}", prompt, sampling, n=n, seed=3) for i, prompt in enumerate(ids)]
 
 
-def read(backend: GgufBackend, probes: list[ScoreRequest], fresh: bool = False) -> list:
-    with closing(backend.session(fresh)) as session:
-        return session.score(probes)
+def score(backend: GgufBackend, requests: list[ScoreRequest], uncached: bool = False) -> list:
+    with closing(backend.session(uncached)) as session:
+        return session.score(requests)
 
 
 def by_id(results: Iterator[Generation]) -> dict[str, Generation]:
@@ -55,8 +61,10 @@ def margins(readings: list) -> np.ndarray:
     return np.array([reads[0][0] - reads[0][1] for reads in readings])
 
 
-def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[list[ScoreRequest]]:
-    """The judging probes of the shortest real traces, at every so many sentences and at the end."""
+def judging_requests(
+    backend: GgufBackend, shared: Path, count: int, every: int
+) -> list[list[ScoreRequest]]:
+    """Of the shortest real traces, at every so many sentences and at the end."""
     rows = [
         json.loads(line)
         for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()
@@ -64,7 +72,7 @@ def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[l
     encode = backend.tokenizer.encode
     labels = encode("[ENOUGH]", False), encode("[NOT_ENOUGH]", False)
     same = next(i for i, (a, b) in enumerate(zip(*labels, strict=False)) if a != b)
-    found = []
+    traces = []
     for row in sorted(rows, key=lambda row: len(row["long_cot"]))[:count]:
         cuts = ends(row["long_cot"])
         probes = []
@@ -74,23 +82,22 @@ def judged(backend: GgufBackend, shared: Path, count: int, every: int) -> list[l
             )
             ids = (*prompts.render(backend.tokenizer, text), *labels[0][:same])
             probes.append(ScoreRequest(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))
-        found.append(probes)
-    return found
+        traces.append(probes)
+    return traces
 
 
 def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) -> None:
     worst = 0.0
-    for probes in judged(backend, shared, count=1, every=8):
-        fresh = margins(read(backend, probes, fresh=True))
+    for probes in judging_requests(backend, shared, count=1, every=8):
+        fresh = margins(score(backend, probes, uncached=True))
         with closing(backend.session()) as scan:
             worst = max(worst, np.abs(margins(scan.score(probes)) - fresh).max())
         assert scan.cost.prefill_tokens < len(probes[-1].ids) + 16 * len(probes)
         binary, order = backend.session(), [len(probes) // 2, 0, len(probes) - 1, 1]
         worst = max(worst, *(abs(margins(binary.score([probes[i]]))[0] - fresh[i]) for i in order))
         assert binary.cost.prefill_tokens < len(probes[-1].ids) + 16 * len(order)
-    again = binary.score(
-        [probes[-1]]
-    )  # all of it is held, and two tokens are evaluated all the same
+    # all of it is cached, and two tokens are evaluated all the same
+    again = binary.score([probes[-1]])
     worst = max(worst, abs(margins(again)[0] - fresh[-1]))
     binary.close()
     print(f"largest difference of cached and fresh margins: {worst:.2g}")
@@ -100,7 +107,7 @@ def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) ->
 def test_nothing_past_the_furthest_boundary_is_evaluated(
     backend: GgufBackend, shared: Path
 ) -> None:
-    [probes] = judged(backend, shared, count=1, every=6)
+    [probes] = judging_requests(backend, shared, count=1, every=6)
     session = backend.session()
     session.score([probes[2]])
     session.score([probes[0]])
@@ -111,10 +118,10 @@ def test_nothing_past_the_furthest_boundary_is_evaluated(
     session.close()
 
 
-def test_reads_along_one_probe(backend: GgufBackend) -> None:
+def test_reads_along_one_request_equal_separate_ones(backend: GgufBackend) -> None:
     ids = tuple(backend.tokenizer.encode("One plus one is two, and two plus two is four."))
     reads = tuple((p, (ids[p + 1],)) for p in range(4, len(ids) - 1))
-    together = read(backend, [ScoreRequest(ids, reads)])[0]
+    together = score(backend, [ScoreRequest(ids, reads)])[0]
     session = backend.session()
     apart = [
         session.score([ScoreRequest(ids[: p + 1], ((p, wanted),))])[0][0] for p, wanted in reads
@@ -128,10 +135,10 @@ def test_reads_along_one_probe(backend: GgufBackend) -> None:
 
 
 def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> None:
-    """Of the same weights, dequantized: labels, by a threshold amid the margins, differ at near-ties alone."""
+    """Of the same weights, dequantized: labels differ only at near-ties of the threshold."""
     hf = open_backend(ModelConfig(backend="hf", model=ENGINE.model))
-    [probes] = judged(backend, shared, count=1, every=2)
-    ours, theirs = margins(read(backend, probes)), margins(read(hf, probes))
+    [probes] = judging_requests(backend, shared, count=1, every=2)
+    ours, theirs = margins(score(backend, probes)), margins(score(hf, probes))
     hf.close()
     threshold, worst = np.median(theirs), np.abs(ours - theirs).max()
     print(f"llama.cpp and transformers: margins differ by up to {worst:.2g}")
@@ -142,20 +149,18 @@ def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> N
 
 @pytest.mark.slow
 def test_more_traces_cached_equal_fresh(backend: GgufBackend, shared: Path) -> None:
-    for probes in judged(backend, shared, count=4, every=3):
-        fresh = margins(read(backend, probes, fresh=True))
-        assert np.abs(margins(read(backend, probes)) - fresh).max() < 1e-3
+    for probes in judging_requests(backend, shared, count=4, every=3):
+        fresh = margins(score(backend, probes, uncached=True))
+        assert np.abs(margins(score(backend, probes)) - fresh).max() < 1e-3
 
 
 @pytest.mark.slow
 def test_flash_attention_keeps_labels(shared: Path) -> None:
     flash = open_backend(ENGINE.model_copy(update={"flash_attention": True}))
-    for probes in judged(flash, shared, count=3, every=4):
-        fresh = margins(read(flash, probes, fresh=True))
-        cached = margins(read(flash, probes))
-        print(
-            f"with flash attention: {np.abs(cached - fresh).max():.2g} between cached and fresh margins"
-        )
+    for probes in judging_requests(flash, shared, count=3, every=4):
+        fresh = margins(score(flash, probes, uncached=True))
+        cached = margins(score(flash, probes))
+        print(f"with flash attention, cached margins move by {np.abs(cached - fresh).max():.2g}")
         assert ((cached >= 0) == (fresh >= 0)).all()
     flash.close()
 
@@ -163,12 +168,14 @@ def test_flash_attention_keeps_labels(shared: Path) -> None:
 def test_a_cache_that_refuses_to_be_cut_is_recomputed(
     backend: GgufBackend, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probes = judged(backend, shared, count=1, every=8)[0][:2]
-    expected = margins(read(backend, probes))
-    refuse, lib = library().llama_memory_seq_rm, library()
-    monkeypatch.setattr(
-        lib, "llama_memory_seq_rm", lambda m, s, a, b: a <= 0 and refuse(m, s, a, b)
-    )
+    probes = judging_requests(backend, shared, count=1, every=8)[0][:2]
+    expected = margins(score(backend, probes))
+    remove = llama_cpp.llama_memory_seq_rm
+
+    def refuse_to_cut(memory: Any, sequence: int, start: int, end: int) -> bool:
+        return start <= 0 and remove(memory, sequence, start, end)
+
+    monkeypatch.setattr(llama_cpp, "llama_memory_seq_rm", refuse_to_cut)
     session = backend.session()
     assert np.abs(margins(session.score(probes)) - expected).max() < 1e-3
     assert session.cost.cached_tokens == 0
@@ -177,7 +184,7 @@ def test_a_cache_that_refuses_to_be_cut_is_recomputed(
 
 
 def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> None:
-    requests = asked(backend, 8, Sampling(temperature=0, max_new_tokens=24))
+    requests = addition_requests(backend, 8, Sampling(temperature=0, max_new_tokens=24))
     many = by_id(backend.generate(requests))
     backend.engine = ENGINE.model_copy(update={"max_num_seqs": 1})
     one = by_id(backend.generate(requests))
@@ -190,8 +197,8 @@ def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> Non
         at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         assert at is not None, "one is the other's beginning: the end token came early"
         ids = (*request.prompt, *first[:at])
-        a, b = read(
-            backend, [ScoreRequest(ids, ((len(ids) - 1, (first[at], second[at])),))], fresh=True
+        a, b = score(
+            backend, [ScoreRequest(ids, ((len(ids) - 1, (first[at], second[at])),))], uncached=True
         )[0][0]
         assert abs(a - b) < NEAR_TIE
         ties += 1
@@ -201,7 +208,7 @@ def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> Non
 
 def test_samples_share_their_prefill_and_have_their_own_seeds(backend: GgufBackend) -> None:
     hot = Sampling(temperature=1.0, max_new_tokens=12)
-    requests = asked(backend, 3, hot, n=4)
+    requests = addition_requests(backend, 3, hot, n=4)
     results = by_id(backend.generate(requests))
     shortest = min(len(request.prompt) for request in requests)
     for request in requests:
@@ -209,17 +216,17 @@ def test_samples_share_their_prefill_and_have_their_own_seeds(backend: GgufBacke
         assert result.prompt_tokens == len(request.prompt) >= result.prefill_tokens > 0
         assert len({sample.ids for sample in result.completions}) > 1
     assert results["r0"].prefill_tokens == len(requests[0].prompt)
-    assert (
-        results["r1"].prefill_tokens < len(requests[1].prompt) - 8 < shortest + 100
-    )  # the shared beginning
+    # the shared beginning
+    assert results["r1"].prefill_tokens < len(requests[1].prompt) - 8 < shortest + 100
     alone = by_id(backend.generate([replace(requests[1], n=2)]))["r1"]
     pairs = zip(alone.completions, results["r1"].completions, strict=False)
-    assert (
-        sum(a.ids == b.ids for a, b in pairs) >= 1
-    )  # neighbours move a draw only where it falls on an edge
+    # neighbours move a draw only where it falls on an edge
+    assert sum(a.ids == b.ids for a, b in pairs) >= 1
 
 
-def test_finish_reasons(backend: GgufBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_finish_is_named(
+    backend: GgufBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backend, "context_tokens", 128)
     tokenizer = backend.tokenizer
     greedy = Sampling(temperature=0, max_new_tokens=40)
@@ -259,7 +266,7 @@ def test_finish_reasons(backend: GgufBackend, monkeypatch: pytest.MonkeyPatch) -
     assert "128 tokens" in results["long"].error and "0 tokens" in results["empty"].error
 
 
-def test_tokenizer(backend: GgufBackend) -> None:
+def test_the_tokenizer_keeps_text_and_special_tokens_apart(backend: GgufBackend) -> None:
     tokenizer = backend.tokenizer
     text = "naïve 😀 x² <|im_end|> tail "
     plain, special = tokenizer.encode(text, special=False), tokenizer.encode(text)
@@ -269,53 +276,49 @@ def test_tokenizer(backend: GgufBackend) -> None:
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(tokenizer.special)
     assert tokenizer.eos == "<|im_end|>" and tokenizer.template and "im_start" in tokenizer.template
     smile = tokenizer.encode("😀")
-    assert len(smile) > 1 and "\ufffd" in tokenizer.decode(
-        smile[:1]
-    )  # bytes that are not yet a character
+    # bytes that are not yet a character
+    assert len(smile) > 1 and "\ufffd" in tokenizer.decode(smile[:1])
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
 def test_a_penalty_reaches_the_prompt_and_the_sample(backend: GgufBackend) -> None:
     ids = tuple(backend.tokenizer.encode("ha ha ha ha ha ha ha ha ha ha ha ha ha ha"))
     plain = Sampling(temperature=0, max_new_tokens=24)
-    penal = plain.model_copy(update={"repetition_penalty": 1.5})
-    found = by_id(backend.generate([Request("plain", ids, plain), Request("penal", ids, penal)]))
-    kinds = {name: len(set(result.completions[0].ids)) for name, result in found.items()}
-    assert kinds["penal"] > 2 * kinds["plain"]
+    penalized = plain.model_copy(update={"repetition_penalty": 1.5})
+    requests = [Request("plain", ids, plain), Request("penalized", ids, penalized)]
+    results = by_id(backend.generate(requests))
+    kinds = {name: len(set(result.completions[0].ids)) for name, result in results.items()}
+    assert kinds["penalized"] > 2 * kinds["plain"]
 
 
-def test_draw() -> None:
+def test_draws_follow_the_filtered_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    seen = np.array([True, False, False, False])
 
-    def accuracy_by_problem(**settings: float) -> list[float]:
-        sampling, random = (
-            Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)),
-            np.random.default_rng(0),
-        )
-        return (
-            np.bincount([draw(logits, sampling, random, [0]) for _ in range(1500)], minlength=4)
-            / 1500
-        ).tolist()
+    def ratios(**settings: float) -> list[float]:
+        sampling = Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings))
+        random = np.random.default_rng(0)
+        tokens = [draw(logits, sampling, random, seen) for _ in range(1500)]
+        return (np.bincount(tokens, minlength=4) / 1500).tolist()
 
-    assert accuracy_by_problem() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
-    assert accuracy_by_problem(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
-    assert accuracy_by_problem(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
-    assert accuracy_by_problem(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
-    assert accuracy_by_problem(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
-    assert accuracy_by_problem(temperature=0) == [1, 0, 0, 0]
-    assert accuracy_by_problem(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
+    assert ratios() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert ratios(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert ratios(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert ratios(min_p=0.25) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.05)
+    assert ratios(temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.05)
+    assert ratios(temperature=0) == [1, 0, 0, 0]
+    assert ratios(temperature=0, repetition_penalty=2.0) == [0, 1, 0, 0]
     assert logits[0] == np.float32(np.log(np.float32(0.5)))  # left as they were
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    library.cache_clear()
+    monkeypatch.delitem(sys.modules, "kit.backends.gguf")
     with pytest.raises(KitError, match=r"pip install llama-cpp-python==0\.3\.36"):
         open_backend(ENGINE)
-    library.cache_clear()
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     whole = gguf_file("smollm2-135m").read_bytes()
     for name, data in (
         ("cut.gguf", whole[: len(whole) // 2]),
@@ -327,8 +330,10 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
             open_backend(ModelConfig(backend="gguf", model=str(tmp_path / name)))
 
 
-def test_a_copy_that_cannot_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_cannot_be_cached_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(KitError, match=r"cannot be unpacked.*set PALIGN_CACHE"):
+    with pytest.raises(KitError, match=r"cannot be cached.*set PALIGN_CACHE"):
         open_backend(ENGINE)

@@ -1,7 +1,7 @@
 """kit.backends.http against llama.cpp's real server, directly and through a proxy that misbehaves.
 
-Everything listens on 127.0.0.1. The server runs the 16-bit copy that the in-process engine runs as well, with one
-thread: on busy cores two of them spin on each other.
+Everything listens on 127.0.0.1. The server runs the 16-bit copy that the in-process engine runs as
+well, with one thread: on busy cores two of them spin on each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 
 from kit.backends import open_backend
 from kit.backends.base import Request, ScoreRequest, sample_seed
-from kit.backends.gguf import unpacked
+from kit.backends.gguf import f16_copy
 from kit.backends.http import HttpBackend
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
@@ -74,7 +74,7 @@ class Server:
             sys.executable,
             "-c",
             SERVE,
-            str(unpacked(gguf_file("smollm2-135m"))),
+            str(f16_copy(gguf_file("smollm2-135m"))),
             str(self.port),
             *self.more,
         ]
@@ -108,8 +108,11 @@ def mortal() -> Iterator[Server]:
 
 
 class Proxy:
-    """Passes requests on to a server; `meddle(number, body)` says what to do with the number-th completion instead:
-    a status to answer with, "hang", "cut" (close without an answer), or None; `reshape` rewrites JSON answers."""
+    """Passes requests on to a server.
+
+    `meddle(number, body)` says what to do with the number-th completion instead: a status to answer
+    with, "hang", "cut" (close without an answer), or None. `reshape` rewrites JSON answers.
+    """
 
     def __init__(
         self,
@@ -231,10 +234,9 @@ def test_start_learns_context_slots_and_template(backend: HttpBackend) -> None:
 
 
 def test_another_models_tokenizer_is_noticed(server: Server, tmp_path: Path) -> None:
-    four, other = (
-        struct.pack("<Q", 1) + b"4",
-        struct.pack("<Q", 1) + b"x",
-    )  # as a GGUF writes its vocabulary
+    # as a GGUF writes its vocabulary
+    four = struct.pack("<Q", 1) + b"4"
+    other = struct.pack("<Q", 1) + b"x"
     data = gguf_file("smollm2-135m").read_bytes()
     assert four in data and other in data
     at = data.index(four)
@@ -258,7 +260,7 @@ def test_start_up_errors_say_what_to_do(server: Server) -> None:
         open_backend(engine(f"http://127.0.0.1:{server.port}/nothing/v1", retries=0))
 
 
-def test_key_is_sent_and_stands_nowhere(
+def test_the_key_is_sent_and_appears_nowhere(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = "sk-very-secret-0123456789"
@@ -269,9 +271,8 @@ def test_key_is_sent_and_stands_nowhere(
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-place")
         with pytest.raises(KitError, match="LAB_KEY, is not set"):
             open_backend(engine(server.url, api_key_env="LAB_KEY"))
-        with pytest.raises(
-            KitError, match="api_key_env names, None, is not set"
-        ):  # not OPENAI_API_KEY
+        # not OPENAI_API_KEY
+        with pytest.raises(KitError, match="api_key_env names, None, is not set"):
             open_backend(engine(server.url))
         monkeypatch.setenv("LAB_KEY", "sk-wrong-98765")
         with pytest.raises(KitError, match="LAB_KEY, is set, but not accepted") as wrong:
@@ -279,7 +280,7 @@ def test_key_is_sent_and_stands_nowhere(
         monkeypatch.setenv("LAB_KEY", key)
         backend = open_backend(engine(server.url, api_key_env="LAB_KEY"))
         assert next(iter(backend.generate([Request("a", (1, 2, 3), GREEDY)]))).completions
-        said = [
+        messages = [
             caplog.text,
             str(wrong.value),
             repr(wrong.value.args),
@@ -305,19 +306,19 @@ def test_key_is_sent_and_stands_nowhere(
     listener = http.server.HTTPServer(("127.0.0.1", 0), Echoes)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{listener.server_port}/v1"
-    with pytest.raises(
-        KitError, match=r"bad Bearer \*\*\*"
-    ) as echoed:  # a server that repeats what it was sent
+    # a server that repeats what it was sent
+    with pytest.raises(KitError, match=r"bad Bearer \*\*\*") as echoed:
         open_backend(engine(url, api_key_env="LAB_KEY"))
-    with pytest.raises(
-        KitError, match=r"bad Bearer"
-    ) as unnamed:  # no key was sent that nobody named
+    # no key was sent that nobody named
+    with pytest.raises(KitError, match=r"bad Bearer") as unnamed:
         open_backend(engine(url))
     listener.shutdown()
     listener.server_close()
-    said += [str(echoed.value), str(unnamed.value), caplog.text]
+    messages += [str(echoed.value), str(unnamed.value), caplog.text]
     assert not any(
-        secret in text for text in said for secret in (key, "sk-wrong-98765", "sk-of-another-place")
+        secret in text
+        for text in messages
+        for secret in (key, "sk-wrong-98765", "sk-of-another-place")
     )
 
 
@@ -333,15 +334,14 @@ def test_samples_have_seeds_of_their_own_and_share_the_prefill(backend: HttpBack
     texts = [c.text for c in first["sea"].completions]
     assert len(set(texts)) == 4 and texts == [c.text for c in again.completions]
     assert first["other"].completions[0].text not in texts
-    assert (
-        again.prefill_tokens <= len(prompt) + 3
-    )  # one prefill at most, then the last token of each prompt
+    # one prefill at most, then the last token of each prompt
+    assert again.prefill_tokens <= len(prompt) + 3
     for completion in first["sea"].completions:
         assert backend.tokenizer.decode(completion.ids).strip() == completion.text.strip()
 
 
 def test_greedy_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -> None:
-    """The same ids up to the first near-tie; the penalty is the same one (it changes these answers)."""
+    """The same ids up to the first near-tie; the penalty, which changes these answers, included."""
     questions = ["What is 2+2?", "Name a colour.", "Tell me about foxes."]
     for penalty in (1.0, 1.3):
         sampling = Sampling(temperature=0, top_p=1, repetition_penalty=penalty, max_new_tokens=8)
@@ -363,7 +363,7 @@ def test_greedy_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) ->
             )
 
 
-def test_stop_length_and_loop(backend: HttpBackend) -> None:
+def test_stop_length_and_loop_are_told_apart(backend: HttpBackend) -> None:
     prompt = tuple(backend.tokenizer.encode("a b a b a b a b a b a b a b a b"))
     loop = Sampling(temperature=0, top_p=1, max_new_tokens=40, stop_loops=True)
     requests = [
@@ -372,34 +372,36 @@ def test_stop_length_and_loop(backend: HttpBackend) -> None:
     ]
     requests.append(Request("cut", prompt, loop.model_copy(update={"stop": (" b",)})))
     requests.append(Request("long", prompt, loop.model_copy(update={"stop_loops": False})))
-    found = {g.id: g.completions[0] for g in backend.generate(requests)}
-    assert {k: c.finish_reason for k, c in found.items()} == {
+    results = {g.id: g.completions[0] for g in backend.generate(requests)}
+    assert {k: c.finish_reason for k, c in results.items()} == {
         "looped": "loop",
         "ended": "stop",
         "cut": "stop",
         "long": "length",
     }
-    assert found["cut"].text == " a" and len(found["long"].ids) == 40
+    assert results["cut"].text == " a" and len(results["long"].ids) == 40
     assert (
-        not set(found["ended"].ids) & backend.tokenizer.eos_ids
-        and backend.tokenizer.eos not in found["ended"].text
+        not set(results["ended"].ids) & backend.tokenizer.eos_ids
+        and backend.tokenizer.eos not in results["ended"].text
     )
 
 
 def test_a_refused_prompt_costs_no_other(backend: HttpBackend) -> None:
     requests = [Request("long", (5,) * 2100, GREEDY), Request("good", (5, 6, 7), GREEDY)]
     requests += [Request("bad", (5, 10**8), GREEDY), Request("empty", (), GREEDY)]
-    found = {g.id: g for g in backend.generate(requests)}
+    results = {g.id: g for g in backend.generate(requests)}
     assert (
-        "2100 tokens, the context 2048" in found["long"].error
-        and "invalid tokens" in found["bad"].error
+        "2100 tokens, the context 2048" in results["long"].error
+        and "invalid tokens" in results["bad"].error
     )
     assert (
-        "0 tokens" in found["empty"].error and found["good"].completions and not found["good"].error
+        "0 tokens" in results["empty"].error
+        and results["good"].completions
+        and not results["good"].error
     )
 
 
-def test_retokenizing_server_is_refused(server: Server) -> None:
+def test_a_retokenizing_server_is_refused(server: Server) -> None:
     def miscount(path: str, sent: dict[str, Any], answer: Any) -> Any:
         if path.endswith("/completions"):
             answer["usage"]["prompt_tokens"] += 1
@@ -412,8 +414,11 @@ def test_retokenizing_server_is_refused(server: Server) -> None:
 
 
 def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -> None:
-    """200 requests; some refused with 429 and 503, some cut off, some hanging beyond the time-out; the server killed
-    and started again on the way: each is answered exactly once, with its own answer."""
+    """Each of 200 requests is answered exactly once, with its own answer.
+
+    Some are refused with 429 and 503, some cut off, some hang beyond the time-out; the server is
+    killed and started again on the way.
+    """
     dice, lock = random.Random(3), threading.Lock()
 
     def meddle(number: int, body: dict[str, Any]) -> Any:
@@ -429,21 +434,18 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
 
     proxy = Proxy(mortal.port, meddle)
     backend = open_backend(engine(proxy.url, timeout_seconds=3, retries=8))
-    pairs = [
-        (" c", " a"),
-        (" a", " cat"),
-        (" c", " d"),
-    ]  # after eight rounds the second follows with p 0.56 to 0.86
+    # after eight rounds the second of a pair follows with p 0.56 to 0.86
+    pairs = [(" c", " a"), (" a", " cat"), (" c", " d")]
     turns = [tuple(tuple(backend.tokenizer.encode(word)) for word in pair) for pair in pairs]
     sampling = GREEDY.model_copy(update={"max_new_tokens": 1})
     requests = [
         Request(f"r{i}", (turns[i % 3][0] + turns[i % 3][1]) * 8 + turns[i % 3][0], sampling)
         for i in range(200)
     ]
-    found = list(backend.generate(requests))
-    counts = Counter(g.id for g in found)
+    results = list(backend.generate(requests))
+    counts = Counter(g.id for g in results)
     assert set(counts) == {r.id for r in requests} and set(counts.values()) == {1}
-    for generation in found:
+    for generation in results:
         assert generation.completions[0].ids == turns[int(generation.id[1:]) % 3][1], generation
     assert (
         all(proxy.done[kind] for kind in (429, 503, "cut", "hang"))
@@ -456,21 +458,21 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
 def test_a_dead_server_loses_nothing_that_was_finished(mortal: Server) -> None:
     backend = open_backend(engine(mortal.url, retries=1))
     requests = [Request(f"r{i}", (5, 6, 7, i + 40), GREEDY) for i in range(40)]
-    found: list[str] = []
+    results: list[str] = []
     with pytest.raises(KitError, match=r"does not answer.*goes on from here"):
         for generation in backend.generate(requests):
-            found.append(generation.id)
-            if len(found) == 10:
+            results.append(generation.id)
+            if len(results) == 10:
                 mortal.kill()
-    assert 10 <= len(found) < 40 and len(set(found)) == len(found)
+    assert 10 <= len(results) < 40 and len(set(results)) == len(results)
     mortal.start()
-    rest = [r for r in requests if r.id not in found]
+    rest = [r for r in requests if r.id not in results]
     assert {g.id for g in backend.generate(rest)} == {r.id for r in rest}
     backend.close()
 
 
 def judging_probes(tokenizer: Any, count: int = 4) -> list[ScoreRequest]:
-    """Prompts as the judge asks them: one beginning, `count` boundaries; the labels at the token where they part."""
+    """As the judge asks: one beginning, `count` boundaries, labels read where they part."""
     sentences = [
         f"Step {i}: we add {i} to the sum and get {i * (i + 1) // 2}. " for i in range(1, count + 1)
     ]
@@ -496,19 +498,21 @@ def test_judging_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -
     probes = judging_probes(local.tokenizer)
     expected = margins(local.session(uncached=True).score(probes))
     session = backend.session()
-    found = margins(session.score(probes))
+    results = margins(session.score(probes))
     print(
         "margins in process",
         [round(m, 3) for m in expected],
         "over HTTP",
-        [round(m, 3) for m in found],
+        [round(m, 3) for m in results],
     )
-    assert found == pytest.approx(expected, abs=0.012)  # the largest seen: 0.006
-    assert [m > 0 for m in expected] == [m > 0 for m in found]
+    assert results == pytest.approx(expected, abs=0.012)  # the largest seen: 0.006
+    assert [m > 0 for m in expected] == [m > 0 for m in results]
     assert session.cost.cached_tokens > session.cost.prefill_tokens
     assert any(note.startswith("prefix cache:") for note in backend.notes)
     fresh = backend.session(uncached=True)
-    assert margins(fresh.score(probes)) == pytest.approx(found, abs=1e-3)  # cached equals uncached
+    assert margins(fresh.score(probes)) == pytest.approx(
+        results, abs=1e-3
+    )  # cached equals uncached
     assert fresh.cost.cached_tokens == 0 and fresh.cost.prefill_tokens == sum(
         len(p.ids) for p in probes
     )
@@ -517,11 +521,11 @@ def test_judging_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -
 def test_values_beyond_the_listed_ones_are_exact(backend: HttpBackend, local: Any) -> None:
     ids = render(backend.tokenizer, "Name a colour.")
     probe = ScoreRequest(ids, ((len(ids) - 1, tuple(range(0, 49152, 4001))),))
-    ((wanted,),), ((found,),) = (
+    ((wanted,),), ((results,),) = (
         local.session(uncached=True).score([probe]),
         backend.session().score([probe]),
     )
-    assert found == pytest.approx(wanted, abs=0.05) and min(found) < -10
+    assert results == pytest.approx(wanted, abs=0.05) and min(results) < -10
 
 
 def test_a_server_that_names_no_ids_generates_and_does_not_judge(server: Server) -> None:
@@ -539,34 +543,34 @@ def test_a_server_that_names_no_ids_generates_and_does_not_judge(server: Server)
     proxy = Proxy(server.port, reshape=by_text)
     other = open_backend(engine(proxy.url))
     prompt = render(other.tokenizer, "Name a colour.")
-    made = next(other.generate([Request("a", prompt, GREEDY)])).completions[0]
-    assert other.tokenizer.decode(made.ids) == made.text
-    with pytest.raises(KitError, match=r"tells no log-probabilities.*Judge with"):
+    generation = next(other.generate([Request("a", prompt, GREEDY)])).completions[0]
+    assert other.tokenizer.decode(generation.ids) == generation.text
+    with pytest.raises(KitError, match=r"returns no log-probabilities.*Judge with"):
         other.session().score([ScoreRequest(prompt, ((len(prompt) - 1, (5, 6)),))])
     other.close()
     proxy.close()
 
 
-def test_sessions_in_threads(backend: HttpBackend) -> None:
+def test_sessions_in_threads_agree_with_one_alone(backend: HttpBackend) -> None:
     probes = judging_probes(backend.tokenizer, 3)
     alone = backend.session().score(probes)
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
 
     def judge(number: int) -> None:
-        found[number] = [backend.session().score([probe])[0] for probe in probes]
+        results[number] = [backend.session().score([probe])[0] for probe in probes]
 
-    n_threads = [threading.Thread(target=judge, args=(i,)) for i in range(4)]
-    for thread in n_threads:
+    threads = [threading.Thread(target=judge, args=(i,)) for i in range(4)]
+    for thread in threads:
         thread.start()
-    for thread in n_threads:
+    for thread in threads:
         thread.join(60)
-    assert len(found) == 4
-    for number in found:
-        for a, b in zip(alone, found[number], strict=True):
+    assert len(results) == 4
+    for number in results:
+        for a, b in zip(alone, results[number], strict=True):
             assert a[0] == pytest.approx(b[0], abs=0.05)
 
 
-def test_a_server_killed_in_mid_judging(mortal: Server) -> None:
+def test_judging_goes_on_after_the_server_was_killed(mortal: Server) -> None:
     backend = open_backend(engine(mortal.url, retries=1))
     probes = judging_probes(backend.tokenizer, 4)
     session = backend.session()
@@ -597,7 +601,7 @@ def vllm(path: str, sent: dict[str, Any], answer: Any) -> Any:
     return answer
 
 
-def test_the_shape_of_vllm(server: Server, backend: HttpBackend) -> None:
+def test_answers_in_the_shape_of_vllm_are_read(server: Server, backend: HttpBackend) -> None:
     proxy = Proxy(server.port, reshape=vllm)
     other = open_backend(engine(proxy.url))
     assert not other.llama and other.context_tokens == 2048
@@ -605,12 +609,14 @@ def test_the_shape_of_vllm(server: Server, backend: HttpBackend) -> None:
     for a, b in zip(backend.session().score(probes), other.session().score(probes), strict=True):
         assert a[0] == pytest.approx(b[0], abs=0.05)
     asked = [body for body in proxy.seen if "logprob_token_ids" in body]
-    assert len(asked[0]["prompt"]) == max(
-        len(p.ids) for p in probes
-    )  # the longest first, to fill the cache
+    # the longest first, to fill the cache
+    assert len(asked[0]["prompt"]) == max(len(p.ids) for p in probes)
     sampling = Sampling(temperature=1.2, top_p=1, top_k=300, max_new_tokens=6)
-    made = next(other.generate([Request("v", (5, 6, 7), sampling, n=3, seed=1)]))
-    assert len({sample.text for sample in made.completions}) > 1 and len(made.completions) == 3
+    generation = next(other.generate([Request("v", (5, 6, 7), sampling, n=3, seed=1)]))
+    assert (
+        len({sample.text for sample in generation.completions}) > 1
+        and len(generation.completions) == 3
+    )
     body = proxy.seen[-1]
     assert (body["n"], body["seed"]) == (3, sample_seed(1, "v", 0)) and "id_slot" not in body
     assert body["top_k"] == 300 and body["repetition_penalty"] == 1.0

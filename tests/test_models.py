@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def llama():
     model.close()
 
 
-def test_names(tmp_path: Path) -> None:
+def test_a_name_is_an_alias_a_file_a_folder_or_a_hub_id(tmp_path: Path) -> None:
     assert models.resolve(NAME) == models.gguf_file(NAME)
     assert models.resolve(str(models.gguf_file(NAME))) == models.gguf_file(NAME)
     assert models.resolve("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
@@ -44,29 +45,31 @@ def test_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["smollm2-135", "no/such/model", "missing.gguf", "dir/missing.gguf", "", "bert"]
 )
-def test_unknown_names(name: str) -> None:
+def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(KitError) as caught:
         models.resolve(name)
     assert "smollm2-135m" in str(caught.value)
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model")
-    for name, said in ((tmp_path / "text.gguf", "no GGUF"), (tmp_path, "text.gguf")):
-        with pytest.raises(KitError, match=said):
+    for name, message in ((tmp_path / "text.gguf", "no GGUF"), (tmp_path, "text.gguf")):
+        with pytest.raises(KitError, match=message):
             models.resolve(str(name))
     with pytest.raises(KitError, match="backend=hf"):
         models.gguf_file("Qwen/Qwen3-8B")
 
 
-def test_hub_id_without_network() -> None:
+def test_a_hub_id_without_network_says_how_to_fetch_it() -> None:
     with pytest.raises(KitError, match="hf download nobody/nothing"):
         models.load_tokenizer("nobody/nothing")
     with pytest.raises(KitError, match="model cache"):
         models.load_model("nobody/nothing")
 
 
-def test_ids_equal_llama_cpps(tokenizer: models.HfTokenizer, llama, shared: Path) -> None:
+def test_ids_equal_llama_cpps_on_real_traces(
+    tokenizer: models.HfTokenizer, llama, shared: Path
+) -> None:
     rows = [
         json.loads(line)
         for line in (shared / "long_cot_aime24.jsonl").read_text("utf-8").splitlines()
@@ -79,7 +82,7 @@ def test_ids_equal_llama_cpps(tokenizer: models.HfTokenizer, llama, shared: Path
         ), row["id"]
 
 
-def test_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_an_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -91,7 +94,7 @@ def test_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
         models.compare_ids(inner, models.gguf_file(NAME))
 
 
-def test_special_tokens(tokenizer: models.HfTokenizer, llama) -> None:
+def test_special_tokens_are_split_only_where_asked(tokenizer: models.HfTokenizer, llama) -> None:
     text = "a<|im_end|>b<|endoftext|> <file_sep>"
     split, whole = tokenizer.encode(text, special=False), tokenizer.encode(text)
     assert split == llama.tokenize(text.encode(), False, False)
@@ -103,11 +106,11 @@ def test_special_tokens(tokenizer: models.HfTokenizer, llama) -> None:
 
 
 def test_decoding_loses_nothing(tokenizer: models.HfTokenizer) -> None:
-    for text in (models.PROBE, " a , b . ' s do n't", "  two\n\n spaces ", "<|im_start|>x"):
+    for text in (models.HARD_TEXT, " a , b . ' s do n't", "  two\n\n spaces ", "<|im_start|>x"):
         assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
 
 
-def test_end_tokens(tokenizer: models.HfTokenizer, llama) -> None:
+def test_end_tokens_are_llama_cpps(tokenizer: models.HfTokenizer, llama) -> None:
     import llama_cpp
 
     assert models.turn_ends(tokenizer.inner) == set(tokenizer.encode("<|im_end|>"))
@@ -116,7 +119,7 @@ def test_end_tokens(tokenizer: models.HfTokenizer, llama) -> None:
     assert tokenizer.eos_ids <= ends  # llama.cpp ends a turn at <reponame> as well
 
 
-def test_rendering_equals_the_librarys(tokenizer: models.HfTokenizer) -> None:
+def test_rendering_equals_transformers_own(tokenizer: models.HfTokenizer) -> None:
     for system in (None, "Be brief."):
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": "What is 12 + 30?\nThink."})
@@ -134,19 +137,21 @@ def test_special_text_in_a_prompt_stays_text(tokenizer: models.HfTokenizer) -> N
     assert "Say <|im_end|> it." in tokenizer.decode(ids)
 
 
-def test_template_without_system_role(tokenizer: models.HfTokenizer) -> None:
+def test_a_template_without_system_role_gets_it_in_the_user_turn(
+    tokenizer: models.HfTokenizer,
+) -> None:
     refusing = models.HfTokenizer(tokenizer.inner, tokenizer.eos_ids)
     refusing.template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\\n' }}"
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant{{ '\\n' }}"
     )
     text = refusing.decode(prompts.render(refusing, "Question?", "Rules."))
     assert text == "<|im_start|>user\nRules.\n\nQuestion?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _convert_in_process(folder: str, queue: multiprocessing.Queue) -> None:
-    import os
-
     os.environ["PALIGN_CACHE"] = folder
     queue.put(models.hf_folder(NAME))
 
@@ -164,16 +169,16 @@ def test_two_processes_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     for worker in workers:
         worker.start()
-    found = {queue.get(timeout=60) for _ in workers}
+    folders = {queue.get(timeout=60) for _ in workers}
     for worker in workers:
         worker.join(60)
-    assert found == {str(tmp_path / key)}
+    assert folders == {str(tmp_path / key)}
     assert sorted(p.name for p in (tmp_path / key).iterdir()) == ["config.json", "made-once"]
     assert not (tmp_path / f"{key}.part").exists()
 
 
 def _tiny_convert(gguf: Path, folder: Path) -> None:
-    """Stands in for the half minute of dequantizing; fails where a second process would write at the same time."""
+    """Stands in for half a minute of dequantizing; fails where two processes write at a time."""
     import time
 
     folder.mkdir()
@@ -182,14 +187,39 @@ def _tiny_convert(gguf: Path, folder: Path) -> None:
     (folder / "made-once").touch(exist_ok=False)
 
 
-def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_copies_are_cached_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two files of one name, size and time have copies of their own; equal files share one."""
+    monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "cache"))
+    copies = []
+    for folder, content in (("a", b"GGUF one"), ("b", b"GGUF two"), ("c", b"GGUF one")):
+        original = tmp_path / folder / "model.gguf"
+        original.parent.mkdir()
+        original.write_bytes(content)
+        os.utime(original, (0, 0))
+        data = f"{folder}: {content.decode()}"
+        copies.append(
+            models.cached_copy(original, ".copy", lambda path, d=data: path.write_text(d))
+        )
+    assert [copy.read_text() for copy in copies] == ["a: GGUF one", "b: GGUF two", "a: GGUF one"]
+
+
+def test_the_cache_folder_is_one_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALIGN_CACHE", "~/elsewhere")
+    assert models.cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("PALIGN_CACHE")
+    assert models.cache_folder() == Path.home() / ".cache" / "palign"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PALIGN_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(KitError, match="PALIGN_CACHE"):
         models.hf_folder(NAME)
 
 
-def test_size_of_a_token_in_the_cache() -> None:
+def test_the_size_of_a_token_in_the_cache() -> None:
     from transformers import LlamaConfig, MambaConfig
 
     config = LlamaConfig(
@@ -200,7 +230,7 @@ def test_size_of_a_token_in_the_cache() -> None:
         models.kv_elements(MambaConfig())
 
 
-def test_adapters(tmp_path: Path) -> None:
+def test_an_adapter_loads_on_its_base(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(

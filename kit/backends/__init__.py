@@ -1,4 +1,7 @@
-"""What runs a model: hf (transformers), gguf (llama.cpp), http (a server), scripted (tests). See base.py."""
+"""What runs a model: hf (transformers), gguf (llama.cpp), http (a server) or scripted (tests).
+
+The protocol that all four keep is in base.py.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,22 @@ BACKENDS = {
 
 
 def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
-    """Load the model that an engine names, a PEFT adapter's folder on top of it (hf only); KitError: it cannot be."""
+    """Load the model that a config section names.
+
+    Args:
+        engine: the section, e.g. `student`.
+        adapter: folder of a PEFT adapter to put on top; backend hf only.
+
+    Raises:
+        KitError: no such model, or a backend that takes no adapter.
+    """
     if adapter and engine.backend in ("gguf", "http"):
-        hint = "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) and evaluate that."
-        raise KitError(f"An adapter runs on backend hf, not {engine.backend}.", hint)
+        raise KitError(
+            f"An adapter runs on backend hf, not {engine.backend}.",
+            "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) "
+            "and evaluate the exported file.",
+        )
+    # imported here, so that one backend does not load the libraries of another
     module = import_module(f"kit.backends.{engine.backend}")
-    opened = getattr(module, BACKENDS[engine.backend])
-    return opened(engine, adapter) if adapter else opened(engine)
+    backend_class = getattr(module, BACKENDS[engine.backend])
+    return backend_class(engine, adapter) if adapter else backend_class(engine)

@@ -1,8 +1,10 @@
-"""One protocol for whatever runs a model: hf (transformers), gguf (llama.cpp), http (a server).
+"""The protocol of a backend: what it is asked and what it answers.
 
-A backend generates text and reads log-probabilities; it knows nothing of prefixes, verdicts or grades.
-Batch shape moves the last bits of logits, so outputs of different batch plans are equal up to the first
-near-tie of two tokens; one sequence at a time (`max_num_seqs: 1`) is exact.
+A backend generates text (sections 3.1 and 3.3 of the paper: traces and continuations) and reads
+log-probabilities (section 3.2: verdicts). It knows nothing of prefixes, verdicts or grades.
+
+Batch shape moves the last bits of logits, so outputs of different batch plans are equal up to the
+first near-tie of two tokens. One sequence at a time (`max_num_seqs: 1`) is exact.
 """
 
 from __future__ import annotations
@@ -18,16 +20,24 @@ import numpy as np
 
 from kit.core.config import Sampling
 
-Finish = Literal["stop", "length", "loop", "error"]
-LOOP_EVERY_TOKENS = 8
+Ids = tuple[int, ...]  # token ids
+FinishReason = Literal["stop", "length", "loop", "error"]
+Logprobs = list[list[float]]  # of one ScoreRequest: natural logarithms, [read][candidate]
+LOOP_EVERY_TOKENS = 8  # how often a running sample is searched for a loop
+
+
+# --- Generation: a Request goes in, a Generation of n Completions comes out ---
 
 
 @dataclass(frozen=True)
 class Request:
-    """n samples of one prompt, which share its prefill. Each has a generator of its own, whatever runs beside it."""
+    """A prompt and how many samples to draw after it. Filled by the caller.
+
+    The samples share one prefill. Each draws from a generator of its own, see `sample_seed`.
+    """
 
     id: str
-    prompt: tuple[int, ...]  # token ids, special tokens included, as `prompts.render` made them
+    prompt: Ids  # token ids, special tokens included, from `prompts.render`
     sampling: Sampling
     n: int = 1
     seed: int = 0
@@ -35,115 +45,133 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. `ids` are its tokens without the end token; `text` is their decoding up to a stop string."""
+    """One sample. Filled by `check_stop`, or by the server's answer."""
 
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: Finish
+    text: str  # up to a stop string
+    ids: Ids  # without the end token
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class Generation:
-    """All samples of one request. `error` says why there are none: a prompt too long, one that a server refuses."""
+    """All samples of one request. Filled by the backend."""
 
-    id: str
+    id: str  # the request's
     completions: tuple[Completion, ...] = ()
     prompt_tokens: int = 0
-    prefill_tokens: int = (
-        0  # prompt tokens that went through the model; fewer when a beginning was reused
-    )
+    prefill_tokens: int = 0  # prompt tokens evaluated; fewer than all where a cache was reused
     seconds: float = 0.0
-    error: str | None = None
+    error: str | None = None  # why there are no samples, e.g. a prompt that is too long
 
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A request under way in this process; each of its samples may have `limit_tokens` new tokens."""
+    """A request that is running in this process (hf, gguf)."""
 
     request: Request
-    limit_tokens: int
-    begun: float = 0.0
-    prefill_tokens: int = 0
-    logits: Any = None  # (V,) after the prompt, where they serve all samples
-    done: dict[int, Completion] = field(default_factory=dict)
+    limit_tokens: int  # most new tokens of a sample; set by the backend, whose context is finite
+    begun: float = 0.0  # time.perf_counter(), set at the first prefill
+    prefill_tokens: int = 0  # counted at each prefill
+    logits: Any = None  # (V,) after the prompt; set where they serve all samples
+    done: dict[int, Completion] = field(default_factory=dict)  # by sample, filled by `finish`
 
     def finish(self, sample: int, completion: Completion) -> Generation | None:
-        """Keep a finished sample; the last one makes the result."""
+        """Record a finished sample; returns the request's result after the last one."""
         self.done[sample] = completion
         if len(self.done) < self.request.n:
             return None
-        samples, prompt_tokens = (
-            tuple(one for _, one in sorted(self.done.items())),
-            len(self.request.prompt),
-        )
-        seconds = round(time.perf_counter() - self.begun, 3)
-        return Generation(self.request.id, samples, prompt_tokens, self.prefill_tokens, seconds)
+        completions = tuple(self.done[number] for number in range(self.request.n))
+        prompt_tokens = len(self.request.prompt)
+        seconds = time.perf_counter() - self.begun
+        return Generation(self.request.id, completions, prompt_tokens, self.prefill_tokens, seconds)
+
+
+# --- Scoring: a ScoreRequest goes in, Logprobs come out ---
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities to read along one sequence of token ids (T,): of candidates to stand after ids[:p+1]."""
+    """Log-probabilities to read along one sequence. Filled by the judge."""
 
-    ids: tuple[int, ...]
-    reads: tuple[tuple[int, tuple[int, ...]], ...]  # (p in [0, T), candidates), by ascending p
+    ids: Ids  # (T,) token ids
+    # by ascending p in [0, T): (p, candidate tokens that may follow ids[: p + 1])
+    reads: tuple[tuple[int, Ids], ...]
 
-
-Logprobs = list[list[float]]  # of one probe: natural-log probabilities, [read][candidate]
+    def prompts(self) -> list[tuple[Ids, Ids]]:
+        """Each read on its own: (the ids before the candidates, the candidates)."""
+        return [(self.ids[: p + 1], candidates) for p, candidates in self.reads]
 
 
 @dataclass
 class TokenUsage:
-    """Tokens that went through the model and tokens taken from a cache."""
+    """Prompt tokens by where their states came from. Filled by the session."""
 
-    prefill_tokens: int = 0
-    cached_tokens: int = 0
+    prefill_tokens: int = 0  # went through the model
+    cached_tokens: int = 0  # taken from a cache
 
     def add(self, other: TokenUsage) -> None:
-        """Add another cost to this one."""
+        """Add another usage to this one, in place."""
         self.prefill_tokens += other.prefill_tokens
         self.cached_tokens += other.cached_tokens
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back, and the model's chat template. `encode` adds no BOS or EOS of its own; with special=False
-    a special token's name in the text stays text."""
+# --- What every backend provides ---
 
-    template: str | None  # Jinja chat template; None: the model has none
+
+class Tokenizer(Protocol):
+    """Text to ids and back, and the model's chat template."""
+
+    template: str | None  # Jinja; None: the model has none
     bos: str  # text of the BOS token, "" if none
     eos: str
     eos_ids: frozenset[int]  # every token that ends a turn
     special: tuple[str, ...]  # the texts of all special tokens
 
-    def encode(self, text: str, special: bool = True) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text, no BOS or EOS added; special=False keeps special tokens' names text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names."""
 
 
 class ScoringSession(Protocol):
-    """Reads of many probes that share a beginning: what one trace's judging is made of. `read` reuses the longest token
-    prefix that is cached; each probe sees only its own prefix."""
+    """Scores of requests that share a beginning, like all judging prompts of one trace.
 
-    cost: TokenUsage  # of everything read so far
+    The longest cached token prefix is reused; each request sees only its own tokens.
+    """
 
-    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]: ...
-    def close(self) -> None: ...
+    cost: TokenUsage  # of everything scored so far
+
+    def score(self, requests: Sequence[ScoreRequest], /) -> list[Logprobs]:
+        """Read log-probabilities, in the order of the requests."""
+
+    def close(self) -> None:
+        """Free the cache."""
 
 
 class Backend(Protocol):
-    """A loaded model. `generate` yields each request's result as it finishes, an over-long prompt's as an error;
-    `session(uncached=True)` evaluates every probe from its first token, without any cache."""
+    """A loaded model."""
 
     name: str  # see `slug`
     tokenizer: Tokenizer
-    context_tokens: int
-    notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-check results
+    context_tokens: int  # prompt and new tokens together
+    notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-checks
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]: ...
-    def session(self, uncached: bool = False) -> ScoringSession: ...
-    def close(self) -> None: ...
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield each request's result as it finishes; a prompt that is too long is an error."""
+
+    def session(self, uncached: bool = False) -> ScoringSession:
+        """Open a judging session; uncached=True evaluates every prompt from its first token."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+# --- Shared by the backends ---
 
 
 def sample_seed(seed: int, request: str, sample: int) -> int:
-    """A 31-bit seed of one sample's own generator; does not depend on batch, order or machine."""
+    """A 31-bit seed of one sample's own generator; independent of batch, order and machine."""
     text = f"{seed}\0{request}\0{sample}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") & 0x7FFFFFFF
 
@@ -154,43 +182,53 @@ def slug(model: str) -> str:
 
 
 def too_long(request: Request, context_tokens: int) -> Generation | None:
-    """The result of a request whose prompt is empty or leaves no room for an answer."""
+    """The error of a request whose prompt is empty or leaves no room for an answer, else None."""
     size = len(request.prompt)
-    why = f"The prompt has {size} tokens, the context {context_tokens}."
-    return (
-        None if 0 < size < context_tokens else Generation(request.id, prompt_tokens=size, error=why)
-    )
+    if 0 < size < context_tokens:
+        return None
+    error = f"The prompt has {size} tokens, the context {context_tokens}."
+    return Generation(request.id, prompt_tokens=size, error=error)
 
 
 def check_stop(
     ids: Sequence[int], limit_tokens: int, sampling: Sampling, tokenizer: Tokenizer
 ) -> Completion | None:
-    """The completion, if the last of a sample's ids ends it. A stop string and what follows it are not in its text."""
-    finish_reason: Finish | None = None
-    tail = 4 + max(
-        (len(stop.encode()) for stop in sampling.stop), default=0
-    )  # a token is a byte or more
-    if ids[-1] in tokenizer.eos_ids:
-        finish_reason, ids = "stop", ids[:-1]
-    elif sampling.stop and any(stop in tokenizer.decode(ids[-tail:]) for stop in sampling.stop):
-        finish_reason = "stop"
-    elif sampling.stop_loops and len(ids) % LOOP_EVERY_TOKENS == 0 and looping(ids):
-        finish_reason = "loop"
-    elif len(ids) >= limit_tokens:
-        finish_reason = "length"
+    """The completion, if the last of a sample's ids ends it.
+
+    Its text ends before the first stop string; its ids leave out the end token.
+    """
+    finish_reason = _finish_reason(ids, limit_tokens, sampling, tokenizer)
     if finish_reason is None:
         return None
-    text = tokenizer.decode(ids)
-    return Completion(
-        text[: min((text.find(s) for s in sampling.stop if s in text), default=None)],
-        tuple(ids),
-        finish_reason,
-    )
+    kept = ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
+    text = tokenizer.decode(kept)
+    ends = [text.find(stop) for stop in sampling.stop if stop in text]
+    return Completion(text[: min(ends, default=None)], tuple(kept), finish_reason)
+
+
+def _finish_reason(
+    ids: Sequence[int], limit_tokens: int, sampling: Sampling, tokenizer: Tokenizer
+) -> FinishReason | None:
+    if ids[-1] in tokenizer.eos_ids:
+        return "stop"
+    if sampling.stop:
+        # a token is at least one byte, so a stop string that just ended lies in these last tokens
+        longest_bytes = max(len(stop.encode()) for stop in sampling.stop)
+        recent = tokenizer.decode(ids[-longest_bytes - 4 :])
+        if any(stop in recent for stop in sampling.stop):
+            return "stop"
+    if sampling.stop_loops and len(ids) % LOOP_EVERY_TOKENS == 0 and looping(ids):
+        return "loop"
+    if len(ids) >= limit_tokens:
+        return "length"
+    return None
 
 
 def looping(ids: Sequence[int], longest: int = 64) -> bool:
-    """Whether a sample ends in an n-gram repeated to no end: n of 1 to `longest` tokens, at least 4 times and over
-    24 tokens. Cheap: each n fails at its first differing token."""
+    """Whether a sample ends in an n-gram that repeats at least 4 times and over 24 tokens.
+
+    Tries n of 1 to `longest` tokens. Cheap: each n fails at its first differing token.
+    """
     for n in range(1, longest + 1):
         span = n * max(4, -(-24 // n))
         if len(ids) >= span and all(ids[-i] == ids[-i - n] for i in range(1, span - n + 1)):
@@ -199,7 +237,7 @@ def looping(ids: Sequence[int], longest: int = 64) -> bool:
 
 
 def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning of two prompts' token ids."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(different[0]) if len(different) else n
+    """Length of the longest common beginning of two sequences of token ids."""
+    size = min(len(a), len(b))
+    equal = np.asarray(a[:size]) == np.asarray(b[:size])
+    return size if equal.all() else int(equal.argmin())

@@ -1,17 +1,18 @@
 """llama.cpp in this process: a GGUF model, its tokenizer, and contexts of several sequences.
 
-Generation (gguf_generate.py) and judging (section 3.2 of the paper) work on a `Context`, through the low-level API
-of llama-cpp-python. No server, no adapter.
+Generation (gguf_generate.py) and judging (section 3.2 of the paper) work on a `Context`, through
+the low-level API of llama-cpp-python. No server, no adapter.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,233 +27,252 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig
 from kit.core.errors import KitError
-from kit.models import gguf_file
+from kit.models import cached_copy, gguf_file
 
-BATCH_TOKENS = 256  # of one llama_decode; between two of them Ctrl-C gets through
-WORTH_TOKENS = 8  # a shared beginning is copied when it saves this many
-NAMED = 8 | 1  # token attributes (control, unknown) that make a text a special token
-SLOW = {3, 9}  # file types Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
-UNPACK_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
-ROOM_TOKENS = 8192  # of a judging trunk at least, where the model has them: growing forgets it
-RECOMPUTED = "the judge's cache cannot be cut for this architecture: every verdict evaluates its whole prompt"
+# nothing imports this module before a GGUF is opened
+try:
+    import llama_cpp
+except (ImportError, OSError, RuntimeError) as error:
+    raise KitError(
+        f"backend gguf needs llama-cpp-python, which does not load ({error}).",
+        "pip install llama-cpp-python==0.3.36 (compiles for about 8 minutes), or set backend=hf.",
+    ) from None
+
+BATCH_TOKENS = 256  # of one llama_decode; Ctrl-C takes effect between two of them
+MIN_COPY_TOKENS = 8  # a shared beginning is copied when it saves this many
+MIN_ROOM_TOKENS = 8192  # of a judging context, where the model has them: growing loses the cache
+SLOW_FILE_TYPES = {3, 9}  # Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
+MAX_COPY_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
+SPECIAL_TOKEN = 8 | 1  # token attributes: control or unknown
+UNCUTTABLE = (
+    "the judge's cache cannot be cut for this architecture: "
+    "every verdict evaluates its whole prompt"
+)
+last_errors: deque[str] = deque(maxlen=3)  # that llama.cpp logged
 
 
-@cache
-def library() -> Any:
-    """llama_cpp, silenced; its last errors are in `.complaints`."""
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise KitError(
-            f"backend gguf needs llama-cpp-python, which does not load ({error}).",
-            "pip install llama-cpp-python==0.3.36 (compiles for some 8 minutes), or set backend=hf.",
-        ) from None
-    llama_cpp.complaints = complaints = []
-
-    @llama_cpp.llama_log_callback
-    def keep(level: int, text: bytes, _: Any) -> None:
-        if level == 3:  # errors
-            complaints[:] = [*complaints[-2:], text.decode("utf-8", "replace").strip()]
-
-    llama_cpp.complaints_callback = keep  # must outlive every call
-    llama_cpp.llama_log_set(keep, None)
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+@llama_cpp.llama_log_callback
+def keep_errors(level: int, text: bytes, _: Any) -> None:
+    """Take llama.cpp's log, so that the terminal is spared it."""
+    if level == 3:
+        last_errors.append(text.decode("utf-8", "replace").strip())
 
 
 def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     """A llama_model; KitError: a file that llama.cpp cannot read."""
-    lib = library()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
-    lib.complaints.clear()
-    if model := lib.llama_model_load_from_file(str(path).encode(), params):
+    llama_cpp.llama_log_set(keep_errors, None)
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = n_gpu_layers
+    params.vocab_only = vocab_only
+    last_errors.clear()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if model:
         return model
-    what = f"llama.cpp cannot load {path}: {' '.join(lib.complaints)}"
     raise KitError(
-        what, "Is the download complete? Compare its size with the source's, or name another GGUF."
+        f"llama.cpp cannot load {path}: {' '.join(last_errors)}",
+        "Is the download complete? Compare its size with the source's, or name another GGUF.",
     )
 
 
-def unpacked(path: Path) -> Path:
-    """A copy with 16-bit weights (equal to one part in 2,000), made once and cached; KitError: it cannot be."""
-    lib, stat = library(), path.stat()
-    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
-    target = root / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.f16.gguf"
-    part, params = target.with_suffix(f".{os.getpid()}"), lib.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize = 1, True  # F16
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            if lib.llama_model_quantize(str(path).encode(), str(part).encode(), params):
-                part.unlink(missing_ok=True)
-                raise OSError(" ".join(lib.complaints))
-            part.rename(target)
-    except OSError as error:
-        what = f"{path.name} cannot be unpacked for speed into {root}: {error}"
-        raise KitError(what, "Make room, or set PALIGN_CACHE.") from None
-    return target
+def f16_copy(gguf: Path) -> Path:
+    """The same model with 16-bit weights (equal to one part in 2,000), cached."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = 1  # F16
+    params.allow_requantize = True
+
+    def write(path: Path) -> None:
+        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), params):
+            path.unlink(missing_ok=True)
+            raise OSError(" ".join(last_errors))
+
+    return cached_copy(gguf, ".f16.gguf", write)
 
 
 class GgufTokenizer:
-    """The tokenizer inside a loaded llama_model; see kit.backends.Tokenizer."""
+    """The tokenizer inside a loaded llama_model; see kit.backends.base.Tokenizer."""
 
     def __init__(self, model: Any) -> None:
-        self._lib, self._vocab = library(), library().llama_model_get_vocab(model)
-        lib, vocab = self._lib, self._vocab
-        every = range(lib.llama_vocab_n_tokens(vocab))
-        self.size = len(every)
-        self._piece = cache(self._piece)
-        self.template = (lib.llama_model_chat_template(model, None) or b"").decode(
-            "utf-8", "replace"
-        ) or None
-        self.bos, self.eos = (
-            self.decode([lib.llama_vocab_bos(vocab)]),
-            self.decode([lib.llama_vocab_eos(vocab)]),
-        )
-        self.eos_ids = frozenset(i for i in every if lib.llama_vocab_is_eog(vocab, i))
-        self.special = tuple(
-            self.decode([i]) for i in every if lib.llama_vocab_get_attr(vocab, i) & NAMED
-        )
+        self._vocab = vocab = llama_cpp.llama_model_get_vocab(model)
+        self._piece = cache(self._read_piece)
+        self.size = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.template = (llama_cpp.llama_model_chat_template(model, None) or b"").decode() or None
+        self.bos = self.decode([llama_cpp.llama_vocab_bos(vocab)])
+        self.eos = self.decode([llama_cpp.llama_vocab_eos(vocab)])
+        tokens = range(self.size)
+        self.eos_ids = frozenset(i for i in tokens if llama_cpp.llama_vocab_is_eog(vocab, i))
+        special = [i for i in tokens if llama_cpp.llama_vocab_get_attr(vocab, i) & SPECIAL_TOKEN]
+        self.special = tuple(self.decode([i]) for i in special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text; special=False tokenizes special tokens' names as text. No BOS or EOS is added."""
+        """Ids of a text, no BOS or EOS added; special=False keeps special tokens' names text."""
         data = text.encode("utf-8", "replace")
-        ids = (ctypes.c_int32 * (len(data) + 8))()
-        return ids[
-            : self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, special)
-        ]
+        size = len(data) + 8
+        ids = (ctypes.c_int32 * size)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, size, False, special)
+        return ids[:count]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens by their names; bytes that are not (yet) UTF-8 become U+FFFD."""
+        """Text of ids, special tokens by their names; incomplete UTF-8 becomes U+FFFD."""
         return b"".join(map(self._piece, ids)).decode("utf-8", "replace")
 
-    def _piece(self, token: int) -> bytes:
+    def _read_piece(self, token: int) -> bytes:
+        if token < 0:  # the BOS or EOS of a model that has none
+            return b""
         buffer = ctypes.create_string_buffer(1024)
-        size = (
-            self._lib.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
-            if token >= 0
-            else 0
-        )
-        return buffer.raw[: max(size, 0)]
+        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
+        return buffer[: max(size, 0)]
+
+
+class BatchToken(NamedTuple):
+    """A token to append to a sequence of a context."""
+
+    sequence: int
+    id: int
+    wanted: bool  # whether the logits after it are needed
 
 
 class Context:
-    """So many sequences with room for so many tokens each, and what they hold.
+    """Several sequences with caches of their own.
 
-    Their caches are apart (not llama.cpp's unified one): so a token lies in the cell it would have had alone, sums run
-    in the same order, and a copied beginning gives the logits of a fresh prompt. Attention is cheaper, too.
+    Their caches are apart (not llama.cpp's unified one). So a token lies in the cell that it would
+    have had alone, sums run in the same order, and a copied beginning gives the logits of a fresh
+    prompt. Attention is cheaper, too.
+
+    Args:
+        backend: the model.
+        tokens: room of each sequence.
+        sequences: how many.
+        flash_attention: faster; moves judging margins by up to some tenths.
+
+    Raises:
+        KitError: no memory for it.
     """
 
     def __init__(
         self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool
     ) -> None:
-        self._lib = lib = library()
-        self.tokens, self._size, self._notes = (
-            -(-tokens // 256) * 256,
-            backend.tokenizer.size,
-            backend.notes,
-        )
-        self.held: list[list[int]] = [[] for _ in range(sequences)]
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = (
-            self.tokens * sequences,
-            sequences,
-            False,
-        )
+        self._backend = backend
+        self.tokens = -(-tokens // 256) * 256
+        self.cached: list[list[int]] = [[] for _ in range(sequences)]  # token ids by sequence
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = self.tokens * sequences
+        params.n_seq_max = sequences
+        params.kv_unified = False
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_threads = params.n_threads_batch = backend.n_threads
         params.flash_attn_type = int(flash_attention)
-        self._context = lib.llama_init_from_model(backend.model, params)
+        self._context = llama_cpp.llama_init_from_model(backend.model, params)
         if not self._context:
-            why = f"llama.cpp has no memory for {sequences} sequences of {tokens} tokens: {' '.join(lib.complaints)}"
-            raise KitError(why, "Set a smaller context_tokens, max_num_seqs or max_new_tokens.")
-        self._memory = lib.llama_get_memory(self._context)
-        self._batch = lib.llama_batch_init(BATCH_TOKENS, 0, 1)
-
-    def keep(self, sequence: int, ids: Sequence[int]) -> int:
-        """Make a sequence hold the longest beginning of `ids` that any sequence has, and nothing else.
-
-        Returns its length; 0 where a cache cannot be cut, which is noted: recurrent states refuse, sliding windows have
-        lost what comes before.
-        """
-        lib, memory = self._lib, self._memory
-        shared = [common_prefix_len(held, ids) for held in self.held]
-        best = int(np.argmax(shared))
-        best = best if shared[best] >= shared[sequence] + WORTH_TOKENS else sequence
-        length = shared[best]
-        if best != sequence:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)  # a whole sequence: never fails
-            lib.llama_memory_seq_cp(memory, best, sequence, -1, -1)
-        if 0 < length < len(self.held[best]):
-            done = lib.llama_memory_seq_rm(memory, sequence, length, -1)
-            left = (
-                lib.llama_memory_seq_pos_min(memory, sequence),
-                lib.llama_memory_seq_pos_max(memory, sequence),
+            raise KitError(
+                f"llama.cpp has no memory for {sequences} sequences of {tokens} tokens: "
+                f"{' '.join(last_errors)}",
+                "Set a smaller context_tokens, max_num_seqs or max_new_tokens.",
             )
-            if not done or left != (0, length - 1):
-                length = 0
-                self._notes += [RECOMPUTED] if RECOMPUTED not in self._notes else []
-        if not length:
-            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
-        self.held[sequence] = list(ids[:length])
-        return length
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
-    def evaluate(
-        self, rows: Sequence[tuple[int, Sequence[int], Collection[int]]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Append rows (sequence, token ids, positions whose logits are wanted) to sequences.
+    def reuse(self, sequence: int, ids: Sequence[int]) -> int:
+        """Make a sequence hold the longest beginning of `ids` that any sequence has cached.
 
-        Yields (position, logits (V,)) in the order of the rows; valid until the next is taken.
+        Whatever else the sequence held is dropped.
+
+        Returns:
+            The beginning's length in tokens; 0 where the cache cannot be cut, which is noted:
+            recurrent states refuse, sliding windows have lost the tokens before.
         """
-        lib, batch = self._lib, self._batch
-        tokens = [
-            (sequence, position, token, position in wanted)
-            for sequence, ids, wanted in rows
-            for position, token in enumerate(ids, len(self.held[sequence]))
-        ]
-        while tokens:
-            size = BATCH_TOKENS - (
-                len(tokens) == BATCH_TOKENS + 1
-            )  # one token alone takes other kernels: see read
-            chunk, tokens = tokens[:size], tokens[size:]
-            batch.n_tokens = len(chunk)
-            for i, (sequence, position, token, wanted) in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            if status := lib.llama_decode(self._context, batch):
-                what = f"llama.cpp cannot evaluate {len(self.held[sequence]) + len(chunk)} tokens (status {status})."
-                raise KitError(what, "Set judge.limit_tokens or a smaller context_tokens.")
-            for i, (sequence, position, token, wanted) in enumerate(chunk):
-                self.held[sequence].append(token)
-                if wanted:
-                    pointer = lib.llama_get_logits_ith(self._context, i)
-                    yield position, np.ctypeslib.as_array(pointer, (self._size,))
+        lengths = [common_prefix_len(cached, ids) for cached in self.cached]
+        source = int(np.argmax(lengths))
+        length = lengths[sequence]
+        if lengths[source] >= length + MIN_COPY_TOKENS:
+            length = lengths[source]
+            self._cut(sequence, 0)
+            llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, -1, -1)
+            self.cached[sequence] = self.cached[source].copy()
+        if length < len(self.cached[sequence]) and not self._cut(sequence, length):
+            self._cut(sequence, 0)
+            if UNCUTTABLE not in self._backend.notes:
+                self._backend.notes.append(UNCUTTABLE)
+        return len(self.cached[sequence])
+
+    def _cut(self, sequence: int, length: int) -> bool:
+        """Drop a sequence's tokens from `length` on; whether exactly the others are left."""
+        del self.cached[sequence][length:]
+        removed = llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        first = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)
+        # both are -1 in an empty sequence
+        return removed and last == length - 1 and first == min(last, 0)
+
+    def prefill(
+        self, sequence: int, ids: Sequence[int], wanted: Collection[int]
+    ) -> Iterator[np.ndarray]:
+        """Append what a sequence lacks of `ids`; yields logits (V,) at the wanted indices.
+
+        Each is valid until the next is taken.
+        """
+        start = len(self.cached[sequence])
+        while start < len(ids):
+            end = min(start + BATCH_TOKENS, len(ids))
+            # no single token is left over: see GgufSession
+            if end == len(ids) - 1:
+                end -= 1
+            chunk = range(start, end)
+            yield from self.decode([BatchToken(sequence, ids[i], i in wanted) for i in chunk])
+            start = end
+
+    def decode(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
+        """Append tokens, at most BATCH_TOKENS, in one pass; yields as `prefill`."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (sequence, token, wanted) in enumerate(tokens):
+            cached = self.cached[sequence]
+            batch.token[i] = token
+            batch.pos[i] = len(cached)
+            batch.logits[i] = wanted
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            cached.append(token)
+        status = llama_cpp.llama_decode(self._context, batch)
+        if status:
+            raise KitError(
+                f"llama.cpp cannot evaluate {len(cached)} tokens (status {status}).",
+                "Set judge.limit_tokens or a smaller context_tokens.",
+            )
+        for i, token in enumerate(tokens):
+            if token.wanted:
+                pointer = llama_cpp.llama_get_logits_ith(self._context, i)
+                yield np.ctypeslib.as_array(pointer, (self._backend.tokenizer.size,))
 
     def close(self) -> None:
-        """Free it."""
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)
+        """Free the memory."""
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
 
 
 class GgufBackend:
-    """See kit.backends.Backend; KitError: no llama-cpp-python, no such file, a file that llama.cpp cannot read."""
+    """A GGUF model; see kit.backends.base.Backend.
+
+    Raises:
+        KitError: no llama-cpp-python, no such file, or a file that llama.cpp cannot read.
+    """
 
     def __init__(self, engine: ModelConfig) -> None:
-        self._lib = lib = library()
-        self.engine, self.notes = engine, []
         path = gguf_file(engine.model)
+        self.engine = engine
         self.name = slug(engine.model)
+        self.notes: list[str] = []
         self.n_threads = engine.n_threads or len(os.sched_getaffinity(0))
         self.model = load(path, engine.n_gpu_layers)
-        slow = lib.llama_model_ftype(self.model) in SLOW
-        slow = slow and not (engine.n_gpu_layers and lib.llama_supports_gpu_offload())
-        if slow and lib.llama_model_n_params(self.model) <= UNPACK_PARAMETERS:
-            lib.llama_model_free(self.model)
-            self.model = load(unpacked(path))
+        on_gpu = engine.n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        is_slow = llama_cpp.llama_model_ftype(self.model) in SLOW_FILE_TYPES
+        is_small = llama_cpp.llama_model_n_params(self.model) <= MAX_COPY_PARAMETERS
+        if is_slow and is_small and not on_gpu:
+            self.close()
+            self.model = load(f16_copy(path))
         self.tokenizer = GgufTokenizer(self.model)
-        trained = lib.llama_model_n_ctx_train(self.model)
-        self.context_tokens = min(engine.context_tokens or trained, trained)
+        trained_tokens = llama_cpp.llama_model_n_ctx_train(self.model)
+        self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """See kit/backends/gguf_generate.py."""
@@ -261,54 +281,65 @@ class GgufBackend:
         return generate(self, requests)
 
     def session(self, uncached: bool = False) -> GgufSession:
-        """Open a judging session; uncached=True evaluates every probe without a cache."""
+        """Open a judging session; uncached=True evaluates every prompt from its first token."""
         return GgufSession(self, uncached)
 
     def close(self) -> None:
-        """Free the weights."""
-        self.model = self.model and self._lib.llama_model_free(self.model)
+        """Free the weights; a second call does nothing."""
+        if self.model is not None:
+            llama_cpp.llama_model_free(self.model)
+            self.model = None
 
 
 class GgufSession:
-    """See kit.backends.Session; uncached=True evaluates every probe from its first token.
+    """See kit.backends.base.ScoringSession.
 
-    Sequence 0 holds the longest probe so far, the trunk; shorter ones are answered in sequence 1, which takes the
-    trunk's beginning over. Many probes go longest first, so one copy serves a whole scan.
+    Sequence 0 holds the longest prompt so far, the trunk. Shorter ones are scored in sequence 1,
+    which copies the trunk's beginning. Many requests go longest first: one copy serves them all.
     """
 
     def __init__(self, backend: GgufBackend, uncached: bool = False) -> None:
-        self.backend, self.uncached, self.cost = backend, uncached, TokenUsage()
+        self.backend = backend
+        self.uncached = uncached
+        self.cost = TokenUsage()
         self._context: Context | None = None
 
-    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Read probes; KitError: one is longer than the model's context."""
-        context = self._grown(max((len(probe.ids) for probe in probes), default=0))
-        found: list[Logprobs] = [[] for _ in probes]
-        for i in sorted(range(len(probes)), key=lambda i: -len(probes[i].ids)):
-            ids, reads = probes[i].ids, dict(probes[i].reads)
-            sequence = 0 if self.uncached or len(ids) >= len(context.held[0]) else 1
-            # at least two tokens are evaluated: llama.cpp multiplies one alone otherwise, and logits moved by up to 0.4
-            kept = context.keep(
-                sequence, () if self.uncached else ids[: min([*reads, len(ids) - 2])]
-            )
-            for position, logits in context.evaluate([(sequence, ids[kept:], reads)]):
-                shifted = logits - logits.max().astype(np.float64)
-                found[i].append(
-                    (shifted[list(reads[position])] - np.log(np.exp(shifted).sum())).tolist()
-                )
-            self.cost.add(TokenUsage(len(ids) - kept, kept))
-        return found
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        """Read log-probabilities; KitError: a prompt is longer than the model's context."""
+        longest_first = sorted(requests, key=lambda request: len(request.ids), reverse=True)
+        logprobs = {request: self._score(request) for request in longest_first}
+        return [logprobs[request] for request in requests]
 
     def close(self) -> None:
         """Free the context."""
-        self._context = self._context and self._context.close()
+        if self._context is not None:
+            self._context.close()
+            self._context = None
 
-    def _grown(self, tokens: int) -> Context:
-        """The context, made anew where it has no room for a probe of so many tokens."""
-        if not self._context or self._context.tokens < tokens:
+    def _score(self, request: ScoreRequest) -> Logprobs:
+        ids = request.ids
+        candidates = dict(request.reads)
+        context = self._context_for(len(ids))
+        is_trunk = self.uncached or len(ids) >= len(context.cached[0])
+        sequence = 0 if is_trunk else 1
+        # Never taken from the cache: tokens whose logits are read, and the last two. llama.cpp
+        # evaluates a single token with other kernels, which moved logits by up to 0.4.
+        reusable = 0 if self.uncached else min([*candidates, len(ids) - 2])
+        cached_tokens = context.reuse(sequence, ids[:reusable])
+        self.cost.add(TokenUsage(len(ids) - cached_tokens, cached_tokens))
+        logprobs = []
+        rows = context.prefill(sequence, ids, candidates)
+        for logits, tokens in zip(rows, candidates.values(), strict=True):
+            shifted = logits - logits.max().astype(np.float64)
+            logprobs.append((shifted[list(tokens)] - np.log(np.exp(shifted).sum())).tolist())
+        return logprobs
+
+    def _context_for(self, tokens: int) -> Context:
+        """The session's context, replaced by a larger one where it has too few tokens."""
+        if self._context is None or self._context.tokens < tokens:
             self.close()
-            room = min(max(2 * tokens, ROOM_TOKENS), self.backend.context_tokens)
-            self._context = Context(
-                self.backend, room, 2 - self.uncached, self.backend.engine.flash_attention
-            )
+            backend = self.backend
+            room = min(max(2 * tokens, MIN_ROOM_TOKENS), backend.context_tokens)
+            sequences = 1 if self.uncached else 2
+            self._context = Context(backend, room, sequences, backend.engine.flash_attention)
         return self._context

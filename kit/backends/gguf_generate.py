@@ -1,8 +1,8 @@
-"""Continuous batching over llama.cpp sequences: a finished sample's place is taken at once.
+"""Continuous batching over llama.cpp sequences: a finished sample's slot is filled at once.
 
-A new sample takes over the longest beginning of its prompt that any place holds, so shared beginnings and the n
-samples of one prompt are evaluated once. Prompts go through alone, then all places decode together: with caches
-apart, llama.cpp would split a mixed batch anyway.
+A new sample copies the longest beginning of its prompt that any slot holds, so shared beginnings
+and the n samples of one prompt are evaluated once. Prompts are evaluated one by one, then all
+slots decode together: with separate caches, llama.cpp would split a mixed batch anyway.
 """
 
 from __future__ import annotations
@@ -10,102 +10,141 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from kit.backends.base import ActiveRequest, Generation, Request, check_stop, sample_seed, too_long
-from kit.backends.gguf import Context, GgufBackend
+from kit.backends.base import (
+    ActiveRequest,
+    Completion,
+    Generation,
+    Request,
+    Tokenizer,
+    check_stop,
+    sample_seed,
+    too_long,
+)
+from kit.backends.gguf import BatchToken, Context, GgufBackend
 from kit.core.config import Sampling
 
 
+@dataclass(eq=False)
 class Sample:
-    """What is being written, or waits for a place."""
+    """One sample, waiting for a slot or running in one."""
 
-    def __init__(self, job: ActiveRequest, number: int) -> None:
-        self.job, self.number, request = job, number, job.request
-        self.ids: list[int] = []
-        self.random = np.random.default_rng(sample_seed(request.seed, request.id, number))
+    active: ActiveRequest
+    number: int  # among the samples of its request
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)  # drawn so far
+    seen: Any = None  # (V,) bool, the tokens of the prompt and of `ids`; set by `prefill`
 
-    def begin(self, context: Context, place: int) -> None:
-        """Put the prompt into a place and draw the first token."""
-        job, prompt = self.job, self.job.request.prompt
-        job.begun = job.begun or time.perf_counter()
-        kept = context.keep(place, prompt if job.logits is not None else prompt[:-1])
-        job.prefill_tokens += len(prompt) - kept
-        for _, logits in context.evaluate([(place, prompt[kept:], {len(prompt) - 1})]):
-            job.logits = logits.copy()
-        self.draw(job.logits)
+    def prefill(self, context: Context, slot: int) -> np.ndarray:
+        """Evaluate the prompt in a slot; returns logits (V,)."""
+        active = self.active
+        prompt = active.request.prompt
+        active.begun = active.begun or time.perf_counter()
+        # the request's first sample needs logits, and keeps them for the others
+        reusable = prompt[:-1] if active.logits is None else prompt
+        active.prefill_tokens += len(prompt) - context.reuse(slot, reusable)
+        for logits in context.prefill(slot, prompt, {len(prompt) - 1}):
+            active.logits = logits.copy()
+        self.seen = np.zeros(len(active.logits), bool)
+        self.seen[list(prompt)] = True
+        return active.logits
 
-    def draw(self, logits: np.ndarray) -> None:
-        """Write the next token."""
-        request = self.job.request
-        self.ids.append(draw(logits, request.sampling, self.random, (*request.prompt, *self.ids)))
+    def push(self, logits: np.ndarray, tokenizer: Tokenizer) -> Completion | None:
+        """Draw the next token from logits (V,); returns the completion if that ends it."""
+        sampling = self.active.request.sampling
+        token = draw(logits, sampling, self.random, self.seen)
+        self.seen[token] = True
+        self.ids.append(token)
+        return check_stop(self.ids, self.active.limit_tokens, sampling, tokenizer)
 
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
-    """Yield each request's result as it finishes; the plan follows from the list of requests alone."""
-    limit, waiting, longest = backend.context_tokens, deque[Sample](), 0
+    """Yield each request's result as it finishes; the plan follows from the requests alone."""
+    # 1. Refuse prompts that are too long; queue the samples of the others.
+    limit = backend.context_tokens
+    waiting: deque[Sample] = deque()
+    longest = 0
     for request in requests:
-        if refused := too_long(request, limit):
-            yield refused
+        error = too_long(request, limit)
+        if error:
+            yield error
             continue
-        job = ActiveRequest(
-            request, min(request.sampling.max_new_tokens, limit - len(request.prompt))
-        )
-        waiting += [Sample(job, number) for number in range(request.n)]
-        longest = max(longest, len(request.prompt) + request.sampling.max_new_tokens)
+        size = len(request.prompt)
+        active = ActiveRequest(request, min(request.sampling.max_new_tokens, limit - size))
+        longest = max(longest, size + active.limit_tokens)
+        for number in range(request.n):
+            seed = sample_seed(request.seed, request.id, number)
+            waiting.append(Sample(active, number, np.random.default_rng(seed)))
     if not waiting:
         return
-    slots: list[Sample | None] = [None] * min(backend.engine.max_num_seqs, len(waiting))
-    context = Context(backend, min(longest, limit), len(slots), flash_attention=True)
-    try:
-        while waiting or any(slots):
-            busy = [place for place, sample in enumerate(slots) if not sample][: len(waiting)]
-            for place in busy:
-                slots[place] = waiting.popleft()
-                slots[place].begin(context, place)
-            if not busy:
-                busy = [place for place, sample in enumerate(slots) if sample]
-                rows = [
-                    (place, slots[place].ids[-1:], {len(context.held[place])}) for place in busy
-                ]
-                for place, (_, logits) in zip(busy, context.evaluate(rows), strict=True):
-                    slots[place].draw(logits)
-            for place in busy:
-                sample, job = slots[place], slots[place].job
-                completion = check_stop(
-                    sample.ids, job.limit_tokens, job.request.sampling, backend.tokenizer
-                )
+    # 2. Give samples one token after the other; those that end free their slots.
+    slots = min(backend.engine.max_num_seqs, len(waiting))
+    running: dict[int, Sample] = {}  # by slot
+    with closing(Context(backend, longest, slots, flash_attention=True)) as context:
+        while waiting or running:
+            for slot, logits in next_logits(context, running, waiting):
+                sample = running[slot]
+                completion = sample.push(logits, backend.tokenizer)
                 if completion:
-                    slots[place] = None
-                    if made := job.finish(sample.number, completion):
-                        yield made
-    finally:
-        context.close()
+                    del running[slot]
+                    result = sample.active.finish(sample.number, completion)
+                    if result:
+                        yield result
+
+
+def next_logits(
+    context: Context, running: dict[int, Sample], waiting: deque[Sample]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Start waiting samples where slots are free, else decode all running ones together.
+
+    Moves samples from `waiting` to `running`. Yields (slot, logits (V,)).
+    """
+    free = [slot for slot in range(len(context.cached)) if slot not in running]
+    starting = free[: len(waiting)]
+    for slot in starting:
+        running[slot] = waiting.popleft()
+        yield slot, running[slot].prefill(context, slot)
+    if not starting:
+        slots = sorted(running)
+        tokens = [BatchToken(slot, running[slot].ids[-1], True) for slot in slots]
+        yield from zip(slots, context.decode(tokens), strict=True)
 
 
 def draw(
-    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: Sequence[int]
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: np.ndarray
 ) -> int:
-    """Draw a token from logits (V,), left as they are; the penalty looks at `seen`, the prompt included. Filtered as in
-    hf_batch.draw, whose tensors take 3 to 15 times as long on a CPU's row."""
+    """Draw one token, filtered as in hf_batch.draw, whose tensors are slower for a CPU's row.
+
+    Args:
+        logits: (V,), left as they are.
+        sampling: temperature, filters and repetition penalty.
+        random: gives one number, none at temperature 0.
+        seen: (V,) bool, the tokens that the penalty applies to: of prompt and sample.
+    """
     if sampling.repetition_penalty != 1:
-        logits, known = logits.copy(), np.unique(seen)
-        factor = np.where(
-            logits[known] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
-        )
-        logits[known] *= factor.astype(np.float32)
+        penalty = sampling.repetition_penalty
+        factors = np.where(logits > 0, np.float32(1 / penalty), np.float32(penalty))
+        logits = np.where(seen, logits * factors, logits)
     if sampling.temperature == 0:
         return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
-    # tokens under this floor weigh less than 1 - top_p together, so the nucleus lies above it and few need sorting
-    tokens = np.flatnonzero(
-        weights > weights.sum() * max((1 - sampling.top_p) / len(weights), 1e-12)
-    )
-    tokens = tokens[np.argsort(-weights[tokens], kind="stable")][: sampling.top_k or None]
-    total = weights[tokens].sum() if sampling.top_k else weights.sum()
-    weights = weights[tokens]
-    running = np.cumsum(weights)
-    left = (running - weights < sampling.top_p * total) & (weights >= sampling.min_p * weights[0])
-    running = np.cumsum(weights * left)
-    return int(tokens[np.searchsorted(running, random.random() * running[-1], "right")])
+    total = weights.sum()
+    # Tokens under this floor weigh less than 1 - top_p together, so the nucleus is above it, and
+    # few tokens need sorting.
+    ids = np.flatnonzero(weights > total * max((1 - sampling.top_p) / len(weights), 1e-12))
+    ids = ids[np.argsort(-weights[ids], kind="stable")]
+    if sampling.top_k:
+        ids = ids[: sampling.top_k]
+        total = weights[ids].sum()
+    weights = weights[ids]
+    # a token stays if those before it are less than top_p, and if it is not too unlikely itself
+    before = np.cumsum(weights) - weights
+    kept = (before < sampling.top_p * total) & (weights >= sampling.min_p * weights[0])
+    cumulative = np.cumsum(weights * kept)
+    chosen = np.searchsorted(cumulative, random.random() * cumulative[-1], "right")
+    return int(ids[chosen])

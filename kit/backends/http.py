@@ -1,10 +1,13 @@
-"""OpenAI-compatible servers (vLLM, SGLang, llama-server): how the work leaves this machine.
+"""OpenAI-compatible servers (vLLM, SGLang, llama-server): the model runs on another machine.
 
-Prompts go to /v1/completions as token ids. Retries, back-off with jitter, Retry-After and time-outs are the openai
-package's. A verdict is the log-probabilities of one generated token, its prompt's beginning taken from the server's
-prefix cache (vLLM computes those of prompts past it). Candidates are told apart by token id, never by text; SGLang
-names none by id: it generates, and does not judge. Nothing here starts a server or streams: `stop_loops` only names a
-loop when its sample has ended. A key comes from the environment and stands in no message.
+Prompts go to /v1/completions as token ids. Retries, back-off with jitter, Retry-After and time-outs
+are the openai package's. A verdict (section 3.2 of the paper) is the log-probabilities of one
+generated token; its prompt's beginning comes from the server's prefix cache. Candidates are told
+apart by token id, never by text. SGLang returns no log-probabilities by token id, so it generates
+and does not judge.
+
+Nothing here starts a server or streams: `stop_loops` only names a loop after its sample has ended.
+A key comes from the environment and appears in no message.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+import openai
 
 from kit.backends.base import (
     Completion,
     Generation,
+    Ids,
     Logprobs,
     Request,
     ScoreRequest,
@@ -35,16 +41,14 @@ from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
 from kit.models import load_tokenizer, resolve
 
-REFUSED = (400, 413, 422)  # statuses of one request: asking again changes nothing
-SAMPLERS = (
-    "penalties",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-)  # llama-server's, in the order of transformers
-TOP = 20  # log-probabilities asked for; vLLM's default limit
-ALL = 1 << 20  # more than any vocabulary; llama-server tells as many as there are
+Json = dict[str, Any]
+
+REFUSED_STATUSES = (400, 413, 422)  # of one request: asking again changes nothing
+KEY_STATUSES = (401, 403)
+TOP_LOGPROBS = 20  # vLLM's default limit
+ALL_LOGPROBS = 1 << 20  # more than any vocabulary; llama-server returns as many as there are
+# llama-server's samplers, in the order of transformers
+SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
 
 
 class Refused(KitError):
@@ -52,61 +56,101 @@ class Refused(KitError):
 
 
 class HttpBackend:
-    """A model that a server holds; KitError: nothing answers, a key is wanted, the model is not served, or the server's
-    token ids are not those of the tokenizer."""
+    """A model on a server; see kit.backends.base.Backend.
+
+    Raises:
+        KitError: nothing answers, a key is wanted, the model is not served, or the server's token
+            ids are not those of the tokenizer.
+    """
 
     def __init__(self, engine: ModelConfig) -> None:
-        import openai
-
         if not engine.url:
             raise KitError(
                 "Backend http needs the server's address.", "Set url=http://HOST:PORT/v1.", 2
             )
-        self.engine, self.root = engine, engine.url.rstrip("/").removesuffix("/v1")
+        self.engine = engine
+        self.root = engine.url.rstrip("/").removesuffix("/v1")
         self.name = slug(engine.model)
         self.notes: list[str] = []
-        self.turns, self._own, self._lock, self._spent = (
-            itertools.count(),
-            threading.local(),
-            threading.Lock(),
-            TokenUsage(),
+        self._usage = TokenUsage()  # of all requests
+        self._lock = threading.Lock()
+        # without a key of its own, the client would look for one
+        self._key = os.environ.get(engine.api_key_env or "") or "none"
+        self._client = openai.OpenAI(
+            api_key=self._key,
+            base_url=self.root,
+            timeout=openai.Timeout(engine.timeout_seconds, connect=10.0),
+            max_retries=engine.retries,
         )
-        self._key = (
-            os.environ.get(engine.api_key_env or "") or "none"
-        )  # None would send the client looking for one
-        limits = openai.Timeout(engine.timeout_seconds, connect=min(10.0, engine.timeout_seconds))
-        given = {
-            "api_key": self._key,
-            "base_url": self.root,
-            "timeout": limits,
-            "max_retries": engine.retries,
-        }
-        self._client = openai.OpenAI(**given)
         self._connect()
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield each request's result as it finishes, `max_num_seqs` requests in flight; KitError: the server is gone past
-        the retries, raised after all that finished has been yielded."""
-        jobs = [self.pool.submit(self._answer, request) for request in requests]
-        failures: list[BaseException] = []
+    def _connect(self) -> None:
+        """Ask the server for its kind, its limits and its model's tokenizer, and check the ids."""
+        engine = self.engine
+        models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
+        if engine.model not in models:
+            raise KitError(
+                f"{self.root}/v1 serves no model {engine.model!r}.",
+                f"Set model to {' or '.join(models)}.",
+            )
+        served = models[engine.model]
+        limit = served.get("max_model_len")
+        self.concurrent = engine.max_num_seqs
+        self.llama = served.get("owned_by") == "llamacpp"
+        if self.llama:
+            properties = self._call("/props")
+            limit = properties["default_generation_settings"]["n_ctx"]
+            self.concurrent = min(self.concurrent, properties["total_slots"])
+        self.context_tokens = min(filter(None, (limit, engine.context_tokens)), default=0)
+        if not self.context_tokens:
+            raise KitError(
+                f"{self.root} does not report the model's context.", "Set context_tokens."
+            )
+        self.pool = ThreadPoolExecutor(self.concurrent)
+        self._check_token_ids(engine.tokenizer or served.get("root") or engine.model)
+
+    def _check_token_ids(self, name: str) -> None:
+        """Load a tokenizer; a few generated tokens prove that the server's ids mean the same."""
+        hint = "Set tokenizer to the served model's hub id, folder or .gguf file."
         try:
-            for job in as_completed(jobs):
-                if job.cancelled():
+            self.tokenizer = _load_tokenizer(name)
+        except KitError as error:
+            raise KitError(
+                f"The served model's tokenizer is not found as {name!r}: {error.args[0]}", hint
+            ) from None
+        prompt = tuple(self.tokenizer.encode("1, 2, 3,"))
+        sampling = Sampling(temperature=0, max_new_tokens=6)
+        result = next(self.generate([Request("start", prompt, sampling)]))
+        text = result.error or result.completions[0].text
+        if result.error or self.tokenizer.decode(result.completions[0].ids).strip() != text.strip():
+            raise KitError(
+                f"{self.root} takes or returns other token ids than {name}'s: {text!r}.", hint
+            )
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield each request's result as it finishes, `max_num_seqs` requests in flight.
+
+        Raises:
+            KitError: the server is gone past the retries; raised after all results are yielded.
+        """
+        futures = [self.pool.submit(self._answer, request) for request in requests]
+        failure: BaseException | None = None
+        try:
+            for future in as_completed(futures):
+                if future.cancelled():
                     continue
-                if error := job.exception():
-                    failures.append(error)
-                    for waiting in jobs:  # those in flight still bring what they can
-                        waiting.cancel()
-                else:
-                    yield job.result()
+                failure = failure or future.exception()
+                if failure:  # nothing new is sent; requests in flight still bring their results
+                    cancel(futures)
+                if not future.exception():
+                    yield future.result()
         finally:
-            for waiting in jobs:
-                waiting.cancel()
-        if failures:
-            raise failures[0]
+            cancel(futures)
+        if failure:
+            raise failure
 
     def session(self, uncached: bool = False) -> HttpSession:
-        """Open a judging session; uncached=True has the server evaluate every probe without its cache."""
+        """Open a judging session; uncached=True has the server evaluate every prompt anew."""
         return HttpSession(self, uncached)
 
     def close(self) -> None:
@@ -114,50 +158,50 @@ class HttpBackend:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def complete(
-        self, prompt: Sequence[int], fields: dict[str, Any], cost: TokenUsage
-    ) -> list[dict[str, Any]]:
-        """The choices of a completion of token ids; what it took is added to `cost`.
+    def complete(self, prompt: Sequence[int], fields: Json, usage: TokenUsage) -> list[Json]:
+        """The choices of a completion of token ids.
+
+        Args:
+            prompt: token ids.
+            fields: the request's other fields.
+            usage: the request's tokens are added to it.
 
         Raises:
-            Refused: of this request, for good.
-            KitError: the server is gone past the retries, wants a key, or counted other tokens than were sent.
+            Refused: the server will never take this request.
+            KitError: it is gone past the retries, wants a key, or counted other tokens than were
+                sent.
         """
-        reply = self._call(
-            "/v1/completions", {"model": self.engine.model, "prompt": list(prompt), **fields}
-        )
-        choices, usage, wanted = (
-            reply.get("choices") or (),
-            reply.get("usage") or {},
-            fields.get("n", 1),
-        )
-        counted = usage.get("prompt_tokens", len(prompt))
-        if (len(choices), counted) != (wanted, len(prompt)):
-            told = (
-                f"{self.root} gives {len(choices)} completions and counts {counted} prompt tokens"
-            )
-            what = f"{told} where {wanted} of {len(prompt)} ids were asked for."
+        size = len(prompt)
+        body = {"model": self.engine.model, "prompt": list(prompt), **fields}
+        reply = self._call("/v1/completions", body)
+        choices = reply.get("choices") or []
+        reported = reply.get("usage") or {}
+        counted = reported.get("prompt_tokens", size)
+        wanted = fields.get("n", 1)
+        if len(choices) != wanted or counted != size:
             raise KitError(
-                what, "Use a server that takes ids as they are: vLLM, SGLang, llama-server."
+                f"{self.root} returns {len(choices)} completions and counts {counted} prompt "
+                f"tokens where {wanted} of {size} ids were asked for.",
+                "Use a server that takes ids as they are: vLLM, SGLang, llama-server.",
             )
-        reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        spent = TokenUsage(len(prompt) - (reused or 0), reused or 0)
+        details = reported.get("prompt_tokens_details") or {}
+        cached_tokens = details.get("cached_tokens") or 0
+        spent = TokenUsage(size - cached_tokens, cached_tokens)
         with self._lock:
-            cost.add(spent)
-            if reused is not None:
-                self._spent.add(spent)
-                total = sum(vars(self._spent).values())
-                share = self._spent.cached_tokens / total
-                self.notes[:] = [f"prefix cache: {share:.1%} of {total:,} prompt tokens reused"]
+            usage.add(spent)
+            self._usage.add(spent)
+            total = sum(vars(self._usage).values())
+            ratio = self._usage.cached_tokens / total
+            self.notes[:] = [f"prefix cache: {ratio:.1%} of {total:,} prompt tokens reused"]
         return choices
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """POST a body (None: GET) to a path under the server's root; raises as `complete`."""
-        import openai
-
+    def _call(self, path: str, body: Json | None = None) -> Json:
+        """POST a body, or GET without one, under the server's root; raises as `complete`."""
         try:
-            get, post = self._client.get, self._client.post
-            reply = post(path, body=body, cast_to=object) if body else get(path, cast_to=object)
+            if body:
+                reply = self._client.post(path, body=body, cast_to=object)
+            else:
+                reply = self._client.get(path, cast_to=object)
         except openai.OpenAIError as error:
             raise self._explained(error) from None
         if not isinstance(reply, dict):
@@ -166,189 +210,163 @@ class HttpBackend:
             )
         return reply
 
-    def _explained(self, error: Exception) -> Exception:
-        """An error of the openai package as one for users; without the key, should the server have echoed it."""
-        status, name = getattr(error, "status_code", None), self.engine.api_key_env
+    def _explained(self, error: Exception) -> KitError:
+        """An error of the openai package as one for users."""
+        # a server may repeat the key that it was sent
         text = " ".join(str(error).replace(self._key, "***").split())[:500]
-        if status in REFUSED:
+        status = getattr(error, "status_code", None)
+        if status in REFUSED_STATUSES:
             return Refused(f"{self.root} refuses a prompt: {text}")
-        if status in (401, 403):
-            state = "set, but not accepted" if os.environ.get(name or "") else "not set"
-            what = f"{self.root} wants a key, and the variable that api_key_env names, {name}, is {state}: {text}"
-            return KitError(what, "Name the variable that holds the key, and set it.")
-        hint = "Start the server, check url or set a larger timeout_seconds; the same command then goes on from here."
-        return KitError(f"{self.root} does not answer, {self.engine.retries} retries: {text}", hint)
+        if status in KEY_STATUSES:
+            variable = self.engine.api_key_env
+            state = "set, but not accepted" if os.environ.get(variable or "") else "not set"
+            return KitError(
+                f"{self.root} wants a key, and the variable that api_key_env names, {variable}, "
+                f"is {state}: {text}",
+                "Name the variable that holds the key, and set it.",
+            )
+        return KitError(
+            f"{self.root} does not answer, {self.engine.retries} retries: {text}",
+            "Start the server, check url or set a larger timeout_seconds; "
+            "the same command then goes on from here.",
+        )
 
     def _answer(self, request: Request) -> Generation:
-        """All samples of a request at once; one by one through one slot of llama-server, whose cache is a slot's."""
-        if refused := too_long(request, self.context_tokens):
-            return refused
-        begun, samples, cost, step = (
-            time.perf_counter(),
-            [],
-            TokenUsage(),
-            1 if self.llama else request.n,
-        )
+        """All samples of one request."""
+        error = too_long(request, self.context_tokens)
+        if error:
+            return error
+        begun = time.perf_counter()
+        usage = TokenUsage()
+        choices = []
+        # llama-server caches by slot: its samples go one by one and find the prompt's slot again
+        step = 1 if self.llama else request.n
         try:
             for first in range(0, request.n, step):
-                choices = self.complete(request.prompt, self._fields(request, first, step), cost)
-                samples += [self._sample(choice, request.sampling) for choice in choices]
-        except Refused as error:
-            return Generation(request.id, prompt_tokens=len(request.prompt), error=str(error))
-        seconds = time.perf_counter() - begun
+                fields = self._sampling_fields(request, first, step)
+                choices += self.complete(request.prompt, fields, usage)
+        except Refused as refused:
+            return Generation(request.id, prompt_tokens=len(request.prompt), error=str(refused))
         return Generation(
-            request.id, tuple(samples), len(request.prompt), cost.prefill_tokens, seconds
+            request.id,
+            tuple(self._completion(choice, request.sampling) for choice in choices),
+            len(request.prompt),
+            usage.prefill_tokens,
+            time.perf_counter() - begun,
         )
 
-    def _fields(self, request: Request, first: int, count: int) -> dict[str, Any]:
-        """What `count` samples are asked with; the server seeds the k-th of them with seed + k."""
-        s, room = request.sampling, self.context_tokens - len(request.prompt)
+    def _sampling_fields(self, request: Request, first: int, count: int) -> Json:
+        """The fields of `count` samples, the first of which is number `first`."""
+        sampling = request.sampling
+        room = self.context_tokens - len(request.prompt)
         fields = {
-            "temperature": s.temperature,
-            "top_p": s.top_p,
-            "top_k": s.top_k or -1,
-            "min_p": s.min_p,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "stop": list(sampling.stop),
+            "max_tokens": min(sampling.max_new_tokens, room),
+            # the server seeds the k-th of these samples with seed + k
+            "seed": sample_seed(request.seed, request.id, first),
         }
-        fields |= {"stop": list(s.stop), "max_tokens": min(s.max_new_tokens, room)}
-        fields["seed"] = sample_seed(request.seed, request.id, first)
-        if self.llama:  # logprobs because nothing else brings the ids
-            fields |= {"repeat_penalty": s.repetition_penalty, "repeat_last_n": self.context_tokens}
-            return fields | {"samplers": SAMPLERS, "logprobs": 1, "id_slot": self._own.slot}
-        return fields | {
-            "n": count,
-            "repetition_penalty": s.repetition_penalty,
-            "return_token_ids": True,
+        penalty = sampling.repetition_penalty
+        if not self.llama:
+            return {**fields, "repetition_penalty": penalty, "n": count, "return_token_ids": True}
+        return {
+            **fields,
+            "repeat_penalty": penalty,
+            "repeat_last_n": self.context_tokens,
+            "samplers": SAMPLERS,
+            "logprobs": 1,  # nothing else brings the ids
         }
 
-    def _sample(self, choice: dict[str, Any], sampling: Sampling) -> Completion:
-        """A choice's text and ids; where the server tells none (SGLang), they are its text's, tokenized again."""
-        text, finish_reason, ids = (
-            choice["text"],
-            choice.get("finish_reason"),
-            choice.get("token_ids"),
-        )
-        if ids is None:
-            content = (choice.get("logprobs") or {}).get("content")
-            ids = (
-                [entry["id"] for entry in content or ()]
-                if self.llama
-                else self.tokenizer.encode(text, False)
-            )
-        while ids and finish_reason == "stop" and ids[-1] in self.tokenizer.eos_ids:
+    def _completion(self, choice: Json, sampling: Sampling) -> Completion:
+        ids = choice.get("token_ids")
+        if self.llama:
+            content = (choice.get("logprobs") or {}).get("content") or ()
+            ids = [entry["id"] for entry in content]
+        if ids is None:  # SGLang
+            ids = self.tokenizer.encode(choice["text"], special=False)
+        finish_reason = choice.get("finish_reason")
+        if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
         if finish_reason == "length" and sampling.stop_loops and looping(ids):
             finish_reason = "loop"
-        return Completion(
-            text,
-            tuple(ids),
-            finish_reason if finish_reason in ("stop", "length", "loop") else "error",
-        )
-
-    def _connect(self) -> None:
-        """Learn what is served and by whom; a few generated tokens prove that ids are taken and mean the same."""
-        models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
-        if (model := models.get(self.engine.model)) is None:
-            hint = f"Set model to {' or '.join(models)}."
-            raise KitError(f"{self.root}/v1 serves no model {self.engine.model!r}.", hint)
-        self.llama, self.concurrent = model.get("owned_by") == "llamacpp", self.engine.max_num_seqs
-        limit = model.get("max_model_len")
-        if self.llama:
-            props = self._call("/props")
-            limit = props["default_generation_settings"]["n_ctx"]
-            self.concurrent = min(self.concurrent, props["total_slots"])
-        own, slots = self._own, itertools.count()  # each thread generates in a slot of its own
-        self.pool = ThreadPoolExecutor(
-            self.concurrent, initializer=lambda: setattr(own, "slot", next(slots))
-        )
-        if not (limit or self.engine.context_tokens):
-            raise KitError(f"{self.root} does not tell the model's context.", "Set context_tokens.")
-        self.context_tokens = min(filter(None, (limit, self.engine.context_tokens)))
-        name = self.engine.tokenizer or model.get("root") or self.engine.model
-        hint = "Set tokenizer to the served model's hub id, folder or .gguf file."
-        try:
-            self.tokenizer = _tokenizer(name)
-        except KitError as error:
-            raise KitError(
-                f"The served model's tokenizer is not found as {name!r}: {error.args[0]}", hint
-            ) from None
-        start = Request(
-            "start",
-            tuple(self.tokenizer.encode("1, 2, 3,")),
-            Sampling(temperature=0, max_new_tokens=6),
-        )
-        made = next(self.generate([start]))
-        text = made.error or made.completions[0].text
-        if made.error or self.tokenizer.decode(made.completions[0].ids).strip() != text.strip():
-            raise KitError(
-                f"{self.root} takes or gives other token ids than {name}'s: {text!r}.", hint
-            )
+        if finish_reason not in ("stop", "length", "loop"):
+            finish_reason = "error"
+        return Completion(choice["text"], tuple(ids), finish_reason)
 
 
 class HttpSession:
-    """Reads of one trace's probes; several sessions may be open at once, each in a thread of its own."""
+    """See kit.backends.base.ScoringSession. Sessions may run at once, each in its own thread."""
 
     def __init__(self, backend: HttpBackend, uncached: bool = False) -> None:
-        self.backend, self.uncached, self.cost = backend, uncached, TokenUsage()
-        self._slot = (
-            next(backend.turns) % backend.concurrent
-        )  # llama-server's cache is a slot's: stay in one
+        self.backend = backend
+        self.uncached = uncached
+        self.cost = TokenUsage()
 
-    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Read probes, the longest first, which fills the cache; the others then at once, or, in the one slot of
-        llama-server, from the longest to the shortest. KitError: the server is gone, or does not judge."""
-        asked = [
-            (probe.ids[: p + 1], candidates) for probe in probes for p, candidates in probe.reads
-        ]
-        order = sorted(range(len(asked)), key=lambda i: -len(asked[i][0]))
-        each = map if self.backend.llama else self.backend.pool.map
-        found = {i: self._values(*asked[i]) for i in order[:1]}
-        found |= zip(order[1:], each(lambda i: self._values(*asked[i]), order[1:]), strict=True)
-        values = (found[i] for i in range(len(asked)))
-        return [[next(values) for _ in probe.reads] for probe in probes]
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        """Read log-probabilities; KitError: the server is gone, or does not judge."""
+        prompts = itertools.chain(*(request.prompts() for request in requests))
+        longest_first = sorted(prompts, key=lambda prompt: len(prompt[0]), reverse=True)
+        # The longest fills the cache. The others then go at once, or one by one through
+        # llama-server's slot.
+        apply = map if self.backend.llama else self.backend.pool.map
+        values = [*map(self._score, longest_first[:1]), *apply(self._score, longest_first[1:])]
+        by_prompt = dict(zip(longest_first, values, strict=True))
+        return [list(map(by_prompt.__getitem__, request.prompts())) for request in requests]
 
     def close(self) -> None:
         """Nothing to free: the cache is the server's."""
 
-    def _values(self, prompt: Sequence[int], candidates: Sequence[int]) -> list[float]:
-        """Log-probabilities of the candidates after a prompt."""
-        backend, fields = self.backend, {"max_tokens": 1, "temperature": 0, "logprobs": TOP}
+    def _score(self, prompt: tuple[Ids, Ids]) -> list[float]:
+        """Log-probabilities of candidates after token ids."""
+        backend = self.backend
+        ids, candidates = prompt
+        fields: Json = {"max_tokens": 1, "temperature": 0}
         if backend.llama:
-            fields |= {"cache_prompt": not self.uncached, "id_slot": self._slot}
-        else:  # a salt of its own keeps a prompt out of vLLM's cache
-            fields |= {"return_tokens_as_token_ids": True, "logprob_token_ids": list(candidates)}
-            fields |= {"cache_salt": uuid.uuid4().hex} if self.uncached else {}
-        known = logprobs(backend.complete(prompt, fields, self.cost)[0])
-        if backend.llama and not known.keys() >= set(
-            candidates
-        ):  # the rare label that is far from likely
-            known = logprobs(backend.complete(prompt, fields | {"logprobs": ALL}, self.cost)[0])
-        if not known.keys() >= set(candidates):
-            what = (
-                f"{backend.root} tells no log-probabilities of the tokens asked for, by their ids."
-            )
-            raise KitError(
-                what,
-                "Judge with llama-server, a vLLM that knows logprob_token_ids, or backend=hf or gguf.",
-            )
-        return [known[candidate] for candidate in candidates]
+            fields["cache_prompt"] = not self.uncached
+        else:
+            fields.update(return_tokens_as_token_ids=True, logprob_token_ids=candidates)
+            if self.uncached:  # a salt of its own keeps a prompt out of vLLM's cache
+                fields["cache_salt"] = uuid.uuid4().hex
+        # an unlikely candidate may not be among the top: llama-server then lists every token
+        for count in (TOP_LOGPROBS, ALL_LOGPROBS) if backend.llama else (TOP_LOGPROBS,):
+            fields["logprobs"] = count
+            known = logprobs(backend.complete(ids, fields, self.cost)[0])
+            if known.keys() >= set(candidates):
+                return [known[candidate] for candidate in candidates]
+        raise KitError(
+            f"{backend.root} returns no log-probabilities by token ID.",
+            "Judge with llama-server, a vLLM that knows logprob_token_ids, or backend=hf or gguf.",
+        )
 
 
-def logprobs(choice: dict[str, Any]) -> dict[int, float]:
-    """What a server tells of the first token and its rivals, by id: as llama-server writes it, or vLLM."""
-    told = choice.get("logprobs") or {}
-    if content := told.get("content"):
-        return {
-            entry["id"]: entry["logprob"] for entry in (*content[0]["top_logprobs"], content[0])
-        }
-    named = dict(zip(told.get("tokens") or (), told.get("token_logprobs") or (), strict=True))
-    named |= (told.get("top_logprobs") or [None])[0] or {}
-    return {int(name[9:]): value for name, value in named.items() if name.startswith("token_id:")}
+def cancel(futures: Sequence[Future]) -> None:
+    """Cancel what has not begun."""
+    for future in futures:
+        future.cancel()
 
 
-def _tokenizer(name: str) -> Any:
-    """llama.cpp's for a GGUF, which takes no transformers and no weights."""
-    if not isinstance(file := resolve(name), Path):
+def logprobs(choice: Json) -> dict[int, float]:
+    """Log-probabilities of the first token and its rivals by id, from llama-server or vLLM."""
+    reply = choice.get("logprobs") or {}
+    if reply.get("content"):
+        first = reply["content"][0]
+        return {entry["id"]: entry["logprob"] for entry in (*first["top_logprobs"], first)}
+    by_name = (reply.get("top_logprobs") or [{}])[0]
+    return {
+        int(name.removeprefix("token_id:")): value
+        for name, value in by_name.items()
+        if name.startswith("token_id:")
+    }
+
+
+def _load_tokenizer(name: str) -> Any:
+    """llama.cpp's tokenizer for a GGUF, which takes no transformers and no weights."""
+    path = resolve(name)
+    if not isinstance(path, Path):
         return load_tokenizer(name)
     from kit.backends.gguf import GgufTokenizer, load
 
-    return GgufTokenizer(load(file, vocab_only=True))
+    return GgufTokenizer(load(path, vocab_only=True))
