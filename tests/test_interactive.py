@@ -84,18 +84,18 @@ def test_a_config_says_how_the_student_is_asked(
         "align": {"mode": "prefill"},
     }
     (tmp_path / "workshop.yaml").write_text(json.dumps(keys))
-    told = [
+    arguments = [
         "judge",
         str(config.teacher.path),
         "--interactive",
         "--config",
         str(tmp_path / "workshop.yaml"),
     ]
-    assert palign.main(told) == 0
+    assert palign.main(arguments) == 0
     assert "threshold -1.00" in capsys.readouterr().out
     user, _, begun, _ = asked.pop()
     assert begun and TRACE.startswith(begun) and begun not in user
-    assert palign.main([*told, "--kind", "verbal"]) == 0  # a key given overrules the config's
+    assert palign.main([*arguments, "--kind", "verbal"]) == 0  # a key given overrules the config's
     assert "threshold +0.00" in capsys.readouterr().out
 
 
@@ -149,7 +149,7 @@ def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_a_bar_on_a_terminal_has_colours_unless_told_not_to(
+def test_a_bar_on_a_terminal_has_colours_unless_arguments_not_to(
     environment: dict[str, str], coloured: bool
 ) -> None:
     code = "from kit.core.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"

@@ -58,7 +58,7 @@ def bench(
     opened = open_backend(config.student)
     judge = Judge(config, opened)
     rows = [from_problem(problem) for problem in load_traces(config)]
-    fits = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens][
+    fits = [row for row in rows if len(judge.request(row, row.trace).ids) <= judge.limit_tokens][
         :limit
     ]
     found, worst = [], 0.0
@@ -95,7 +95,7 @@ def _trace(
     m = row.sentences_total
     turn = {"early": 1, "middle": (m + 1) // 2, "late": m}.get(verdicts or "")
     force = None if turn is None else lambda k: k >= turn
-    whole = judge.probe(row, row.trace)
+    whole = judge.request(row, row.trace)
     asked = cut(judge, row, force, "binary")  # warms up, and gives the reference its questions
     kept: dict[str, PrefixRow] = {"binary": asked}
 
@@ -107,7 +107,7 @@ def _trace(
         elif name in REFERENCES:
             for verdict in asked.verdicts:
                 prefix = row.trace[: ends(row.trace)[verdict.sentences - 1]]
-                prompt = judge.probe(row, prefix).ids[: -len(judge.common) or None]
+                prompt = judge.prompt(row, prefix)
                 _generate(judge.backend, prompt, REFERENCES[name])
         else:
             kept[name] = cut(judge, row, force, name)
