@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -72,7 +72,7 @@ def _screens(step: str) -> Iterator[list[str]]:
         yield ["\n".join(lines[start : start + height]) + more]
 
 
-def _steps(config: Config) -> Iterator[str]:
+def _steps(config: Config) -> Generator[str, None, None]:
     """What is shown, one text per step."""
     trace = from_problem(_first_problem(config))
     sentences = [" ".join(sentence.split()) for sentence in split(trace.trace)]
@@ -145,12 +145,13 @@ def prompt(config: Config, of: str) -> dict[str, Any]:
     trace = problem.trace or problem.solution or "(the trace would stand here)"
     row = from_problem(problem.model_copy(update={"trace": trace}))
     row = keep(row, max(1, row.sentences_total // 4))
-    user = solve_text(config.prompts, problem.question)
-    answer = ""
-    if of == "judge":
-        user = judge_text(config.prompts, problem.question, trace[: row.end])
-    elif of == "draft":
-        user, answer = draft_turns(config, row)
+    prompts = config.prompts
+    turns = {
+        "solve": (solve_text(prompts, problem.question), ""),
+        "judge": (judge_text(prompts, problem.question, trace[: row.end]), ""),
+        "draft": draft_turns(config, row),
+    }
+    user, answer = turns[of]
     tokenizer = load_tokenizer(student.tokenizer or student.model)
     ids = render(tokenizer, user, student.system, answer, student.thinking)
     special = sum(tokenizer.decode([i]) in tokenizer.special for i in ids)

@@ -2,7 +2,7 @@
 
 Our own texts (sections 3.2 and 3.3) are in kit/prompts.yaml, each replaceable from the config.
 Training, evaluation and generation go through `render`: their prompt ids are equal by construction.
-Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs here.
+Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs.
 """
 
 from __future__ import annotations
@@ -59,11 +59,6 @@ def judge_text(prompts: Prompts, question: str, prefix: str) -> str:
     return fill(text_of(prompts, "judge"), question=question, prefix=prefix)
 
 
-def target_text(prefix: str, continuation: str) -> str:
-    """What the student learns to write."""
-    return f"{BEGIN}{prefix}{END}\n{continuation}"
-
-
 def render(
     tokenizer: Tokenizer,
     user: str,
@@ -71,16 +66,16 @@ def render(
     answer: str = "",
     thinking: bool = False,
 ) -> tuple[int, ...]:
-    """Render a chat to token ids (T,), up to where the assistant goes on writing.
+    r"""Render a chat to token ids (T,), up to where the assistant goes on writing.
 
-    Special tokens come from the template alone. Before it is rendered, each special token's name in
-    the texts gives way to a mark with its number, and comes back as plain text afterwards:
+    Special tokens come from the template alone. While it is rendered, a numbered mark stands for
+    each special token's name in the texts (here [1], really a private character around the number):
 
-        user             "What does <|im_end|> mean?"
-        marked           "What does \\ue0001\\ue000 mean?"        (name 1 of `names`)
-        rendered         "<|im_start|>user\\nWhat does \\ue0001\\ue000 mean?<|im_end|>\\n..."
-        split by marks   "<|im_start|>user\\nWhat does " | "1" | " mean?<|im_end|>\\n..."
-        tokenized        special tokens | the name as text | special tokens
+        user        What does <|im_end|> mean?
+        marked      What does [1] mean?
+        rendered    <|im_start|>user\nWhat does [1] mean?<|im_end|>\n<|im_start|>assistant\n
+        split       <|im_start|>user\nWhat does   |  1  |   mean?<|im_end|>\n<|im_start|>assistant\n
+        tokenized   with special tokens  |  the name, as plain text  |  with special tokens
 
     Args:
         tokenizer: the model's; without a chat template the user's text stands alone, with a newline
@@ -158,8 +153,8 @@ def template_hash(
 def target(method: str, row: AlignedRow, continuation: str) -> str:
     """What the student learns to write under a method.
 
-    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without a
-    box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
+    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without
+    a box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
     """
     boxed = f"\\boxed{{{row.answer}}}"
     if method == "label-only":
@@ -168,4 +163,6 @@ def target(method: str, row: AlignedRow, continuation: str) -> str:
         return row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
     if method == "continuation-only":
         return continuation
-    return target_text(row.prefix, boxed if method == "prefix-only" else continuation)
+    if method == "prefix-only":
+        continuation = boxed
+    return f"{BEGIN}{row.prefix}{END}\n{continuation}"

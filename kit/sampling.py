@@ -86,23 +86,22 @@ class Sampler(ExitStack):
             turns: what an item is asked; None: to solve its question.
         """
         config = self.run.config
-        tokenizer = self.backend.tokenizer
+        engine = self.engine
+        by_id = {}
         requests = []
         for item in items:
+            by_id[item.id] = item
             user = solve_text(config.prompts, item.question)
             answer = ""
             if turns:
                 user, answer = turns(item)
-            ids = render(tokenizer, user, self.engine.system, answer, self.engine.thinking)
-            sampling = self.settings.sampling
-            request = Request(item.id, ids, sampling, self.settings.samples, config.seed)
-            requests.append(request)
+            ids = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
+            settings = self.settings
+            requests.append(Request(item.id, ids, settings.sampling, settings.samples, config.seed))
 
-        by_id = {item.id: item for item in items}
         for generation in self.backend.generate(requests):
             item = by_id[generation.id]
-            completions = generation.completions
-            samples = grade_samples(self.grader, completions, item.answer, verifier)
+            samples = grade_samples(self.grader, generation.completions, item.answer, verifier)
             yield item, samples, generation
 
 
@@ -111,17 +110,16 @@ def grade_samples(
 ) -> tuple[Sample, ...]:
     """Grade the completions of one problem against its gold answer, in their order."""
     grades = grader.grade([Item(gold, completion.text, verifier) for completion in completions])
-    samples = []
-    for completion, grade in zip(completions, grades, strict=True):
-        sample = Sample(
+    return tuple(
+        Sample(
             text=completion.text,
             verdict=grade.verdict,
             answer=grade.answer,
             finish_reason=completion.finish_reason,
             tokens=len(completion.ids),
         )
-        samples.append(sample)
-    return tuple(samples)
+        for completion, grade in zip(completions, grades, strict=True)
+    )
 
 
 def choose(samples: Sequence[Sample], keep: str) -> tuple[int, ...]:

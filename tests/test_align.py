@@ -1,4 +1,4 @@
-"""Continuing, keeping, lengthening and what each method trains on; stage logic on the scripted stand-in."""
+"""Continuing, keeping, extending, and what each method trains on, with a scripted student."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from kit.pipeline.align import align, extend, holds_answer, longer, training_row
 from kit.prompts import BEGIN, END, target
 from kit.sampling import Sampler
 
-TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
+TRACE = (
+    "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. "
+    "So it is \\boxed{9}."
+)
 
 
 def sample(verdict="correct", text="x", finish_reason="stop"):
@@ -80,15 +83,16 @@ class Recorder(ScriptedBackend):
         for request in requests:
             self.prompts[request.id] = self.tokenizer.decode(request.prompt)
             number = int(request.id.split("+")[1]) if "+" in request.id else 0
-            said = self.gold if number >= self.right_from else "-1"
-            done = tuple(
-                Completion(f" sample {j} \\boxed{{{said}}}", (1, 2), "stop")
+            answer = self.gold if number >= self.right_from else "-1"
+            completions = tuple(
+                Completion(f" sample {j} \\boxed{{{answer}}}", (1, 2), "stop")
                 for j in range(request.n)
             )
-            yield Generation(request.id, done, len(request.prompt), len(request.prompt))
+            tokens = len(request.prompt)
+            yield Generation(request.id, completions, tokens, tokens)
 
 
-def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
+def test_extending_moves_the_cut_to_the_whole_trace_and_records_it(tmp_path):
     with continuing(tmp_path, right_from=2, extend_rounds=2, samples=3) as student:
         (row,) = extend(student, [prefix_row()])
     cuts = ends(TRACE)

@@ -1,4 +1,4 @@
-"""kit.interactive: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
+"""One trace walked through as plain text and by keys, and a prompt as the model sees it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_config_says_how_the_student_is_asked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its judge, and the way of going on: a prefill stands at the start of the answer, the draft in the question."""
+    """Its judge, and align.mode: a prefill begins the answer, a draft is in the question."""
     asked = []
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(
@@ -152,7 +152,10 @@ def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny
 def test_a_bar_on_a_terminal_has_colours_unless_arguments_not_to(
     environment: dict[str, str], coloured: bool
 ) -> None:
-    code = "from kit.core.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+    code = (
+        "from kit.core.progress import Progress\n"
+        "with Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+    )
     shown = on_a_terminal(["-c", code], **environment)
     assert "judge" in shown and "3/3" in shown and ("\x1b[3" in shown) is coloured
 

@@ -1,4 +1,4 @@
-"""Verdicts: cached ones equal uncached ones on real traces and the packaged model; labels, reading ahead."""
+"""Verdicts: cached ones equal uncached ones on real traces and the packaged model; labels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The stage truncate on the scripted student: cuts, resumes, baselines; what `judge FILE` prints."""
+"""The stage truncate on the scripted student: cuts, resumes, baselines; and `judge FILE`."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from kit.core import config as configs
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow, Verdict
 from kit.core.storage import digest
-from kit.judging.judge import Judge, cut
+from kit.judging.judge import Judge, cut, open_judge
 from kit.judging.sentences import ends
-from kit.pipeline.truncate import TruncateWorker, judge_file, summary_of, truncate
+from kit.pipeline.truncate import cut_batch, judge_file, summary_of, truncate
 from kit.reporting.metrics import degenerate
 from kit.reporting.report import show_judged
 from tests.judging_cases import (
@@ -104,14 +104,11 @@ def test_a_share_threshold_is_kept_for_a_resume(tmp_path: Path, opened: list[Any
 
 def test_threads_give_the_same_rows(opened: list[Any]) -> None:
     rows = [whole_row().model_copy(update={"id": str(i)}) for i in range(6)]
-    run: Any = SimpleNamespace(config=judge_config(), progress=Progress(quiet=True))
-    with TruncateWorker(run, rows) as worker:
-        together = {row.id: digest([row]) for row in worker.work(rows)}
-        alone = {}
-        for row in rows:
-            [done] = worker.work([row])
-            alone[done.id] = digest([done])
-    assert together == alone
+    with open_judge(judge_config()) as judge:
+        cut_one = partial(cut, judge)
+        together = {row.id: digest([row]) for row in cut_batch(cut_one, rows)}
+        alone = {row.id: digest([cut_one(row)]) for row in rows}
+    assert together == alone and len(opened) == 1
 
 
 def test_a_judged_file_names_its_judge_and_each_trace(tmp_path: Path, opened: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """The judge: is a prefix of a trace sufficient, and where is the trace cut (section 3.2)?
 
 `Judge` holds what is asked about a prefix and how the answer is read. `TraceJudge` is one trace
-under judgement: it asks boundaries and remembers their verdicts. `cut` judges one trace and cuts it.
+under judgement: it asks boundaries and keeps their verdicts. `cut` judges one trace and cuts it.
 A new `judge.kind` changes `Judge` alone; a new `judge.search` is a function in search.py.
 
 Paper: each verdict is a generation of up to 256 tokens over a prompt that is prefilled anew.
@@ -75,8 +75,11 @@ class Judge(ExitStack):
             self.generates_verdicts = settings.answer_scoring == "greedy"
 
         # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
-        encoded = [backend.tokenizer.encode(label, special=False) for label in settings.labels]
-        self.shared_label_tokens, self.label_tokens = split_labels(*encoded)
+        encode = backend.tokenizer.encode
+        enough, not_enough = settings.labels
+        self.shared_label_tokens, self.label_tokens = split_labels(
+            encode(enough, special=False), encode(not_enough, special=False)
+        )
 
         limit_tokens = settings.limit_tokens or backend.context_tokens
         self.limit_tokens = min(limit_tokens, backend.context_tokens)
@@ -103,8 +106,9 @@ class Judge(ExitStack):
         if self.settings.kind == "verbal":
             ids += self.shared_label_tokens
             return ScoreRequest(ids, ((len(ids) - 1, self.label_tokens),))
-        gold = tuple(self.backend.tokenizer.encode(gold_of(row.answer), special=False))
-        reads = tuple((len(ids) - 1 + i, (token,)) for i, token in enumerate(gold))
+        gold_text = gold_of(row.answer)
+        gold = tuple(self.backend.tokenizer.encode(gold_text, special=False))
+        reads = tuple((place, (token,)) for place, token in enumerate(gold, len(ids) - 1))
         return ScoreRequest(ids + gold[:-1], reads)
 
     def margin(self, logprobs: Logprobs) -> float:
@@ -180,7 +184,8 @@ class TraceJudge:
         return [self.known[k].label == "ENOUGH" for k in boundaries]
 
     def _request(self, k: int) -> ScoreRequest:
-        return self.judge.request(self.row, self.row.trace[: self.ends[k - 1]])
+        end = self.ends[k - 1]
+        return self.judge.request(self.row, self.row.trace[:end])
 
     def _score(self, requests: dict[int, ScoreRequest]) -> None:
         """Read verdicts from log-probabilities, all in one call."""
@@ -218,15 +223,19 @@ class TraceJudge:
         """Generate verdicts greedily, as the paper does; UNPARSED ones count as not enough."""
         limit_tokens = self.judge.settings.max_new_tokens
         sampling = Sampling(temperature=0, top_p=1, max_new_tokens=limit_tokens)
-        prompts = [Request(str(k), request.ids, sampling) for k, request in requests.items()]
+        prompts = []
+        for k, request in requests.items():
+            prompts.append(Request(str(k), request.ids, sampling))
         for generation in self.judge.backend.generate(prompts):
             k = int(generation.id)
             if generation.error:
                 what = f"{self.row.id}: no verdict on {k} sentences: {generation.error}"
                 raise KitError(what, "Run the command again to resume.")
-            cached_tokens = generation.prompt_tokens - generation.prefill_tokens
-            self.session.cost.add(TokenUsage(generation.prefill_tokens, cached_tokens))
-            label = self.judge.label_in_text(generation.completions[0].text, self.row.answer)
+            prefill_tokens = generation.prefill_tokens
+            usage = TokenUsage(prefill_tokens, generation.prompt_tokens - prefill_tokens)
+            self.session.cost.add(usage)
+            text = generation.completions[0].text
+            label = self.judge.label_in_text(text, self.row.answer)
             self.known[k] = Verdict(sentences=k, label=label, margin=None)
 
 
@@ -316,7 +325,8 @@ def from_problem(problem: Problem) -> PrefixRow:
     """A problem's own trace, whole, as `cut` takes it."""
     fields = problem.model_dump(include=PROBLEM_FIELDS)
     sample = Sample(text=problem.trace or "", verdict="unparsed")
-    return TraceRow(**fields, samples=(sample,), kept=(0,)).whole(ends)[0]
+    row = TraceRow(**fields, samples=(sample,), kept=(0,))
+    return row.whole(ends)[0]
 
 
 def split_labels(

@@ -1,8 +1,8 @@
 r"""Cut a chain of thought into sentences without losing a character: "".join(parts) == trace.
 
-A sentence is the unit of section 3.2's search. Boundaries are offsets into the trace, so a kept prefix
-is an exact slice of it. Rules, not a model: English and CJK punctuation, LaTeX, Markdown lists, code.
-The time is linear in the text. What a sentence means is not looked at.
+A sentence is the unit of section 3.2's search. Boundaries are offsets into the trace, so a kept
+prefix is an exact slice of it. Rules, not a model: English and CJK punctuation, LaTeX, Markdown
+lists, code. The time is linear in the text. What a sentence means is not looked at.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _HEADED = frozenset(
 _OPENERS = frozenset(
     """
     a after all also alternatively an and another any are as assume at because both but by can check
-    clearly compute consider does each finally find first following for from given hence here hmm how
-    however i if in indeed instead is it its let lets like maybe my next no not note now ok okay on
-    once one or our perhaps same second similarly since so some still suppose that the their then there
-    therefore these they this those thus to using wait we well what when where which while why with yes
-    you
+    clearly compute consider does each finally find first following for from given hence here hmm
+    how however i if in indeed instead is it its let lets like maybe my next no not note now ok okay
+    on once one or our perhaps same second similarly since so some still suppose that the their then
+    there therefore these they this those thus to using wait we well what when where which while why
+    with yes you
     """.split()
 )
 
-# What opens or closes a stretch in which nothing ends: a line of a code fence, \begin and \end, math
-# and code marks; an escaped character, which is skipped; a blank line, which ends an open formula.
+# What opens or closes a stretch in which nothing ends: a line of a code fence, \begin and \end,
+# marks of math and code; an escaped character, which is skipped; a blank line: it ends formulas.
 _TOKEN = re.compile(
     r"^[^\S\n]*(?P<fence>```+|~~~+)(?P<info>[^\n`]*)$"
     r"|\\(?P<environment>begin|end)\{[^{}\n]{1,40}\}"
@@ -56,14 +56,13 @@ _CANDIDATE = re.compile(
     r"|(?P<line>[\n\r]\s*+)"
 )
 _MARKER = re.compile(r"[*_#>(\s]*(\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\Z")  # of a list: "1.", "(a)"
-_WORD = re.compile(r"\w")
 
 
 def split(text: str) -> list[str]:
     """Cut any text into sentences, "".join(parts) == text.
 
-    White space belongs to the sentence before it; no part is white space alone unless the whole text
-    is; an empty text has no parts.
+    White space belongs to the sentence before it; no part is white space alone unless the whole
+    text is; an empty text has no parts.
     """
     return [text[begin:end] for begin, end in pairwise([0, *ends(text)])]
 
@@ -85,11 +84,11 @@ def ends(text: str) -> list[int]:
     # A part without a word, like a ruler or a lone bracket, belongs to what stands before it.
     offsets: list[int] = []
     for begin, end in pairwise([0, *sorted(candidates)]):
-        if _WORD.search(text, begin, end):
+        if re.search(r"\w", text[begin:end]):
             offsets.append(end)
         elif offsets:
             offsets[-1] = end
-    return offsets or [len(text)][: len(text)]
+    return offsets if offsets or not text else [len(text)]
 
 
 def _ends_sentence(text: str, match: re.Match[str], protected: bytearray) -> bool:
@@ -137,6 +136,7 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
             yield start, token.end()
             closer = ""
         elif closer in ("", "$"):
+            # a lone dollar never hides what opens after it
             opened = _closer_of(text, token, closer)
             if opened is not None:
                 start = token.start()
@@ -147,7 +147,7 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
 
 
 def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:
-    """What closes the stretch that a token opens; "" for a dollar before a space; None: it opens none."""
+    """What closes the stretch that a token opens; None: it opens none, "": it stands for money."""
     word = token[0]
     if word == "$":
         return "" if text[token.end() : token.end() + 1].isspace() else "$"
@@ -159,11 +159,10 @@ def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:
 
 
 def _is_money(text: str, start: int, token: re.Match[str]) -> bool:
-    """Whether a dollar closes no formula: after a space, before a digit, or with prose before it."""
+    """Whether a dollar closes no formula: after a space, before a digit, or after prose."""
+    around = text[token.start() - 1 : token.end() + 1]
     return bool(
-        text[token.start() - 1].isspace()
-        or text[token.end() : token.end() + 1].isdigit()
-        or _PROSE.search(text, start, token.start())
+        re.match(r"\s|.\$\d", around, re.DOTALL) or _PROSE.search(text, start, token.start())
     )
 
 

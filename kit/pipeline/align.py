@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -37,12 +37,13 @@ def align(run: Run) -> None:
     if not run.begin("align", digest(prefixes), lambda: _output(run)):
         return
     prefixes = [row for row in prefixes if not row.rejected]
-    work = take_over if run.config.method in UNCONTINUED else extend
-    with Sampler(run, run.config.student, run.config.align) as student:
+    config = run.config
+    work = take_over if config.method in UNCONTINUED else extend
+    with Sampler(run, config.student, config.align) as student:
         rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)
     # as LLaMA-Factory reads it: no digest in the lines
-    lines = [row.model_dump_json() + "\n" for row in train_rows]
+    lines = [f"{row.model_dump_json()}\n" for row in train_rows]
     write_atomic(run.path(TRAIN), "".join(lines))
     run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
 
@@ -72,15 +73,21 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """
     config = student.run.config
     settings = config.align
-    verdicts = defaultdict(list)  # by row id, of all rounds
-    seconds: Counter[str] = Counter()
+    # by row id, over all rounds
+    verdicts: dict[str, list[str]] = defaultdict(list)
+    seconds: dict[str, float] = defaultdict(float)
     for round_number in range(settings.extend_rounds + 1):
         # 1. Ask the student to continue from every prefix that is still open.
-        drafts = [longer(row, round_number, settings.extend_rounds) for row in rows]
-        row_of_draft = {draft.id: row for draft, row in zip(drafts, rows, strict=True)}
+        drafts = []
+        row_of_draft = {}
+        for row in rows:
+            draft = longer(row, round_number, settings.extend_rounds)
+            drafts.append(draft)
+            row_of_draft[draft.id] = row
         turns = partial(draft_turns, config)
         failed = set()
-        for draft, samples, generation in student.sample(drafts, config.data.train.verifier, turns):
+        continued = student.sample(drafts, config.data.train.verifier, turns)
+        for draft, samples, generation in continued:
             row = row_of_draft[draft.id]
             verdicts[row.id] += [sample.verdict for sample in samples]
             seconds[row.id] += generation.seconds
@@ -156,7 +163,8 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
             continue
         kept = choose(row.samples, config.align.keep)
         # the methods that draw no samples have their (empty) continuation
-        for text in [row.samples[index].text for index in kept] or [row.continuation]:
+        texts = [row.samples[index].text for index in kept]
+        for text in texts or [row.continuation]:
             output = target(config.method, row, text)
             lines.append(TrainRow(instruction=instruction, input=row.question, output=output))
     return lines
@@ -165,5 +173,7 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
 def _output(run: Run) -> str:
     """Digest of both files, so that either one's loss is seen."""
     path = run.folder / TRAIN
-    train = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "none"
-    return f"{file_digest(run, NAME, AlignedRow)} {train}"
+    train_digest = "none"
+    if path.exists():
+        train_digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f"{file_digest(run, NAME, AlignedRow)} {train_digest}"

@@ -45,7 +45,7 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
         sampled = teacher.sample(problems, config.data.train.verifier)
     for problem, samples, generation in sampled:
         if exists:
-            kept = (0,) if samples[0].text.strip() else ()
+            kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
             reason = "empty trace"
         else:
             kept = choose(samples, config.teacher.keep)

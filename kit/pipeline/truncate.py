@@ -7,9 +7,10 @@ The judge is the untrained student. How it is asked is in kit/judging; here are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from statistics import median_high
 from typing import Any
 
@@ -44,19 +45,32 @@ SHOWN = {
 
 def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
-    traces = [] if run.config.method in UNCUT else whole_traces(run)
+    config = run.config
+    traces = [] if config.method in UNCUT else whole_traces(run)
     if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow)):
         return
-    with TruncateWorker(run, traces) as worker:
-        units = [(row.id, row) for row in traces]
-        file = RowFile(run.path(NAME), PrefixRow)
-        rows = work_through(run, "truncate", file, units, worker.batch_traces, worker.work)
 
+    # 1. Cut. The student is opened only where there is something to judge.
+    judge = None
+    cut_one: Callable[[PrefixRow], PrefixRow] = partial(cut_at_ratio, ratio=config.ratio or 1.0)
+    with ExitStack() as stack:
+        if traces and config.method in JUDGED:
+            judge = stack.enter_context(open_judge(config))
+            cut_one = partial(cut, judge)
+            if config.judge.calibration == "share":
+                judge.threshold = _share_threshold(run, judge, traces)
+        # a server judges several traces at once; in this process one after the other is as fast
+        batch_traces = config.student.max_num_seqs if config.student.backend == "http" else 1
+        file = RowFile(run.path(NAME), PrefixRow)
+        units = [(trace.id, trace) for trace in traces]
+        work = partial(cut_batch, cut_one)
+        rows = work_through(run, "truncate", file, units, batch_traces, work)
+
+    # 2. Count what became of them.
     cut_rows = [row for row in rows if row.rejected is None]
     warning = degenerate(cut_rows)
     if warning:
         run.progress.warn(warning)
-    judge = worker.judge
     summary = {
         "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
         "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
@@ -72,55 +86,28 @@ def truncate(run: Run) -> None:
 
 def whole_traces(run: Run) -> list[PrefixRow]:
     """The kept traces of the stage teach, each as a prefix that keeps everything."""
-    prefixes = []
-    for trace in run.rows("traces.jsonl", TraceRow):
-        prefixes.extend(trace.whole(ends))
-    return prefixes
+    return [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
 
 
-class TruncateWorker(ExitStack):
-    """Cuts batches of traces; the student is opened only when there is a trace to judge.
+def cut_batch(
+    cut_one: Callable[[PrefixRow], PrefixRow], traces: list[PrefixRow]
+) -> Iterator[PrefixRow]:
+    """Cut traces side by side; yields each row as it is finished."""
+    with ThreadPoolExecutor(len(traces)) as pool:
+        futures = [pool.submit(cut_one, trace) for trace in traces]
+        for future in as_completed(futures):
+            yield future.result()
 
-    Args:
-        run: gives the config, and keeps the threshold that was chosen from the data.
-        traces: all of the run's, from which a threshold may be chosen.
-    """
 
-    def __init__(self, run: Run, traces: Sequence[PrefixRow]) -> None:
-        super().__init__()
-        self.run = run
-        self.traces = traces
-        self.judge: Judge | None = None
-        # a server judges several traces at once; in this process one after the other is as fast
-        student = run.config.student
-        self.batch_traces = student.max_num_seqs if student.backend == "http" else 1
-
-    def work(self, traces: list[PrefixRow]) -> Iterator[PrefixRow]:
-        """Cut a batch; yields each row as it is finished."""
-        config = self.run.config
-        if config.method not in JUDGED:
-            for row in traces:
-                yield cut_at_ratio(row, config.ratio or 1.0)
-            return
-        if self.judge is None:
-            self.judge = self.enter_context(open_judge(config))
-            if config.judge.calibration == "share":
-                self.judge.threshold = self._share_threshold(self.judge)
-        with ThreadPoolExecutor(len(traces)) as pool:
-            futures = [pool.submit(cut, self.judge, row) for row in traces]
-            for future in as_completed(futures):
-                yield future.result()
-
-    def _share_threshold(self, judge: Judge) -> float:
-        """The threshold in the manifest, if it was chosen under the same keys; else a new one."""
-        manifest = self.run.manifest
-        keys = manifest["stages"]["truncate"]["keys"]
-        threshold = manifest.get("judge_threshold", {})
-        if threshold.get("keys") != keys:
-            self.run.progress.say("truncate: choosing the threshold; reads every trace once")
-            threshold = {"keys": keys, "value": share_threshold(judge, self.traces)}
-            self.run.record(judge_threshold=threshold)
-        return threshold["value"]
+def _share_threshold(run: Run, judge: Judge, traces: list[PrefixRow]) -> float:
+    """The threshold in the manifest, if it was chosen under the same keys; else a new one."""
+    keys = run.manifest["stages"]["truncate"]["keys"]
+    threshold = run.manifest.get("judge_threshold", {})
+    if threshold.get("keys") != keys:
+        run.progress.say("truncate: choosing the threshold; reads every trace once")
+        threshold = {"keys": keys, "value": share_threshold(judge, traces)}
+        run.record(judge_threshold=threshold)
+    return threshold["value"]
 
 
 def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
