@@ -1,7 +1,8 @@
-"""Looking closely: one trace stepped through with a person, and a rendered prompt as the model sees it.
+"""Looking closely: one trace walked through interactively, and a prompt as the model sees it.
 
-The steps: the problem, each question of the search, the cut, the continuation. On a terminal keys go on and back;
-elsewhere every step is printed as plain text. Nothing is written.
+The steps are those of sections 3.2 and 3.3: the problem, each question of the search, the cut, the
+continuation and its grade. On a terminal keys go on and back; elsewhere every step is printed as
+plain text. Nothing is written.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from itertools import islice
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 from kit.backends.base import Request
 from kit.core.config import Config
 from kit.core.errors import KitError
 from kit.core.progress import visible
+from kit.core.records import PrefixRow, Problem
 from kit.data import load_traces
-from kit.grading.answers import Grader
-from kit.judging.judge import cut, from_problem, open_judge
-from kit.judging.sentences import ends, split
+from kit.judging.judge import Judge, cut, from_problem, keep, open_judge
+from kit.judging.sentences import split
 from kit.models import load_tokenizer
-from kit.pipeline.align import words
-from kit.prompts import fill, render, solve_text, text_of
-from kit.sampling import graded_samples
+from kit.pipeline.align import draft_turns
+from kit.prompts import judge_text, render, solve_text
+from kit.sampling import grade_samples
 
 MAX_TOKENS = 512  # of the continuation: a person waits for it
 
@@ -33,113 +33,135 @@ MAX_TOKENS = 512  # of the continuation: a person waits for it
 def walk(config: Config) -> int:
     """Show the steps of the first trace that `config.teacher` names. Returns the exit code."""
     with closing(_steps(config)) as steps:
-        titled = (f"--- {number}. {visible(text)}\n" for number, text in enumerate(steps, 1))
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            for text in titled:
-                print(text, flush=True)
-            return 0
-        screens, seen, at, key = (screen for text in titled for screen in _screens(text)), [], 0, ""
-        while key != "q":
-            seen += islice(
-                screens, max(0, at + 1 - len(seen))
-            )  # a step is made when it is first wanted
-            at = min(at, len(seen) - 1)
-            print(f"\033[2J\033[H{seen[at]}\n[enter: on, b: back, q: quit] ", end="", flush=True)
-            key = (sys.stdin.readline() or "q").strip().lower()
-            at = max(0, at - 1) if key == "b" else at + 1
+        titled = (f"--- {number}. {visible(step)}\n" for number, step in enumerate(steps, 1))
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _page(titled)
+        else:
+            for step in titled:
+                print(step, flush=True)
     return 0
 
 
-def _screens(text: str) -> Iterator[str]:
-    """A step's lines, wrapped and cut to the terminal's size."""
+def _page(steps: Iterator[str]) -> None:
+    """Show steps screen by screen until q is pressed; a step is made when it is first wanted."""
+    coming = (screen for step in steps for screen in _screens(step))
+    screens: list[str] = []
+    position = 0
+    key = ""
+    while key != "q":
+        if position == len(screens):
+            screens.extend(next(coming, []))
+        # past the last screen it stays where it is
+        position = min(position, len(screens) - 1)
+        keys = "[enter: on, b: back, q: quit] "
+        print(f"\033[2J\033[H{screens[position]}\n{keys}", end="", flush=True)
+        # the end of the input is a q
+        key = (sys.stdin.readline() or "q").strip().lower()
+        position = max(0, position - 1) if key == "b" else position + 1
+
+
+def _screens(step: str) -> Iterator[list[str]]:
+    """A step's lines, wrapped and cut to the terminal's size; each screen alone in a list."""
     width, height = shutil.get_terminal_size()
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
-    for start in range(0, len(lines), height - 3):
-        more = "\n(more)" if start + height - 3 < len(lines) else ""
-        yield "\n".join(lines[start : start + height - 3]) + more
+    height -= 3
+    lines: list[str] = []
+    for line in step.splitlines():
+        lines += textwrap.wrap(line, width) or [""]
+    for start in range(0, len(lines), height):
+        more = "\n(more)" if start + height < len(lines) else ""
+        yield ["\n".join(lines[start : start + height]) + more]
 
 
-def _steps(config: Config) -> Iterator[str]:
-    problems = load_traces(config)
-    if not problems:
-        raise KitError(
-            f"{config.teacher.path} holds no trace to step through.", "Name a file with traces."
-        )
-    row = from_problem(problems[0])
-    sentences = [" ".join(sentence.split()) for sentence in split(row.trace)]
-    yield f"The problem {row.id}\n\n{row.question}\n\nThe gold answer: {row.answer}"
-    yield "The trace, sentence by sentence\n\n" + "\n".join(
-        f"{i:4d}  {text}" for i, text in enumerate(sentences, 1)
-    )
-    with ExitStack() as held:
-        judge = open_judge(config, held)
-        row = cut(judge, row)
+def _steps(config: Config) -> Generator[str, None, None]:
+    """What is shown, one text per step."""
+    trace = from_problem(_first_problem(config))
+    sentences = [" ".join(sentence.split()) for sentence in split(trace.trace)]
+    numbered = [f"{number:4d}  {text}" for number, text in enumerate(sentences, 1)]
+    yield f"The problem {trace.id}\n\n{trace.question}\n\nThe gold answer: {trace.answer}"
+    yield "\n".join(["The trace, sentence by sentence\n", *numbered])
+
+    with open_judge(config) as judge:
+        row = cut(judge, trace)
         if row.rejected:
-            yield f"This trace leaves here: {row.rejected}; {row.detail}"
+            yield f"This trace is rejected: {row.rejected}; {row.detail}"
             return
-        for number, asked in enumerate(row.verdicts, 1):
-            margin = "none (generated)" if asked.margin is None else f"{asked.margin:+.2f}"
+        for number, verdict in enumerate(row.verdicts, 1):
+            margin = "none (generated)"
+            if verdict.margin is not None:
+                margin = f"{verdict.margin:+.2f}"
             yield (
-                f"Question {number} of the {config.judge.search} search: are the first {asked.sentences} of "
-                f"{len(sentences)} sentences enough?\n\n{asked.sentences:4d}  {sentences[asked.sentences - 1]}\n\n"
-                f"The student says {asked.label}: margin {margin}, threshold {judge.threshold:+.2f}."
+                f"Question {number} of the {config.judge.search} search: "
+                f"are the first {verdict.sentences} of {len(sentences)} sentences enough?\n\n"
+                f"{numbered[verdict.sentences - 1]}\n\n"
+                f"The student says {verdict.label}: margin {margin}, "
+                f"threshold {judge.threshold:+.2f}."
             )
-        found = (
-            "the shortest prefix judged sufficient"
-            if row.sufficient
-            else "none was judged sufficient: all is kept"
+        reason = "none was judged sufficient: all is kept"
+        if row.sufficient:
+            reason = "the shortest prefix judged sufficient"
+        yield (
+            f"The cut: {row.sentences} of {row.sentences_total} sentences, {reason}\n\n"
+            f"{row.trace[: row.end]}| cut here"
         )
-        prefix = row.trace[: row.end]
-        yield f"The cut: {row.sentences} of {row.sentences_total} sentences, {found}\n\n{prefix}| cut here"
-        user, begun = words(config, row)
-        prompt = render(
-            judge.backend.tokenizer, user, config.student.system, begun, config.student.thinking
-        )
-        sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
-        made = next(
-            iter(judge.backend.generate([Request(row.id, prompt, sampling, seed=config.seed)]))
-        )
-        if made.error:
-            yield f"The student could not continue: {made.error}"
-            return
-        text, finish_reason, tokens = (
-            made.completions[0].text,
-            made.completions[0].finish_reason,
-            len(made.completions[0].ids),
-        )
-        yield f"The student continues from there ({tokens} tokens, finish: {finish_reason})\n\n{text}"
-        grader = held.enter_context(Grader())
-        (sample,) = graded_samples(
-            grader, [(text, finish_reason, tokens)], row.answer, config.data.train.verifier
-        )
-    kept = "the row trains the student" if sample.verdict == "correct" else "the row is rejected"
-    yield f"The grader: {sample.verdict} (answer found: {sample.answer}, gold: {row.answer}); {kept}"
+        yield from _continuation(config, judge, row)
+
+
+def _continuation(config: Config, judge: Judge, row: PrefixRow) -> Iterator[str]:
+    """The student's continuation from the kept prefix, and its grade."""
+    student = config.student
+    user, answer = draft_turns(config, row)
+    ids = render(judge.backend.tokenizer, user, student.system, answer, student.thinking)
+    sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
+    request = Request(row.id, ids, sampling, seed=config.seed)
+    [generation] = judge.backend.generate([request])
+    if generation.error:
+        yield f"The student could not continue: {generation.error}"
+        return
+    verifier = config.data.train.verifier
+    [sample] = grade_samples(judge.grader, generation.completions, row.answer, verifier)
+    yield (
+        f"The student continues from there ({sample.tokens} tokens, "
+        f"finish: {sample.finish_reason})\n\n{sample.text}"
+    )
+    outcome = "becomes training data" if sample.verdict == "correct" else "is rejected"
+    yield (
+        f"The grader: {sample.verdict} (answer found: {sample.answer}, gold: {row.answer}); "
+        f"the row {outcome}"
+    )
 
 
 def prompt(config: Config, of: str) -> dict[str, Any]:
     """Render a prompt of the first training problem.
 
     Args:
-        of: solve (teaching, training, evaluation), judge, or draft (alignment); the latter two with the first quarter
-            of the problem's trace, or of its solution.
+        of: solve (teaching, training, evaluation), judge, or draft (alignment); the latter two with
+            the first quarter of the problem's trace, or of its solution.
 
     Returns:
         {of, tokens, special: how many of them are special tokens, text}.
     """
-    problems = load_traces(config)
-    if not problems:
-        raise KitError("There is no problem to render.", "Check data.train.")
-    problem, student = problems[0], config.student
+    problem = _first_problem(config)
+    student = config.student
     trace = problem.trace or problem.solution or "(the trace would stand here)"
-    draft = from_problem(problem.model_copy(update={"trace": trace}))
-    draft = draft.model_copy(update={"end": ends(trace)[max(0, len(ends(trace)) // 4 - 1)]})
-    user, answer = solve_text(config.prompts, problem.question), ""
-    if of == "judge":
-        shown = {"question": problem.question, "prefix": trace[: draft.end]}
-        user = fill(text_of(config.prompts, "judge"), **shown)
-    elif of == "draft":
-        user, answer = words(config, draft)
+    row = from_problem(problem.model_copy(update={"trace": trace}))
+    row = keep(row, max(1, row.sentences_total // 4))
+    prompts = config.prompts
+    turns = {
+        "solve": (solve_text(prompts, problem.question), ""),
+        "judge": (judge_text(prompts, problem.question, trace[: row.end]), ""),
+        "draft": draft_turns(config, row),
+    }
+    user, answer = turns[of]
     tokenizer = load_tokenizer(student.tokenizer or student.model)
     ids = render(tokenizer, user, student.system, answer, student.thinking)
     special = sum(tokenizer.decode([i]) in tokenizer.special for i in ids)
     return {"of": of, "tokens": len(ids), "special": special, "text": tokenizer.decode(ids)}
+
+
+def _first_problem(config: Config) -> Problem:
+    problems = load_traces(config)
+    if not problems:
+        raise KitError(
+            "There is no problem to show.", "Check data.train, or name a file with traces."
+        )
+    return problems[0]

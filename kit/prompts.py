@@ -1,17 +1,15 @@
-"""The prompts (solve, judge, continue, compare) and the one function that renders chat to token ids.
+"""The prompts (solve, judge, draft, compare) and the one function that renders a chat to token ids.
 
-The words are in kit/prompts.yaml, replaceable from the config, so that the paper's can stand here. Training,
-evaluation and generation all go through `render`, so their prompt ids are equal by construction.
-Text from data never becomes a special token: `<|im_end|>` in a trace stays text.
+Our own texts (sections 3.2 and 3.3) are in kit/prompts.yaml, each replaceable from the config.
+Training, evaluation and generation go through `render`: their prompt ids are equal by construction.
+Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +20,10 @@ from kit.core.config import Prompts
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow
 
-BEGIN, END = "<Begin_of_Prefix>", "<End_of_Prefix>"  # plain text, no added tokens
+# The tags around a prefix in training targets: plain text, no added tokens.
+BEGIN = "<Begin_of_Prefix>"
+END = "<End_of_Prefix>"
+MARK = "\ue000"  # of Unicode's private use area; see `render`
 
 
 @cache
@@ -42,21 +43,20 @@ def fill(template: str, **fields: str) -> str:
 
 
 def solve_text(prompts: Prompts, question: str) -> str:
-    """The user turn of teaching, training and evaluation: instruction, newline, question (as LLaMA-Factory joins)."""
+    """The user turn of teaching, training and evaluation, joined as LLaMA-Factory does."""
     return f"{text_of(prompts, 'instruction')}\n{question}"
 
 
 def draft_text(prompts: Prompts, question: str, prefix: str) -> str:
     """The user turn of alignment, the kept prefix inside it."""
     instruction = text_of(prompts, "instruction")
-    return fill(
-        text_of(prompts, "draft"), instruction=instruction, question=question, prefix=prefix
-    )
+    template = text_of(prompts, "draft")
+    return fill(template, instruction=instruction, question=question, prefix=prefix)
 
 
-def target_text(prefix: str, continuation: str) -> str:
-    """What the student learns to write."""
-    return f"{BEGIN}{prefix}{END}\n{continuation}"
+def judge_text(prompts: Prompts, question: str, prefix: str) -> str:
+    """The user turn that asks whether a prefix is sufficient."""
+    return fill(text_of(prompts, "judge"), question=question, prefix=prefix)
 
 
 def render(
@@ -66,95 +66,103 @@ def render(
     answer: str = "",
     thinking: bool = False,
 ) -> tuple[int, ...]:
-    """Chat to token ids (T,), up to where the assistant goes on writing.
+    r"""Render a chat to token ids (T,), up to where the assistant goes on writing.
 
-    Special tokens come from the template alone; their names inside `user`, `system` or `answer` are tokenized as text.
+    Special tokens come from the template alone. While it is rendered, a numbered mark stands for
+    each special token's name in the texts (here [1], really a private character around the number):
+
+        user        What does <|im_end|> mean?
+        marked      What does [1] mean?
+        rendered    <|im_start|>user\nWhat does [1] mean?<|im_end|>\n<|im_start|>assistant\n
+        split       <|im_start|>user\nWhat does   |  1  |   mean?<|im_end|>\n<|im_start|>assistant\n
+        tokenized   with special tokens  |  the name, as plain text  |  with special tokens
 
     Args:
-        tokenizer: the model's; without a chat template the user's text stands alone, with a newline after it.
-        system: a system message; folded into the user turn where the template refuses the role.
+        tokenizer: the model's; without a chat template the user's text stands alone, with a newline
+            after it.
+        user: the user's turn.
+        system: a system message; folded into the user's turn where the template refuses the role.
         answer: the beginning of the assistant's answer, kept to the last space.
         thinking: the template's switch, where it has one.
     """
-    taken, marks = f"{user}{system}{answer}", (f"\ue000{n}\ue001" for n in itertools.count())
-    names = sorted(
-        (name for name in tokenizer.special if name and name in taken), key=len, reverse=True
-    )
-    hidden = dict(
-        zip(names, (mark for mark in marks if mark not in taken), strict=False)
-    )  # no template touches them
-    shown = {mark: name for name, mark in hidden.items()}
-    user, system, answer = (_replace(text, hidden) for text in (user, system or "", answer))
-    text, ids = render_text(tokenizer, user, system, thinking) + answer, []
-    for piece in re.split(f"({_any(shown)})", text) if shown else [text]:
-        ids += tokenizer.encode(shown.get(piece, piece), special=piece not in shown)
+    # A mark that stands in the data is a name as well, so that it comes back as data.
+    names = [name for name in (*tokenizer.special, MARK) if name]
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def marked(text: str) -> str:
+        return pattern.sub(lambda match: f"{MARK}{names.index(match[0])}{MARK}", text)
+
+    text = render_text(tokenizer, marked(user), marked(system or ""), thinking) + marked(answer)
+    ids: list[int] = []
+    # Every second piece stands between two marks: it is the number of a name.
+    for position, piece in enumerate(text.split(MARK)):
+        if position % 2:
+            ids += tokenizer.encode(names[int(piece)], special=False)
+        else:
+            ids += tokenizer.encode(piece)
     return tuple(ids)
 
 
 def render_text(
     tokenizer: Tokenizer, user: str, system: str | None = None, thinking: bool = False
 ) -> str:
-    """The rendered chat as text, up to where the assistant begins."""
-    if not tokenizer.template:
-        return f"{tokenizer.bos}{system or ''}{chr(10) if system else ''}{user}\n"
-    import jinja2
-    from transformers.utils.chat_template_utils import (
-        _compile_jinja_template,
-    )  # sandboxed, cached, the reference
+    """Render a chat as text, up to where the assistant begins; arguments as in `render`.
 
-    messages = ([{"role": "system", "content": system}] if system else []) + [
-        {"role": "user", "content": user}
-    ]
-    fields = {
-        "bos_token": tokenizer.bos,
-        "eos_token": tokenizer.eos,
-        "enable_thinking": thinking,
-        "tools": None,
-    }
-    today = {
-        "strftime_now": lambda _format: "2026-01-01"
-    }  # Here: fixed, so that prompts do not change with the day
+    Raises:
+        KitError: the template fails.
+    """
+    if not tokenizer.template:
+        before = f"{system}\n" if system else ""
+        return f"{tokenizer.bos}{before}{user}\n"
+    import jinja2
+
+    # the reference's own: sandboxed and cached
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    messages = [{"role": "user", "content": user}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     try:
-        template = _compile_jinja_template(tokenizer.template)
-        return template.render(messages=messages, add_generation_prompt=True, **fields, **today)
+        return _compile_jinja_template(tokenizer.template).render(
+            messages=messages,
+            add_generation_prompt=True,
+            bos_token=tokenizer.bos,
+            eos_token=tokenizer.eos,
+            enable_thinking=thinking,
+            tools=None,
+            # Here: fixed, so that prompts do not change with the day
+            strftime_now=lambda _format: "2026-01-01",
+        )
     except jinja2.TemplateError as error:
-        if (
-            system
-        ):  # Gemma's and Mistral's templates raise on the role: the words go before the question
+        # Gemma's and Mistral's templates raise on the role: its words go before the question
+        if system:
             return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
-        raise KitError(
-            f"The model's chat template fails: {error}", "Use a model whose template works."
-        ) from None
+        what = f"The model's chat template fails: {error}"
+        raise KitError(what, "Use a model whose template works.") from None
 
 
 def template_hash(
     tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool
 ) -> str:
-    """Hash of everything that shapes a solving prompt. Evaluation refuses an adapter trained under another."""
+    """Hash of all that shapes a solving prompt; an adapter is evaluated only under its own."""
     parts = [tokenizer.template, text_of(prompts, "instruction"), system, thinking, BEGIN, END]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _replace(text: str, by: dict[str, str]) -> str:
-    """Each key of `by` as its value, in one pass, so that no value is searched again."""
-    return re.sub(_any(by), lambda match: by[match[0]], text) if by else text
-
-
-def _any(texts: Iterable[str]) -> str:
-    return "|".join(map(re.escape, texts))
 
 
 def target(method: str, row: AlignedRow, continuation: str) -> str:
     """What the student learns to write under a method.
 
-    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace that holds no box of its
-    own, so that a difference to P-ALIGN is one of reasoning and not of the answer's format.
+    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without
+    a box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
     """
     boxed = f"\\boxed{{{row.answer}}}"
-    targets = {
-        "label-only": boxed,
-        "long-trace": row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}",
-        "prefix-only": target_text(row.prefix, boxed),
-        "continuation-only": continuation,
-    }
-    return targets.get(method) or target_text(row.prefix, continuation)
+    if method == "label-only":
+        return boxed
+    if method == "long-trace":
+        return row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
+    if method == "continuation-only":
+        return continuation
+    if method == "prefix-only":
+        continuation = boxed
+    return f"{BEGIN}{row.prefix}{END}\n{continuation}"

@@ -1,18 +1,19 @@
-"""Draw samples for items, grade them, and choose which right ones are kept: how every stage uses a model.
+"""Draw samples for items, grade them, choose which correct ones are kept: how stages use a model.
 
-What is asked and what becomes of the samples is the stage's.
+Teaching (section 3.1), alignment (3.3) and evaluation (4) go through `Sampler`. What is asked, and
+what becomes of the samples, is the stage's affair.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, TypeVar
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Generation, Request
+from kit.backends.base import Backend, Completion, Generation, Request
 from kit.core.config import Align, Eval, ModelConfig, Teacher
 from kit.core.records import Outcome, Row, Sample
 from kit.core.run import Run
@@ -21,40 +22,35 @@ from kit.core.storage import RowFile
 from kit.grading.answers import Grader, Item
 from kit.prompts import render, solve_text
 
-T = TypeVar("T", bound=Row)
+PROBLEM_FIELDS = set(Row.model_fields)  # what every row says of its problem
 
-
-FACTS = {*Row.model_fields}  # what every row says of its problem
-R = TypeVar("R", bound=Outcome)
-
-
-Work = Callable[[list[Any]], Iterator[Any]]  # rows of a batch of items
-
-
-Text = tuple[str, str, int]  # text, finish and tokens of a sample
-
-
-Words = Callable[[Any], tuple[str, str]]  # an item's user turn and the beginning of the answer
-
-
-Drawn = tuple[
-    Any, tuple[Sample, ...], Generation
-]  # an item, its graded samples, what was generated
+Result = TypeVar("Result", bound=Outcome)
+Sampled = tuple[Any, tuple[Sample, ...], Generation]  # an item, graded, and what was generated
+Turns = Callable[[Any], tuple[str, str]]  # an item's user turn, and how the answer begins
 
 
 class Sampler(ExitStack):
-    """A model and the grader of what it writes; the model is opened when it is first asked, both close on leaving.
+    """A model and the grader of what it writes; leaving the context closes both.
 
     Args:
-        how: the section with `sampling` and `samples`.
+        run: gives the config's prompts and seed, and the folder of `sweep`.
+        engine: the model. It is opened when it is first asked, so a finished stage loads none.
+        settings: the section of the config with `sampling` and `samples`.
         adapter: a PEFT adapter's folder.
     """
 
     def __init__(
-        self, run: Run, engine: ModelConfig, how: Teacher | Align | Eval, adapter: str | None = None
+        self,
+        run: Run,
+        engine: ModelConfig,
+        settings: Teacher | Align | Eval,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
-        self.run, self.engine, self.how, self.adapter = run, engine, how, adapter
+        self.run = run
+        self.engine = engine
+        self.settings = settings
+        self.adapter = adapter
         self.grader = self.enter_context(Grader())
 
     @cached_property
@@ -63,79 +59,101 @@ class Sampler(ExitStack):
         return self.enter_context(closing(open_backend(self.engine, adapter=self.adapter)))
 
     def sweep(
-        self, stage: str, name: str, kind: type[R], items: Sequence[T], work: Work
-    ) -> list[R]:
-        """A row of the file `name` for each item, resuming where it ends, in batches that keep the model busy."""
-        units, file = [(item.id, item) for item in items], RowFile(self.run.path(name), kind)
-        return work_through(self.run, stage, file, units, 4 * self.engine.max_num_seqs, work)
+        self,
+        stage: str,
+        name: str,
+        kind: type[Result],
+        items: Sequence[Row],
+        work: Callable[[list[Any]], Iterator[Any]],
+    ) -> list[Result]:
+        """Write one row of `kind` per item to the run's file `name`, resuming where it ends.
 
-    def ask(self, items: Sequence[T], verifier: str, words: Words | None = None) -> Iterator[Drawn]:
-        """Draw samples for items and grade them, each item as it is finished; without `words` it is to be solved."""
-        config, engine, requests = self.run.config, self.engine, []
+        `work` gives the rows of a batch; batches are large enough to keep the model busy.
+        """
+        units = [(item.id, item) for item in items]
+        file = RowFile(self.run.path(name), kind)
+        batch_items = 4 * self.engine.max_num_seqs
+        return work_through(self.run, stage, file, units, batch_items, work)
+
+    def sample(
+        self, items: Sequence[Any], verifier: str, turns: Turns | None = None
+    ) -> Iterator[Sampled]:
+        """Draw `settings.samples` samples per item and grade them, each item as it is finished.
+
+        Args:
+            items: rows with ids of their own.
+            verifier: how answers are compared, see `grading.answers.Item`.
+            turns: what an item is asked; None: to solve its question.
+        """
+        config = self.run.config
+        engine = self.engine
+        by_id = {}
+        requests = []
         for item in items:
-            user, answer = words(item) if words else (solve_text(config.prompts, item.question), "")
-            prompt = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
-            requests.append(
-                Request(item.id, prompt, self.how.sampling, n=self.how.samples, seed=config.seed)
-            )
-        yield from self.grade(items, self.backend.generate(requests), verifier)
+            by_id[item.id] = item
+            user = solve_text(config.prompts, item.question)
+            answer = ""
+            if turns:
+                user, answer = turns(item)
+            ids = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
+            settings = self.settings
+            requests.append(Request(item.id, ids, settings.sampling, settings.samples, config.seed))
 
-    def grade(
-        self, items: Sequence[T], made: Iterable[Generation], verifier: str
-    ) -> Iterator[Drawn]:
-        """Grade what was generated for items, in the order of `made`."""
-        by_id = {item.id: item for item in items}
-        for done in made:
-            item, texts = (
-                by_id[done.id],
-                [(one.text, one.finish_reason, len(one.ids)) for one in done.completions],
-            )
-            yield item, graded_samples(self.grader, texts, item.answer, verifier), done
+        for generation in self.backend.generate(requests):
+            item = by_id[generation.id]
+            samples = grade_samples(self.grader, generation.completions, item.answer, verifier)
+            yield item, samples, generation
 
 
-def graded_samples(
-    grader: Grader, texts: Sequence[Text], gold: str, verifier: str
+def grade_samples(
+    grader: Grader, completions: Sequence[Completion], gold: str, verifier: str
 ) -> tuple[Sample, ...]:
-    """Grade the samples of one problem."""
-    grades = grader.grade([Item(gold, text, verifier) for text, _, _ in texts])
+    """Grade the completions of one problem against its gold answer, in their order."""
+    grades = grader.grade([Item(gold, completion.text, verifier) for completion in completions])
     return tuple(
         Sample(
-            text=text,
+            text=completion.text,
             verdict=grade.verdict,
             answer=grade.answer,
-            finish_reason=finish_reason,
-            tokens=tokens,
+            finish_reason=completion.finish_reason,
+            tokens=len(completion.ids),
         )
-        for (text, finish_reason, tokens), grade in zip(texts, grades, strict=True)
+        for completion, grade in zip(completions, grades, strict=True)
     )
 
 
-def choose(samples: tuple[Sample, ...], keep: str) -> tuple[int, ...]:
-    """Indices of the right samples that are kept; one that ended by itself goes before one that was cut off.
+def choose(samples: Sequence[Sample], keep: str) -> tuple[int, ...]:
+    """Indices of the correct samples that are kept, at most one unless `keep` is all.
 
     Args:
+        samples: of one problem.
         keep: first, shortest (in characters), or all.
     """
-    right = [
-        i for i, sample in enumerate(samples) if sample.verdict == "correct" and sample.text.strip()
-    ]
+    correct = []
+    for index, sample in enumerate(samples):
+        if sample.verdict == "correct" and sample.text.strip():
+            correct.append(index)
     if keep == "all":
-        return tuple(right)
-    length = (lambda i: len(samples[i].text)) if keep == "shortest" else (lambda i: i)
-    return tuple(sorted(right, key=lambda i: (samples[i].finish_reason != "stop", length(i)))[:1])
+        return tuple(correct)
+    if keep == "shortest":
+        correct.sort(key=lambda index: len(samples[index].text))
+    # one that ended by itself goes before one that was cut off; equals stay in their order
+    correct.sort(key=lambda index: samples[index].finish_reason != "stop")
+    return tuple(correct[:1])
 
 
-def why(done: Generation, reason: str, samples: Sequence[Sample]) -> dict[str, str]:
-    """A lost row's fields: the error, or `reason` and '0 of 4 right: 3 wrong, 1 unparsed; 2 cut off at ...'."""
-    if done.error:
-        return {"rejected": "generation failed", "detail": done.error}
+def rejection(generation: Generation, reason: str, samples: Sequence[Sample]) -> dict[str, str]:
+    """The fields `rejected` and `detail` of a row without a kept sample.
+
+    The detail is the generation's error, or like '0 of 4 right: 3 wrong, 1 unparsed; 2 cut off'.
+    """
+    if generation.error:
+        return {"rejected": "generation failed", "detail": generation.error}
     counts = Counter(sample.verdict for sample in samples)
-    capped = sum(sample.finish_reason == "length" for sample in samples)
-    parts = ", ".join(
-        f"{n} {verdict}" for verdict, n in counts.most_common() if verdict != "correct"
-    )
-    cut = f"; {capped} cut off at the token limit" if capped else ""
-    return {
-        "rejected": reason,
-        "detail": f"{counts['correct']} of {len(samples)} right: {parts or 'none'}{cut}",
-    }
+    correct = counts.pop("correct", 0)
+    others = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    detail = f"{correct} of {len(samples)} right: {others or 'none'}"
+    cut_off = sum(sample.finish_reason == "length" for sample in samples)
+    if cut_off:
+        detail += f"; {cut_off} cut off at the token limit"
+    return {"rejected": reason, "detail": detail}

@@ -1,4 +1,4 @@
-"""Continuing, keeping, lengthening and what each method trains on; stage logic on the scripted stand-in."""
+"""Continuing, keeping, extending, and what each method trains on, with a scripted student."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from kit.core.storage import RowFile
 from kit.judging.sentences import ends
 from kit.pipeline.align import align, extend, holds_answer, longer, training_rows
 from kit.prompts import BEGIN, END, target
-from kit.sampling import Sampler, choose
+from kit.sampling import Sampler
 
-TRACE = "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. So it is \\boxed{9}."
+TRACE = (
+    "We look at 12 ducks. Three fly off. That leaves 9 of them. Check: 9 + 3 = 12. "
+    "So it is \\boxed{9}."
+)
 
 
 def sample(verdict="correct", text="x", finish_reason="stop"):
@@ -52,7 +55,7 @@ def make_run(folder, prefixes=(), **keys):
 
 
 @contextmanager
-def asker(folder, right_from=0, **keys):
+def continuing(folder, right_from=0, **keys):
     """The student of a run, answering rightly from a round on."""
     with (
         make_run(folder, align=keys) as run,
@@ -80,28 +83,17 @@ class Recorder(ScriptedBackend):
         for request in requests:
             self.prompts[request.id] = self.tokenizer.decode(request.prompt)
             number = int(request.id.split("+")[1]) if "+" in request.id else 0
-            said = self.gold if number >= self.right_from else "-1"
-            done = tuple(
-                Completion(f" sample {j} \\boxed{{{said}}}", (1, 2), "stop")
+            answer = self.gold if number >= self.right_from else "-1"
+            completions = tuple(
+                Completion(f" sample {j} \\boxed{{{answer}}}", (1, 2), "stop")
                 for j in range(request.n)
             )
-            yield Generation(request.id, done, len(request.prompt), len(request.prompt))
+            tokens = len(request.prompt)
+            yield Generation(request.id, completions, tokens, tokens)
 
 
-def test_only_right_samples_are_kept_and_a_finished_one_goes_first():
-    samples = (
-        sample("wrong"),
-        sample(text="long right", finish_reason="length"),
-        sample(text="right one"),
-        sample(text="ok"),
-    )
-    assert choose(samples, "first") == (2,) and choose(samples, "shortest") == (3,)
-    assert choose(samples, "all") == (1, 2, 3) and choose(samples[:1], "all") == ()
-    assert choose((sample("unparsed"), sample("timeout")), "first") == ()
-
-
-def test_lengthening_moves_the_cut_to_the_whole_trace_and_says_so(tmp_path):
-    with asker(tmp_path, right_from=2, extend_rounds=2, samples=3) as student:
+def test_extending_moves_the_cut_to_the_whole_trace_and_records_it(tmp_path):
+    with continuing(tmp_path, right_from=2, extend_rounds=2, samples=3) as student:
         (row,) = extend(student, [prefix_row()])
     cuts = ends(TRACE)
     assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
@@ -121,7 +113,7 @@ def test_every_round_shows_more_and_the_last_one_all(kept, rounds):
 
 
 def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
-    with asker(tmp_path, right_from=99, extend_rounds=1, samples=2) as student:
+    with continuing(tmp_path, right_from=99, extend_rounds=1, samples=2) as student:
         rows = list(extend(student, [prefix_row("a"), prefix_row("b", kept=5)]))
     assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, (
         "a whole trace cannot be lengthened"
@@ -134,7 +126,7 @@ def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
 
 @pytest.mark.parametrize("mode", ["prompt", "prefill"])
 def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
-    with asker(tmp_path, mode=mode) as student:
+    with continuing(tmp_path, mode=mode) as student:
         (row,) = extend(student, [prefix_row(kept=3)])
     prompt = student.backend.prompts["a"]
     assert TRACE.startswith(row.prefix) and row.prefix in prompt
@@ -168,7 +160,7 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
 
 
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
-    with asker(tmp_path, keep="all", samples=3) as student:
+    with continuing(tmp_path, keep="all", samples=3) as student:
         lines = training_rows(student.run, list(extend(student, [prefix_row()])))
     assert [line.output.split("\n")[1] for line in lines] == [
         f" sample {j} \\boxed{{9}}" for j in range(3)

@@ -1,4 +1,4 @@
-"""kit.interactive: one trace stepped through as plain text and by keys, and a prompt as the model sees it."""
+"""One trace walked through as plain text and by keys, and a prompt as the model sees it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_config_says_how_the_student_is_asked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its judge, and the way of going on: a prefill stands at the start of the answer, the draft in the question."""
+    """Its judge, and align.mode: a prefill begins the answer, a draft is in the question."""
     asked = []
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(
@@ -84,18 +84,18 @@ def test_a_config_says_how_the_student_is_asked(
         "align": {"mode": "prefill"},
     }
     (tmp_path / "workshop.yaml").write_text(json.dumps(keys))
-    told = [
+    arguments = [
         "judge",
         str(config.teacher.path),
         "--interactive",
         "--config",
         str(tmp_path / "workshop.yaml"),
     ]
-    assert palign.main(told) == 0
+    assert palign.main(arguments) == 0
     assert "threshold -1.00" in capsys.readouterr().out
     user, _, begun, _ = asked.pop()
     assert begun and TRACE.startswith(begun) and begun not in user
-    assert palign.main([*told, "--kind", "verbal"]) == 0  # a key given overrules the config's
+    assert palign.main([*arguments, "--kind", "verbal"]) == 0  # a key given overrules the config's
     assert "threshold +0.00" in capsys.readouterr().out
 
 
@@ -149,10 +149,13 @@ def test_on_a_real_terminal_a_hostile_trace_moves_no_cursor(tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_a_bar_on_a_terminal_has_colours_unless_told_not_to(
+def test_a_bar_on_a_terminal_has_colours_unless_arguments_not_to(
     environment: dict[str, str], coloured: bool
 ) -> None:
-    code = "from kit.core.progress import Progress\nwith Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+    code = (
+        "from kit.core.progress import Progress\n"
+        "with Progress().bar('judge', 3) as bar: [bar.advance(9) for _ in '123']"
+    )
     shown = on_a_terminal(["-c", code], **environment)
     assert "judge" in shown and "3/3" in shown and ("\x1b[3" in shown) is coloured
 

@@ -10,7 +10,8 @@ from kit.core.errors import KitError
 
 SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2}
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
 )
 NO_SYSTEM = (

@@ -1,4 +1,4 @@
-"""Searches over forced verdicts: what they ask, what they keep, what a scan says of them."""
+"""Searches over given verdicts: what they ask, what they keep, what a scan shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_search_finds_a_single_turn(case: tuple[int, int]) -> None:
 
 
 @given(verdicts)
-def test_any_verdicts(enough: list[bool]) -> None:
+def test_any_verdicts_keep_the_smallest_boundary_judged_enough(enough: list[bool]) -> None:
     m = len(enough)
     for find in (search.binary, search.gallop):
         ask = Asked(enough)
@@ -81,6 +81,6 @@ def test_gallop_never_asks_past_twice_what_it_keeps(case: tuple[int, int]) -> No
     assert kept is None or max(ask.asked) <= max(2 * kept - 2, 1) or max(ask.asked) == kept
 
 
-def test_violations_are_those_behind_the_first_enough() -> None:
+def test_violations_are_those_after_the_first_enough() -> None:
     assert search.violations({5: True, 3: False, 8: False, 9: True, 10: False}) == 2
     assert search.violations({}) == 0

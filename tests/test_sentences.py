@@ -15,13 +15,20 @@ from kit.judging.sentences import ends, split
 CASES = {  # a text with | where a sentence ends and another begins
     "plain": "Okay, let me see. |We have 3 apples! |Is that right? |Yes.",
     "decimals": "Pi is 3.14 or 3.1416. |Then 2.5 * 2 = 5.0. |Done.",
-    "abbreviations": "Use e.g. sin x, i.e. this, cf. Fig. 3 and eq. (4). |Dr. Li vs. Mr. Ito, etc. are in. |Ok.",
+    "abbreviations": (
+        "Use e.g. sin x, i.e. this, cf. Fig. 3 and eq. (4). |Dr. Li vs. Mr. Ito, etc. are in. |Ok."
+    ),
     "etc may end": "We have apples, pears, etc. |Now count them.",
     "no": "See no. 5 and p. 12 for it. |Is it prime? |no. |Then we go on.",
-    "initials": "It is by J. R. Smith and George W. Bush. |Then point A. |So we go to B. |Now U.S. Army. |Ok.",
+    "initials": (
+        "It is by J. R. Smith and George W. Bush. "
+        "|Then point A. |So we go to B. |Now U.S. Army. |Ok."
+    ),
     "clock": "We meet at 9 a.m. sharp. |We leave at 5 p.m. |Then we rest.",
     "markers": "1. First do this. |2. Then do that.\n|3. Last.",
-    "marked lines": "a) One thing\n|b) Two\n|(ii) A third\n|**4.** Bold\n|Step 2. Compute it.\n|- item\n|* item",
+    "marked lines": (
+        "a) One thing\n|b) Two\n|(ii) A third\n|**4.** Bold\n|Step 2. Compute it.\n|- item\n|* item"
+    ),
     "a number ends": "The answer is 2. |So we stop at 10. |Good.",
     "quotes": 'He said "stop." |Then "why?" he asked. |(It was late.) |Fine.',
     "ellipsis": "Hmm... maybe not. |Hmm... |Maybe so… |Yes.",
@@ -29,14 +36,21 @@ CASES = {  # a text with | where a sentence ends and another begins
     "factorial": "Now 5! = 120 and n! is large. |What a sum! |Next.",
     "paragraphs": "We get x = 3\n\n|y = 4\n\n|So x + y = 7",
     "colon goes on": "We set up:\n\nx + y = 3,\nand so on.\n\n|Next",
-    "wrapped": "This line of prose is long enough to have been wrapped by an editor at\nthe eightieth column. |Next.",
+    "wrapped": (
+        "This line of prose is long enough to have been wrapped by an editor at\n"
+        "the eightieth column. |Next."
+    ),
     "inline math": "Let $x = 3. Y$ be so. |Then \\(a. B\\) holds. |Ok.",
     "stop inside math": "We get $r = 3.$  |Also it holds. |So $x$. |Yes.",
     "display": "We have\n|\\[ a = b. \n C = d. \\]\n|and $$x. Y. Z$$ done. |Ok.",
-    "environment": "\\begin{align} a. B \\\\[2pt] \\begin{cases} C. D \\end{cases} E. F \\end{align}\n|Then.",
+    "environment": (
+        "\\begin{align} a. B \\\\[2pt] \\begin{cases} C. D \\end{cases} E. F \\end{align}\n|Then."
+    ),
     "money": "It costs $5. |Then she pays $6. |That is $11. |A tip of 2$. |Fine.",
     "lone dollar": "It is $x. \n\n|Then A. |So it is. |Yes $y$. |Ok.",
-    "code": "Run this:\n```python\nx = 1. \nprint(x)\n\ny = 2. Z\n```\n|It prints 1. |Ok, `a. B` too.",
+    "code": (
+        "Run this:\n```python\nx = 1. \nprint(x)\n\ny = 2. Z\n```\n|It prints 1. |Ok, `a. B` too."
+    ),
     "open fence": "```\nHello. |World. |Bye.",
     "chinese": "我们先看题目。|然后计算3.14的值！|对吗？|“是的。”|好",
     "mixed": "答案是5。|So the answer is 5. |完",
@@ -51,7 +65,7 @@ def test_cuts_where_a_reader_would(name: str) -> None:
     assert split("".join(parts)) == parts
 
 
-def test_edges() -> None:
+def test_texts_of_nothing_but_marks_are_one_part() -> None:
     assert split("") == [] and ends("") == []
     for text in (" ", "\n\n", "x", ".", "\ud800", "...", "$", "```", "\\begin{a}", "。", "\r\n"):
         assert split(text) == [text]
@@ -61,9 +75,10 @@ def test_edges() -> None:
 PIECES = "$$ \\[ \\] \\( \\) \\begin{x} \\end{x} ``` ```py Dr. e.g. 1. So 3.5 \u2028 ~~~".split()
 LETTERS = "aBz1 \n\r\t.!?…。！？,:;-*#()[]{}\"'”$`\\|~é\ud800\u2028\x1c"
 ALPHABET = st.sampled_from([*LETTERS, *PIECES, "\n\n", "\n```\n", ". "])
-UNITS = '. |a. |$|$ |$x |`|``` \n|```\n|\\[ |\\( |\\begin{a}|\n| |\n\n|。|."|1. |A. |So, |!?|\\|((|~~~\n|$5. |\r|…|.'.split(
-    "|"
-)
+UNITS = (
+    ". |a. |$|$ |$x |`|``` \n|```\n|\\[ |\\( |\\begin{a}|\n| |\n\n|。"
+    '|."|1. |A. |So, |!?|\\|((|~~~\n|$5. |\r|…|.'
+).split("|")
 
 
 def check(text: str) -> None:
@@ -97,14 +112,14 @@ def seconds(text: str) -> float:
 
 
 @pytest.mark.parametrize("unit", [*UNITS, "x" * 50 + "\n"])
-def test_time_is_linear(unit: str) -> None:
+def test_the_time_is_linear_in_the_text(unit: str) -> None:
     """Four times the text takes about four times as long; under a quadratic rule sixteen times."""
     short, long = (seconds(unit * (size // len(unit))) for size in (5_000, 20_000))
     assert long < 10 * short + 0.01
 
 
-def test_real_traces(shared: Path) -> None:
-    """63 real chains of thought: lossless, and of a sane size (a hundred characters a sentence, none huge)."""
+def test_real_chains_of_thought_are_cut_losslessly_and_sanely(shared: Path) -> None:
+    """63 real ones: lossless, and of a sane size (some hundred characters, none huge)."""
     traces = [
         json.loads(line)["long_cot"]
         for line in (shared / "long_cot_aime24.jsonl").open(encoding="utf-8")

@@ -52,7 +52,7 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     backend = open_backend(config.student)
     judge = Judge(config, backend)
     rows = [from_problem(problem) for problem in load_traces(config)]
-    fitting = [row for row in rows if len(judge.probe(row, row.trace).ids) <= judge.limit_tokens]
+    fitting = [row for row in rows if len(judge.request(row, row.trace).ids) <= judge.limit_tokens]
     # A prompt longer than the context cannot be judged.
     if not fitting:
         raise KitError(f"No trace of {options.traces} fits the model.", "Use shorter traces.")
@@ -78,10 +78,10 @@ def _measure(
     """Time the prefill and every search on one trace, and the reference loops once."""
     total = row.sentences_total
     first_enough = {"early": 1, "middle": (total + 1) // 2, "late": total}.get(options.verdicts)
-    force = first_enough.__le__ if first_enough else None
+    steer = first_enough.__le__ if first_enough else None
     # Warms up, and gives the reference loops their questions.
-    judged = cut(judge, row, force, "binary")
-    ways = {name: partial(cut, judge, row, force, name) for name in SEARCHES}
+    judged = cut(judge, row, steer, "binary")
+    ways = {name: partial(cut, judge, row, steer, name) for name in SEARCHES}
     timings = measure({"prefill": partial(_prefill, judge, row), **ways}, options.repeats, progress)
     # Minutes long, so they are timed once.
     if references:
@@ -92,7 +92,7 @@ def _measure(
 
 def _prefill(judge: Judge, row: PrefixRow) -> None:
     session = judge.backend.session(uncached=True)
-    session.score([judge.probe(row, row.trace)])
+    session.score([judge.request(row, row.trace)])
     session.close()
 
 
@@ -100,8 +100,7 @@ def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> None:
     """The paper's loop over the questions that a search asked."""
     for verdict in judged.verdicts:
         prefix = judged.trace[: ends(judged.trace)[verdict.sentences - 1]]
-        ids = judge.probe(judged, prefix).ids
-        prompt = ids[: len(ids) - len(judge.common)]
+        prompt = judge.prompt(judged, prefix)
         if judge.config.student.backend == "hf":
             transformers_generate(judge.backend, [prompt], new_tokens)
         else:
@@ -121,7 +120,7 @@ def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str
     prefill = timings["prefill"].seconds
     return {
         "id": row.id,
-        "tokens": len(judge.probe(row, row.trace).ids),
+        "tokens": len(judge.request(row, row.trace).ids),
         "sentences": row.sentences_total,
         "kept": timings["binary"].results[0].sentences,
         "seconds": {name: timing.seconds for name, timing in timings.items()},

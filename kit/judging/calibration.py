@@ -1,11 +1,14 @@
-"""A judge's threshold chosen from the data, and the signs of a judge that cannot tell one prefix from another.
+"""A judge's threshold, chosen from the data (extends section 3.2 of the paper).
 
-The paper takes the student's word as it is; weak students then keep one sentence, or everything.
+Paper: the student's word is taken as it is. Here: the threshold may be moved, for weak students
+else keep one sentence, or everything. The other calibration, content-free, is an offset per trace
+in `judge.TraceJudge`. Signs of a degenerate judge are in kit/reporting/metrics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -17,20 +20,33 @@ if TYPE_CHECKING:
 
 
 def share_threshold(judge: Judge, rows: Sequence[PrefixRow]) -> float:
-    """The largest threshold under which `judge.share` of the whole traces are sufficient; one prefill a trace.
+    """Find the largest threshold under which a share of the whole traces are sufficient.
+
+    Each trace costs one prefill.
+
+    Args:
+        judge: `judge.share` of its config is the share, in (0, 1]; it is not changed.
+        rows: whole traces; empty ones and those longer than the judge reads do not count.
+
+    Returns:
+        The threshold, in the unit of the judge's margins.
 
     Raises:
-        KitError: the judge gives labels without margins, or no trace fits its context.
+        KitError: the judge's verdicts have no margins, or no trace fits its context.
     """
     margins = []
-    for row in rows if not judge.generates else ():
-        probe, session = judge.probe(row, row.trace), judge.backend.session()
-        if row.trace.strip() and len(probe.ids) <= judge.limit_tokens:
-            margins.append(judge.margin(session.score([probe])[0]))
-        session.close()
+    for row in rows:
+        request = judge.request(row, row.trace)
+        # a generated verdict has nothing to read, and so no margin
+        if request.reads and row.trace.strip() and len(request.ids) <= judge.limit_tokens:
+            with closing(judge.backend.session()) as session:
+                [logprobs] = session.score([request])
+            margins.append(judge.margin(logprobs))
     if not margins:
-        why = "its verdicts have no margins" if judge.generates else "no trace fits its context"
         raise KitError(
-            f"judge.calibration=share has nothing to go by: {why}.", "Set judge.calibration=none."
+            "judge.calibration=share cannot choose a threshold: the verdicts have no margins, "
+            "or no trace fits the judge's context.",
+            "Set judge.calibration=none.",
         )
-    return sorted(margins, reverse=True)[ceil(judge.keys.share * len(margins)) - 1]
+    margins.sort(reverse=True)
+    return margins[ceil(judge.settings.share * len(margins)) - 1]

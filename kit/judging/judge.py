@@ -1,272 +1,351 @@
-"""truncate: the untrained student judges where a trace may be cut (section 3.2 of the paper).
+"""The judge: is a prefix of a trace sufficient, and where is the trace cut (section 3.2)?
 
-Paper: every verdict is a generation of up to 256 tokens over a prompt prefilled anew. Here: all prompts of a
-trace share one cache, and a verdict is read from log-probabilities at the token where the two labels part;
-`judge.decode: generate` asks the paper's way. Which boundaries to ask is kit/search.py's, how a backend
-reuses its cache is the backend's.
+`Judge` holds what is asked about a prefix and how the answer is read. `TraceJudge` is one trace
+under judgement: it asks boundaries and keeps their verdicts. `cut` judges one trace and cuts it.
+A new `judge.kind` changes `Judge` alone; a new `judge.search` is a function in search.py.
+
+Paper: each verdict is a generation of up to 256 tokens over a prompt that is prefilled anew.
+Here: all prompts of a trace share one cache, and a verdict is read from log-probabilities at the
+token where the two labels part; `judge.decode: generate` asks the paper's way. How a backend reuses
+its cache is decided in kit/backends.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Logprobs, Request, ScoreRequest, ScoringSession, TokenUsage
+from kit.backends.base import (
+    Backend,
+    Logprobs,
+    Request,
+    ScoreRequest,
+    ScoringSession,
+    TokenUsage,
+    common_prefix_len,
+)
 from kit.core.config import Config, Sampling
 from kit.core.errors import KitError
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
 from kit.grading.answers import Grader, Item, gold_of
-from kit.judging import search
+from kit.judging.search import SEARCHES, choose, violations
 from kit.judging.sentences import ends
-from kit.prompts import fill, render, solve_text, text_of
+from kit.prompts import judge_text, render, solve_text, text_of
+from kit.sampling import PROBLEM_FIELDS
 
-Force = Callable[[int], bool] | None
-THRESHOLD = {
-    "verbal": 0.0,
-    "answer": -1.0,
-}  # nats; answer: a gold token more likely than exp(-1) on average
-AHEAD = 6  # what may be asked next is read along where that makes a pass longer by at most a sixth of what was read
-_BOXED = re.compile(
-    r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}"
-)  # up to the brace that closes the forced box
+# From this margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer: mean
+# log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
+DEFAULT_THRESHOLDS = {"verbal": 0.0, "answer": -1.0}
+LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
+LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
+READ_AHEAD_RATIO = 6  # reading ahead makes a pass longer by at most a sixth
+
+# The text up to the brace that closes the box which `prompts.answer_cue` opened.
+_BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")
 
 
-class Judge:
-    """What is asked about a prefix of one backend, and how the answer is read; see `part` for what it raises."""
+class Judge(ExitStack):
+    """What one backend is asked about a prefix, and how its answer is read.
+
+    A context manager: leaving it, or `close`, ends the grader; the backend stays open.
+
+    Raises:
+        KitError: (exit 2) one label's tokens begin the other's.
+    """
 
     def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self.keys, self.backend = config, config.judge, backend
-        verbal = self.keys.kind == "verbal"
-        self.generates = (
-            self.keys.decode == "generate" if verbal else self.keys.answer_scoring == "greedy"
-        )
-        # With room for a generated label.
-        self.limit_tokens = backend.context_tokens - 16 * self.generates
-        self.threshold = (
-            THRESHOLD[self.keys.kind] if self.keys.threshold is None else self.keys.threshold
-        )
-        labels = (
-            tuple(backend.tokenizer.encode(label, special=False)) for label in self.keys.labels
-        )
-        self.common, self.parting = part(*labels)
-        self.held = ExitStack()
-        self.grader = self.held.enter_context(Grader()) if self.generates and not verbal else None
+        super().__init__()
+        settings = config.judge
+        self.config = config
+        self.settings = settings
+        self.backend = backend
+        self.grader = self.enter_context(Grader())
+        usual = DEFAULT_THRESHOLDS[settings.kind]
+        self.threshold = usual if settings.threshold is None else settings.threshold
 
-    def probe(self, row: PrefixRow, prefix: str) -> ScoreRequest:
-        """The question about a prefix, and where its verdict is read: the labels' parting, or the gold answer."""
-        student, prompts, answer = self.config.student, self.config.prompts, ""
-        if self.keys.kind == "verbal":
-            user = fill(text_of(prompts, "judge"), question=row.question, prefix=prefix)
+        # Does the model write its verdict, or is it read from log-probabilities?
+        if settings.kind == "verbal":
+            self.generates_verdicts = settings.decode == "generate"
         else:
-            user, answer = (
-                solve_text(prompts, row.question),
-                prefix + text_of(prompts, "answer_cue"),
-            )
-        ids = render(self.backend.tokenizer, user, student.system, answer, student.thinking)
-        if self.generates:
-            return ScoreRequest(ids, ())
-        if self.keys.kind == "verbal":
-            return ScoreRequest(ids + self.common, ((len(ids + self.common) - 1, self.parting),))
-        gold = self.backend.tokenizer.encode(gold_of(row.answer), special=False)
-        return ScoreRequest(
-            (*ids, *gold[:-1]), tuple((len(ids) - 1 + i, (token,)) for i, token in enumerate(gold))
+            self.generates_verdicts = settings.answer_scoring == "greedy"
+
+        # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
+        encode = backend.tokenizer.encode
+        enough, not_enough = settings.labels
+        self.shared_label_tokens, self.label_tokens = split_labels(
+            encode(enough, special=False), encode(not_enough, special=False)
         )
 
-    def margin(self, readings: Logprobs) -> float:
-        """Log-odds of the first label (verbal), or mean log-likelihood of a gold token (answer)."""
-        if self.keys.kind == "verbal":
-            return readings[0][0] - readings[0][1]
-        return sum(values[0] for values in readings) / len(readings)
+        self.limit_tokens = backend.context_tokens
+        if self.generates_verdicts:
+            self.limit_tokens -= LABEL_ROOM_TOKENS
+
+    def prompt(self, row: PrefixRow, prefix: str) -> tuple[int, ...]:
+        """The question about a prefix as token ids (T,), up to where the model answers."""
+        student = self.config.student
+        prompts = self.config.prompts
+        if self.settings.kind == "verbal":
+            user = judge_text(prompts, row.question, prefix)
+            answer = ""
+        else:
+            user = solve_text(prompts, row.question)
+            answer = prefix + text_of(prompts, "answer_cue")
+        return render(self.backend.tokenizer, user, student.system, answer, student.thinking)
+
+    def request(self, row: PrefixRow, prefix: str) -> ScoreRequest:
+        """The question with the places where its verdict is read; none where it is generated."""
+        ids = self.prompt(row, prefix)
+        if self.generates_verdicts:
+            return ScoreRequest(ids, ())
+        if self.settings.kind == "verbal":
+            ids += self.shared_label_tokens
+            return ScoreRequest(ids, ((len(ids) - 1, self.label_tokens),))
+        gold_text = gold_of(row.answer)
+        gold = tuple(self.backend.tokenizer.encode(gold_text, special=False))
+        reads = tuple((place, (token,)) for place, token in enumerate(gold, len(ids) - 1))
+        return ScoreRequest(ids + gold[:-1], reads)
+
+    def margin(self, logprobs: Logprobs) -> float:
+        """Log-odds of the first label (verbal), or mean log-likelihood per gold token (answer)."""
+        if self.settings.kind == "verbal":
+            return logprobs[0][0] - logprobs[0][1]
+        return sum(values[0] for values in logprobs) / len(logprobs)
 
     def label(self, margin: float) -> Label:
         """ENOUGH from the threshold on."""
         return "ENOUGH" if margin >= self.threshold else "NOT_ENOUGH"
 
-    def close(self) -> None:
-        """End the graders, if any; the backend stays open."""
-        self.held.close()
+    def label_in_text(self, text: str, answer: str) -> Label:
+        """The verdict in a generated text: its label (verbal), or its answer's grade (answer).
+
+        UNPARSED where the text holds neither label, or no answer that can be graded.
+        """
+        if self.settings.kind == "verbal":
+            return first_label(text, self.settings.labels)
+        boxed = _BOXED.match(text)
+        if boxed is None:
+            return "UNPARSED"
+        item = Item(answer, f"\\boxed{{{boxed[1]}}}", self.config.data.train.verifier)
+        [grade] = self.grader.grade([item])
+        return LABEL_OF_GRADE.get(grade.verdict, "UNPARSED")
 
 
+@dataclass
 class TraceJudge:
-    """One trace under judgement: asks boundaries, keeps verdicts and what they cost.
+    """One trace under judgement: asks boundaries, and keeps their verdicts.
 
     Args:
-        force: measurements only: steers the search, while the verdicts are asked all the same.
+        judge: asks and reads; shared by all traces.
+        row: the whole trace.
+        session: this trace's own, so that its prompts share one cache. It counts the tokens.
+        steer: for measurements: decides where the search goes; verdicts are asked all the same.
     """
 
-    def __init__(
-        self, judge: Judge, row: PrefixRow, session: ScoringSession, force: Force = None
-    ) -> None:
-        self.judge, self.row, self.session, self.force = judge, row, session, force
-        self.verdicts: dict[int, Verdict] = {}
-        self.margins: dict[int, float] = {}  # of what was asked, or read ahead
-        self.cost, self.prompt_tokens, self.base, self.ends = TokenUsage(), 0, 0.0, ends(row.trace)
-        if judge.keys.calibration == "content-free" and not judge.generates:
-            self.base = judge.margin(session.score([judge.probe(row, "")])[0])
+    judge: Judge
+    row: PrefixRow
+    session: ScoringSession
+    steer: Callable[[int], bool] | None = None
+    known: dict[int, Verdict] = field(default_factory=dict)  # by boundary: asked, or read ahead
+    verdicts: dict[int, Verdict] = field(default_factory=dict)  # those asked, in that order
+    prompt_tokens: int = 0  # of the longest question asked
+    calibration_offset: float = 0.0  # content-free: the margin of an empty prefix
+
+    def __post_init__(self) -> None:
+        self.ends = ends(self.row.trace)
+        judge = self.judge
+        if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
+            [logprobs] = self.session.score([judge.request(self.row, "")])
+            self.calibration_offset = judge.margin(logprobs)
 
     def ask(self, k: int, *ahead: int) -> bool:
-        """Whether the first k sentences suffice. What may be asked next is read along where that costs little."""
+        """Whether the first k sentences suffice; `ahead` may be asked next."""
         return self.ask_many([k], ahead)[0]
 
     def ask_many(self, boundaries: Sequence[int], ahead: Sequence[int] = ()) -> list[bool]:
         """Ask several boundaries together."""
-        probes = {k: self._probe(k) for k in boundaries}
-        self.prompt_tokens = max(self.prompt_tokens, *(len(probe.ids) for probe in probes.values()))
-        if self.judge.generates:
-            found = self._generated(probes)
-        else:
-            self._read(probes, ahead)
-            found = {k: self._verdict(k) for k in probes}
-        self.verdicts |= {k: found[k] for k in boundaries}
-        return [self.force(k) if self.force else found[k].label == "ENOUGH" for k in boundaries]
+        requests = {k: self._request(k) for k in boundaries}
+        longest_tokens = max(len(request.ids) for request in requests.values())
+        self.prompt_tokens = max(self.prompt_tokens, longest_tokens)
+        unknown = {k: request for k, request in requests.items() if k not in self.known}
+        if self.judge.generates_verdicts:
+            self._generate(unknown)
+        elif unknown:
+            self._score({**unknown, **self._read_ahead(ahead, longest_tokens)})
+        for k in boundaries:
+            self.verdicts[k] = self.known[k]
+        if self.steer:
+            return [self.steer(k) for k in boundaries]
+        return [self.known[k].label == "ENOUGH" for k in boundaries]
 
-    def _probe(self, k: int) -> ScoreRequest:
-        return self.judge.probe(self.row, self.row.trace[: self.ends[k - 1]])
+    def _request(self, k: int) -> ScoreRequest:
+        end = self.ends[k - 1]
+        return self.judge.request(self.row, self.row.trace[:end])
 
-    def _read(self, probes: dict[int, ScoreRequest], ahead: Sequence[int]) -> None:
-        unread = {k: probe for k, probe in probes.items() if k not in self.margins}
-        near = getattr(self.session, "ahead_tokens", 0)
-        if unread and near:
-            more = {k: self._probe(k) for k in ahead if k not in self.margins}
-            longest = max(len(probe.ids) for probe in probes.values())
-            reach = longest + max(near, longest // AHEAD)
-            if longest < self.prompt_tokens or any(
-                len(probe.ids) > reach for probe in more.values()
-            ):
-                reach, ahead = (
-                    self.prompt_tokens,
-                    ahead[:2],
-                )  # one step, and only where the text is cached already
-            unread |= {
-                k: probe for k, probe in more.items() if k in ahead and len(probe.ids) <= reach
-            }
-        for k, readings in zip(
-            unread, self.session.score([*unread.values()]) if unread else [], strict=True
-        ):
-            self.margins[k] = self.judge.margin(readings) - self.base
+    def _score(self, requests: dict[int, ScoreRequest]) -> None:
+        """Read verdicts from log-probabilities, all in one call."""
+        scores = self.session.score(list(requests.values()))
+        for k, logprobs in zip(requests, scores, strict=True):
+            margin = self.judge.margin(logprobs) - self.calibration_offset
+            label = self.judge.label(margin)
+            self.known[k] = Verdict(sentences=k, label=label, margin=round(margin, 6))
 
-    def _verdict(self, k: int) -> Verdict:
-        return Verdict(
-            sentences=k, label=self.judge.label(self.margins[k]), margin=round(self.margins[k], 6)
-        )
+    def _read_ahead(self, ahead: Sequence[int], longest_tokens: int) -> dict[int, ScoreRequest]:
+        """Which of the boundaries that may be asked next are worth reading in the same pass.
 
-    def _generated(self, probes: dict[int, ScoreRequest]) -> dict[int, Verdict]:
-        """Verdicts by greedy generation; what is neither label is UNPARSED, and counts as not enough in the search."""
-        sampling = Sampling(temperature=0, top_p=1, max_new_tokens=self.judge.keys.max_new_tokens)
-        asked = [Request(str(k), probe.ids, sampling) for k, probe in probes.items()]
-        found = {}
-        for made in self.judge.backend.generate(asked):
-            if made.error:
-                raise KitError(
-                    f"{self.row.id}: no verdict on {made.id} sentences: {made.error}",
-                    "Run again to go on.",
-                )
-            self.cost.add(TokenUsage(made.prefill_tokens, made.prompt_tokens - made.prefill_tokens))
-            label = self._parsed(made.completions[0].text)
-            found[int(made.id)] = Verdict(sentences=int(made.id), label=label, margin=None)
-        return found
+        Args:
+            ahead: boundaries, the next ones first.
+            longest_tokens: of the questions that the pass reads anyway.
+        """
+        # only sessions with a cache have this; without one, each question is a prefill of its own
+        near_tokens = getattr(self.session, "ahead_tokens", 0)
+        if not near_tokens:
+            return {}
+        requests = {k: self._request(k) for k in ahead if k not in self.known}
+        limit_tokens = longest_tokens + max(near_tokens, longest_tokens // READ_AHEAD_RATIO)
+        goes_back = longest_tokens < self.prompt_tokens
+        if goes_back or any(len(request.ids) > limit_tokens for request in requests.values()):
+            # one step only, and only where the text is cached already
+            ahead = ahead[:2]
+            limit_tokens = self.prompt_tokens
+        return {
+            k: request
+            for k, request in requests.items()
+            if k in ahead and len(request.ids) <= limit_tokens
+        }
 
-    def _parsed(self, text: str) -> Label:
-        if self.judge.grader is None:
-            return label_in(text, self.judge.keys.labels)
-        if (boxed := _BOXED.match(text)) is None:
-            return "UNPARSED"
-        item = Item(
-            self.row.answer, f"\\boxed{{{boxed[1]}}}", self.judge.config.data.train.verifier
-        )
-        [grade] = self.judge.grader.grade([item])
-        return {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}.get(grade.verdict, "UNPARSED")  # type: ignore[return-value]
+    def _generate(self, requests: dict[int, ScoreRequest]) -> None:
+        """Generate verdicts greedily, as the paper does; UNPARSED ones count as not enough."""
+        limit_tokens = self.judge.settings.max_new_tokens
+        sampling = Sampling(temperature=0, top_p=1, max_new_tokens=limit_tokens)
+        prompts = []
+        for k, request in requests.items():
+            prompts.append(Request(str(k), request.ids, sampling))
+        for generation in self.judge.backend.generate(prompts):
+            k = int(generation.id)
+            if generation.error:
+                what = f"{self.row.id}: no verdict on {k} sentences: {generation.error}"
+                raise KitError(what, "Run the command again to resume.")
+            prefill_tokens = generation.prefill_tokens
+            usage = TokenUsage(prefill_tokens, generation.prompt_tokens - prefill_tokens)
+            self.session.cost.add(usage)
+            text = generation.completions[0].text
+            label = self.judge.label_in_text(text, self.row.answer)
+            self.known[k] = Verdict(sentences=k, label=label, margin=None)
 
 
-def cut(judge: Judge, row: PrefixRow, force: Force = None, how: str | None = None) -> PrefixRow:
+def cut(
+    judge: Judge,
+    row: PrefixRow,
+    steer: Callable[[int], bool] | None = None,
+    search: str | None = None,
+) -> PrefixRow:
     """Judge one trace and cut it.
 
     Args:
-        row: a whole trace, as `kit.align.whole` gives it; one of a single sentence is kept.
-        force: see `Asking`.
-        how: a search other than the config's. fresh asks what binary asks, without a cache.
+        judge: whose `settings.search` is used, if no other is given.
+        row: a whole trace, as `TraceRow.whole` gives it; one of a single sentence is kept.
+        steer: see `TraceJudge`.
+        search: binary, gallop, scan or uncached.
 
     Returns:
-        The row with its kept prefix, verdicts in the order asked, and costs; or rejected, where the trace is empty or
-        its prompt is longer than the judge reads.
+        A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
+        where the trace is empty or its prompt is longer than the judge reads.
     """
-    begun, how, m = time.perf_counter(), how or judge.keys.search, row.sentences_total
-    tokens = len(judge.probe(row, row.trace).ids)
-    if tokens > judge.limit_tokens:
-        return _rejected(
-            row, "prompt too long", f"{tokens} tokens to judge, the limit is {judge.limit_tokens}"
-        )
-    if m <= 1:
-        return fixed(row)
-    session = judge.backend.session(uncached=how == "uncached")
-    asking = TraceJudge(judge, row, session, force)
-    if how == "scan":
-        kept = search.choose(asking.ask_many(range(1, m + 1)), judge.keys.scan_rule)
-    else:
-        kept = (search.gallop if how == "gallop" else search.binary)(m, asking.ask)
-    asking.cost.add(session.cost)
-    session.close()
-    judged = {k: verdict.label == "ENOUGH" for k, verdict in asking.verdicts.items()}
-    found = {
-        "sufficient": kept is not None,
-        "verdicts": tuple(asking.verdicts.values()),
-        **vars(asking.cost),
-    }
-    found |= {"violations": search.violations(judged), "prompt_tokens": asking.prompt_tokens}
-    return _kept(row, kept or m).model_copy(
-        update=found | {"seconds": round(time.perf_counter() - begun, 3)}
+    begun = time.perf_counter()
+    search = search or judge.settings.search
+
+    # 1. Traces that cannot be judged, and those that leave nothing to decide.
+    whole_tokens = len(judge.request(row, row.trace).ids)
+    if whole_tokens > judge.limit_tokens:
+        detail = f"{whole_tokens} tokens to judge, the limit is {judge.limit_tokens}"
+        return _reject(row, "prompt too long", detail)
+    if row.sentences_total <= 1:
+        return cut_at_ratio(row)
+
+    # 2. Ask, each question from the cache of the ones before.
+    with closing(judge.backend.session(uncached=search == "uncached")) as session:
+        trace = TraceJudge(judge, row, session, steer)
+        if search == "scan":
+            enough = trace.ask_many(range(1, row.sentences_total + 1))
+            boundary = choose(enough, judge.settings.scan_rule)
+        else:
+            boundary = SEARCHES[search](row.sentences_total, trace.ask)
+
+    # 3. Keep what suffices; an insufficient trace is kept whole.
+    judged = {k: verdict.label == "ENOUGH" for k, verdict in trace.verdicts.items()}
+    return keep(
+        row,
+        boundary or row.sentences_total,
+        sufficient=boundary is not None,
+        verdicts=tuple(trace.verdicts.values()),
+        violations=violations(judged),
+        prompt_tokens=trace.prompt_tokens,
+        **vars(session.cost),
+        seconds=round(time.perf_counter() - begun, 3),
     )
 
 
-def open_judge(config: Config, held: ExitStack) -> Judge:
-    """Open the student and a judge on it; both are closed with `held`."""
-    backend = open_backend(config.student)
-    held.callback(backend.close)
-    return held.enter_context(closing(Judge(config, backend)))
+def cut_at_ratio(row: PrefixRow, ratio: float = 1.0) -> PrefixRow:
+    """Cut at a share of the sentences in (0, 1], at least one (the ratio-X baselines), unjudged."""
+    if not row.trace.strip():
+        return _reject(row, "empty trace", "there is nothing to cut")
+    return keep(row, max(1, round(row.sentences_total * ratio)))
 
 
-def part(
-    first: tuple[int, ...], second: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """The common beginning of two labels' tokens, and the two tokens where they part."""
-    for i, pair in enumerate(zip(first, second, strict=False)):
-        if pair[0] != pair[1]:
-            return first[:i], pair
-    why = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
-    raise KitError(why, "Set judge.labels to two texts of which neither starts with the other.", 2)
+def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
+    """A copy of the row that keeps so many sentences, with further fields replaced."""
+    cut_fields = {
+        "sentences": sentences,
+        "ratio": sentences / row.sentences_total,
+        "end": ends(row.trace)[sentences - 1],
+    }
+    return row.model_copy(update={**cut_fields, **fields})
 
 
-def label_in(text: str, labels: tuple[str, str]) -> Label:
-    """The label that stands first in a generated text (the longer one, where one holds the other)."""
-    found = [
-        (text.find(label), -len(label), name)
-        for label, name in zip(labels, ("ENOUGH", "NOT_ENOUGH"), strict=True)
-    ]
-    return min((x for x in found if x[0] >= 0), default=(0, 0, "UNPARSED"))[2]  # type: ignore[return-value]
+def _reject(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
+    return row.model_copy(update={"rejected": reason, "detail": detail, "sufficient": False})
+
+
+@contextmanager
+def open_judge(config: Config) -> Iterator[Judge]:
+    """Open the student and a judge on it; both are closed on leaving."""
+    with closing(open_backend(config.student)) as backend, Judge(config, backend) as judge:
+        yield judge
 
 
 def from_problem(problem: Problem) -> PrefixRow:
     """A problem's own trace, whole, as `cut` takes it."""
-    fields = {name: getattr(problem, name) for name in ("id", "question", "answer")}
+    fields = problem.model_dump(include=PROBLEM_FIELDS)
     sample = Sample(text=problem.trace or "", verdict="unparsed")
-    return TraceRow(**fields, samples=(sample,), kept=(0,)).whole(ends)[0]
+    row = TraceRow(**fields, samples=(sample,), kept=(0,))
+    return row.whole(ends)[0]
 
 
-def fixed(row: PrefixRow, ratio: float | None = None) -> PrefixRow:
-    """Cut at a share of the sentences, at least one (the ratio-X baselines); None keeps all."""
-    if not row.trace.strip():
-        return _rejected(row, "empty trace", "there is nothing to cut")
-    return _kept(row, max(1, round(row.sentences_total * (1 if ratio is None else ratio))))
+def split_labels(
+    first: Sequence[int], second: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """The tokens that two labels begin with alike, and the two tokens where they part.
+
+    Raises:
+        KitError: (exit 2) one label's tokens begin the other's.
+    """
+    shared = common_prefix_len(first, second)
+    if shared == min(len(first), len(second)):
+        what = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
+        hint = "Set judge.labels to two texts of which neither starts with the other."
+        raise KitError(what, hint, 2)
+    return tuple(first[:shared]), (first[shared], second[shared])
 
 
-def _kept(row: PrefixRow, k: int) -> PrefixRow:
-    return row.model_copy(
-        update={"sentences": k, "ratio": k / row.sentences_total, "end": ends(row.trace)[k - 1]}
-    )
-
-
-def _rejected(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
-    return row.model_copy(update={"rejected": reason, "detail": detail, "sufficient": False})
+def first_label(text: str, labels: tuple[str, str]) -> Label:
+    """The label that comes first in a generated text, the longer one where both begin there."""
+    longest_first = sorted(labels, key=len, reverse=True)
+    match = re.search("|".join(map(re.escape, longest_first)), text)
+    if match is None:
+        return "UNPARSED"
+    return "ENOUGH" if match[0] == labels[0] else "NOT_ENOUGH"

@@ -1,70 +1,99 @@
-"""Which boundaries of a trace to ask, and which one to keep (section 3.2): pure, over a callable.
+"""Which boundaries of a trace are asked, and which one is kept (section 3.2 of the paper).
 
-A boundary k is the first k of m sentences. Every search assumes that verdicts turn once, from
-NOT_ENOUGH to ENOUGH; only `violations` over a scan can tell whether they do.
+Boundary k is the first k of m sentences. A search is pure: it calls `ask` and knows no model. Every
+search assumes that verdicts turn once, from NOT_ENOUGH to ENOUGH; whether they do, only the
+`violations` of a scan can tell. A new search is a function here and its name in `SEARCHES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-Ask = Callable[
-    ..., bool
-]  # ask(k, *ahead): whether the first k sentences suffice; ahead: what may be asked next
+# ask(k, *ahead): whether the first k sentences suffice; `ahead` is what may be asked next.
+Ask = Callable[..., bool]
 
 
 def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | None:
-    """The paper's search over [low, m]: ENOUGH goes left, NOT_ENOUGH right; about log2(m) questions.
+    """Search as the paper does: ENOUGH goes left, NOT_ENOUGH right; about log2(m) questions.
+
+    Args:
+        m: the last boundary, at least 1.
+        ask: gives the verdict of one boundary.
+        low: the first boundary that may be asked.
+        kept: what to return where no boundary is judged ENOUGH.
 
     Returns:
-        The smallest boundary judged ENOUGH on the way (or `kept`, if none); None: the whole trace is insufficient.
+        The smallest boundary judged ENOUGH on the way, else `kept`; None: all were NOT_ENOUGH.
     """
     high = m
     while low <= high:
         middle = (low + high) // 2
-        if ask(
-            middle, *_next(low, middle - 1, 1), *_next(middle + 1, high, 3)
-        ):  # what may be next, then beyond
-            kept, high = middle, middle - 1
+        # one step to the left lies within the text just read; to the right, three steps are named
+        left = upcoming(low, middle - 1, 1)
+        right = upcoming(middle + 1, high, 3)
+        if ask(middle, *left, *right):
+            kept = middle
+            high = middle - 1
         else:
             low = middle + 1
     return kept
 
 
-def _next(low: int, high: int, steps: int) -> list[int]:
-    """What `binary` may ask in its next steps over [low, high]."""
-    middle = (low + high) // 2
-    if low > high or not steps:
+def upcoming(low: int, high: int, steps: int) -> list[int]:
+    """What `binary` may ask in its next steps over [low, high], the next boundary first."""
+    if low > high or steps == 0:
         return []
-    return [middle, *_next(low, middle - 1, steps - 1), *_next(middle + 1, high, steps - 1)]
+    middle = (low + high) // 2
+    left = upcoming(low, middle - 1, steps - 1)
+    right = upcoming(middle + 1, high, steps - 1)
+    return [middle, *left, *right]
 
 
 def gallop(m: int, ask: Ask) -> int | None:
-    """1, 2, 4, ... up to the first ENOUGH, then binary before it: never asks past twice the boundary it keeps."""
-    below, k = 0, 1
+    """Ask 1, 2, 4, ... up to the first ENOUGH, then search before it as `binary` does.
+
+    It never asks past twice the boundary it keeps, which pays where traces are cut early.
+    """
+    insufficient = 0
+    k = 1
     while not ask(k):
         if k == m:
             return None
-        below, k = k, min(2 * k, m)
-    return binary(k - 1, ask, below + 1, k)
+        insufficient = k
+        k = min(2 * k, m)
+    return binary(k - 1, ask, insufficient + 1, k)
+
+
+# What `judge.search` names, besides scan, which asks all boundaries at once and lets `choose` pick.
+# uncached asks what binary asks; only its session differs.
+SEARCHES = {"binary": binary, "uncached": binary, "gallop": gallop}
 
 
 def choose(enough: Sequence[bool], rule: str) -> int | None:
-    """Pick from a scan: enough[k - 1] is boundary k's verdict.
+    """Pick a boundary from a scan.
 
     Args:
-        rule: first (smallest ENOUGH), stable (smallest from which all are ENOUGH), or binary (what `binary` finds).
+        enough: the verdicts of all boundaries; enough[k - 1] is boundary k's.
+        rule: first (the smallest ENOUGH), stable (the smallest from which on all are ENOUGH), or
+            binary (what `binary` finds).
+
+    Returns:
+        The boundary; None where there is none.
     """
-    m = len(enough)
     if rule == "binary":
-        return binary(m, lambda k, *_: enough[k - 1])
+        return binary(len(enough), lambda k, *_: enough[k - 1])
     if rule == "first":
-        return next((k for k in range(1, m + 1) if enough[k - 1]), None)
-    last = max((k for k in range(1, m + 1) if not enough[k - 1]), default=0)
-    return last + 1 if last < m else None
+        return enough.index(True) + 1 if any(enough) else None
+    # stable: walk back from the end over everything that is ENOUGH
+    k = len(enough)
+    while k > 0 and enough[k - 1]:
+        k -= 1
+    return k + 1 if k < len(enough) else None
 
 
 def violations(verdicts: Mapping[int, bool]) -> int:
-    """Boundaries judged NOT_ENOUGH behind one judged ENOUGH."""
+    """How many boundaries after the first ENOUGH one were judged NOT_ENOUGH."""
     first = min((k for k, enough in verdicts.items() if enough), default=None)
-    return 0 if first is None else sum(k > first and not enough for k, enough in verdicts.items())
+    if first is None:
+        return 0
+    return sum(k > first and not enough for k, enough in verdicts.items())

@@ -1,166 +1,225 @@
-"""Cut a chain of thought into sentences without losing a character: "".join(parts) == trace.
+r"""Cut a chain of thought into sentences without losing a character: "".join(parts) == trace.
 
-The unit of section 3.2's search. Boundaries are offsets into the trace, so a kept prefix is an exact slice of it.
-Rules, not a model: English and CJK punctuation, LaTeX, Markdown lists, code. Linear in the text.
+A sentence is the unit of section 3.2's search. Boundaries are offsets into the trace, so a kept
+prefix is an exact slice of it. Rules, not a model: English and CJK punctuation, LaTeX, Markdown
+lists, code. The time is linear in the text. What a sentence means is not looked at.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 
-_NEVER = frozenset(
+# Abbreviations after which a sentence goes on, whatever follows.
+_ABBREVIATIONS = frozenset(
     "e.g i.e cf vs viz resp approx dr mr mrs ms prof st jr sr thm lem eq eqs fig figs".split()
 )
-_NUMBERED = frozenset(
-    "no nos p pp sec secs ch vol ex prop cor def art par".split()
-)  # short for words before a digit
+# These also end sentences; they go on before a small letter.
+_MAY_END = frozenset("etc al a.m p.m".split())
+# Short for a word before a number: "no. 5", but "no. Then".
+_NUMBERED = frozenset("no nos p pp sec secs ch vol ex prop cor def art par".split())
+# Words before a number that is a heading, not the end of a sentence: "Step 2. Compute it."
 _HEADED = frozenset(
     "step case part method option claim example problem question equation approach lemma".split()
 )
-_OPENERS = frozenset(  # words that open a sentence behind "point A." or "the U.S."; other capitals there are names
-    "a after all also alternatively an and another any are as assume at because both but by can check clearly compute "
-    "consider does each finally find first following for from given hence here hmm how however i if in indeed instead "
-    "is it its let lets like maybe my next no not note now ok okay on once one or our perhaps same second similarly "
-    "since so some still suppose that the their then there therefore these they this those thus to using wait we well "
-    "what when where which while why with yes you".split()
+# Words that open a sentence after "point A." or "the U.S."; other capitals there are names.
+_OPENERS = frozenset(
+    """
+    a after all also alternatively an and another any are as assume at because both but by can check
+    clearly compute consider does each finally find first following for from given hence here hmm
+    how however i if in indeed instead is it its let lets like maybe my next no not note now ok okay
+    on once one or our perhaps same second similarly since so some still suppose that the their then
+    there therefore these they this those thus to using wait we well what when where which while why
+    with yes you
+    """.split()
 )
+
+# What opens or closes a stretch in which nothing ends: a line of a code fence, \begin and \end,
+# marks of math and code; an escaped character, which is skipped; a blank line: it ends formulas.
 _TOKEN = re.compile(
-    r"^[^\S\n]*(?P<fence>```+|~~~+)(?P<info>[^\n`]*)$|\\(?P<end>begin|end)\{[^{}\n]{1,40}\}|\\[\[\]()]|\\.|\$\$?|`+|"
-    r"(?P<blank>\n[^\S\n]*\n)",
+    r"^[^\S\n]*(?P<fence>```+|~~~+)(?P<info>[^\n`]*)$"
+    r"|\\(?P<environment>begin|end)\{[^{}\n]{1,40}\}"
+    r"|\\[\[\]()]|\\.|\$\$?|`+"
+    r"|(?P<blank>\n[^\S\n]*\n)",
     re.DOTALL | re.MULTILINE,
 )
 _CLOSERS = {"\\[": "\\]", "\\(": "\\)", "$$": "$$"}
 _PROSE = re.compile(r"[.?!]\s+[A-Z][a-z ]")  # between two dollars: they are money
-_CANDIDATE = (
-    re.compile(  # possessive repeats behind a class that excludes itself: no stretch is read twice
-        r"(?P<inner>[.?!]\s?(?:\$|\\[\])])\s++)(?=[A-Z])"
-        r"|(?<![.!?…])(?P<stop>[.!?…]++)(?P<close>[\"'”’»)\]}*_]*+)(?P<space>\s++|\Z)"
-        r"|(?P<full>[。！？｡])[。！？｡]*+[”’」』）》】)\"'*]*+\s*+|(?P<line>[\n\r]\s*+)"
-    )
+
+# Where a sentence may end: a formula's own full stop ("$x = 3.$ Then"), western marks before white
+# space, CJK marks, a line break. Repeats are possessive: no stretch of text is read twice.
+_CANDIDATE = re.compile(
+    r"(?P<inner>[.?!]\s?(?:\$|\\[\])])\s++)(?=[A-Z])"
+    r"|(?<![.!?…])(?P<stop>[.!?…]++)(?P<close>[\"'”’»)\]}*_]*+)(?P<space>\s++|\Z)"
+    r"|(?P<full>[。！？｡])[。！？｡]*+[”’」』）》】)\"'*]*+\s*+"
+    r"|(?P<line>[\n\r]\s*+)"
 )
-_MARKER = re.compile(
-    r"[*_#>(\s]*(\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\Z"
-)  # of a list: "1.", "(a)", "**2."
+_MARKER = re.compile(r"[*_#>(\s]*(\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\Z")  # of a list: "1.", "(a)"
 
 
 def split(text: str) -> list[str]:
     """Cut any text into sentences, "".join(parts) == text.
 
-    White space belongs to the sentence before it; no part is white space alone unless the whole text is; an empty text
-    has no parts.
+    White space belongs to the sentence before it; no part is white space alone unless the whole
+    text is; an empty text has no parts.
     """
-    return [text[a:b] for a, b in pairwise([0, *ends(text)])]
+    return [text[begin:end] for begin, end in pairwise([0, *ends(text)])]
 
 
 def ends(text: str) -> list[int]:
-    """Where each sentence ends: ascending offsets in characters, the last one len(text); none for an empty text."""
-    inside, found = _protected(text), {len(text)}
-    for match in _CANDIDATE.finditer(text):
-        if match["inner"]:  # "$x = 3.$ Then": the full stop stands inside the formula
-            good = inside[match.start()] and not inside[match.end()]
-        else:
-            rule = _stops if match["stop"] else _unit
-            good = not inside[match.start()] and (match["full"] or rule(text, match))
-        found |= {match.end()} if good else set()
-    cuts: list[int] = []
-    for begin, end in pairwise([0, *sorted(found)]):
-        if re.compile(r"\w").search(text, begin, end):
-            cuts.append(end)
-        elif cuts:  # a ruler, a lone bracket: part of what stands before it
-            cuts[-1] = end
-    return cuts or ([len(text)] if text else [])
+    """Where each sentence ends.
 
-
-def _protected(text: str, begin: int = 0, fences: bool = True) -> bytearray:
-    """1 for each character of fenced code, a formula or inline code, in which nothing ends.
-
-    A blank line ends whatever but a fence was open: a lone dollar harms one paragraph. A fence never closed is text.
+    Returns:
+        Ascending offsets in characters, the last one len(text); none for an empty text.
     """
-    inside, start, closer, depth, opened = bytearray(len(text) + 1), 0, "", 0, None
+    protected = bytearray(len(text) + 1)  # 1 for each character at which nothing ends
+    for start, end in _protected(text):
+        protected[start:end] = b"\1" * (end - start)
+    candidates = {len(text)}
+    for match in _CANDIDATE.finditer(text):
+        if _ends_sentence(text, match, protected):
+            candidates.add(match.end())
+
+    # A part without a word, like a ruler or a lone bracket, belongs to what stands before it.
+    offsets: list[int] = []
+    for begin, end in pairwise([0, *sorted(candidates)]):
+        if re.search(r"\w", text[begin:end]):
+            offsets.append(end)
+        elif offsets:
+            offsets[-1] = end
+    return offsets if offsets or not text else [len(text)]
+
+
+def _ends_sentence(text: str, match: re.Match[str], protected: bytearray) -> bool:
+    inside = protected[match.start()]
+    if match["inner"]:
+        return bool(inside and not protected[match.end()])
+    if inside:
+        return False
+    if match["stop"]:
+        return _stop_ends(text, match)
+    return bool(match["full"]) or _line_ends(text, match)
+
+
+def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple[int, int]]:
+    """Stretches (start, end) of fenced code, formulas and inline code.
+
+    A blank line ends whatever but a fence was open, so that a lone dollar harms one paragraph.
+
+    Args:
+        begin: where reading starts.
+        fences: whether code fences count; after one that is never closed they do not.
+    """
+    start = 0
+    closer = ""  # what closes the open formula or code: "end" for an environment, "" none is open
+    depth = 0  # of environments
+    fence = None  # the line that opened a code block
     for token in _TOKEN.finditer(text, begin):
-        word, behind, closed = token[0], text[token.end() : token.end() + 1], False
-        if opened:
-            closed = (
-                bool(token["fence"])
-                and token["fence"].startswith(opened["fence"])
-                and not token["info"].strip()
-            )
+        word = token[0]
+        if fence:
+            longer = (token["fence"] or "").startswith(fence["fence"])
+            if longer and not token["info"].strip():
+                yield fence.start("fence"), token.end()
+                fence = None
         elif token["fence"] and fences:
-            start, closer, opened = token.start("fence"), "", token
+            fence = token
+            closer = ""
         elif token["blank"]:
-            closer, depth = "", 0
-        elif closer == "end":  # environments nest
-            depth += {"begin": 1, "end": -1}.get(token["end"], 0)
-            closed = depth == 0
-        elif word == "$" and closer in ("", "$"):
-            plain = (
-                text[token.start() - 1].isspace()
-                or behind.isdigit()
-                or _PROSE.search(text, start, token.start())
-            )
-            closed = bool(closer) and not plain
-            start, closer = (
-                (start, closer) if closed else (token.start(), "" if behind.isspace() else "$")
-            )
-        elif closer == word:
-            closed = True
-        elif closer in ("", "$") and (
-            word in _CLOSERS or token["end"] == "begin" or (word[0] == "`" and not closer)
-        ):
-            start, closer, depth = (
-                token.start(),
-                "end" if token["end"] else _CLOSERS.get(word, word),
-                1,
-            )
-        if closed:
-            inside[start : token.end()] = b"\1" * (token.end() - start)
-            closer, opened = "", None
-    if opened:
-        inside[opened.end() :] = _protected(text, opened.end(), fences=False)[opened.end() :]
-    return inside
+            closer = ""
+        elif closer == "end":
+            depth += {"begin": 1, "end": -1}.get(token["environment"], 0)
+            if depth == 0:
+                yield start, token.end()
+                closer = ""
+        elif closer == word and not (word == "$" and _is_money(text, start, token)):
+            yield start, token.end()
+            closer = ""
+        elif closer in ("", "$"):
+            # a lone dollar never hides what opens after it
+            opened = _closer_of(text, token, closer)
+            if opened is not None:
+                start = token.start()
+                closer = opened
+                depth = 1
+    if fence:
+        yield from _protected(text, fence.end(), fences=False)
 
 
-def _unit(text: str, match: re.Match[str]) -> bool:
-    """Whether a line break ends a unit: not behind a comma or colon, a lone list marker, or in hard-wrapped prose."""
-    line = re.split(r"[\n\r]", text[max(0, match.start() - 200) : match.start()])[-1].rstrip()
+def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:
+    """What closes the stretch that a token opens; None: it opens none, "": it stands for money."""
+    word = token[0]
+    if word == "$":
+        return "" if text[token.end() : token.end() + 1].isspace() else "$"
+    if token["environment"] == "begin":
+        return "end"
+    if word[0] == "`" and not closer:
+        return word
+    return _CLOSERS.get(word)
+
+
+def _is_money(text: str, start: int, token: re.Match[str]) -> bool:
+    """Whether a dollar closes no formula: after a space, before a digit, or after prose."""
+    around = text[token.start() - 1 : token.end() + 1]
+    return bool(
+        re.match(r"\s|.\$\d", around, re.DOTALL) or _PROSE.search(text, start, token.start())
+    )
+
+
+def _line_ends(text: str, match: re.Match[str]) -> bool:
+    """Whether a line break ends a sentence.
+
+    Not after a comma, a colon or a lone list marker, and not in hard-wrapped prose.
+    """
+    before = text[max(0, match.start() - 200) : match.start()]
+    line = re.split(r"[\n\r]", before)[-1].rstrip()
     if line.endswith((",", ":", "，", "：")) or _MARKER.match(line.rstrip(".)*_")):
         return False
     wrapped = len(line) >= 60 and line[-1].isalnum() and match[0].count("\n") < 2
     return not (wrapped and re.match(r"[a-z]{2,}[ ,]", text[match.end() : match.end() + 20]))
 
 
-def _stops(text: str, match: re.Match[str]) -> bool:
-    """Whether a run of . ! ? … with white space behind it ends a sentence."""
-    stop, before = match["stop"], text[max(0, match.start() - 60) : match.start()]
+def _stop_ends(text: str, match: re.Match[str]) -> bool:
+    """Whether a run of . ! ? … with white space after it ends a sentence."""
+    stop = match["stop"]
+    before = text[max(0, match.start() - 60) : match.start()]
     after = text[match.end() : match.end() + 20]
     if stop == "." and _abbreviates(before, after):
         return False
     if "\n" in match["space"] or not after:
         return True
-    if stop == "!" and re.search(r"(?:\d|\)|\b[a-zA-Z])\Z", before):  # a factorial
+    # a factorial
+    if stop == "!" and re.search(r"(?:\d|\)|\b[a-zA-Z])\Z", before):
         return re.match(r"[A-Z][a-z]", after) is not None
-    if stop[0] == "…" or stop.startswith(".."):  # "x_1 + ... + x_n", "0.333... of it"
+    # "x_1 + ... + x_n", "0.333... of it"
+    if stop[0] == "…" or stop.startswith(".."):
         return after[0].isalpha() and not after[0].islower()
-    return not (after[0].islower() and any(quote in match["close"] for quote in "\"'”’»"))
+    # 'then "why?" he asked'
+    return not (after[0].islower() and re.search("[\"'”’»]", match["close"]))
 
 
 def _abbreviates(before: str, after: str) -> bool:
-    """Whether the full stop between the two belongs to a list marker, an abbreviation or an initial."""
+    """Whether the full stop between the two belongs to a list marker, abbreviation or initial."""
     line = re.split(r"[\n\r]|(?<=[.!?:])\s", before)[-1]
     head, _, number = line.strip("*_# ").rpartition(" ")
     if _MARKER.match(line) or (head.lower() in _HEADED and number.isdigit()):
         return True
-    *_, previous, word = ["", "", *re.findall(r"\S+", before)]
-    word = word.lstrip("(\"'“‘[*_")
-    low, following = word.lower(), re.match(r"[^\W\d_]*", after)[0]  # type: ignore[index]
-    if low in _NUMBERED:
+
+    *_, previous, last = ["", "", *re.findall(r"\S+", before)]
+    last = last.lstrip("(\"'“‘[*_")
+    word = last.lower()
+    if word in _NUMBERED:
         return after[:1].isdigit()
-    if low in _NEVER or low in ("etc", "al", "a.m", "p.m"):
-        return low in _NEVER or following[:1].islower()
-    if following.lower() in _OPENERS or not re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word):
+    if word in _ABBREVIATIONS:
+        return True
+    if word in _MAY_END:
+        return after[:1].islower()
+
+    # initials and their like: "U.S. Army", "J. R. Smith", but "point A. So"
+    following = re.split(r"[\W\d_]", after)[0]
+    if following.lower() in _OPENERS or not re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", last):
         return False
-    named = re.match(r"[A-Z]\.", after) or re.fullmatch(r"|[A-Z]\.|[A-Z][a-z]+", previous)
-    return "." in word or bool(
-        word.isupper() and following[:1].isupper() and named
-    )  # U.S., J. R. Smith
+    if "." in last:
+        return True
+    in_name = re.match(r"[A-Z]\.", after) or re.fullmatch(r"|[A-Z]\.|[A-Z][a-z]+", previous)
+    return bool(last.isupper() and following[:1].isupper() and in_name)

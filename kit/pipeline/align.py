@@ -1,50 +1,51 @@
-"""align: the student continues from the kept prefix; right answers become training rows (section 3.3, Eq. 9).
+"""align: the student continues from the kept prefix; correct answers become training rows (Eq. 9).
 
-Paper: one continuation a prefix, wrong ones dropped. Here: several may be drawn, and a prefix none of
-whose continuations is right may be lengthened and tried again; each row says how it was kept.
-The baselines' training targets are made here too, so that every method shares this one way out.
+Section 3.3. Paper: one continuation per prefix, wrong ones dropped. Here: several may be drawn, and
+a prefix without a correct continuation may be extended and tried again; each row says how it was
+kept. The baselines' training rows are made here too, so that all methods end alike.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from kit.core.config import Config
-from kit.core.records import AlignedRow, PrefixRow, TraceRow, TrainRow
+from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest, write_atomic
-from kit.judging.sentences import ends
+from kit.judging.judge import keep
+from kit.pipeline.truncate import whole_traces
 from kit.prompts import draft_text, solve_text, target, text_of
-from kit.sampling import FACTS, Sampler, choose, why
+from kit.sampling import PROBLEM_FIELDS, Sampler, choose, rejection
 
-NAME, TRAIN = "aligned.jsonl", "train.jsonl"
+NAME = "aligned.jsonl"
+TRAIN = "train.jsonl"
 UNCUT = ("long-trace", "label-only")  # methods that take the whole trace
 UNCONTINUED = (*UNCUT, "prefix-only")  # methods that ask the student for nothing here
 
 
 def align(run: Run) -> None:
-    """The stage: one `AlignedRow` a prefix (several with keep: all), and train.jsonl from the kept ones."""
+    """The stage: one `AlignedRow` per prefix, and train.jsonl from the kept ones."""
     prefixes = _prefixes(run)
     if not run.begin("align", digest(prefixes), lambda: _output(run)):
         return
-    sound = [row for row in prefixes if not row.rejected]
-    with Sampler(run, run.config.student, run.config.align) as student:
-        work = take_over if run.config.method in UNCONTINUED else extend
-        rows = student.sweep("align", NAME, AlignedRow, sound, partial(work, student))
-    lines = training_rows(run, rows)
-    write_atomic(
-        run.path(TRAIN),
-        "".join(json.dumps(r.model_dump(), ensure_ascii=False) + "\n" for r in lines),
-    )
-    run.finish("align", _output(run), len(sound), len(lines), **tallies(rows))
+    prefixes = [row for row in prefixes if not row.rejected]
+    config = run.config
+    work = take_over if config.method in UNCONTINUED else extend
+    with Sampler(run, config.student, config.align) as student:
+        rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
+    train_rows = training_rows(run, rows)
+    # as LLaMA-Factory reads it: no digest in the lines
+    lines = [f"{row.model_dump_json()}\n" for row in train_rows]
+    write_atomic(run.path(TRAIN), "".join(lines))
+    run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
 
 
 def _prefixes(run: Run) -> list[PrefixRow]:
@@ -53,101 +54,126 @@ def _prefixes(run: Run) -> list[PrefixRow]:
         return []
     if run.config.method in UNCUT:
         run.require("teach")
-        return [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
+        return whole_traces(run)
     run.require("truncate")
     return run.rows("prefixes.jsonl", PrefixRow)
 
 
 def take_over(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows of the methods that need no continuation."""
-    yield from (_row(row, row, continuation="", kept_by=student.run.config.method) for row in rows)
+    for row in rows:
+        yield _aligned(row, row, kept_by=student.run.config.method)
 
 
 def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
-    """Rows with the student's continuations, each as it is finished; rounds of lengthening follow."""
-    config, how = student.run.config, student.run.config.align
-    tried, seconds, number = defaultdict(list), Counter(), 0
-    while rows:
-        drafts, failed = [longer(row, number, how.extend_rounds) for row in rows], set()
-        judged = {draft.id: row for draft, row in zip(drafts, rows, strict=True)}
-        for draft, samples, done in student.ask(
-            drafts, config.data.train.verifier, partial(words, config)
-        ):
-            row = judged[draft.id]
-            tried[row.id] += [sample.verdict == "correct" for sample in samples]
-            seconds[row.id] += done.seconds
-            kept = choose(samples, how.keep)
-            if (
-                not kept
-                and not done.error
-                and number < min(how.extend_rounds, row.sentences_total - row.sentences)
-            ):
+    """Rows with the student's continuations, each as it is finished.
+
+    A prefix without a correct continuation comes again in the next round, with a longer prefix, as
+    long as there are rounds and sentences left.
+    """
+    config = student.run.config
+    settings = config.align
+    # by row id, over all rounds
+    verdicts: dict[str, list[str]] = defaultdict(list)
+    seconds: dict[str, float] = defaultdict(float)
+    for round_number in range(settings.extend_rounds + 1):
+        # 1. Ask the student to continue from every prefix that is still open.
+        drafts = []
+        row_of_draft = {}
+        for row in rows:
+            draft = longer(row, round_number, settings.extend_rounds)
+            drafts.append(draft)
+            row_of_draft[draft.id] = row
+        turns = partial(draft_turns, config)
+        failed = set()
+        continued = student.sample(drafts, config.data.train.verifier, turns)
+        for draft, samples, generation in continued:
+            row = row_of_draft[draft.id]
+            verdicts[row.id] += [sample.verdict for sample in samples]
+            seconds[row.id] += generation.seconds
+
+            # 2. Without a correct continuation, it is the next round's.
+            kept = choose(samples, settings.keep)
+            rounds = min(settings.extend_rounds, row.sentences_total - row.sentences)
+            if not kept and not generation.error and round_number < rounds:
                 failed.add(row.id)
                 continue
-            outcome = {"kept_by": f"{how.keep}+{number}" if number else how.keep}
-            outcome = outcome if kept else why(done, "no right continuation", samples)
-            yield _row(
+
+            # 3. A row, kept or given up.
+            outcome = rejection(generation, "no right continuation", samples)
+            if kept:
+                kept_by = f"{settings.keep}+{round_number}" if round_number else settings.keep
+                outcome = {"continuation": samples[kept[0]].text, "kept_by": kept_by}
+            correct = verdicts[row.id].count("correct")
+            yield _aligned(
                 row,
                 draft,
-                continuation=samples[kept[0]].text if kept else "",
                 samples=samples,
-                pass_rate=sum(tried[row.id]) / max(len(tried[row.id]), 1),
-                lengthened=number,
+                pass_rate=correct / max(len(verdicts[row.id]), 1),
+                lengthened=round_number,
                 seconds=round(seconds[row.id], 3),
                 **outcome,
             )
-        rows, number = [row for row in rows if row.id in failed], number + 1
+        rows = [row for row in rows if row.id in failed]
+        if not rows:
+            return
 
 
-def words(config: Config, draft: PrefixRow) -> tuple[str, str]:
-    """What the student is asked, and how its answer begins (align.mode)."""
+def draft_turns(config: Config, draft: PrefixRow) -> tuple[str, str]:
+    """The user's turn for a prefix, and how the answer begins (align.mode)."""
     prefix = draft.trace[: draft.end]
     if config.align.mode == "prefill":
         return solve_text(config.prompts, draft.question), prefix
     return draft_text(config.prompts, draft.question, prefix), ""
 
 
-def longer(row: PrefixRow, number: int, rounds: int) -> PrefixRow:
+def longer(row: PrefixRow, round_number: int, rounds: int) -> PrefixRow:
     """The prefix of a round: even steps from the judged cut (0) to the whole trace (the last)."""
-    if not number:
+    if round_number == 0:
         return row
     left = row.sentences_total - row.sentences
-    kept = row.sentences + math.ceil(left * number / min(rounds, left))
-    return row.model_copy(
-        update={"id": f"{row.id}+{number}", "sentences": kept, "end": ends(row.trace)[kept - 1]}
-    )
+    added = math.ceil(left * round_number / min(rounds, left))
+    return keep(row, row.sentences + added, id=f"{row.id}+{round_number}")
 
 
-def _row(row: PrefixRow, draft: PrefixRow, **found: Any) -> AlignedRow:
-    facts, prefix = row.model_dump(include=FACTS), row.trace[: draft.end]
+def _aligned(row: PrefixRow, draft: PrefixRow, continuation: str = "", **fields: Any) -> AlignedRow:
+    prefix = row.trace[: draft.end]
     return AlignedRow(
-        **facts, prefix=prefix, answer_in_prefix=holds_answer(prefix, row.answer), **found
+        **row.model_dump(include=PROBLEM_FIELDS),
+        prefix=prefix,
+        continuation=continuation,
+        answer_in_prefix=holds_answer(prefix, row.answer),
+        **fields,
     )
 
 
 def holds_answer(prefix: str, answer: str) -> bool:
-    """Whether the gold answer stands in the prefix as a word of its own (a number not inside another number)."""
-    return bool(answer and re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w]|\.\d)", prefix))
+    """Whether the gold answer stands in the prefix as a word (no number inside another number)."""
+    word = rf"(?<![\w.]){re.escape(answer)}(?![\w]|\.\d)"
+    return bool(answer and re.search(word, prefix))
 
 
 def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
-    """Alpaca rows of what was kept, in order; the target is the method's."""
-    method, instruction, lines = run.config.method, text_of(run.config.prompts, "instruction"), []
+    """Alpaca rows of what was kept, in order; with keep: all, one per correct continuation."""
+    config = run.config
+    instruction = text_of(config.prompts, "instruction")
+    lines = []
     for row in rows:
-        kept = [row.samples[i].text for i in choose(row.samples, run.config.align.keep)] or [
-            row.continuation
-        ]
-        for text in [] if row.rejected else kept:
-            lines.append(
-                TrainRow(
-                    instruction=instruction, input=row.question, output=target(method, row, text)
-                )
-            )
+        if row.rejected:
+            continue
+        kept = choose(row.samples, config.align.keep)
+        # the methods that draw no samples have their (empty) continuation
+        texts = [row.samples[index].text for index in kept]
+        for text in texts or [row.continuation]:
+            output = target(config.method, row, text)
+            lines.append(TrainRow(instruction=instruction, input=row.question, output=output))
     return lines
 
 
 def _output(run: Run) -> str:
     """Digest of both files, so that either one's loss is seen."""
     path = run.folder / TRAIN
-    train = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "none"
-    return f"{file_digest(run, NAME, AlignedRow)} {train}"
+    train_digest = "none"
+    if path.exists():
+        train_digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f"{file_digest(run, NAME, AlignedRow)} {train_digest}"

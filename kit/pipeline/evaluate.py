@@ -18,7 +18,7 @@ from kit.core.storage import digest
 from kit.data import problems_of
 from kit.grading.scores import compare_rows, score
 from kit.prompts import template_hash
-from kit.sampling import FACTS, Sampler, why
+from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
 
 
 def evaluate(run: Run) -> None:
@@ -88,9 +88,9 @@ def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterato
             f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
             "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
         )
-    for problem, samples, done in student.ask(problems, verifier):
-        facts = problem.model_dump(include=FACTS | {"level", "subject"})
-        facts |= why(done, "", samples) if done.error else {}
+    for problem, samples, done in student.sample(problems, verifier):
+        facts = problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"})
+        facts |= rejection(done, "", samples) if done.error else {}
         yield EvalRow(
             **facts,
             samples=samples,

@@ -1,8 +1,8 @@
-"""teach: a trace for every problem, from a model, a file, or the problem's own worked solution (section 3.1).
+"""teach: a trace for every problem, from a model, a file, or its own solution (section 3.1).
 
-Paper: one DeepSeek-R1 trace a question, taken as it is. Here: a teacher that we run is sampled, and only
-traces that reach the gold answer go on; traces from a file are graded for the record and all go on.
-`Asker` is how every stage draws and grades samples.
+Paper: one DeepSeek-R1 trace per question, taken as it is. Here: a teacher that we run is sampled,
+and only traces that reach the gold answer go on; traces from a file are graded for the record and
+all go on. Nothing is cut here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest
 from kit.data import problems_of
-from kit.sampling import FACTS, Sampler, choose, why
+from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, grade_samples, rejection
+from kit.synthetic import wander
 
 NAME = "traces.jsonl"
 
 
 def teach(run: Run) -> None:
-    """The stage: one `TraceRow` a problem."""
+    """The stage: one `TraceRow` per problem."""
     config = run.config.teacher
     problems = [] if run.config.method == "zero-shot" else problems_of(run).train
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
@@ -35,32 +36,37 @@ def teach(run: Run) -> None:
 
 
 def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
-    """A row a problem: of sampled traces only right ones are kept, of given ones all that are not empty."""
-    config, given = teacher.run.config, teacher.engine.backend in ("file", "reference")
-    verifier, reason = config.data.train.verifier, "empty trace" if given else "no right trace"
-    drawn = (
-        teacher.grade(problems, _given(teacher, problems), verifier)
-        if given
-        else teacher.ask(problems, verifier)
-    )
-    for problem, samples, done in drawn:
-        kept = (
-            (0,) * bool(samples[0].text.strip()) if given else choose(samples, config.teacher.keep)
+    """One row per problem; of sampled traces the correct ones are kept, of existing ones all."""
+    config = teacher.run.config
+    exists = teacher.engine.backend in ("file", "reference")
+    if exists:
+        sampled = existing_traces(teacher, problems)
+    else:
+        sampled = teacher.sample(problems, config.data.train.verifier)
+    for problem, samples, generation in sampled:
+        if exists:
+            kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
+            reason = "empty trace"
+        else:
+            kept = choose(samples, config.teacher.keep)
+            reason = "no right trace"
+        yield TraceRow(
+            **problem.model_dump(include=PROBLEM_FIELDS),
+            samples=samples,
+            kept=kept,
+            seconds=round(generation.seconds, 3),
+            **({} if kept else rejection(generation, reason, samples)),
         )
-        lost = {} if kept else why(done, reason, samples)
-        facts = problem.model_dump(include=FACTS)
-        yield TraceRow(**facts, samples=samples, kept=kept, seconds=round(done.seconds, 3), **lost)
 
 
-def _given(teacher: Sampler, problems: list[Problem]) -> Iterator[Generation]:
-    """The traces that problems come with."""
-    from kit.synthetic import wander
-
-    config, worked = teacher.run.config, teacher.engine.backend == "reference"
+def existing_traces(teacher: Sampler, problems: list[Problem]) -> Iterator[Sampled]:
+    """Traces that problems come with, or their solutions as traces; yields what `sample` does."""
+    config = teacher.run.config
+    verifier = config.data.train.verifier
     for problem in problems:
-        text = (
-            wander(problem, config.teacher.wordiness, config.seed)
-            if worked
-            else problem.trace or ""
-        )
-        yield Generation(problem.id, (Completion(text, (), "stop"),))
+        text = problem.trace or ""
+        if teacher.engine.backend == "reference":
+            text = wander(problem, config.teacher.wordiness, config.seed)
+        completion = Completion(text, (), "stop")
+        samples = grade_samples(teacher.grader, [completion], problem.answer, verifier)
+        yield problem, samples, Generation(problem.id, (completion,))

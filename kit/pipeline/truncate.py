@@ -1,14 +1,16 @@
-"""truncate: each trace is cut at the shortest prefix that the untrained student judges sufficient (section 3.2).
+"""truncate: each trace is cut at the shortest prefix judged sufficient (section 3.2 of the paper).
 
-Which boundaries are asked, and how, is in kit/judging; `judge_file` does the same for the command `judge FILE`.
+The judge is the untrained student. How it is asked is in kit/judging; here are the stage, and
+`judge_file`, which does the same for the command `judge FILE` and keeps nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from statistics import median_high
 from typing import Any
 
@@ -18,122 +20,127 @@ from kit.core.records import PrefixRow, TraceRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
+from kit.data import load_traces
 from kit.judging.calibration import share_threshold
-from kit.judging.judge import Judge, cut, fixed, from_problem, open_judge
+from kit.judging.judge import Judge, cut, cut_at_ratio, from_problem, open_judge
 from kit.judging.sentences import ends
 from kit.reporting.metrics import degenerate
 
 NAME = "prefixes.jsonl"
-
-
+UNCUT = ("zero-shot", "long-trace", "label-only")  # methods that need no prefix
+JUDGED = ("palign", "prefix-only", "continuation-only")  # methods that ask the student
 SUMS = ("prefill_tokens", "cached_tokens", "sufficient", "violations")
+SHOWN = {
+    "id",
+    "sufficient",
+    "verdicts",
+    "prompt_tokens",
+    "prefill_tokens",
+    "cached_tokens",
+    "seconds",
+    "rejected",
+    "detail",
+}
 
 
 def truncate(run: Run) -> None:
-    """The stage: one `PrefixRow` a kept trace."""
-    rows = [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
-    if run.config.method in ("zero-shot", "long-trace", "label-only"):
-        rows = []
-    if not run.begin("truncate", digest(rows), lambda: file_digest(run, NAME, PrefixRow)):
+    """The stage: one `PrefixRow` per kept trace."""
+    config = run.config
+    traces = [] if config.method in UNCUT else whole_traces(run)
+    if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow)):
         return
-    with ExitStack() as held:
-        cutter = TruncateWorker(run, rows, held)
-        units = [(row.id, row) for row in rows]
-        made = work_through(
-            run, "truncate", RowFile(run.path(NAME), PrefixRow), units, cutter.size, cutter.work
-        )
-    sound = [row for row in made if row.rejected is None]
-    labels, judge = Counter(v.label for row in sound for v in row.verdicts), cutter.judge
-    told = {
-        "verdicts": dict(labels),
-        "median_ratio": median_high(row.ratio for row in sound) if sound else None,
-        "degenerate": degenerate(sound),
-        "rejected": dict(Counter(row.rejected for row in made if row.rejected)),
-        "notes": list(judge.backend.notes) if judge else [],
-        **{name: sum(getattr(row, name) for row in sound) for name in SUMS},
-        **({"threshold": judge.threshold} if judge else {}),
+
+    # 1. Cut. The student is opened only where there is something to judge.
+    judge = None
+    cut_one: Callable[[PrefixRow], PrefixRow] = partial(cut_at_ratio, ratio=config.ratio or 1.0)
+    with ExitStack() as stack:
+        if traces and config.method in JUDGED:
+            judge = stack.enter_context(open_judge(config))
+            cut_one = partial(cut, judge)
+            if config.judge.calibration == "share":
+                judge.threshold = _share_threshold(run, judge, traces)
+        # a server judges several traces at once; in this process one after the other is as fast
+        batch_traces = config.student.max_num_seqs if config.student.backend == "http" else 1
+        file = RowFile(run.path(NAME), PrefixRow)
+        units = [(trace.id, trace) for trace in traces]
+        work = partial(cut_batch, cut_one)
+        rows = work_through(run, "truncate", file, units, batch_traces, work)
+
+    # 2. Count what became of them.
+    cut_rows = [row for row in rows if row.rejected is None]
+    warning = degenerate(cut_rows)
+    if warning:
+        run.progress.warn(warning)
+    summary = {
+        "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
+        "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
+        "degenerate": warning,
+        "rejected": Counter(row.rejected for row in rows if row.rejected),
+        "notes": judge.backend.notes if judge else [],
+        "threshold": judge.threshold if judge else None,
     }
-    if told["degenerate"]:
-        run.progress.warn(told["degenerate"])
-    run.finish("truncate", digest(made), len(rows), len(sound), **told)
+    for name in SUMS:
+        summary[name] = sum(getattr(row, name) for row in cut_rows)
+    run.finish("truncate", digest(rows), len(traces), len(cut_rows), **summary)
 
 
-class TruncateWorker:
-    """Cuts batches of traces; opens the student only when there is a trace to judge."""
+def whole_traces(run: Run) -> list[PrefixRow]:
+    """The kept traces of the stage teach, each as a prefix that keeps everything."""
+    return [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
 
-    def __init__(self, run: Run, rows: Sequence[PrefixRow], held: ExitStack) -> None:
-        self.run, self.rows, self.config, self.held = run, rows, run.config, held
-        self.size = self.config.student.max_num_seqs if self.config.student.backend == "http" else 1
-        self.judge: Judge | None = None
 
-    def work(self, rows: list[PrefixRow]) -> Iterator[PrefixRow]:
-        """A cut row for each, as they are finished."""
-        if self.config.method not in ("palign", "prefix-only", "continuation-only"):
-            yield from (fixed(row, self.config.ratio) for row in rows)
-            return
-        judge = self.judge = self.judge or self._open()
-        with ThreadPoolExecutor(len(rows)) as pool:
-            for done in as_completed([pool.submit(cut, judge, row) for row in rows]):
-                yield done.result()
+def cut_batch(
+    cut_one: Callable[[PrefixRow], PrefixRow], traces: list[PrefixRow]
+) -> Iterator[PrefixRow]:
+    """Cut traces side by side; yields each row as it is finished."""
+    with ThreadPoolExecutor(len(traces)) as pool:
+        futures = [pool.submit(cut_one, trace) for trace in traces]
+        for future in as_completed(futures):
+            yield future.result()
 
-    def _open(self) -> Judge:
-        judge, run = open_judge(self.config, self.held), self.run
-        if judge.keys.calibration == "share":
-            stage, known = (
-                run.manifest["stages"]["truncate"]["keys"],
-                run.manifest.get("judge_threshold", {}),
-            )
-            if known.get("keys") != stage:
-                run.progress.say(
-                    "truncate: reading every whole trace once, to choose the threshold"
-                )
-                known = {"keys": stage, "value": share_threshold(judge, self.rows)}
-                run.record(judge_threshold=known)
-            judge.threshold = known["value"]
-        return judge
+
+def _share_threshold(run: Run, judge: Judge, traces: list[PrefixRow]) -> float:
+    """The threshold in the manifest, if it was chosen under the same keys; else a new one."""
+    keys = run.manifest["stages"]["truncate"]["keys"]
+    threshold = run.manifest.get("judge_threshold", {})
+    if threshold.get("keys") != keys:
+        run.progress.say("truncate: choosing the threshold; reads every trace once")
+        threshold = {"keys": keys, "value": share_threshold(judge, traces)}
+        run.record(judge_threshold=threshold)
+    return threshold["value"]
 
 
 def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     """Judge the traces that `config.teacher.path` names.
 
     Returns:
-        {model, search, kind, threshold, degenerate, notes, traces: [see `shown`]}; kept is None where a trace left
-        without being judged, for the reason in rejected.
+        {model, search, kind, threshold, degenerate, notes, traces}; each trace as `summary_of` it.
     """
-    from kit.data import load_traces
-
-    rows, done = [from_problem(problem) for problem in load_traces(config)], []
-    with ExitStack() as held, progress.bar("judge", len(rows), "traces") as bar:
-        judge = open_judge(config, held)
-        if judge.keys.calibration == "share":
-            judge.threshold = share_threshold(judge, rows)
-        for row in rows:
-            done.append(cut(judge, row))
-            bar.advance(tokens=done[-1].prefill_tokens)
-    told = {"model": config.student.model, "search": judge.keys.search, "kind": judge.keys.kind}
-    told |= {
+    traces = [from_problem(problem) for problem in load_traces(config)]
+    rows = []
+    with open_judge(config) as judge, progress.bar("judge", len(traces), "traces") as bar:
+        if config.judge.calibration == "share":
+            judge.threshold = share_threshold(judge, traces)
+        for trace in traces:
+            row = cut(judge, trace)
+            rows.append(row)
+            bar.advance(tokens=row.prefill_tokens)
+    return {
+        "model": config.student.model,
+        "search": config.judge.search,
+        "kind": config.judge.kind,
         "threshold": judge.threshold,
-        "degenerate": degenerate(done),
+        "degenerate": degenerate(rows),
         "notes": list(judge.backend.notes),
+        "traces": [summary_of(row) for row in rows],
     }
-    return told | {"traces": [shown(row) for row in done]}
 
 
-def shown(row: PrefixRow) -> dict[str, Any]:
-    """{id, sentences, kept, sufficient, verdicts: [{sentences, label, margin}], and what it cost}."""
-    names = (
-        "id",
-        "sufficient",
-        "prompt_tokens",
-        "prefill_tokens",
-        "cached_tokens",
-        "seconds",
-        "rejected",
-        "detail",
-    )
-    found = {
-        "sentences": row.sentences_total,
-        "kept": row.sentences if row.rejected is None else None,
-    }
-    found |= {"verdicts": [verdict.model_dump() for verdict in row.verdicts]}
-    return {name: getattr(row, name) for name in names} | found
+def summary_of(row: PrefixRow) -> dict[str, Any]:
+    """One judged trace for people and `--json`.
+
+    Returns:
+        The fields `SHOWN`, sentences (of the whole trace) and kept (of them; None: rejected).
+    """
+    kept = row.sentences if row.rejected is None else None
+    return {**row.model_dump(include=SHOWN), "sentences": row.sentences_total, "kept": kept}
