@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from kit.reporting import metrics
 from tests.make_run import make
 
 
-def collect(folder: Path) -> dict:
+def numbers_of(folder: Path) -> dict[str, Any]:
     return metrics.numbers(metrics.Files(folder))
 
 
@@ -26,165 +28,167 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict:
-    return collect(folder)
+def run(folder: Path) -> dict[str, Any]:
+    """The numbers of a whole run."""
+    return numbers_of(folder)
 
 
-def test_numbers_are_those_of_the_files(folder: Path, found: dict) -> None:
-    cut = RowFile(folder / "prefixes.jsonl", PrefixRow).read()
-    rows = RowFile(folder / "aligned.jsonl", AlignedRow).read()
+def test_numbers_are_those_of_the_files(folder: Path, run: dict[str, Any]) -> None:
+    prefixes = RowFile(folder / "prefixes.jsonl", PrefixRow).read()
+    aligned = RowFile(folder / "aligned.jsonl", AlignedRow).read()
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    assert json.loads(json.dumps(found)) == json.loads(
-        json.dumps(found, default=str)
-    )  # JSON as it is
-    assert [stage["name"] for stage in found["stages"]] == [
-        "teach",
-        "truncate",
-        "align",
-        "train",
-        "eval",
-    ]
-    assert found["prefix_ratio_median"] == pytest.approx(
-        sorted(r.ratio for r in cut)[11:13] @ Mean(), abs=1e-4
-    )
-    assert found["verdicts_asked"] == sum(len(row.verdicts) for row in cut) > 50
-    assert found["prefill_tokens"] == sum(row.prefill_tokens for row in cut)
-    assert (found["loss_first"], found["loss_last"]) == (log[0]["loss"], log[-1]["loss"])
-    kept = [row for row in rows if not row.rejected]
-    assert found["retention"] == {
-        "rows": len(kept),
-        "of": 24,
-        "ratio": len(kept) / 24,
-        "paper": 0.966,
-    }
-    assert found["n_eval"] == 60
-    assert found["accuracy_before"] == found["scores"][0]["accuracy"] != found["accuracy_after"]
-    assert found["lengths"]["prefix_characters"]["p50"] == pytest.approx(
-        sorted(len(row.prefix) for row in kept) @ Mean(), abs=1
-    )
+    names = [stage["name"] for stage in run["stages"]]
+    assert names == ["teach", "truncate", "align", "train", "eval"]
+    ratios = [row.ratio for row in prefixes]
+    assert run["prefix_ratio_median"] == pytest.approx(median(ratios), abs=1e-4)
+    assert run["verdicts_asked"] == sum(len(row.verdicts) for row in prefixes) > 50
+    assert run["prefill_tokens"] == sum(row.prefill_tokens for row in prefixes)
+    assert (run["loss_first"], run["loss_last"]) == (log[0]["loss"], log[-1]["loss"])
+    kept = [row for row in aligned if not row.rejected]
+    ratio = len(kept) / 24
+    assert run["retention"] == {"rows": len(kept), "of": 24, "ratio": ratio, "paper": 0.966}
+    assert run["n_eval"] == 60
+    assert run["accuracy_before"] == run["scores"][0]["accuracy"] != run["accuracy_after"]
+    lengths = [len(row.prefix) for row in kept]
+    assert run["lengths"]["prefix_characters"]["p50"] == pytest.approx(median(lengths), abs=1)
 
 
-class Mean:
-    """`values @ Mean()` is the median of sorted values: computed apart from the code under test."""
-
-    def __rmatmul__(self, values: list[float]) -> float:
-        middle = len(values) // 2
-        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+def test_numbers_are_json_as_they_are(run: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(run)) == run
 
 
-def test_the_funnel_adds_up(found: dict) -> None:
-    """What went in is what came out and what was lost, for every stage whose rows are one to one."""
-    for stage in found["stages"][:4]:
-        lost = sum(row["rows"] for row in found["rejections"] if row["stage"] == stage["name"])
+def test_the_funnel_adds_up(run: dict[str, Any]) -> None:
+    """Rows in are rows out and rows lost, for every stage whose rows are one to one."""
+    for stage in run["stages"][:4]:
+        lost = sum(row["rows"] for row in run["rejections"] if row["stage"] == stage["name"])
         assert stage["rows_in"] == stage["rows_out"] + lost, stage["name"]
-    assert {"stage": "data", "reason": "no answer", "rows": 1, "of": None} in found["rejections"]
+    assert {"stage": "data", "reason": "no answer", "rows": 1, "of": None} in run["rejections"]
+    teach = {"stage": "teach", "reason": "no right trace", "rows": 1, "of": 25}
+    assert teach in run["rejections"]
 
 
 @pytest.mark.parametrize("upto", ["teach", "truncate", "align", "train"])
-def test_a_run_that_stopped_early(tmp_path: Path, upto: str) -> None:
-    found = collect(make(tmp_path / "run", upto=upto))
-    assert found["accuracy_after"] is None and found["n_eval"] is None
-    assert (found["loss_last"] is None) == (upto != "train")
-    assert (found["retention"]["ratio"] is None) == (upto in ("teach", "truncate"))
+def test_a_run_that_stopped_early_has_no_later_numbers(tmp_path: Path, upto: str) -> None:
+    run = numbers_of(make(tmp_path / "run", upto=upto))
+    assert run["accuracy_after"] is None and run["n_eval"] is None
+    assert (run["loss_last"] is None) == (upto != "train")
+    assert (run["retention"]["ratio"] is None) == (upto in ("teach", "truncate"))
 
 
 def test_reading_changes_nothing_and_names_damage(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", upto="align")
     path = folder / "aligned.jsonl"
     path.write_bytes(path.read_bytes()[:-30])  # the last line, cut off
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found = collect(folder)
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    assert "aligned.jsonl line 24" in found["damaged"][0]
-    assert found["findings"][0]["level"] == "warning" and "damaged" in found["findings"][0]["what"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run = numbers_of(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "aligned.jsonl line 24" in run["damaged"][0]
+    assert run["findings"][0]["level"] == "warning" and "damaged" in run["findings"][0]["what"]
 
 
-def test_no_run(tmp_path: Path) -> None:
+def test_a_torn_training_log_is_damage_and_no_traceback(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", upto="train")
+    path = folder / "train_log.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert numbers_of(folder)["damaged"] == ["train_log.jsonl: cut off or not JSON"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no run"):
-        collect(tmp_path)
+        numbers_of(tmp_path)
 
 
-def quiet(found: dict) -> dict:
-    """The numbers of a run of which there is nothing to say."""
-    calm = copy.deepcopy(found)
-    calm |= {
-        "train_rows": 900,
-        "answer_in_prefix": 0,
-        "damaged": [],
-        "notes": [],
-        "insufficient_traces": 0,
-    }
-    calm["retention"] = {"rows": 900, "of": 920, "ratio": 0.978, "paper": 0.966}
-    calm["samples"]["align"] |= {
-        "samples": 1000,
-        "verdicts": {"correct": 950, "wrong": 50},
-        "truncated_not_correct": 2,
-    }
-    calm["train"] |= {"dropped": {}, "fixed_batch_before": 2.0, "fixed_batch_after": 1.0}
-    for score in calm["scores"]:
-        score |= {
-            "truncated_ratio": 0.0,
-            "loop_ratio": 0.0,
-            "verdicts": {"correct": 30, "wrong": 30},
-        }
-    for pair in calm["comparisons"]:
-        pair |= {"ci_low": 0.02, "ci_high": 0.2}
-    return calm
+def inconspicuous(run: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a run in which no rule finds anything."""
+    result = copy.deepcopy(run)
+    result.update(
+        train_rows=900,
+        answer_in_prefix=0,
+        damaged=[],
+        notes=[],
+        insufficient_traces=0,
+        retention={"rows": 900, "of": 920, "ratio": 0.978, "paper": 0.966},
+    )
+    result["samples"]["align"].update(
+        samples=1000, verdicts={"correct": 950, "wrong": 50}, truncated_not_correct=2
+    )
+    result["train"].update(dropped={}, fixed_batch_before=2.0, fixed_batch_after=1.0)
+    for score in result["scores"]:
+        score.update(truncated_ratio=0.0, loop_ratio=0.0, verdicts={"correct": 30, "wrong": 30})
+    for pair in result["comparisons"]:
+        pair.update(ci_low=0.02, ci_high=0.2)
+    return result
 
 
+CONFIG = {"judge": {"kind": "verbal"}, "eval": {"sampling": {"max_new_tokens": 4096}}}
 TROUBLES = [
     ({"retention": {"rows": 580, "of": 1000, "ratio": 0.58, "paper": 0.966}}, "580 of 1,000 (58%)"),
     ({"train_rows": 12}, "12 training rows"),
-    ({"answer_in_prefix": 500}, "the gold answer already stands in the prefix"),
-    ({"degenerate": "23 of 24 prefixes are one sentence"}, "hardly tells"),
+    ({"answer_in_prefix": 500}, "the prefix already contains the gold answer"),
+    ({"degenerate": "23 of 24 prefixes are one sentence"}, "hardly distinguishes"),
     ({"insufficient_traces": 20}, "never judged sufficient"),
-    ({"violating_traces": 10}, "stands behind an ENOUGH"),
-    ({"verdicts_unparsed": 3}, "could not be read"),
-    (
-        {"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]},
-        "27 of 200 (14%) problems of held",
-    ),
+    ({"violating_traces": 10}, "comes after an ENOUGH"),
+    ({"verdicts_unparsed": 3}, "could not be parsed"),
+    ({"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]}, "27 of 200 (14%) problems of"),
     ({"notes": ["the cache cannot be cut"]}, "the cache cannot be cut"),
+]
+# (a list or mapping of the numbers, what changes in its first item, the words of the finding)
+NESTED_TROUBLES = [
+    ("scores", {"truncated_ratio": 0.46}, "cut off at 4,096 tokens"),
+    ("scores", {"loop_ratio": 0.17}, "end in a loop"),
+    (
+        "scores",
+        {"verdicts": {"correct": 20, "unparsed": 39, "timeout": 1}, "samples": 60},
+        "could not be graded",
+    ),
+    ("comparisons", {"ci_low": -0.03}, "within the noise"),
+    ("train", {"fixed_batch_after": 2.0}, "did not lower the loss"),
+    (
+        "train",
+        {"dropped": {"over the cutoff": ["a", "b"]}},
+        "2 of 900 (0%) training rows were dropped",
+    ),
+    (
+        "stages",
+        {"name": "teach", "rows_in": 12, "rows_out": 0, "done": True},
+        "only 0 of 12 (0%) problems",
+    ),
+    ("stages", {"name": "align", "done": False}, "align is not finished"),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), TROUBLES)
-def test_each_trouble_is_named(found: dict, change: dict, words: str) -> None:
-    config = {"judge": {"kind": "verbal"}, "eval": {"sampling": {"max_new_tokens": 4096}}}
-    assert metrics.findings(quiet(found), config) == []
-    spoken = metrics.findings({**quiet(found), **change}, config)
-    assert len(spoken) == 1 and words in spoken[0]["what"]
+def test_each_trouble_is_named(run: dict[str, Any], change: dict[str, Any], words: str) -> None:
+    assert metrics.findings(inconspicuous(run), CONFIG) == []
+    [finding] = metrics.findings({**inconspicuous(run), **change}, CONFIG)
+    assert words in finding["what"]
 
 
-def test_troubles_inside_lists_are_named(found: dict) -> None:
-    config = {"judge": {"kind": "answer"}, "eval": {"sampling": {"max_new_tokens": 4096}}}
+@pytest.mark.parametrize(("part", "change", "words"), NESTED_TROUBLES)
+def test_each_trouble_in_a_list_is_named_once(
+    run: dict[str, Any], part: str, change: dict[str, Any], words: str
+) -> None:
+    changed = inconspicuous(run)
+    target = changed[part][0] if isinstance(changed[part], list) else changed[part]
+    target.update(change)
+    [finding] = metrics.findings(changed, CONFIG)
+    assert words in finding["what"]
 
-    def spoken(part: str, **change: object) -> str:
-        calm = quiet(found)
-        target = calm[part][0] if isinstance(calm[part], list) else calm[part]
-        target |= change
-        return " ".join(f"{f['what']} {f['evidence']}" for f in metrics.findings(calm, config))
 
-    assert "cut off at 4,096 tokens" in spoken("scores", truncated_ratio=0.46)
-    assert "end in a loop" in spoken("scores", loop_ratio=0.17)
-    assert "could not be graded" in spoken(
-        "scores", verdicts={"correct": 20, "unparsed": 39, "timeout": 1}, samples=60
-    )
-    assert "within the noise" in spoken("comparisons", ci_low=-0.03)
-    assert "did not lower the loss" in spoken("train", fixed_batch_after=2.0)
-    assert "2 of 900 (0%) training rows were dropped" in spoken(
-        "train", dropped={"over the cutoff": ["a", "b"]}
-    )
-    few = {"name": "teach", "rows_in": 12, "rows_out": 0, "done": True}
-    assert "0 of 12 (0%) problems only" in spoken("stages", **few)
-    assert "align is not finished" in spoken("stages", name="align", done=False)
+def test_one_finding_covers_the_base_and_the_tuned_model(run: dict[str, Any]) -> None:
+    changed = inconspicuous(run)
+    for score in changed["scores"]:
+        score.update(truncated_ratio=0.46)
+    [finding] = metrics.findings(changed, CONFIG)
+    assert "base 46%" in finding["evidence"] and "tuned 46%" in finding["evidence"]
 
 
 def test_every_rule_is_tried_here() -> None:
-    """A rule that no test makes speak may never speak."""
-    tried = len(TROUBLES) + 8 + 2  # above, and damage and continuations cut off
+    """A rule that no test triggers may never apply."""
+    # and two more: damage above, continuations cut off below
+    tried = len(TROUBLES) + len(NESTED_TROUBLES) + 2
     assert len(yaml.safe_load(metrics.RULES.read_text(encoding="utf-8"))) == tried
 
 
-def test_continuations_cut_off(found: dict) -> None:
-    assert any("cut off at the token limit" in f["what"] for f in found["findings"])
+def test_continuations_that_are_cut_off_are_named(run: dict[str, Any]) -> None:
+    assert any("cut off at the token limit" in finding["what"] for finding in run["findings"])

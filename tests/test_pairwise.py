@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -13,7 +14,7 @@ from kit.core.config import ModelConfig, Prompts
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.storage import RowFile
-from kit.reporting import pairwise as quality
+from kit.reporting import pairwise
 from tests.conftest import ROOT
 from tests.make_run import make
 
@@ -25,16 +26,16 @@ class Opinion(ScriptedSession):
         super().__init__(0.0)
         self.rule = rule
 
-    def score(self, probes):
-        found = []
-        for probe in probes:
-            text = ByteTokenizer().decode(probe.ids)
+    def score(self, requests):
+        logprobs = []
+        for request in requests:
+            text = ByteTokenizer().decode(request.ids)
             first, second = text.split("Solution A:\n")[1].rstrip("\n").split("\n\nSolution B:\n")
-            picked = self.rule(first, second)
-            ((at, candidates),) = probe.reads
-            assert at == len(probe.ids) - 1
-            found.append([[0.0 if chr(c) == picked else -2.5 for c in candidates]])
-        return found
+            label = self.rule(first, second)
+            [(position, candidates)] = request.reads
+            assert position == len(request.ids) - 1
+            logprobs.append([[0.0 if chr(c) == label else -2.5 for c in candidates]])
+        return logprobs
 
 
 class Judge(ScriptedBackend):
@@ -47,7 +48,9 @@ class Judge(ScriptedBackend):
 
 
 def shorter(first, second):
-    return "T" if len(first) == len(second) else "A" if len(first) < len(second) else "B"
+    if len(first) == len(second):
+        return "T"
+    return "A" if len(first) < len(second) else "B"
 
 
 def row(id, *texts, question="q?"):
@@ -61,8 +64,9 @@ def row(id, *texts, question="q?"):
 
 def compare_reasoning(judge, prompts, pairs):
     """Judge (id, first, second) triples."""
-    first, second = ([row(pair[0], pair[side]) for pair in pairs] for side in (1, 2))
-    return quality.compare_reasoning(judge, prompts, first, second)
+    first = [row(id, text) for id, text, _ in pairs]
+    second = [row(id, text) for id, _, text in pairs]
+    return pairwise.compare_reasoning(judge, prompts, first, second)
 
 
 PAIRS = [
@@ -74,49 +78,37 @@ PAIRS = [
 
 
 def test_a_fair_judge_has_wins_and_ties_and_no_bias():
-    found = compare_reasoning(Judge(shorter), Prompts(), PAIRS)
-    assert (found["pairs"], found["first"], found["second"], found["ties"], found["flips"]) == (
-        4,
-        2,
-        1,
-        1,
-        0,
-    )
-    assert found["first_shown_ratio"] == 0.5 and found["p_value"] == 1.0
-    assert found["rows"][0] == {
-        "id": "p1",
-        "winner": "first",
-        "verdicts": ["A", "B"],
-        "margins": [2.5, 2.5],
-    }
+    test = compare_reasoning(Judge(shorter), Prompts(), PAIRS)
+    assert test.pairs == 4
+    assert (test.first, test.second, test.ties, test.flips) == (2, 1, 1, 0)
+    assert test.first_shown_ratio == 0.5 and test.p_value == 1.0
+    pair = {"id": "p1", "winner": "first", "verdicts": ["A", "B"], "margins": [2.5, 2.5]}
+    assert asdict(test.rows[0]) == pair
 
 
 def test_a_judge_that_always_takes_the_first_shown_wins_nothing_for_anyone():
     pairs = [(f"p{n}", "one", "two") for n in range(12)]
-    found = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
-    assert (found["first"], found["second"], found["flips"]) == (0, 0, 12)
-    assert (
-        found["first_shown_ratio"] == 1.0
-        and found["position_p_value"] < 1e-6
-        and found["p_value"] == 1.0
-    )
+    test = compare_reasoning(Judge(lambda first, second: "A"), Prompts(), pairs)
+    assert (test.first, test.second, test.flips) == (0, 0, 12)
+    assert test.first_shown_ratio == 1.0 and test.position_p_value < 1e-6
+    assert test.p_value == 1.0
 
 
 def test_a_clear_preference_is_significant():
     pairs = [(f"p{n}", "x", "longer") for n in range(12)]
-    found = compare_reasoning(Judge(shorter), Prompts(), pairs)
-    assert found["first"] == 12 and found["p_value"] == pytest.approx(2 / 2**12)
+    test = compare_reasoning(Judge(shorter), Prompts(), pairs)
+    assert test.first == 12 and test.p_value == pytest.approx(2 / 2**12)
 
 
-def test_long_pairs_are_set_aside_by_name():
+def test_long_pairs_are_left_out_by_name():
     pairs = [*PAIRS, ("long", "x" * 3000, "y")]
-    found = compare_reasoning(Judge(shorter, context=1000), Prompts(), pairs)
-    assert found["too_long"] == ["long"] and found["pairs"] == 4
+    test = compare_reasoning(Judge(shorter, context=1000), Prompts(), pairs)
+    assert test.too_long == ["long"] and test.pairs == 4
 
 
 def test_no_pairs_is_no_preference():
-    found = compare_reasoning(Judge(shorter), Prompts(), [])
-    assert (found["pairs"], found["first_shown_ratio"], found["p_value"]) == (0, 0.5, 1.0)
+    test = compare_reasoning(Judge(shorter), Prompts(), [])
+    assert (test.pairs, test.first_shown_ratio, test.p_value) == (0, 0.5, 1.0)
 
 
 def test_labels_must_differ_in_their_first_token():
@@ -138,19 +130,19 @@ def test_pairs_are_of_shared_problems():
         row("e", "x"),
     ]
     second = [row("e"), row("d", "z"), row("b", "yy"), row("a", "x"), row("c", "v")]
-    found = quality.compare_reasoning(Judge(shorter), Prompts(), first, second)
-    assert [(r["id"], r["winner"]) for r in found["rows"]] == [("a", "ties"), ("b", "first")]
+    test = pairwise.compare_reasoning(Judge(shorter), Prompts(), first, second)
+    assert [(pair.id, pair.winner) for pair in test.rows] == [("a", "ties"), ("b", "first")]
 
 
 def test_compare_asks_a_real_judge(tmp_path):
-    """SmolLM2-135M through llama.cpp and the command line: margins come from its own logits, and the page tells."""
+    """SmolLM2-135M through llama.cpp and the command line: its own margins, shown on the page."""
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
-    for path in tmp_path.glob(
-        "*/eval/*.jsonl"
-    ):  # one problem of one set of data; the other file has lost its rows
+    # One problem of one dataset; the other file has lost its rows.
+    for path in tmp_path.glob("*/eval/*.jsonl"):
         file = RowFile(path, EvalRow)
         file.write_all(file.read()[:1] if "builtin" in path.name else [])
-    config, page = tmp_path / "judge.yaml", tmp_path / "page.html"
+    config = tmp_path / "judge.yaml"
+    page = tmp_path / "page.html"
     config.write_text(
         "teacher: {backend: gguf, max_num_seqs: 1, context_tokens: 1024, n_threads: 2}\n"
     )
@@ -167,8 +159,8 @@ def test_compare_asks_a_real_judge(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    [(name, found)] = json.loads(done.stdout)["quality"].items()
-    assert name == "builtin" and found["pairs"] == 1
-    assert found["first"] + found["second"] + found["ties"] + found["flips"] == 1
-    assert all(margin > 0 for margin in found["rows"][0]["margins"])
+    [(name, test)] = json.loads(done.stdout)["quality"].items()
+    assert name == "builtin" and test["pairs"] == 1
+    assert test["first"] + test["second"] + test["ties"] + test["flips"] == 1
+    assert all(margin > 0 for margin in test["rows"][0]["margins"])
     assert "Reasoning compared" in page.read_text(encoding="utf-8")

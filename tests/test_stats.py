@@ -19,7 +19,11 @@ def coverage(low, high, truth) -> float:
 
 
 def simulated(seed, problems, accuracy, samples, spread=None):
-    """Shares of right samples (EXPERIMENTS, problems); spread: concentration of the problems' difficulty (Beta)."""
+    """Ratios of correct samples (EXPERIMENTS, problems).
+
+    Args:
+        spread: concentration of the problems' difficulty (Beta); None: all are as hard.
+    """
     generator = np.random.default_rng(seed)
     shape = (EXPERIMENTS, problems)
     ease = (
@@ -62,7 +66,7 @@ def test_interval_covers_with_three_samples(problems, accuracy, spread):
 
 
 def test_coverage_at_thirty_problems_in_closed_form():
-    """The binomial's own probabilities, so that no seed is lucky: 95.1% at 30 problems of accuracy 0.17."""
+    """The binomial's own probabilities, so that no seed is lucky: 95.1% at 30 problems, 0.17."""
     counts = np.arange(31)
     ends = [interval([1.0] * n + [0.0] * (30 - n)) for n in counts]
     inside = np.array([low <= 0.17 <= high for low, high in ends])
@@ -70,8 +74,9 @@ def test_coverage_at_thirty_problems_in_closed_form():
 
 
 def test_coverage_in_closed_form_for_other_accuracies():
-    """Single accuracies go up and down by the counts' discreteness; their mean is the level, and none falls far."""
-    counts, grid = np.arange(31), np.linspace(0.1, 0.9, 81)
+    """Counts are discrete, so single accuracies vary; their mean is the level, none is far off."""
+    counts = np.arange(31)
+    grid = np.linspace(0.1, 0.9, 81)
     ends = np.array([interval([1.0] * n + [0.0] * (30 - n)) for n in counts])
     inside = (ends[:, :1] <= grid) & (grid <= ends[:, 1:])
     covered = (scipy_stats.binom.pmf(counts[:, None], 30, grid) * inside).sum(0)
@@ -115,59 +120,64 @@ def test_sign_test_is_mcnemars_exact():
     assert sign_test(0, 0) == 1.0
 
 
-def test_compare_single_samples():
-    a, b = [1.0] * 20 + [0.0] * 80, [1.0] * 15 + [0.0] * 5 + [1.0] * 20 + [0.0] * 60
-    found = compare(a, b)
-    assert found["difference"] == pytest.approx(0.15)
-    assert found["p_value"] == pytest.approx(sign_test(20, 5)) and "McNemar" in found["method"]
-    assert found["ci_low"] < 0.15 < found["ci_high"] and found["ci_low"] > 0
+def test_single_samples_are_compared_by_mcnemars_test() -> None:
+    a = [1.0] * 20 + [0.0] * 80
+    b = [1.0] * 15 + [0.0] * 5 + [1.0] * 20 + [0.0] * 60
+    test = compare(a, b)
+    assert test.difference == pytest.approx(0.15)
+    assert test.p_value == pytest.approx(sign_test(20, 5)) and "McNemar" in test.method
+    assert 0 < test.ci_low < 0.15 < test.ci_high
     back = compare(b, a)
-    assert (back["difference"], back["ci_low"], back["ci_high"]) == pytest.approx(
-        (-0.15, -found["ci_high"], -found["ci_low"])
-    )
+    assert back.difference == pytest.approx(-0.15)
+    assert (back.ci_low, back.ci_high) == pytest.approx((-test.ci_high, -test.ci_low))
 
 
-def test_compare_equal_models_is_no_point():
-    found = compare([1.0, 0.0] * 15, [1.0, 0.0] * 15)
-    assert (
-        found["difference"] == 0
-        and found["p_value"] == 1
-        and found["ci_low"] < -0.05
-        and found["ci_high"] > 0.05
-    )
+def test_equal_models_have_an_interval_and_not_a_point() -> None:
+    test = compare([1.0, 0.0] * 15, [1.0, 0.0] * 15)
+    assert test.difference == 0 and test.p_value == 1
+    assert test.ci_low < -0.05 and test.ci_high > 0.05
 
 
-def test_permutation_test_is_exact_on_few_problems():
-    a, b = [0.0, 1 / 3, 1 / 3, 0.0, 2 / 3, 0.5], [1 / 3, 1.0, 1 / 3, 2 / 3, 1 / 3, 1.0]
+def test_no_problems_cannot_be_compared() -> None:
+    assert compare([], []) is None
+
+
+def test_permutation_test_is_exact_on_few_problems() -> None:
+    a = [0.0, 1 / 3, 1 / 3, 0.0, 2 / 3, 0.5]
+    b = [1 / 3, 1.0, 1 / 3, 2 / 3, 1 / 3, 1.0]
     differences = np.subtract(b, a)
     flips = np.array(list(product((1, -1), repeat=len(a)))) @ differences
     by_hand = (np.abs(flips) >= abs(differences.sum()) - 1e-9).mean()
-    found = compare(a, b)
-    assert found["p_value"] == pytest.approx(by_hand) and "permutation" in found["method"]
+    test = compare(a, b)
+    assert test.p_value == pytest.approx(by_hand) and "permutation" in test.method
 
 
-def test_detectable_difference_is_found_in_about_80_percent():
-    """One sample, 300 problems; a gets 0.4 of them, b the same ones and more: McNemar's power at `detectable`."""
+def test_detectable_difference_is_found_in_about_80_percent() -> None:
+    """One sample, 300 problems; a gets 0.4 of them, b the same ones and more: McNemar's power."""
     generator = np.random.default_rng(4)
     base = generator.random((400, 300)) < 0.4
     flip = generator.random((400, 300))
-    seen = [compare(a, np.where(f < 0.1, ~a, a)) for a, f in zip(base[:50], flip[:50], strict=True)]
-    target = float(np.mean([found["min_detectable_difference"] for found in seen]))
-    gain, loss = 0.05 + target / 2, 0.05 - target / 2  # of all problems: the same 10% differ
+    detectable = []
+    for a, draw in zip(base[:50], flip[:50], strict=True):
+        detectable.append(compare(a, np.where(draw < 0.1, ~a, a)).min_detectable_difference)
+    target = float(np.mean(detectable))
     assert 0 < target < 0.1
+    # Of all problems the same 10% differ.
+    gain = 0.05 + target / 2
+    loss = 0.05 - target / 2
     better = np.where(base, flip >= loss / 0.4, flip < gain / 0.6)
-    power = np.mean([compare(a, b)["p_value"] < 0.05 for a, b in zip(base, better, strict=True)])
+    power = np.mean([compare(a, b).p_value < 0.05 for a, b in zip(base, better, strict=True)])
     assert 0.7 < power < 0.9
 
 
 @pytest.mark.parametrize("problems,shift", [(30, 0.1), (200, 0.05)])
-def test_compare_interval_covers(problems, shift):
+def test_compare_interval_covers(problems: int, shift: float) -> None:
     generator = np.random.default_rng(5)
     inside = 0
     for _ in range(500):
         ease = generator.beta(0.6, 1.4, problems) * (1 - shift / 0.7)
         a = generator.random(problems) < ease
         b = generator.random(problems) < ease + shift
-        found = compare(a, b)
-        inside += found["ci_low"] <= shift <= found["ci_high"]
+        test = compare(a, b)
+        inside += test.ci_low <= shift <= test.ci_high
     assert 0.92 <= inside / 500 <= 0.99

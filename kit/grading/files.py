@@ -57,7 +57,7 @@ def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
         raise KitError(
             f"{path}{f' line {line}' if line else ''} cannot be graded: {error}.", hint
         ) from None
-    found = score(scored)
+    found = vars(score(scored))
     told = {
         key: found[key]
         for key in ("samples", "accuracy", "ci_low", "ci_high", "pass_at", "verdicts")

@@ -1,6 +1,6 @@
-"""What graded rows say of a model: accuracy over problems with its interval, pass@k, limits hit, loops.
+"""What graded rows say of a model: accuracy with its interval, pass@k, truncated answers, loops.
 
-Every problem weighs the same, however many samples it has.
+Every problem weighs the same, however many samples it has. Nothing is graded here (section 4).
 """
 
 from __future__ import annotations
@@ -8,84 +8,124 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import mean
-from typing import Any
+from dataclasses import dataclass
+from math import inf
+from statistics import fmean
+
+import numpy as np
 
 from kit.backends.base import looping
 from kit.core.records import EvalRow, Sample
 from kit.grading import stats
 
-
-def accuracy_by_problem(rows: Iterable[EvalRow]) -> dict[tuple[str, str], float]:
-    """Share of right samples of each problem (id, question), over its rows; 0 where it has no samples."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row.id, row.question].append(
-            sum(s.verdict == "correct" for s in row.samples) / max(len(row.samples), 1)
-        )
-    return {problem: mean(values) for problem, values in found.items()}
+LOOP_CHARACTERS = 20000  # the end of a text in which a loop is looked for
 
 
-def accuracy(rows: Sequence[EvalRow]) -> dict[str, Any]:
-    """{n (problems), accuracy, ci_low, ci_high}: every problem weighs the same, however many rows and samples it has."""
-    means = list(accuracy_by_problem(rows).values())
-    samples = sum(len(row.samples) or 1 for row in rows) / max(len(means), 1)
-    low, high = (round(float(end), 4) for end in stats.interval(means, samples))
-    return {"n": len(means), "accuracy": _mean(means), "ci_low": low, "ci_high": high}
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean over problems of each one's ratio of correct samples, with its 95% interval."""
+
+    n: int  # problems
+    accuracy: float
+    ci_low: float
+    ci_high: float
 
 
-def score(rows: Sequence[EvalRow]) -> dict[str, Any]:
-    """What rows say about a model.
+@dataclass(frozen=True)
+class Score(Accuracy):
+    """What a model's rows on one dataset say; ratios are of the samples."""
 
-    Returns:
-        n, accuracy, ci_low and ci_high; samples, rejected (problems without samples), pass_at {k: ratio}, verdicts
-        {verdict: samples}; of the samples: truncated_ratio, loop_ratio, mean_tokens, and accuracy_completed of those that
-        ended by themselves (None: none did); by_level and by_subject {name: {n, accuracy, ci_low, ci_high}}.
+    samples: int
+    rejected: int  # problems without samples
+    pass_at: dict[str, float]  # by k
+    verdicts: dict[str, int]  # samples by verdict
+    truncated_ratio: float
+    loop_ratio: float
+    mean_tokens: float
+    accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
+    by_level: dict[str, Accuracy]
+    by_subject: dict[str, Accuracy]
+
+
+def accuracy_by_problem(
+    rows: Iterable[EvalRow], max_tokens: float = inf
+) -> dict[tuple[str, str], float]:
+    """Each problem's (id, question) ratio of correct samples over its rows; 0 without samples.
+
+    Args:
+        max_tokens: longer samples count as not correct.
     """
+    ratios = defaultdict(list)
+    for row in rows:
+        short = [sample for sample in row.samples if sample.tokens <= max_tokens]
+        ratios[row.id, row.question].append(_correct(short) / max(len(row.samples), 1))
+    return {problem: fmean(values) for problem, values in ratios.items()}
+
+
+def accuracy(rows: Sequence[EvalRow]) -> Accuracy:
+    """The accuracy over all problems of `rows`, and its interval."""
+    ratios = list(accuracy_by_problem(rows).values())
+    samples = sum(len(row.samples) or 1 for row in rows)
+    interval = stats.interval(ratios, samples / max(len(ratios), 1))
+    return Accuracy(len(ratios), _mean(ratios), *np.round(interval, 4).tolist())
+
+
+def score(rows: Sequence[EvalRow]) -> Score:
+    """Everything that is reported of a model's rows on one dataset."""
     samples = [sample for row in rows for sample in row.samples]
-    completed = [
-        sample.verdict == "correct" for sample in samples if sample.finish_reason == "stop"
-    ]
-    most = max((len(row.samples) for row in rows), default=0)
-    counts = [
-        (sum(s.verdict == "correct" for s in row.samples), len(row.samples) or most) for row in rows
-    ]
-    found = accuracy(rows) | {
-        "samples": len(samples),
-        "rejected": sum(not row.samples for row in rows),
-        "pass_at": {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()},
-        "verdicts": dict(Counter(sample.verdict for sample in samples)),
-        "truncated_ratio": _mean([sample.finish_reason == "length" for sample in samples]),
-        "loop_ratio": _mean([loops(sample) for sample in samples]),
-        "mean_tokens": _mean([sample.tokens for sample in samples]),
-        "accuracy_completed": _mean(completed) if completed else None,
-    }
-    for field in ("level", "subject"):
-        groups = defaultdict(list)
-        for row in rows:
-            groups[getattr(row, field)].append(row)
-        found[f"by_{field}"] = {name: accuracy(groups[name]) for name in sorted({*groups} - {None})}
-    return found
-
-
-def compare_rows(a: Iterable[EvalRow], b: Iterable[EvalRow]) -> dict[str, Any]:
-    """b against a on the problems that both answered: `stats.compare`, or {n: 0} without any."""
-    first, second = accuracy_by_problem(a), accuracy_by_problem(b)
-    both = sorted(first.keys() & second.keys())
-    return stats.compare(
-        [first[problem] for problem in both], [second[problem] for problem in both]
+    completed = [sample for sample in samples if sample.finish_reason == "stop"]
+    return Score(
+        **vars(accuracy(rows)),
+        samples=len(samples),
+        rejected=sum(not row.samples for row in rows),
+        pass_at=_pass_at(rows),
+        verdicts=dict(Counter(sample.verdict for sample in samples)),
+        truncated_ratio=_mean(sample.finish_reason == "length" for sample in samples),
+        loop_ratio=_mean(map(loops, samples)),
+        mean_tokens=_mean(sample.tokens for sample in samples),
+        accuracy_completed=round(_correct(completed) / len(completed), 4) if completed else None,
+        by_level=_accuracy_by(rows, "level"),
+        by_subject=_accuracy_by(rows, "subject"),
     )
+
+
+def compare_rows(a: Iterable[EvalRow], b: Iterable[EvalRow]) -> stats.PairedTest | None:
+    """b against a on the problems that both answered; None without any."""
+    first = accuracy_by_problem(a)
+    second = accuracy_by_problem(b)
+    shared = sorted(first.keys() & second.keys())
+    return stats.compare([first[key] for key in shared], [second[key] for key in shared])
 
 
 def loops(sample: Sample) -> bool:
-    """Whether a sample was ended as a loop, or ran to the limit repeating itself."""
-    words = (
-        re.findall(r"\w+|[^\w\s]", sample.text[-20000:])[:-1]
-        if sample.finish_reason == "length"
-        else []
-    )
-    return sample.finish_reason == "loop" or looping(words)  # type: ignore[arg-type]  # any tokens that compare do
+    """Whether a sample was stopped as a loop, or ran to the limit repeating itself."""
+    if sample.finish_reason == "loop":
+        return True
+    words = re.findall(r"\w+|[^\w\s]", sample.text[-LOOP_CHARACTERS:])
+    # The last word may be cut off in its middle, and would hide the loop.
+    return sample.finish_reason == "length" and looping(words[:-1])
 
 
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 4) if values else 0.0
+def _accuracy_by(rows: Sequence[EvalRow], field: str) -> dict[str, Accuracy]:
+    """Accuracy of each level or subject; rows without one are left out."""
+    groups = defaultdict(list)
+    for row in rows:
+        name = getattr(row, field)
+        if name is not None:
+            groups[name].append(row)
+    return {name: accuracy(groups[name]) for name in sorted(groups)}
+
+
+def _pass_at(rows: Sequence[EvalRow]) -> dict[str, float]:
+    """pass@k by k; a problem without samples counts as one whose samples are all wrong."""
+    most = max((len(row.samples) for row in rows), default=0)
+    counts = [(_correct(row.samples), len(row.samples) or most) for row in rows]
+    return {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()}
+
+
+def _correct(samples: Sequence[Sample]) -> int:
+    return sum(sample.verdict == "correct" for sample in samples)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return round(fmean([*values] or [0]), 4)

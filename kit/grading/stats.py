@@ -1,42 +1,61 @@
 """Scores with their uncertainty: pass@k, an interval over problems, paired comparisons (section 4).
 
-The problems stand for all problems of their kind, so uncertainty is over problems; several samples of one problem
-only make its own mean surer. Nothing here reads rows or knows what was graded.
+The problems stand for all problems of their kind, so uncertainty is over problems; several samples
+of one problem only make its own mean more certain. Nothing here reads rows or knows their grades.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb, sqrt
-from typing import Any
 
 import numpy as np
 from scipy import stats
+
+Z_95 = stats.norm.ppf(0.975)  # quantile of a two-sided 95% interval
+Z_POWER = stats.norm.ppf(0.8)  # for an experiment that finds a difference four times in five
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Model b against model a on the same problems; ratios are in [-1, 1]."""
+
+    n: int  # problems
+    better: int  # problems on which b has the higher accuracy
+    worse: int
+    difference: float  # accuracy of b minus accuracy of a
+    ci_low: float  # 95% interval of the difference
+    ci_high: float
+    min_detectable_difference: float  # what 80% of such experiments would find
+    p_value: float
+    method: str  # of the p-value
 
 
 def pass_at(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
     """The unbiased pass@k (arXiv 2107.03374) for every k up to the smallest number of samples.
 
     Args:
-        counts: (right, samples) of each problem.
+        counts: (correct, samples) of each problem.
     """
-    most = min((n for _, n in counts), default=0)
-    return {
-        k: sum(1 - comb(n - c, k) / comb(n, k) for c, n in counts) / len(counts)
-        for k in range(1, most + 1)
-    }
+    ratios = {}
+    fewest = min((n for _, n in counts), default=0)
+    for k in range(1, fewest + 1):
+        ratios[k] = sum(1 - comb(n - c, k) / comb(n, k) for c, n in counts) / len(counts)
+    return ratios
 
 
 def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[float, float]:
     """Wilson's 95% interval for the mean over problems, at the effective number of trials.
 
-    The percentile bootstrap misses its level on few problems, Wilson's score interval holds it. Several samples of a
-    problem count for more than one trial and less than as many: the variance between problems says for how many, and
-    as it is estimated, Student's t replaces the normal quantile.
+    The percentile bootstrap misses its level on few problems, Wilson's score interval holds it.
+    Several samples of a problem count for more than one trial and for fewer than their number: the
+    variance between problems gives the count, and as it is estimated, Student's t replaces the
+    normal quantile.
 
     Args:
-        means: share of right samples of each problem, (..., N); leading axes are experiments, for simulations.
-        samples: samples a problem (their mean, where it varies).
+        means: accuracy of each problem, (..., N); leading axes are experiments, for simulations.
+        samples: samples per problem (their mean, where it varies).
 
     Returns:
         (low, high), each (...); (0, 1) without problems.
@@ -45,62 +64,63 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[f
     count = means.shape[-1]
     if count == 0:
         return 0.0, 1.0
-    mean, variance = means.mean(-1), means.var(-1)
+    mean = means.mean(-1)
     spread = mean * (1 - mean)
-    trials = np.clip(spread * count / np.maximum(variance, 1e-12), count, count * max(samples, 1))
-    law = stats.t(count - 1) if samples > 1 and count > 1 else stats.norm
-    square = law.ppf(0.975) ** 2 / trials
-    center, half = mean + square / 2, np.sqrt(square * (spread + square / 4))
-    return tuple(np.clip(end / (1 + square), 0, 1) for end in (center - half, center + half))  # type: ignore[return-value]
+
+    # Effective trials: between one and `samples` per problem, by the variance between problems.
+    trials = spread * count / np.maximum(means.var(-1), 1e-12)
+    trials = np.clip(trials, count, count * max(samples, 1))
+    quantile = Z_95
+    if samples > 1 and count > 1:
+        quantile = stats.t(count - 1).ppf(0.975)
+
+    # Wilson's interval with that many trials.
+    square = quantile**2 / trials
+    center = mean + square / 2
+    half = np.sqrt(square * (spread + square / 4))
+    low, high = np.clip(np.stack([center - half, center + half]) / (1 + square), 0, 1)
+    return low, high
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of a fair coin; on the pairs that differ it is McNemar's exact test."""
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    """Two-sided exact p-value of a fair coin; on the pairs that differ it is McNemar's test."""
+    if wins + losses == 0:
+        return 1.0
+    return float(stats.binomtest(wins, wins + losses).pvalue)
 
 
-def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Compare the shares of right samples (N,) of two models on the same problems.
+def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
+    """Compare the accuracies (N,) of two models on the same problems; None without problems.
 
-    One sample each: McNemar's exact p-value; several: that of flipping the differences' signs (exact up to 13
-    problems, else 9,999 random flips). The 95% interval is Agresti and Min's (2005), half a problem added to each cell
-    of the table, taken over to shares: it does not shrink to a point where all problems agree.
-
-    Returns:
-        n, better and worse (problems on which b has the higher and the lower share), difference (b's mean minus a's)
-        with ci_low and ci_high, p_value and its method, and min_detectable_difference: the smallest true difference that as many such
-        problems show at this level in 80% of experiments; {n: 0} for none.
+    One sample each: McNemar's exact p-value. Several: the differences' signs are flipped (exact up
+    to 13 problems, else 9,999 random flips). The 95% interval is Agresti and Min's (2005), applied
+    to accuracies: it does not shrink to a point where all problems agree.
     """
-    if not len(a):
-        return {"n": 0}
-    difference = np.subtract(b, a, dtype=float)
-    better, worse = int(sum(difference > 0)), int(sum(difference < 0))
-    if np.isin([*a, *b], (0.0, 1.0)).all():
-        method, p_value = "McNemar's exact test", sign_test(better, worse)
+    if len(a) == 0:
+        return None
+    differences = np.subtract(b, a, dtype=float)
+    better = int(np.sum(differences > 0))
+    worse = int(np.sum(differences < 0))
+    if np.isin([a, b], (0.0, 1.0)).all():
+        method = "McNemar's exact test"
+        p_value = sign_test(better, worse)
     else:
-        flips = {
-            "permutation_type": "samples",
-            "n_resamples": 9999,
-            "rng": np.random.default_rng(0),
-        }
-        law = stats.permutation_test((b, a), lambda x, y, axis: (x - y).mean(axis=axis), **flips)
-        method, p_value = "paired permutation test", float(law.pvalue)
-    count = len(difference) + 2
-    square, middle = (np.square(difference).sum() + 1) / count, difference.sum() / count
-    quantile = stats.norm.ppf(0.975)
-    half, power = quantile * sqrt((square - middle**2) / count), quantile + stats.norm.ppf(0.8)
-    found = {
-        "difference": difference.mean(),
-        "ci_low": max(middle - half, -1.0),
-        "ci_high": min(middle + half, 1.0),
-    }
-    found["min_detectable_difference"] = min(power * sqrt(square / len(difference)), 1.0)
-    rounded = {name: round(float(value), 4) for name, value in found.items()}
-    return {
-        "n": len(difference),
-        "better": better,
-        "worse": worse,
-        **rounded,
-        "p_value": p_value,
-        "method": method,
-    }
+        method = "paired permutation test"
+        p_value = stats.permutation_test(
+            (b, a),
+            lambda x, y, axis: (x - y).mean(axis=axis),
+            permutation_type="samples",
+            n_resamples=9999,
+            rng=np.random.default_rng(0),
+        ).pvalue
+
+    # Agresti and Min add half a problem to each of the four cells of the table.
+    count = len(differences) + 2
+    mean = differences.sum() / count
+    mean_square = (np.square(differences).sum() + 1) / count
+    half = Z_95 * sqrt((mean_square - mean**2) / count)
+    detectable = (Z_95 + Z_POWER) * sqrt(mean_square / len(differences))
+    rounded = np.round(
+        [differences.mean(), max(mean - half, -1), min(mean + half, 1), min(detectable, 1)], 4
+    ).tolist()
+    return PairedTest(len(differences), better, worse, *rounded, float(p_value), method)

@@ -1,14 +1,16 @@
 """eval: the student before and after training, on problems it never saw (section 4).
 
-Every score comes with its denominator, an interval over problems, and how many samples ran into the token limit or
-into a loop, without which a score says little. A problem that could not be asked, a sample that could not be read and
-one that took too long to grade earn nothing and are counted by name. Nothing is trained or drawn here.
+Every score has its denominator, its interval, and how many samples ran into the token limit or into
+a loop. A problem that could not be asked, a sample that could not be read and one that took too
+long to grade count as not correct, and are counted by name. Nothing is trained or drawn here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
+from itertools import chain, product
 
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Problem
@@ -20,80 +22,104 @@ from kit.grading.scores import compare_rows, score
 from kit.prompts import template_hash
 from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
 
+Rows = dict[str, dict[str, list[EvalRow]]]  # by dataset, then by model: base or tuned
+
 
 def evaluate(run: Run) -> None:
     """The stage: `eval/MODEL-WHICH-DATASET.jsonl`, one `EvalRow` a problem; WHICH is base or tuned.
 
-    The stage's summary in the manifest holds `scores`, each `score(...)` with {model, dataset, which}, and
-    `comparisons` of tuned against base, each {dataset, a, b} with `compare_rows(...)`.
+    The stage's summary in the manifest holds `scores`, each a `Score` with {model, dataset, which},
+    and `comparisons` of tuned against base, each a `PairedTest` with {dataset, a, b}.
 
     Raises:
-        KitError: no finished training, or prompts rendered in another way than the adapter was trained with.
+        KitError: nothing to evaluate on, no finished training, or prompts rendered in another way
+            than the adapter was trained with.
     """
-    engine, trained = run.config.eval, run.config.method != "zero-shot"
-    datasets, verifiers = problems_of(run).evals, [data.verifier for data in run.config.data.eval]
+    config = run.config.eval
+    datasets = problems_of(run).evals
     if not datasets:
         raise KitError(
             "There is nothing to evaluate on.",
             "Name data.eval, and let stop_after be eval or report.",
             2,
         )
-    if trained:
+    verifiers = dict(zip(datasets, [data.verifier for data in run.config.data.eval], strict=True))
+    # The tuned model goes first, so that an adapter that cannot be used costs no work on the base.
+    sides = ["base"]
+    if run.config.method != "zero-shot":
         run.require("train")
-    source = digest([problem for problems in datasets.values() for problem in problems])
-    source += "".join(
-        f" {name}:{kind}" for name, kind in zip(datasets, verifiers, strict=True) if kind != "math"
-    )
-    source += f" {run.manifest['stages']['train']['output'] if trained else None}"
-    # tuned comes first: an adapter that cannot be used is found before anything is spent on the base model
-    sides = ["tuned"] * trained + ["base"] * (engine.base or not trained)
-    files = {
-        (which, name): file_name(engine.model, which, name) for which in sides for name in datasets
-    }
-    if not run.begin(
-        "eval", source, lambda: " ".join(file_digest(run, name, EvalRow) for name in files.values())
-    ):
+        sides = ["tuned", "base"] if config.base else ["tuned"]
+    files = [file_name(config.model, *side) for side in product(sides, datasets)]
+
+    # What the answers depend on: the problems, how they are graded, and the adapter.
+    source = digest(chain.from_iterable(datasets.values()))
+    for dataset, verifier in verifiers.items():
+        if verifier != "math":
+            source += f" {dataset}:{verifier}"
+    training = run.manifest["stages"]["train"]["output"] if "tuned" in sides else None
+
+    def output() -> str:
+        return " ".join(file_digest(run, file, EvalRow) for file in files)
+
+    if not run.begin("eval", f"{source} {training}", output):
         return
-    rows: dict[tuple[str, str], list[EvalRow]] = {}
+
+    rows: Rows = {dataset: {} for dataset in datasets}
     for which in sides:
         adapter = str(run.folder / "adapter") if which == "tuned" else None
-        with Sampler(run, engine, engine, adapter) as student:
-            for (name, problems), verifier in zip(datasets.items(), verifiers, strict=True):
-                work = partial(answers, student, verifier)
-                rows[which, name] = student.sweep(
-                    "eval", files[which, name], EvalRow, problems, work
-                )
-    scores, comparisons = [], []
-    for name in datasets:
-        for which in reversed(sides):
-            about = {"model": engine.model, "dataset": name, "which": which}
-            scores.append(about | score(rows[which, name]))
-        if len(sides) == 2:
-            found = compare_rows(rows["base", name], rows["tuned", name])
-            comparisons.append({"dataset": name, "a": "base", "b": "tuned", **found})
-    every = [row for found in rows.values() for row in found]
-    lost = tallies(every)["rejected"]
-    told = {"scores": scores, "comparisons": comparisons, "rejected": lost}
-    output = " ".join(digest(found) for found in rows.values())
-    run.finish("eval", output, len(every), len(every) - sum(lost.values()), **told)
+        with Sampler(run, config, config, adapter) as student:
+            for dataset, problems in datasets.items():
+                file = file_name(config.model, which, dataset)
+                work = partial(answers, student, verifiers[dataset])
+                rows[dataset][which] = student.sweep("eval", file, EvalRow, problems, work)
+    _finish(run, rows, output())
 
 
 def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:
-    """Graded rows of a batch of problems, as they are finished, from a model that is asked as it was trained."""
-    config, engine = student.run.config, student.engine
-    now = template_hash(student.backend.tokenizer, config.prompts, engine.system, engine.thinking)
-    trained = student.run.manifest.get("template_hash")
-    if config.method != "zero-shot" and trained not in (None, now):
+    """Graded rows of a batch of problems, as they finish, asked in the way of the training."""
+    run = student.run
+    engine = student.engine
+    template = template_hash(
+        student.backend.tokenizer, run.config.prompts, engine.system, engine.thinking
+    )
+    trained = run.manifest.get("template_hash", template)
+    if run.config.method != "zero-shot" and trained != template:
         raise KitError(
-            f"The adapter was trained on prompts of template {trained}; evaluation would ask with {now}.",
-            "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training, or train anew.",
+            f"The adapter was trained on prompts of template {trained}; these have {template}.",
+            "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training "
+            "or train again.",
         )
-    for problem, samples, done in student.sample(problems, verifier):
-        facts = problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"})
-        facts |= rejection(done, "", samples) if done.error else {}
+    for problem, samples, generation in student.sample(problems, verifier):
         yield EvalRow(
-            **facts,
+            **problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"}),
+            **(rejection(generation, "", samples) if generation.error else {}),
             samples=samples,
-            prompt_tokens=done.prompt_tokens,
-            seconds=round(done.seconds, 3),
+            prompt_tokens=generation.prompt_tokens,
+            seconds=round(generation.seconds, 3),
         )
+
+
+def _finish(run: Run, rows: Rows, output: str) -> None:
+    """Score every model on every dataset, compare tuned with base, and close the stage."""
+    scores = []
+    comparisons = []
+    every: list[EvalRow] = []
+    for dataset, by_model in rows.items():
+        # base before tuned, as a reader expects them
+        for which, answered in reversed(by_model.items()):
+            label = {"model": run.config.eval.model, "dataset": dataset, "which": which}
+            scores.append(label | asdict(score(answered)))
+            every += answered
+        test = compare_rows(by_model.get("base", []), by_model.get("tuned", []))
+        if test:
+            comparisons.append({"dataset": dataset, "a": "base", "b": "tuned", **asdict(test)})
+    lost = tallies(every)["rejected"]
+    run.finish(
+        "eval",
+        output,
+        len(every),
+        len(every) - sum(lost.values()),
+        scores=scores,
+        comparisons=comparisons,
+        rejected=lost,
+    )

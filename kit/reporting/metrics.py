@@ -1,8 +1,8 @@
-"""The numbers of a run, read from its folder: what the report, the terminal's table and `compare` show.
+"""The numbers of a run, read from its folder, for metrics.json, the report and `compare`.
 
-Every share comes with what it is a share of. Nothing is written and no row is mended here, so a run in
-progress can be looked at; what it has not reached yet is None or empty. The diagnosis applies the rules of
-templates/findings.yaml, which hold its thresholds, sentences and advice.
+Every ratio comes with its denominator. Nothing is written and no row is fixed here, so a run in
+progress can be read; what it has not reached yet is None or empty. The diagnosis applies the rules
+of templates/findings.yaml, which hold its thresholds, sentences and advice.
 """
 
 from __future__ import annotations
@@ -13,28 +13,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from jinja2 import Environment
 
-from kit.core.config import STAGES
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, PrefixRow, Row, TraceRow
 from kit.core.run import check_format
 from kit.core.storage import RowFile
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
-NEARLY_ALL, FEW = (
-    0.9,
-    4,
-)  # a share, and traces (or sentences of one) below which nothing is said of a judge
-PARTS = ("what", "evidence", "try")  # of a finding
+STAGE_KEYS = ("rows_in", "rows_out", "seconds", "done")
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
+DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
+MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
+
+Json = dict[str, Any]
 
 
 class Files:
-    """A run folder's content, read once and left as it is. Raises KitError where there is no run."""
+    """A run folder's content, read once and left as it is.
+
+    Raises:
+        KitError: the folder holds no run.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.damaged = folder, []
+        self.folder = folder
+        self.damaged: list[str] = []
         try:
             self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -43,183 +49,211 @@ class Files:
                 f"{folder} holds no run that can be read ({error}).", "Name a folder under runs/."
             ) from None
         check_format(folder, self.manifest)
-        self.stages = {
-            name: entry for name in STAGES[:-1] if (entry := self.manifest["stages"].get(name))
-        }
-        self.told: dict[str, Any] = {
-            name: self.stages.get(name, {}).get("summary", {}) for name in STAGES
-        }
         self.traces = self.rows("traces.jsonl", TraceRow)
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow)
         self.aligned = self.rows("aligned.jsonl", AlignedRow)
-        self.train, self.log = self._lines("train.jsonl"), self._lines("train_log.jsonl")
+        self.train = self._lines("train.jsonl")
+        self.log = self._lines("train_log.jsonl")
+        self.rejected = self._lines("rejected.jsonl")
 
     def rows(self, name: str, kind: type[Row]) -> list[Any]:
-        """A stage file's sound rows; damaged lines are named in `damaged` and stay where they are."""
+        """A stage file's valid rows; damaged lines are named in `damaged` and left in place."""
         file = RowFile(self.folder / name, kind)
         rows = file.read(repair=False)
         self.damaged += file.damaged
         return rows
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def summary(self, stage: str) -> Json:
+        """What a stage reported when it finished; empty before."""
+        return self.manifest["stages"].get(stage, {}).get("summary", {})
+
+    @property
+    def teacher(self) -> str:
+        """What the traces come from: a file, a model, or `reference` (the problems' solutions)."""
+        teacher = self.config["teacher"]
+        source = "backend" if teacher["backend"] == "reference" else "model"
+        return teacher["path"] or teacher[source]
+
+    def _lines(self, name: str) -> list[Json]:
         path = self.folder / name
+        if not path.exists():
+            return []
         try:
-            return (
-                [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-                if path.exists()
-                else []
-            )
+            return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
         except ValueError:
             self.damaged.append(f"{name}: cut off or not JSON")
             return []
 
 
-def numbers(files: Files) -> dict[str, Any]:
-    """All numbers of a run that may have stopped after any stage: ratios in [0, 1], lengths in characters."""
-    told, log, cut = files.told, files.log, [row for row in files.prefixes if not row.rejected]
-    scores = told["eval"].get("scores") or []
-    first = {
-        score["which"]: score["accuracy"]
-        for score in scores
-        if score["dataset"] == scores[0]["dataset"]
-    }
+def numbers(files: Files) -> Json:
+    """The content of metrics.json, of a run that may have stopped after any stage.
+
+    Returns:
+        name, method, seed, folder; stages [{name, rows_in, rows_out, seconds, done}]
+        accuracy_before, accuracy_after, n_eval: of the first evaluation dataset
+        scores [{model, dataset, which, and a `Score`}]; comparisons [{dataset, a, b, and a
+            `PairedTest`}]; near_duplicates [{dataset, n, of}]
+        train: the stage's own summary; loss_first, loss_last; train_rows
+        prefix_ratio {p10, p50, p90, n} and prefix_ratio_median: kept share of the sentences
+        verdicts_asked, verdicts_unparsed, prefill_tokens, cached_tokens: of all judging
+        judged_traces, insufficient_traces (never judged sufficient), violating_traces (NOT_ENOUGH
+            after an ENOUGH), degenerate, notes
+        rejections [{stage, reason, rows, of}]; retention {rows, of, ratio, paper}
+        lengths {part: percentiles}, in characters; samples {stage: see `_tally`}
+        answer_in_prefix: training rows; damaged: lines of files; findings: see `findings`
+    """
+    log = files.log
+    judging = files.summary("truncate")
+    evaluation = files.summary("eval")
+    scores = evaluation.get("scores", [])
+    # Of each model the first dataset's score, which is read last.
+    accuracies = {score["which"]: score["accuracy"] for score in reversed(scores)}
+    near = []
+    for name, data in files.manifest.get("data", {}).get("evals", {}).items():
+        near.append({"dataset": name, "n": data.get("near_duplicates", 0), "of": data["rows"]})
+    cut = [row for row in files.prefixes if not row.rejected]
     labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
-    entry, ratios = (
-        ("rows_in", "rows_out", "seconds", "done"),
-        percentiles([row.ratio for row in cut]),
-    )
-    found = {key: files.config[key] for key in ("name", "method", "seed")} | {
-        "folder": str(files.folder)
-    }
-    found["stages"] = [
-        {"name": name, **{key: e.get(key) for key in entry}} for name, e in files.stages.items()
-    ]
-    found |= {"accuracy_before": first.get("base"), "accuracy_after": first.get("tuned")}
-    found |= {"n_eval": scores[0]["n"] if scores else None, "scores": scores}
-    found |= {"comparisons": told["eval"].get("comparisons") or [], "train": told["train"]}
-    found |= {
+    ratios = percentiles([row.ratio for row in cut])
+    result = {
+        **_pick(files.config, ("name", "method", "seed")),
+        "folder": str(files.folder),
+        **_funnel(files),
+        "accuracy_before": accuracies.get("base"),
+        "accuracy_after": accuracies.get("tuned"),
+        "n_eval": scores[0]["n"] if scores else None,
+        "scores": scores,
+        "comparisons": evaluation.get("comparisons", []),
+        "near_duplicates": near,
+        "train": files.summary("train"),
         "loss_first": log[0]["loss"] if log else None,
         "loss_last": log[-1]["loss"] if log else None,
+        "prefix_ratio": ratios,
+        "prefix_ratio_median": ratios["p50"],
+        "verdicts_asked": labels.total(),
+        "verdicts_unparsed": labels["UNPARSED"],
+        "prefill_tokens": sum(row.prefill_tokens for row in cut),
+        "cached_tokens": sum(row.cached_tokens for row in cut),
+        "judged_traces": sum(bool(row.verdicts) for row in cut),
+        "insufficient_traces": sum(not row.sufficient for row in cut),
+        "violating_traces": sum(row.violations > 0 for row in cut),
+        "degenerate": judging.get("degenerate"),
+        "notes": judging.get("notes", []),
+        "damaged": files.damaged,
     }
-    found |= {"prefix_ratio": ratios, "prefix_ratio_median": ratios["p50"]}
-    found |= {"verdicts_asked": labels.total(), "verdicts_unparsed": labels["UNPARSED"]}
-    found |= {
-        key: sum(getattr(row, key) for row in cut) for key in ("prefill_tokens", "cached_tokens")
-    }
-    found |= {"judged_traces": sum(bool(row.verdicts) for row in cut)}
-    found |= {"insufficient_traces": sum(not row.sufficient for row in cut)}
-    found |= {"violating_traces": sum(row.violations > 0 for row in cut)}
-    found |= {
-        "degenerate": told["truncate"].get("degenerate"),
-        "notes": told["truncate"].get("notes") or [],
-    }
-    held = files.manifest.get("data", {}).get("evals", {}).items()
-    found["near_duplicates"] = [
-        {"dataset": k, "n": v.get("near_duplicates", 0), "of": v["rows"]} for k, v in held
-    ]
-    found |= {**_rows(files), "damaged": files.damaged}
-    return {**found, "findings": findings(found, files.config)}
+    return {**result, "findings": findings(result, files.config)}
 
 
-def findings(found: dict[str, Any], config: dict[str, Any]) -> list[dict[str, str]]:
-    """What a reader should notice by the rules of findings.yaml, as {level: warning | note, what, evidence, try},
-    warnings first."""
-    from jinja2 import Environment
+def findings(run: Json, config: Json) -> list[dict[str, str]]:
+    """What a reader should notice in a run's numbers, by the rules of findings.yaml.
 
-    texts, spoken = Environment(), []  # noqa: S701 (plain text; the page escapes it)
-    texts.filters["share"] = lambda part, of: (
-        f"{part:,} of {of:,}" + (f" ({part / of:.0%})" if of else "")
-    )
-    texts.filters["percent"] = percent
+    Returns:
+        {level: warning or note, what, evidence, try}; warnings first.
+    """
+    texts = Environment()  # noqa: S701 (plain text; the page escapes it)
+    texts.filters.update(percent=percent, share=_share)
+    result = []
     for rule in yaml.safe_load(RULES.read_text(encoding="utf-8")):
-        for item in found[rule["each"]] if "each" in rule else [None]:
-            fields = {**found, "config": config, "item": item}
+        for item in run[rule["each"]] if "each" in rule else [None]:
+            fields = {**run, "config": config, "item": item}
             if texts.compile_expression(rule["when"])(fields):
-                parts = [
-                    texts.from_string(rule.get(key, "")).render(fields).strip() for key in PARTS
-                ]
-                spoken.append({"level": rule["level"], **dict(zip(PARTS, parts, strict=True))})
-    return sorted(spoken, key=lambda finding: finding["level"] != "warning")
+                finding = {"level": rule["level"]}
+                for part in ("what", "evidence", "try"):
+                    text = texts.from_string(rule.get(part, ""))
+                    finding[part] = text.render(fields).strip()
+                result.append(finding)
+    return sorted(result, key=lambda finding: finding["level"] != "warning")
 
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """A share as per cent; a dash for none."""
+    """A ratio in percent; a dash for None."""
     return "–" if value is None else f"{value:{sign}.{digits}%}"
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float | int | None]:
-    """{p10, p50, p90, n}, linear between neighbours; None without values."""
-    import numpy as np
+def _share(part: int, of: int) -> str:
+    """A count, its denominator and, where there is one, the percentage."""
+    return f"{part:,} of {of:,}" + (f" ({part / of:.0%})" if of else "")
 
-    p10, p50, p90 = (
-        (round(float(v), 4) for v in np.percentile(values, (10, 50, 90))) if values else (None,) * 3
-    )
+
+def percentiles(values: Sequence[float]) -> Json:
+    """{p10, p50, p90, n}, linear between neighbours; None without values."""
+    p10, p50, p90 = np.percentile(values, (10, 50, 90)).round(4).tolist() if values else [None] * 3
     return {"p10": p10, "p50": p50, "p90": p90, "n": len(values)}
 
 
-def _rows(files: Files) -> dict[str, Any]:
-    """Rows lost and kept, their lengths, and what became of the samples they were made from."""
-    stages = {
-        "teach": files.traces,
-        "truncate": files.prefixes,
-        "align": files.aligned,
-        "train": files.train,
-    }
-    lost = Counter(("data", row["reason"]) for row in files.manifest.get("rejected", ()))
-    lost.update((name, row.rejected) for name in STAGES[:3] for row in stages[name] if row.rejected)
-    lost.update(
-        {
-            ("train", why): len(names)
-            for why, names in (files.told["train"].get("dropped") or {}).items()
-        }
+def degenerate(rows: Sequence[PrefixRow]) -> str | None:
+    """A warning with its evidence where a judge cuts nearly all traces alike; None otherwise."""
+    judged = [row for row in rows if row.verdicts and row.sentences_total >= MIN_JUDGED]
+    cuts = Counter()
+    labels = Counter()
+    for row in judged:
+        cuts["cut to one sentence"] += row.sentences == 1
+        cuts["kept whole"] += row.sentences == row.sentences_total
+        labels.update(verdict.label for verdict in row.verdicts)
+    if len(judged) < MIN_JUDGED or max(cuts.values()) < DEGENERATE_RATIO * len(judged):
+        return None
+    [(cut, alike)] = cuts.most_common(1)
+    [(label, count)] = labels.most_common(1)
+    return (
+        f"The judge hardly distinguishes one prefix from another: {alike} of {len(judged)} traces "
+        f"were {cut}, {count} of {labels.total()} verdicts are {label}. Try judge.kind=answer, "
+        "judge.calibration=content-free or share, or a stronger student."
     )
-    of = {name: len(rows) for name, rows in stages.items()}
+
+
+def _funnel(files: Files) -> Json:
+    """Rows kept and lost, their lengths, and the samples that they were made from."""
+    stages = files.manifest["stages"]
     kept = [row for row in files.aligned if not row.rejected]
-    texts = [(len(row.prefix), len(row.continuation)) for row in kept]
-    lengths = {"prefix_characters": [prefix for prefix, _ in texts]}
-    lengths["continuation_characters"] = [continuation for _, continuation in texts if continuation]
-    lengths["prefix_share"] = [
-        prefix / (prefix + continuation) for prefix, continuation in texts if continuation
-    ]
-    traces = of["truncate"] or sum(len(row.kept) for row in files.traces)
-    ratio = len(kept) / traces if traces and files.aligned else None
+    continued = [row for row in kept if row.continuation]
+    prefixes = [len(row.prefix) for row in kept]
+    continuations = [len(row.continuation) for row in continued]
+    shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
+    traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
+    for reason, names in files.summary("train").get("dropped", {}).items():
+        lost["train", reason] = len(names)
+    rejections = []
+    for (stage, reason), rows in lost.items():
+        of = stages.get(stage, {}).get("rows_in")
+        rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
     return {
-        "rejections": [
-            {"stage": s, "reason": why, "rows": n, "of": of.get(s)} for (s, why), n in lost.items()
-        ],
-        "train_rows": of["train"],
-        "retention": {"rows": len(kept), "of": traces, "ratio": ratio, "paper": PAPER_RETENTION},
-        "lengths": {name: percentiles(values) for name, values in lengths.items()},
-        "samples": {stage: _tally(stages[stage]) for stage in ("teach", "align")},
+        "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],
+        "rejections": rejections,
+        "train_rows": len(files.train),
+        "retention": {
+            "rows": len(kept),
+            "of": traces,
+            "ratio": len(kept) / traces if traces and files.aligned else None,
+            "paper": PAPER_RETENTION,
+        },
+        "lengths": {
+            "prefix_characters": percentiles(prefixes),
+            "continuation_characters": percentiles(continuations),
+            "prefix_share": percentiles(shares),
+        },
+        "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
     }
 
 
-def _tally(rows: Sequence[Any]) -> dict[str, Any]:
-    """Samples by verdict, and how many ended at the token limit."""
-    samples = [sample for row in rows for sample in row.samples]
-    capped = [sample.verdict == "correct" for sample in samples if sample.finish_reason == "length"]
-    found = {
-        "samples": len(samples),
-        "verdicts": dict(Counter(sample.verdict for sample in samples)),
+def _tally(rows: Sequence[Any]) -> Json:
+    """A stage's samples by verdict, and how many of them ended at the token limit."""
+    verdicts = Counter()
+    truncated = Counter()
+    tokens = 0
+    for row in rows:
+        for sample in row.samples:
+            tokens += sample.tokens
+            verdicts[sample.verdict] += 1
+            truncated[sample.verdict] += sample.finish_reason == "length"
+    return {
+        "samples": verdicts.total(),
+        "verdicts": verdicts,
+        "truncated": truncated.total(),
+        "truncated_not_correct": truncated.total() - truncated["correct"],
+        "tokens": tokens,
     }
-    found |= {"truncated": len(capped), "truncated_not_correct": capped.count(False)}
-    return found | {"tokens": sum(sample.tokens for sample in samples)}
 
 
-def degenerate(rows: Sequence[PrefixRow]) -> str | None:
-    """Whether a judge is degenerate, in words with the evidence and what to try; None: no sign of it."""
-    judged = [row for row in rows if row.verdicts and row.sentences_total >= FEW]
-    short = sum(row.sentences == 1 for row in judged)
-    long = sum(row.sentences == row.sentences_total for row in judged)
-    if len(judged) < FEW or max(short, long) < NEARLY_ALL * len(judged):
-        return None
-    labels = Counter(verdict.label for row in judged for verdict in row.verdicts)
-    margins = [v.margin for row in judged for v in row.verdicts if v.margin is not None]
-    [(label, most)] = labels.most_common(1)
-    between = f", margins from {min(margins):+.2f} to {max(margins):+.2f}" if margins else ""
-    return (
-        f"The judge hardly tells one prefix from another: {max(short, long)} of {len(judged)} traces were "
-        f"{'cut to one sentence' if short >= long else 'kept whole'}, {most} of {labels.total()} verdicts are {label}"
-        f"{between}. Try judge.kind=answer, judge.calibration=content-free or share, or a stronger student."
-    )
+def _pick(mapping: Json, keys: Sequence[str]) -> Json:
+    return {key: mapping.get(key) for key in keys}

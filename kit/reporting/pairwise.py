@@ -1,14 +1,17 @@
-"""Reasoning quality: a judge model compares two runs' reasoning on the same questions (section 4, last experiment).
+"""Reasoning quality: a judge model compares two runs' reasoning on the same questions (section 4).
 
-Paper: a GLM judge. Here: any backend. Each pair is shown in both orders, and only a preference that survives the
-exchange is a win. Verdicts are read from the labels' probabilities; whether an answer is right is not judged.
+Paper: a GLM judge. Here: any backend. Each pair is shown in both orders, and only a preference that
+stays when the order changes is a win. Verdicts are read from the labels' log-probabilities; whether
+an answer is correct is not judged.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
 
 from kit.backends.base import Backend, ScoreRequest
 from kit.core.config import Prompts
@@ -18,69 +21,97 @@ from kit.grading.stats import sign_test
 from kit.prompts import fill, render, text_of
 
 LABELS = "ABT"  # the first shown is better, the second, neither
-WINNERS = {
-    "AB": "first",
-    "BA": "second",
-    "AA": "flips",
-    "BB": "flips",
-}  # by both orders' verdicts; else a tie
+WINNERS = {"AB": "first", "BA": "second", "AA": "flips", "BB": "flips"}  # in both orders; else ties
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """One problem's two answers, judged in both orders."""
+
+    id: str
+    winner: str  # first, second, ties or flips (the winner changed with the order)
+    verdicts: list[str]  # a label for each order
+    margins: list[float]  # nats between the best label and the next
+
+
+@dataclass(frozen=True)
+class ReasoningTest:
+    """Two runs' reasoning, compared pair by pair."""
+
+    judge: str
+    pairs: int  # judged
+    first: int  # pairs that the first run wins in both orders
+    second: int
+    ties: int
+    flips: int
+    first_shown_ratio: float  # of the preferences; 0.5: no position bias
+    position_p_value: float
+    p_value: float  # exact sign test of the wins
+    too_long: list[str]  # ids of pairs that do not fit into the judge's context
+    rows: list[JudgedPair]
 
 
 def compare_reasoning(
     backend: Backend, prompts: Prompts, first: Sequence[EvalRow], second: Sequence[EvalRow]
-) -> dict[str, Any]:
-    """Judge the first samples of two runs' eval rows on the problems that both answered, in both orders.
-
-    Returns:
-        judge, pairs (judged), first and second (wins in both orders) with p_value (exact sign test), ties, flips (the
-        winner changed with the order), first_shown_ratio (of the preferences; 0.5: no bias) with position_p_value,
-        too_long (ids set aside), rows [{id, winner, verdicts: of both orders, margins: nats}].
+) -> ReasoningTest:
+    """Judge the first samples of two runs' eval rows on the problems that both answered.
 
     Raises:
-        KitError: the judge's tokenizer does not tell the labels apart.
+        KitError: the judge's tokenizer begins several labels with the same token.
     """
-    tokens = tuple(backend.tokenizer.encode(label, special=False)[0] for label in LABELS)
-    if len(set(tokens)) < len(LABELS):
+    labels = tuple(backend.tokenizer.encode(label, special=False)[0] for label in LABELS)
+    if len(set(labels)) < len(LABELS):
         raise KitError(
             f"{backend.name} begins {', '.join(LABELS)} with the same first token.",
             "Use another judge.",
         )
-    template, rows, too_long = text_of(prompts, "compare"), [], []
     others = {(row.id, row.question): row.samples[0].text for row in second if row.samples}
+    template = text_of(prompts, "compare")
+    rows = []
+    too_long = []
     for row in first:
-        if not row.samples or (other := others.get((row.id, row.question))) is None:
+        theirs = others.get((row.id, row.question))
+        if not row.samples or theirs is None:
             continue
-        orders = (row.samples[0].text, other), (other, row.samples[0].text)
-        texts = [
-            fill(template, question=row.question, first=one, second=two) for one, two in orders
-        ]
-        shown = [render(backend.tokenizer, text) for text in texts]
-        if max(map(len, shown)) >= backend.context_tokens:
+        ours = row.samples[0].text
+        orders = []
+        for one, two in ((ours, theirs), (theirs, ours)):
+            text = fill(template, question=row.question, first=one, second=two)
+            orders.append(render(backend.tokenizer, text))
+        if max(map(len, orders)) < backend.context_tokens:
+            rows.append(_judge(backend, labels, row.id, orders))
+        else:
             too_long.append(row.id)
-            continue
-        with closing(backend.session()) as session:
-            reads = [
-                session.score([ScoreRequest(ids, ((len(ids) - 1, tokens),))])[0][0] for ids in shown
-            ]
-        verdicts = "".join(LABELS[scores.index(max(scores))] for scores in reads)
-        margins = [round(best - next, 4) for next, best in (sorted(scores)[1:] for scores in reads)]
-        winner = WINNERS.get(verdicts, "ties")
-        rows.append({"id": row.id, "winner": winner, "verdicts": [*verdicts], "margins": margins})
-    wins = {
-        name: sum(row["winner"] == name for row in rows)
-        for name in ("first", "second", "ties", "flips")
-    }
-    ahead, behind = (sum(row["verdicts"].count(label) for row in rows) for label in "AB")
-    found = {"first_shown_ratio": ahead / (ahead + behind) if ahead + behind else 0.5}
-    found |= {
-        "position_p_value": sign_test(ahead, behind),
-        "p_value": sign_test(wins["first"], wins["second"]),
-    }
-    return {
-        "judge": backend.name,
-        "pairs": len(rows),
-        **wins,
-        **found,
-        "too_long": too_long,
-        "rows": rows,
-    }
+
+    winners = Counter(row.winner for row in rows)
+    shown = Counter(chain.from_iterable(row.verdicts for row in rows))  # labels of both orders
+    preferences = shown["A"] + shown["B"]
+    return ReasoningTest(
+        judge=backend.name,
+        pairs=len(rows),
+        first=winners["first"],
+        second=winners["second"],
+        ties=winners["ties"],
+        flips=winners["flips"],
+        first_shown_ratio=shown["A"] / preferences if preferences else 0.5,
+        position_p_value=sign_test(shown["A"], shown["B"]),
+        p_value=sign_test(winners["first"], winners["second"]),
+        too_long=too_long,
+        rows=rows,
+    )
+
+
+def _judge(
+    backend: Backend, labels: tuple[int, ...], id: str, orders: Sequence[tuple[int, ...]]
+) -> JudgedPair:
+    """Read the most likely label after each order's prompt."""
+    verdicts = ""
+    margins = []
+    with closing(backend.session()) as session:
+        for ids in orders:
+            request = ScoreRequest(ids, ((len(ids) - 1, labels),))
+            [[logprobs]] = session.score([request])
+            *_, runner_up, best = sorted(logprobs)
+            verdicts += LABELS[logprobs.index(best)]
+            margins.append(round(best - runner_up, 4))
+    return JudgedPair(id, WINNERS.get(verdicts, "ties"), list(verdicts), margins)
