@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,11 @@ import time
 import psutil
 import pytest
 
-from kit.grading.answers import LONGEST, Grader, Item, decimal, find, last_box
+from kit.grading.answers import Grader, Item
+from kit.grading.extract import LONGEST, find, last_box
 from kit.grading.math_worker import GRACE_SECONDS
+from kit.grading.normalize import normalize
+from kit.grading.quantities import read_quantity
 from tests.conftest import ROOT
 from tests.grading_cases import PAIRS
 
@@ -26,7 +28,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
     return [
         p
         for p in psutil.Process(pid).children(recursive=True)
-        if "graders.py" in " ".join(p.cmdline())
+        if "spawn_main" in " ".join(p.cmdline())
     ]
 
 
@@ -93,10 +95,11 @@ def test_answer_is_recorded_as_it_stands_in_the_text():
 
 
 def test_decimals_are_exact_and_never_guess():
-    assert decimal("0.1")[0] != decimal("0.10000000000000000001")[0]
-    assert decimal("20%") == (decimal("20")[0], True)
+    assert read_quantity("0.1").value != read_quantity("0.10000000000000000001").value
+    assert read_quantity("20%").value == read_quantity("20").value
+    assert read_quantity("20%").percent and not read_quantity("20").percent
     for text in ("1/2", "3x", "2^3", "3,4", "1e5x", "", "--3", ".", "3 4"):
-        assert decimal(text, words=True) is None, text
+        assert read_quantity(normalize(text), words=True) is None, text
 
 
 def test_plain_numbers_start_no_worker(started):
@@ -207,11 +210,12 @@ def test_workers_end_when_their_parent_is_killed():
 def test_ctrl_c_ends_a_grading_call_at_once(moment):
     """While math-verify computes, and while a worker is being started after a kill: neither is waited for."""
     code = r"""
-import os, signal, subprocess, threading, time
-from kit.answers import Grader, Item
+import os, signal, multiprocessing.popen_spawn_posix, threading, time
+from kit.grading.answers import Grader, Item
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-starts, start = [], subprocess.Popen
+Popen = multiprocessing.popen_spawn_posix.Popen
+starts, start = [], Popen._launch
 
 def interrupted(*args, **options):
     starts.append(1)
@@ -220,7 +224,8 @@ def interrupted(*args, **options):
         time.sleep(0.5)
     return start(*args, **options)
 
-subprocess.Popen = interrupted if MOMENT == "starting" else start
+if MOMENT == "starting":
+    Popen._launch = interrupted
 towers = [Item("5", r"\boxed{9^{9^{9^9}} + %d}" % n) for n in range(9)]
 try:
     with Grader(timeout_seconds=0.5 if MOMENT == "starting" else 60) as grader:
@@ -245,22 +250,22 @@ except KeyboardInterrupt:
         process.kill()
 
 
-def test_worker_speaks_json_lines_and_ends_with_its_input():
-    worker = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            str(ROOT / "kit" / "grading" / "math_worker.py"),
-            "20",
-            str(1 << 30),
-        ],
-        input="null\n" + json.dumps(["1/2", "0.5"]) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+def test_an_idle_worker_ends_with_its_parent():
+    code = (
+        "import time\n"
+        "from kit.grading.answers import Grader, Item\n"
+        "Grader().grade([Item('3', r'\\boxed{\\sqrt{9}}')]); print('idle', flush=True)\n"
+        "time.sleep(60)\n"
     )
-    assert [json.loads(line) for line in worker.stdout.splitlines()] == [
-        ["", "ready"],
-        ["correct", "math"],
-    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    try:
+        assert parent.stdout.readline() == "idle\n"
+        workers = workers_of(parent.pid)
+        assert len(workers) == 1
+    finally:
+        parent.kill()
+        parent.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == [], "a worker outlived its parent"
