@@ -89,7 +89,9 @@ def write_scientific(rng: random.Random, value: tuple[int, int]) -> str:
 
 def change_scientific(rng: random.Random, value: tuple[int, int]) -> tuple[int, int]:
     digits, power = value
-    return rng.choice([(digits + 1, power), (digits, power + 1), (digits, -power), (digits, power - 1)])
+    return rng.choice(
+        [(digits + 1, power), (digits, power + 1), (digits, -power), (digits, power - 1)]
+    )
 
 
 def draw_root(rng: random.Random) -> tuple[int, int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import psutil
 import pytest
@@ -17,9 +19,11 @@ from kit.grading.extract import LONGEST, find, last_box
 from kit.grading.math_worker import GRACE_SECONDS
 from kit.grading.normalize import normalize
 from kit.grading.quantities import read_quantity
+from tests.answer_grammar import pair
 from tests.conftest import ROOT
 from tests.grading_cases import PAIRS
 
+DATA = ROOT / "tests" / "data"
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 
@@ -269,3 +273,44 @@ def test_an_idle_worker_ends_with_its_parent():
         parent.communicate()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == [], "a worker outlived its parent"
+
+
+FUZZ_PAIRS = int(os.environ.get("PALIGN_FUZZ", "300"))
+SEEDS_THAT_FAILED = (102, 5899, 9853)  # of tests/answer_grammar.py, on the way
+
+
+def test_pairs_from_a_grammar_are_graded_as_constructed(warm):
+    """Unequal answers never pass, equal ones mostly do."""
+    seeds = [*SEEDS_THAT_FAILED, *range(FUZZ_PAIRS)]
+    refused = equals = 0
+    for seed in seeds:
+        gold, answer, equal = pair(seed)
+        [grade] = warm.grade([Item(gold, f"\\boxed{{{answer}}}")])
+        assert equal or grade.verdict != "correct", (seed, gold, answer, grade)
+        equals += equal
+        refused += equal and grade.verdict != "correct"
+    assert refused <= 0.02 * equals
+
+
+def test_shared_cases_accept_nothing_wrong_and_nearly_all_that_is_right(warm, shared):
+    lines = (shared / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()
+    cases = [json.loads(line) for line in lines]
+    grades = warm.grade([Item(case["gold"], case["output"], case["verifier"]) for case in cases])
+    accepted = [grade.verdict == "correct" for grade in grades]
+    wrong = [case for case, yes in zip(cases, accepted, strict=True) if yes and not case["right"]]
+    right = sum(case["right"] for case in cases)
+    assert wrong == [] and sum(accepted) >= 0.95 * right
+
+
+KINDS = [
+    json.loads(line) for line in (DATA / "grading_cases.jsonl").read_text("utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("kind", sorted({case["kind"] for case in KINDS}))
+def test_each_kind_of_answer_is_graded_as_a_person_would(warm, kind):
+    cases = [case for case in KINDS if case["kind"] == kind]
+    assert min(Counter(case["right"] for case in cases).values()) >= 5
+    grades = warm.grade([Item(case["gold"], case["output"], case["verifier"]) for case in cases])
+    for case, grade in zip(cases, grades, strict=True):
+        assert (grade.verdict == "correct") == case["right"], (case, grade)

@@ -58,6 +58,7 @@ class DatasetConfig(BaseConfig):
     fields: dict[
         Role, str
     ] = {}  # which key holds what, for any JSONL: {question: KEY, answer: KEY}
+    preset: str | None = None  # a file of the field by its name, e.g. svamp: kit/presets.yaml
     name: str | None = None  # the dataset's name in eval/ and in tables; default: from the path
     subset: str | None = None  # a hub dataset's configuration, e.g. main
     steps: tuple[int, int] = (1, 4)  # builtin: fewest and most arithmetic steps of a problem

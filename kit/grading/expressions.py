@@ -24,7 +24,9 @@ from kit.grading.quantities import Quantity, different_units, read_quantity, rea
 DECIMAL_DIGITS = 6  # from which a decimal may stand for the number it is rounded from
 _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _LABEL = re.compile(r"\\?[a-zA-Z]+'?(?:_(?:\{[^{}]*\}|\\?\w+))?(?:\s*\([^()]*\))?|\\?angle \w+")
-_WORD = re.compile(r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d")
+_WORD = re.compile(
+    r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d"
+)
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _UNIT_IN_FONT = re.compile(
     rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{[^{{}}]*\}}(?:\^\s?-?\d)?\s*/?\s*)+)"
@@ -412,7 +414,10 @@ def _rounded(decimal: Scalar, exact: Scalar) -> bool:
         return False
     if exact.written is not None or exact.expression.free_symbols:
         return False
-    distance = abs(sympy.N(exact.expression - decimal.expression, 50))
+    number = exact.expression
+    if number.is_Rational and set(sympy.factorint(number.q)) <= {2, 5}:
+        return False  # it has a last decimal of its own
+    distance = abs(sympy.N(number - decimal.expression, 50))
     return bool(distance.is_real and distance < sympy.Rational(1, 10**written.places))
 
 
