@@ -47,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     )
     grade.add_argument("file", metavar="FILE", help="rows with an answer and one or more outputs")
     grade.add_argument("--verifier", choices=("math", "number", "choice", "text"), default="math")
+    _grade_arguments(grade)
+    data = command("data", "show what a file, a preset or a hub set becomes: rows, reasons, problems")
+    data.add_argument("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml), a hub id")
+    data.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. preset=svamp fields={question: q}"
+    )
+    data.add_argument("--all", action="store_true", help="show all problems, not the first three")
     _judge_arguments(command("judge", "look at verdicts along the traces of a JSONL"))
     _bench_arguments(
         command("bench", "measure side by side in one run: judge, generate, train or grade")
@@ -177,9 +184,21 @@ def _stage(name: str) -> Any:
 
 
 def _grade(args: argparse.Namespace, progress: Any) -> int:
-    from kit.grading import files as grade
+    from kit.grading.files import Source, grade_file
+    from kit.grading.outputs import Keys
 
-    return _print(args, grade.grade_file(Path(args.file), args.verifier))
+    keys = Keys(args.answer, args.outputs, args.labels)
+    gold = Path(args.gold) if args.gold else None
+    return _print(args, grade_file(Source(Path(args.file), keys, gold, args.on, args.bare), args.verifier))
+
+
+def _data(args: argparse.Namespace, progress: Any) -> int:
+    from kit import data
+    from kit.core import config as configs
+
+    keys = [f"data.train.{text}" for text in args.overrides]
+    config = configs.load(None, [f"data.train.path={json.dumps(args.source)}", *keys])
+    return _print(args, data.describe(config.data.train, args.all))
 
 
 def _judge(args: argparse.Namespace, progress: Any) -> int:
@@ -349,6 +368,15 @@ def _judge_arguments(judge: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--interactive", action="store_true", help="walk through a trace interactively"
     )
+
+
+def _grade_arguments(grade: argparse.ArgumentParser) -> None:
+    grade.add_argument("--answer", metavar="KEY", help="the gold answer; a.b goes into a row")
+    grade.add_argument("--outputs", metavar="KEY", help="one output or several")
+    grade.add_argument("--labels", metavar="KEY", help="the file's own verdicts, to compare with")
+    grade.add_argument("--gold", metavar="FILE", help="take the gold answers from this file")
+    grade.add_argument("--on", metavar="KEY", help="what both files share, or KEY=KEY_OF_GOLD")
+    grade.add_argument("--bare", action="store_true", help="the outputs are extracted answers")
 
 
 def _bench_arguments(bench: argparse.ArgumentParser) -> None:
