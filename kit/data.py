@@ -491,6 +491,8 @@ def _fill(row: dict[str, Any], template: str) -> str | None:
         part = _options(lookup(row, key))
         if part is None and key.lower() not in ("context", "passage"):
             return None
+        if part and key.lower() in ("body", "context", "passage") and part[-1].isalnum():
+            part += "."
         text = text.replace(f"{{{key}}}", part or "")
     return text.strip()
 
