@@ -191,22 +191,32 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
     keys = _keys(source, rows)
     needed = ("question", "answer", "trace") if traces else ("question", "answer")
 
-    seen = _Seen()
+    ids: dict[str, str] = {}  # where each stands
+    questions: dict[str, Problem] = {}  # the first one with a text
     for where, row in rows:
         values = _values(row, keys)
-        text = f"{normal(values['question'] or '')}\0{values['trace'] if traces else ''}"
-        if not values["id"]:
-            values["id"] = f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-        missing = [role for role in needed if not values[role]]
-        reason = _lack(row, keys, missing[0]) if missing else seen.reason(values, traces)
-        if reason:
-            detail = f"{source.path}, {where}: {reason}"
-            if not missing:
-                detail += f": stands in {seen.place(values)}"
-            reading.rejected.append({"id": values["id"], "reason": reason, "detail": detail})
+        question = normal(values["question"] or "")
+        text = f"{question}\0{values['trace'] if traces else ''}"
+        id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        lacking = [role for role in needed if not values[role]]
+        twin = questions.get(question)
+        if lacking:
+            reason = _lack(row, keys, lacking[0])
+            detail = reason
+        elif twin and twin.answer != values["answer"] and not traces:
+            reason = "same question, other answer"
+            detail = f"{reason}: stands in {ids[twin.id]}"
+        elif id in ids:
+            reason = "duplicate id or text"
+            detail = f"{reason}: stands in {ids[id]}"
         else:
-            seen.add(values, where)
-            reading.problems.append(Problem.model_validate(values))
+            ids[id] = where
+            problem = Problem.model_validate({**values, "id": id})
+            questions.setdefault(question, problem)
+            reading.problems.append(problem)
+            continue
+        detail = f"{source.path}, {where}: {detail}"
+        reading.rejected.append({"id": id, "reason": reason, "detail": detail})
     if not reading.problems:
         first = reading.rejected[0]["detail"]
         message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
@@ -214,30 +224,6 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
         hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
         raise KitError(message, f"{hint} the keys: fields={{question: KEY, answer: KEY}}.")
     return reading._replace(warnings=_unused_parts(source, keys, rows))
-
-
-class _Seen:
-    """Ids and questions of the rows before, each with where it stands."""
-
-    def __init__(self) -> None:
-        self.ids: dict[str, str] = {}
-        self.questions: dict[str, tuple[str, str]] = {}  # question -> answer, where
-
-    def reason(self, values: dict[str, str | None], traces: bool) -> str | None:
-        """Why a row is set aside; None where it is new."""
-        known = self.questions.get(normal(str(values["question"])))
-        if known and known[0] != values["answer"] and not traces:
-            return "same question, other answer"
-        return "duplicate id or text" if values["id"] in self.ids else None
-
-    def place(self, values: dict[str, str | None]) -> str:
-        """Where the row stands that this one repeats."""
-        question = normal(str(values["question"]))
-        return self.ids.get(str(values["id"])) or self.questions[question][1]
-
-    def add(self, values: dict[str, str | None], where: str) -> None:
-        self.ids[str(values["id"])] = where
-        self.questions.setdefault(normal(str(values["question"])), (str(values["answer"]), where))
 
 
 def _lack(row: dict[str, Any], keys: dict[str, tuple[str, ...]], role: str) -> str:
@@ -301,9 +287,9 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
 def _fitting_preset(row: dict[str, Any]) -> str | None:
     """The preset whose keys a row has."""
     for name, preset in presets().items():
-        fields = preset.get("fields", {})
-        named = [key for field in fields.values() for key in _template_keys(field) or [field]]
-        if named and all(_has(row, key) for key in named):
+        keys = set(re.findall(r"[\w.]+", " ".join(preset.get("fields", {}).values())))
+        keys -= {"context", "passage"}
+        if keys and all(lookup(row, key) is not None for key in keys):
             return name
     return None
 
@@ -340,28 +326,22 @@ def _unused_parts(
     source: DatasetConfig, keys: dict[str, tuple[str, ...]], rows: Rows
 ) -> tuple[str, ...]:
     """A warning for keys that belong to a question and are not used."""
-    used = {
-        key.lower() for names in keys.values() for name in names for key in _template_keys(name)
-    }
-    used.update(name.lower() for names in keys.values() for name in names)
-    unused: list[str] = []
-    for _, row in rows:
-        for key, value in row.items():
-            is_part = key.lower() in PARTS_OF_QUESTIONS and key.lower() not in used
-            if is_part and value not in (None, "", [], {}) and key not in unused:
-                unused.append(key)
+    used = re.findall(r"\w+", str(list(keys.values())).lower())
+    unused = []
+    for key in rows[0][1]:
+        is_part = key.lower() in PARTS_OF_QUESTIONS and key.lower() not in used
+        if is_part and any(row.get(key) for _, row in rows):
+            unused.append(key)
     if not unused:
         return ()
-    first_row = rows[0][1]
-    question = next(
-        (key for name in keys["question"] for key in first_row if key.lower() == name), ""
-    )
-    before = [key for key in unused if key.lower() in ("body", "context", "passage")]
-    after = [key for key in unused if key not in before]
-    template = " ".join(f"{{{key}}}" for key in [*before, question])
-    template += "".join(f"\\n{{{key}}}" for key in after)
+    # contexts stand before the question, options after it
+    question = next((key for key in rows[0][1] if key.lower() in keys["question"]), "KEY")
+    template = f"{{{question}}}"
+    for key in unused:
+        is_options = key.lower() in ("options", "choices")
+        template = f"{template}\\n{{{key}}}" if is_options else f"{{{key}}} {template}"
     return (
-        f"{source.path}: {', '.join(unused)} belong to the question and are not used. "
+        f"{source.path}: not used, though part of the question: {', '.join(unused)}. "
         f'Write fields={{question: "{template}"}}.',
     )
 
@@ -517,6 +497,6 @@ def _text(value: Any) -> str | None:
     if type(value) in (int, float) and abs(value) < float("inf"):  # neither True nor NaN
         return str(value).removesuffix(".0")
     if isinstance(value, list):
-        texts = [_text(item) for item in value]
-        return ", ".join(str(text) for text in texts) if texts and all(texts) else None
+        texts = [None if isinstance(item, list) else _text(item) for item in value]
+        return ", ".join(map(str, texts)) if texts and all(texts) else None
     return None

@@ -106,11 +106,9 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
     except (ValueError, RecursionError):
         return None
     if isinstance(document, dict):
-        # {"data": [...]}, {"0": {...}, "1": {...}}, or the only row of a JSONL file
-        lists = [value for value in document.values() if _is_rows(value)]
-        if len(document) > 1 and _is_rows(list(document.values())):
-            return list(document.values())
-        return lists[0] if len(lists) == 1 and len(document) == 1 else [document]
+        # {"data": [...]} or {"0": {...}, "1": {...}}
+        values = list(document.values())
+        document = values[0] if len(values) == 1 else values
     return document if _is_rows(document) else None
 
 

@@ -28,9 +28,7 @@ _WORD = re.compile(
     r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d"
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
-_UNIT_IN_FONT = re.compile(
-    rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{[^{{}}]*\}}(?:\^\s?-?\d)?\s*/?\s*)+)"
-)
+_WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
 _OPERATORS = {"<": sympy.Lt, ">": sympy.Gt, "\\leq": sympy.Le, "\\geq": sympy.Ge, "\\neq": sympy.Ne}
 _SYNTAX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
@@ -177,28 +175,14 @@ def _both_signs(text: str) -> str:
 
 def _read_scalar(text: str) -> Scalar:
     """One expression, a unit after it set aside."""
-    with_unit = _UNIT_IN_FONT.fullmatch(text)
+    with_unit = _WITH_UNIT.fullmatch(text)
     unit = read_unit(with_unit[2]) if with_unit else None
-    if with_unit and unit:
-        inner = read(with_unit[1])
-        if not isinstance(inner, Scalar):
-            raise UnreadableError(text)
-        return Scalar(inner.expression, unit, inner.written)
-    mixed = re.fullmatch(r"(-?)(\d+) ?(\\frac ?\{?(\d+?)\}? ?\{?(\d+)\}?|(?:\d+/\d+))(.*)", text)
-    if mixed and mixed[4] and int(mixed[4]) < int(mixed[5]):
-        unit = read_unit(mixed[6])
-        if unit is not None:
-            value = sympy.Integer(int(mixed[2])) + sympy.Rational(int(mixed[4]), int(mixed[5]))
-            return Scalar(-value if mixed[1] else value, unit)
-    fraction = re.fullmatch(r"(-?\\frac\{-?\d+\}\{-?\d+\}|-?\d+/\d+)(.*)", text)
-    if fraction and fraction[2]:
-        unit = read_unit(fraction[2])
-        if unit:
-            return Scalar(_parse(fraction[1]), unit)
-    ratio = re.fullmatch(r"(\d+) ?: ?(\d+)", text)
-    if ratio and int(ratio[2]):
-        return Scalar(sympy.Rational(int(ratio[1]), int(ratio[2])))
-    return Scalar(_parse(text))
+    if with_unit is None or not unit:
+        return Scalar(_parse(text))
+    number = read(with_unit[1])
+    if not isinstance(number, Scalar):
+        raise UnreadableError(text)
+    return Scalar(number.expression, unit, number.written)
 
 
 def _parse(text: str) -> Any:
@@ -247,24 +231,25 @@ def _read_equation(text: str) -> Any:
     values = [read(side) for side in (sides[1:] if label else sides)]
     if len(values) == 1:
         return Labelled(str(label).replace(" ", "").casefold(), values[0])
-    # a chain: every part must be the same number
-    scalars = [value for value in values if isinstance(value, Scalar)]
-    if len(scalars) == len(values) and not any(v.expression.free_symbols for v in scalars):
-        if not all(_near(scalars[0], other, exact="\\approx" not in text) for other in scalars[1:]):
-            raise UnreadableError(text)
-        return scalars[0]
-    if len(scalars) == 2 and label is None and "\\approx" not in text:
-        return Relation("=", scalars[0].expression - scalars[1].expression)
-    if len(scalars) == len(values) and label is not None and _equal(scalars[0], scalars[-1]):
-        return Labelled(label.casefold(), scalars[-1])
+    if not all(isinstance(value, Scalar) for value in values):
+        raise UnreadableError(text)
+    # a chain: every part must be the same number, or near it after \\approx
+    constant = not any(value.expression.free_symbols for value in values)
+    tolerance = 0.05 if "\\approx" in text else 0
+    if constant or label:
+        for value in values[1:]:
+            distance = abs(sympy.N(value.expression - values[0].expression))
+            near = (
+                constant
+                and tolerance
+                and distance <= tolerance * abs(sympy.N(values[0].expression))
+            )
+            if not near and not _equal(values[0], value):
+                raise UnreadableError(text)
+        return Labelled(label.casefold(), values[0]) if label else values[0]
+    if len(values) == 2 and not tolerance:
+        return Relation("=", values[0].expression - values[1].expression)
     raise UnreadableError(text)
-
-
-def _near(first: Scalar, second: Scalar, exact: bool) -> bool:
-    if exact:
-        return _equal(first, second)
-    distance = abs(sympy.N(first.expression - second.expression))
-    return bool(distance <= 0.05 * abs(sympy.N(first.expression)))
 
 
 def _read_range(text: str) -> Any:
@@ -442,18 +427,11 @@ def _equal_expressions(first: Any, second: Any) -> bool:
 
 
 def _equal_sets(gold: sympy.Set, answer: sympy.Set) -> bool:
-    if gold == answer:
-        return True
-    if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
-        ends_open = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
-        ends = ((gold.start, answer.start), (gold.end, answer.end))
-        return bool(ends_open) and all(_equal_expressions(*pair) for pair in ends)
-    if isinstance(gold, sympy.Union) and isinstance(answer, sympy.Union):
-        return len(gold.args) == len(answer.args) and _matched(gold.args, answer.args, _equal_sets)
-    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
-        pairs = (tuple(gold), tuple(answer))
-        return len(gold) == len(answer) and _matched(*pairs, _equal_expressions)
-    return False
+    if not isinstance(gold, sympy.Interval) or not isinstance(answer, sympy.Interval):
+        return bool(gold == answer)
+    ends_open = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
+    starts = _equal_expressions(gold.start, answer.start)
+    return ends_open and starts and _equal_expressions(gold.end, answer.end)
 
 
 def _equal_groups(gold: Group, answer: Group) -> bool:

@@ -7,7 +7,11 @@ paper's released files. Anything else is read by keys that the caller names.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from kit.core.table import keys_of, lookup
 
@@ -21,64 +25,12 @@ LABELS = ("labels", "label", "correct", "is_correct")
 VERIFIERS = ("math", "number", "choice", "text")
 
 
-class Format(NamedTuple):
-    """One project's rows. A path through a list goes into each of its items."""
-
-    name: str
-    needs: tuple[str, ...]  # paths by which it is recognized
-    answer: str
-    outputs: str
-    labels: tuple[str, ...]
-
-
-FORMATS = (
-    Format("lm-evaluation-harness", ("resps", "target"), "target", "resps", ("exact_match", "acc")),
-    Format(
-        "lighteval",
-        ("doc.choices", "model_response.text"),
-        "doc.choices",
-        "model_response.text",
-        ("metric.extractive_match", "metric.pass@k:k=1&n=1", "metric.em"),
-    ),
-    Format(
-        "lighteval (old)",
-        ("full_prompt", "predictions", "gold"),
-        "gold",
-        "predictions",
-        ("metrics.extractive_match", "metrics.qem", "metrics.em"),
-    ),
-    Format("OpenCompass", ("origin_prompt", "prediction"), "gold", "prediction", ("correct",)),
-    Format("Qwen2.5-Math", ("gt", "code", "pred"), "gt", "code", ("score",)),
-    Format(
-        "open-r1",
-        ("generations", "correctness_math_verify"),
-        "answer",
-        "generations",
-        ("correctness_math_verify",),
-    ),
-    Format("verl", ("gts", "output"), "gts", "output", ("acc", "score")),
-    Format(
-        "verl",
-        ("reward_model.ground_truth", "responses"),
-        "reward_model.ground_truth",
-        "responses",
-        (),
-    ),
-    Format(
-        "NeMo-Skills",
-        ("expected_answer", "generation"),
-        "expected_answer",
-        "generation",
-        ("symbolic_correct", "is_correct"),
-    ),
-    Format(
-        "vLLM batch",
-        ("custom_id", "response.body"),
-        "answer",
-        "response.body.choices.message.content",
-        (),
-    ),
-)
+@functools.cache
+def formats() -> list[dict[str, Any]]:
+    """The formats of kit/grading/outputs.yaml."""
+    path = Path(__file__).with_suffix(".yaml")
+    loaded: list[dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
 
 
 class Keys(NamedTuple):
@@ -108,22 +60,13 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
     Raises:
         ValueError: no answer or no outputs, with the keys there are; as many labels as outputs are needed.
     """
-    fitting = (
-        known for known in FORMATS if all(_pick(row, need) is not None for need in known.needs)
-    )
-    known = next(fitting, None)
-    answer_paths = (keys.answer,) if keys.answer else ANSWERS
-    output_paths = (keys.outputs,) if keys.outputs else OUTPUTS
-    label_paths = (keys.labels,) if keys.labels else LABELS
-    if known and not keys.answer:
-        answer_paths = (known.answer, *ANSWERS)
-    if known and not keys.outputs:
-        output_paths = (known.outputs,)
-    if known and not keys.labels:
-        label_paths = known.labels
+    known = _format(row)
+    answer_paths = (keys.answer,) if keys.answer else (known.get("answer", ""), *ANSWERS)
+    output_paths = (keys.outputs,) if keys.outputs else (known.get("outputs", ""), *OUTPUTS)
+    label_paths = (keys.labels,) if keys.labels else known.get("labels", LABELS)
     answer = gold if gold is not None else _gold(row, answer_paths)
-    found = _first(row, output_paths)
-    outputs = found if isinstance(found, list) else [found]
+    outputs = _first(row, output_paths)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
     labels = _first(row, label_paths)
     if outputs and all(isinstance(output, dict) and "text" in output for output in outputs):
         # this kit's own rows, graded before
@@ -145,6 +88,14 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
         raise ValueError(f"it has {len(texts)} outputs and {len(verdicts)} labels")
     verifier = row.get("verifier") if row.get("verifier") in VERIFIERS else None
     return OutputRow(answer, [text or "" for text in texts], verdicts, verifier)
+
+
+def _format(row: dict[str, Any]) -> dict[str, Any]:
+    """The format whose keys a row has; {} for none."""
+    for known in formats():
+        if all(_pick(row, path) is not None for path in known["needs"]):
+            return known
+    return {}
 
 
 def _gold(row: dict[str, Any], paths: tuple[str, ...]) -> str:
