@@ -25,7 +25,8 @@ DECIMAL_DIGITS = 6  # from which a decimal may stand for the number it is rounde
 _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _LABEL = re.compile(r"\\?[a-zA-Z]+'?(?:_(?:\{[^{}]*\}|\\?\w+))?(?:\s*\([^()]*\))?|\\?angle \w+")
 _WORD = re.compile(
-    r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d"
+    r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d|"
+    rf"\\{FONTS}(?![a-zA-Z])"
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
@@ -133,7 +134,7 @@ def _group(kind: str, text: str, separators: tuple[str, ...]) -> Group:
             items.extend(value.items)
         else:
             items.append(value)
-    return Group(kind, tuple(items))
+    return Group(kind, tuple(_distinct(items) if kind in (",", "{}") else items))
 
 
 def _split(text: str, separators: tuple[str, ...]) -> list[str]:
@@ -361,9 +362,9 @@ def _alike(value: Any, other: Any) -> Any:
             sets = [item.numbers for item in value.items]
             both = sympy.Intersection(*sets)
             return Range(sympy.Union(*sets) if both == sympy.S.EmptySet else both)
-    if isinstance(value, Group) and value.kind in (",", "{}") and len(value.items) == 1:
-        if not isinstance(other, Group):
-            return value.items[0]
+    is_single = isinstance(value, Group) and value.kind in (",", "{}") and len(value.items) == 1
+    if is_single and not isinstance(other, Group):
+        return value.items[0]
     return value
 
 
@@ -435,29 +436,22 @@ def _equal_sets(gold: sympy.Set, answer: sympy.Set) -> bool:
 
 
 def _equal_groups(gold: Group, answer: Group) -> bool:
-    unordered = all(group.kind in (",", "{}") for group in (gold, answer))
-    if {gold.kind, answer.kind} == {",", "()"} and _all_named(gold if gold.kind == "," else answer):
-        answer = Group(gold.kind, answer.items)
-    if not unordered and gold.kind != answer.kind:
+    kinds = {gold.kind, answer.kind}
+    unordered = kinds <= {",", "{}"}
+    named = [_names(group) for group in (gold, answer)]
+    # `x = 1, y = 2` is the tuple (1, 2)
+    is_tuple = kinds == {",", "()"} and max(named) == len(gold.items)
+    if len(gold.items) != len(answer.items) or not (unordered or is_tuple or len(kinds) == 1):
         return False
-    golds = _distinct(gold.items) if unordered else gold.items
-    answers = _distinct(answer.items) if unordered else answer.items
-    if len(golds) != len(answers):
-        return False
-    # names that differ from item to item: without them, the order tells which is which
-    some_named = [
-        len({item.label for item in items if isinstance(item, Labelled)})
-        for items in (golds, answers)
-    ]
-    if unordered and (max(some_named) < 2 or min(some_named) == max(some_named)):
-        return _matched(golds, answers, _equal)
-    return all(_equal(one, other) for one, other in zip(golds, answers, strict=True))
+    # names that differ from item to item: where one side has none, the order tells which is which
+    if unordered and (max(named) < 2 or min(named) == max(named)):
+        return _matched(gold.items, answer.items)
+    return all(_equal(one, other) for one, other in zip(gold.items, answer.items, strict=True))
 
 
-def _all_named(group: Group) -> bool:
-    """Whether it is written as `x = 1, y = 2`: a tuple whose places have names."""
-    labels = {item.label for item in group.items if isinstance(item, Labelled)}
-    return len(labels) == len(group.items)
+def _names(group: Group) -> int:
+    """How many different names its items have: `x = 1, y = 2` has two."""
+    return len({item.label for item in group.items if isinstance(item, Labelled)})
 
 
 def _distinct(items: Any) -> list[Any]:
@@ -468,12 +462,14 @@ def _distinct(items: Any) -> list[Any]:
     return distinct
 
 
-def _matched(golds: Any, answers: Any, equal: Any) -> bool:
+def _matched(golds: tuple[Any, ...], answers: tuple[Any, ...]) -> bool:
     """Whether every gold item has an answer of its own; both are of one length."""
     left = list(answers)
     for gold in golds:
-        partner = next((place for place, answer in enumerate(left) if equal(gold, answer)), None)
-        if partner is None:
+        for answer in left:
+            if _equal(gold, answer):
+                left.remove(answer)
+                break
+        else:
             return False
-        left.pop(partner)
     return True

@@ -28,6 +28,7 @@ _SYMBOLS = {
 }  # fmt: skip
 _CHARACTERS.update({ord(character): latex for character, latex in _SYMBOLS.items()})
 
+_PLAIN = re.compile(r"[-+]?(?:\\?\$)?\d[\d.,]*")
 # Thousands written with spaces: 1\,000\,000  1 000 000
 _SPACED_NUMBER = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~|\s)\s*\d{3})+(?![\d.,])")
 
@@ -46,6 +47,9 @@ def normalize(text: str) -> str:
     Args:
         text: as it stands in an output or a gold answer, with or without signs of math mode.
     """
+    # most answers are plain numbers
+    if _PLAIN.fullmatch(text):
+        return text.replace("\\", "").replace("$", "").rstrip(".,")
     text = unicodedata.normalize("NFC", text).strip().strip("*`").strip().translate(_CHARACTERS)
     text = _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     for pattern, replacement in _rules():
