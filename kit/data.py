@@ -1,12 +1,14 @@
-"""Problems from the built-in generator, a file or the hub: read, checked, subsets and holdouts taken.
+"""Problems from the built-in generator, a file or the hub: read, checked, subsets and holdouts
+taken.
 
-What a row is shows in its keys, in any case: GSM8K, MATH, AIME, AMC and s1K are known by them. Other files of the field
-have a preset (kit/presets.yaml), and any file can be read by `fields: {question: KEY, answer: KEY, ...}`, where a key
-may go into a row (`reward_model.ground_truth`) and a question be a template (`"{Body} {Question}"`, `"{question}
-{options}"`).
+What a row is shows in its keys, in any case: GSM8K, MATH, AIME, AMC and s1K are known by them.
+Other files of the field have a preset (kit/presets.yaml), and any file can be read by `fields:
+{question: KEY, answer: KEY, ...}`, where a key may go into a row (`reward_model.ground_truth`) and
+a question be a template (`"{Body} {Question}"`, `"{question} {options}"`).
 
-A damaged file stops the run, with its line. A row that lacks something, or whose id or text stood before, is set aside.
-Training and evaluation may share no question, up to case and white space; rewordings are only counted.
+A damaged file stops the run, with its line. A row that lacks something, or whose id or text stood
+before, is set aside. Training and evaluation may share no question, up to case and white space;
+rewordings are only counted.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Reading(NamedTuple):
-    """The usable problems of a source, and the rows that were set aside, each as {id, reason, detail}."""
+    """The usable problems of a source, and the rows that were set aside, each as {id, reason,
+    detail}.
+    """
 
     name: str  # for tables and files
     problems: list[Problem]
@@ -85,10 +89,12 @@ def problems_of(run: Run) -> Loaded:
 
 
 def load_all(config: Config) -> Loaded:
-    """Everything a run reads, checked against each other; sources of stages that will not run are not read.
+    """Everything a run reads, checked against each other; sources of stages that will not run are
+    not read.
 
     Raises:
-        KitError: as `read`; a question in training and in evaluation, two sources of one name, an empty holdout.
+        KitError: as `read`; a question in training and in evaluation, two sources of one name, an
+            empty holdout.
     """
     train_source, everything = _read_train(config)
     train = subset(everything.problems, train_source, config.seed)
@@ -168,16 +174,18 @@ def _refuse_overlap(
 
 
 def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool = False) -> Reading:
-    """All rows of a source, before any subset (built-in problems aside: they are as many as asked for).
+    """All rows of a source, before any subset (built-in problems aside: they are as many as asked
+    for).
 
     Args:
         seed: of built-in problems, where the source has none of its own.
-        held_out: for evaluation: built-in problems of the held-out half; a hub dataset's split `test`.
+        held_out: for evaluation: built-in problems of the held-out half; a hub dataset's split
+            `test`.
         traces: rows need a trace, and a question may come more than once.
 
     Raises:
-        KitError: no such file or dataset, damage (with its line), a key of `fields` that no row has, or not one
-            usable row.
+        KitError: no such file or dataset, damage (with its line), a key of `fields` that no row
+            has, or not one usable row.
     """
     source = with_preset(source)
     name = source.name or re.sub(
@@ -186,11 +194,13 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
     reading = Reading(re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data", [], [])
     if source.path == "builtin":
         return reading._replace(problems=_builtin(source, seed, held_out))
+    # the rows, and which key holds what
     is_file = os.path.exists(source.path) or IS_FILE.fullmatch(source.path)
     rows = read_rows(source.path) if is_file else _hub_rows(source, held_out)
     keys = _keys(source, rows)
     needed = ("question", "answer", "trace") if traces else ("question", "answer")
 
+    # every row becomes a problem, or is set aside with its reason
     ids: dict[str, str] = {}  # where each stands
     questions: dict[str, Problem] = {}  # the first one with a text
     for where, row in rows:
@@ -238,8 +248,8 @@ def describe(source: DatasetConfig, everything: bool = False) -> dict[str, Any]:
     """What a source becomes, for `palign.py data`.
 
     Returns:
-        rows, usable, rejected: [{reason, rows}], problems: [{id, question, answer}] (the first three, or all),
-        warnings where there are any.
+        rows, usable, rejected: [{reason, rows}], problems: [{id, question, answer}] (the first
+        three, or all), warnings where there are any.
     """
     reading = read(source, seed=0)
     reasons = Counter(row["reason"] for row in reading.rejected)
@@ -276,6 +286,7 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
             return source
         nearest = ", ".join(difflib.get_close_matches(name, presets(), 1) or presets())
         raise KitError(f"There is no preset {name!r}.", f"Did you mean {nearest}?", 2)
+    # what the config sets itself goes first
     settings = {key: preset[key] for key in ("subset", "split", "verifier") if key in preset}
     changes = {key: value for key, value in settings.items() if key not in source.model_fields_set}
     changes["fields"] = {**preset.get("fields", {}), **source.fields}
@@ -300,6 +311,7 @@ def _keys(source: DatasetConfig, rows: Rows) -> dict[str, tuple[str, ...]]:
     Raises:
         KitError: a key that `fields` names and no row has.
     """
+    # every key that the config names must be there
     keys: dict[str, tuple[str, ...]] = dict(ROLES)
     for role, named in source.fields.items():
         keys[role] = (named,)
@@ -347,8 +359,10 @@ def _unused_parts(
 
 
 def subset(problems: list[Problem], source: DatasetConfig, seed: int) -> list[Problem]:
-    """The source's `limit` rows: the first, a seeded choice, or a stratified one (each stratum gets its share to within
-    one row); in the order of the file."""
+    """The source's `limit` rows: the first, a seeded choice, or a stratified one (each stratum gets
+    its share to within one row); in the order of the file.
+    """
+    # each stratum's rows stand together, and every n-th row is taken
     strata = [getattr(problem, source.stratify or "", None) or "" for problem in problems]
     if source.stratify and not any(strata):
         raise KitError(
@@ -373,7 +387,10 @@ def normal(question: str) -> str:
 
 
 def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list[str]:
-    """Ids in second of questions that share NEAR_RATIO of their word 5-grams with one question of first."""
+    """Ids in second of questions that share NEAR_RATIO of their word 5-grams with one question of
+    first.
+    """
+    # which questions hold a 5-gram
     holders, found = defaultdict(list), []
     for problem in first:
         for gram in _grams(problem.question):
@@ -465,7 +482,9 @@ def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _fill(row: dict[str, Any], template: str) -> str | None:
-    """A template with the values of a row; None where a part other than a context lacks, never half a question."""
+    """A template with the values of a row; None where a part other than a context lacks, never half
+    a question.
+    """
     text = template
     for key in _template_keys(template):
         part = _options(lookup(row, key))

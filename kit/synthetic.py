@@ -1,8 +1,10 @@
-"""Built-in grade-school word problems, and long traces that wander: runs without any data, and the workshop.
+"""Built-in grade-school word problems, and long traces that wander: runs without any data, and the
+workshop.
 
-A problem is one of the stories in kit/synthetic.yaml: a quantity and 1 to 4 events that change it. A question is
-for training or held out by its own hash, so the two never meet. The wandering imitates what long chains of thought do
-(restating, a false start that is caught, checking the result again and again), not how a model phrases it.
+A problem is one of the stories in kit/synthetic.yaml: a quantity and 1 to 4 events that change it.
+A question is for training or held out by its own hash, so the two never meet. The wandering
+imitates what long chains of thought do (restating, a false start that is caught, checking the
+result again and again), not how a model phrases it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _UNDO = dict(zip("+-*/", "-+/*", strict=True))
 
 @functools.cache
 def texts() -> dict[str, Any]:
-    """Names, stories and phrases as kit/synthetic.yaml explains them; an event becomes [operation, telling, ...]."""
+    """Names, stories and phrases as kit/synthetic.yaml explains them; an event becomes [operation,
+    telling, ...].
+    """
     path = Path(__file__).with_suffix(".yaml")
     loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     for story in loaded["stories"]:
@@ -44,7 +48,8 @@ def generate(
     steps: tuple[int, int] = (1, 4),
     largest: int = 60,
 ) -> list[Problem]:
-    """Make distinct problems with worked solutions; `level` is the number of steps, `subject` the kind of story.
+    """Make distinct problems with worked solutions; `level` is the number of steps, `subject` the
+    kind of story.
 
     Args:
         steps: fewest and most arithmetic steps, each number of them equally likely.
@@ -58,6 +63,7 @@ def generate(
         raise KitError(
             f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2
         )
+    # the two halves, training and held out, are told apart by the id's last digit
     rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
@@ -73,11 +79,13 @@ def generate(
 
 def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
+    # who, what, and what happens
     people = {name: person for person in texts()["people"] for name in person["names"].split()}
     hero, friend = rng.sample(list(people), 2)
     words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), **people[hero]}
     events = _choose_events(rng, story, steps)
 
+    # the story and its solution, event by event
     value = rng.randint(6, max(6, largest))
     sentences = [story["begin"].format(a=value, **words)]
     solution = [f"At the start: {value} {words['things']}."]
@@ -113,7 +121,9 @@ def _choose_events(rng: random.Random, story: dict[str, Any], steps: int) -> lis
 
 
 def _operand(rng: random.Random, operation: str, value: int, largest: int) -> int:
-    """The second number of an operation; a divisor leaves no rest, or makes the result too small."""
+    """The second number of an operation; a divisor leaves no rest, or makes the result too
+    small.
+    """
     if operation == "/":
         divisors = [number for number in range(2, min(13, value)) if value % number == 0]
         return rng.choice(divisors or [value + 1])
@@ -122,7 +132,8 @@ def _operand(rng: random.Random, operation: str, value: int, largest: int) -> in
 
 
 def wander(problem: Problem, wordiness: float, seed: int) -> str:
-    """A long chain of thought over a worked solution: right in the end, essential steps early, then checks upon checks.
+    """A long chain of thought over a worked solution: right in the end, essential steps early, then
+    checks upon checks.
 
     Equations `a op b = c` in the solution, one step a line, are what goes astray and is checked.
 
@@ -189,7 +200,9 @@ def _false_start(rng: random.Random, equation: dict[str, Any]) -> str:
 
 
 def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str:
-    """One of several ways to check again what is already known; the first three need an equation."""
+    """One of several ways to check again what is already known; the first three need an
+    equation.
+    """
     equations = [equation for step in steps for equation in _equations(step)]
     way = rng.randrange(5)
     if not equations and way != 3:

@@ -1,6 +1,8 @@
-"""Pairs of answers whose equality is known by construction: a value is drawn, then written in two of its forms.
+"""Pairs of answers whose equality is known by construction: a value is drawn, then written in two
+of its forms.
 
-`pair(seed)` gives (gold, answer, equal). An unequal pair differs in one number, one end, one sign or one unit.
+`pair(seed)` gives (gold, answer, equal). An unequal pair differs in one number, one end, one sign
+or one unit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Answers found and graded: the verdicts of a careful person, and a worker that never outlives its limit."""
+"""Answers found and graded: the verdicts of a careful person, and a worker that never outlives its
+limit.
+"""
 
 from __future__ import annotations
 
@@ -212,12 +214,15 @@ def test_workers_end_when_their_parent_is_killed():
 
 @pytest.mark.parametrize("moment", ["comparing", "starting"])
 def test_ctrl_c_ends_a_grading_call_at_once(moment):
-    """While math-verify computes, and while a worker is being started after a kill: neither is waited for."""
+    """While math-verify computes, and while a worker is being started after a kill: neither is
+    waited for.
+    """
     code = r"""
 import os, signal, multiprocessing.popen_spawn_posix, threading, time
 from kit.grading.answers import Grader, Item
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+# a shell's background jobs begin with it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 Popen = multiprocessing.popen_spawn_posix.Popen
 starts, start = [], Popen._launch
 

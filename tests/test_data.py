@@ -1,4 +1,6 @@
-"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both sides."""
+"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both
+sides.
+"""
 
 from __future__ import annotations
 
@@ -276,7 +278,10 @@ def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
 
 
 def test_near_duplicates_are_counted(tmp_path: Path) -> None:
-    text = "Natalia sold {} clips to her friends in April and then she sold half as many of them in the month of May"
+    text = (
+        "Natalia sold {} clips to her friends in April and then she sold half as many of them "
+        "in the month of May"
+    )
     far = {
         "question": "A train leaves the station at noon and arrives somewhere else in the evening.",
         "answer": "1",
@@ -390,7 +395,7 @@ def test_an_answer_may_be_an_index_a_list_or_nested(tmp_path: Path) -> None:
     row = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
     template = {"question": "{question}\n{choices}"}
     assert one(tmp_path, row, fields=template).answer == "B"
-    with pytest.raises(KitError, match="no answer in 'answer' .number."):
+    with pytest.raises(KitError, match=r"no answer in 'answer' .number."):
         one(tmp_path, {**row, "answer": 2}, fields=template)
     assert one(tmp_path, {"question": "Q?", "answer": ["$1$", "$2$"]}).answer == "$1$, $2$"
     nested = {"question": "Q?", "reward_model": {"ground_truth": "7"}, "all": [{"x": "8"}]}
@@ -484,7 +489,7 @@ def test_a_preset_is_named_or_refused() -> None:
     source = data.with_preset(DatasetConfig(path="svamp"))
     assert (source.path, source.name, source.verifier) == ("ChilleD/SVAMP", "svamp", "number")
     assert data.with_preset(DatasetConfig(path="svamp", verifier="math")).verifier == "math"
-    with pytest.raises(KitError, match="no preset 'swamp'.*svamp"):
+    with pytest.raises(KitError, match=r"no preset 'swamp'.*svamp"):
         data.with_preset(DatasetConfig(path="x", preset="swamp"))
     for name, preset in data.presets().items():
         DatasetConfig(**{**preset, "name": name})

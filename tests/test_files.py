@@ -1,4 +1,6 @@
-"""`grade FILE`: our own rows, other projects' formats, labels, and the paper's grader beside ours."""
+"""`grade FILE`: our own rows, other projects' formats, labels, and the paper's grader beside
+ours.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,9 @@ def _parse_lines(content: bytes) -> Rows:
 
 
 def lookup(row: dict[str, Any], path: str) -> Any:
-    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` go into it. None: there is none."""
+    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` go into it.
+    None: there is none.
+    """
     for key in row:
         if key.lower() == path.lower():
             return row[key]

@@ -1,8 +1,9 @@
 r"""Final answers graded against the gold answer (section 4; the filter of Eq. 9).
 
-An answer is found (extract.py), put into a normal form (normalize.py), and compared: as a letter, as words, as a plain
-number with a unit (quantities.py), or by sympy in a worker process that can be killed (math_worker.py, expressions.py).
-No wrong answer may pass: what cannot be read as a whole is never graded by a part of it.
+An answer is found (extract.py), put into a normal form (normalize.py), and compared: as a letter,
+as words, as a plain number with a unit (quantities.py), or by sympy in a worker process that can be
+killed (math_worker.py, expressions.py). No wrong answer may pass: what cannot be read as a whole is
+never graded by a part of it.
 
 Nothing that a text says is executed, and nothing is known here of how it was drawn.
 """
@@ -28,15 +29,18 @@ _LETTER = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _SEVERAL = re.compile(
-    r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+\s*|[A-J]{2,}",
+    r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+"
+    r"\s*|[A-J]{2,}"
 )
 _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
 
 
 class Item(NamedTuple):
-    """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box or in `#### 8`.
+    """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box
+    or in `#### 8`.
 
-    `verifier` is math, number (grade-school: units in words are allowed), choice (option letters) or text.
+    `verifier` is math, number (grade-school: units in words are allowed), choice (option letters)
+    or text.
     """
 
     gold: str
@@ -47,9 +51,9 @@ class Item(NamedTuple):
 class Grade(NamedTuple):
     """What became of a text.
 
-    `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the worker was stopped).
-    `how` is none, oversized, or `PLACE:METHOD`: boxed, tag, hashes, phrase, bare or given, and decimal, math, string,
-    choice, text, unreadable, time, memory or crash.
+    `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the
+    worker was stopped). `how` is none, oversized, or `PLACE:METHOD`: boxed, tag, hashes, phrase,
+    bare or given, and decimal, math, string, choice, text, unreadable, time, memory or crash.
     """
 
     verdict: str
@@ -58,7 +62,8 @@ class Grade(NamedTuple):
 
 
 class Grader:
-    """Grades texts; a context manager, for any thread. Its worker starts when an answer needs it, and stays warm.
+    """Grades texts; a context manager, for any thread. Its worker starts when an answer needs it,
+    and stays warm.
 
     Args:
         timeout_seconds: for one answer; the worker is then killed and replaced.
@@ -93,6 +98,7 @@ class Grader:
         """Verdict and method; the worker is asked last."""
         if verifier == "choice":
             return _compare_letters(gold, answer)
+        # words
         right = normalize(gold)
         given = normalize(answer)
         if verifier == "text":
@@ -141,6 +147,7 @@ def _quantity_text(verifier: str, text: str) -> str:
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[str, str]:
+    # several letters where one is right name no answer
     right = _letters(gold)
     given = _letters(answer)
     if not right or not given or len(given) > len(right) == 1:
@@ -150,6 +157,7 @@ def _compare_letters(gold: str, answer: str) -> tuple[str, str]:
 
 def _letters(text: str) -> str:
     """The option letters that an answer names, sorted; "" for none."""
+    # (B) in any font
     plain = re.sub(rf"\\{FONTS}\s*\{{([^{{}}]*)\}}", r"\1", text)
     plain = (
         normalize(plain.strip(" $*{}"))
@@ -166,7 +174,9 @@ def _letters(text: str) -> str:
 
 
 def _bases(gold: str, answer: str) -> bool | None:
-    """Whether numbers with a base agree, which the answer may leave out; None where the gold answer has none."""
+    """Whether numbers with a base agree, which the answer may leave out; None where the gold answer
+    has none.
+    """
     pattern = r"([\dA-F]+)_\{?(\d+)\}?"
     right = re.fullmatch(pattern, gold)
     given = re.fullmatch(pattern, answer)

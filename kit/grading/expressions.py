@@ -1,10 +1,13 @@
-r"""Mathematical answers read into values, and compared exactly: the part of grading that needs sympy (section 4, Eq. 9).
+r"""Mathematical answers read into values, and compared exactly: the part of grading that needs
+sympy (section 4, Eq. 9).
 
-An answer is a scalar with a unit, an equation, a set of real numbers (intervals, inequalities), or a group of answers
-(a list, a tuple, a matrix). It is read as a whole or not at all: nothing is fished out of what cannot be read.
+An answer is a scalar with a unit, an equation, a set of real numbers (intervals, inequalities), or
+a group of answers (a list, a tuple, a matrix). It is read as a whole or not at all: nothing is
+fished out of what cannot be read.
 
-Paper: math-verify, which compares floats to six decimals. Here: math-verify's parser for the single expressions, exact
-rationals, and a decimal stands for another number only where it has six correct digits or more.
+Paper: math-verify, which compares floats to six decimals. Here: math-verify's parser for the single
+expressions, exact rationals, and a decimal stands for another number only where it has six correct
+digits or more.
 """
 
 from __future__ import annotations
@@ -154,7 +157,9 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
 
 
 def _brackets(text: str) -> tuple[str, str]:
-    """What one pair of brackets encloses, and the pair; the text and "" where none encloses all of it."""
+    """What one pair of brackets encloses, and the pair; the text and "" where none encloses all of
+    it.
+    """
     match = re.fullmatch(r"(\\\{|\(|\[)(.*)(\\\}|\)|\])", text, re.DOTALL)
     if match is None:
         return text, ""
@@ -228,6 +233,7 @@ def _read_equation(text: str) -> Any:
     sides = [side.strip() for side in _split(text, ("=", "\\approx"))]
     if len(sides) == 2 and _LABEL.fullmatch(sides[1]) and not _LABEL.fullmatch(sides[0]):
         sides.reverse()
+    # a name on the left is set aside
     label = sides[0] if _LABEL.fullmatch(sides[0]) else None
     values = [read(side) for side in (sides[1:] if label else sides)]
     if len(values) == 1:
@@ -261,6 +267,7 @@ def _read_range(text: str) -> Any:
         if isinstance(value, Group) and value.kind in ("()", "[]", "(]", "[)"):
             value = Range(_interval(value))
         return Labelled(named[1].casefold(), value)
+    # in one variable it is a set of numbers, in several it stays a relation
     variables: set[str] = set()
     try:
         numbers = _numbers(text, variables)
@@ -293,6 +300,7 @@ def _numbers(text: str, variables: set[str]) -> sympy.Set:
     if text == "\\emptyset":
         return sympy.S.EmptySet
     inner, kind = _brackets(text)
+    # \\{x | 1 < x\\} and \\{1, 2\\}
     if kind == "{}":
         builder = re.fullmatch(r"\s*([a-zA-Z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)", inner)
         if builder:
@@ -320,6 +328,7 @@ def _solve(text: str, variables: set[str]) -> sympy.Set:
             raise UnreadableError(text)
         both = _split(_both_signs(text), (",",))
         return sympy.Intersection(*[_solve(part, variables) for part in both])
+    # each pair of neighbours is one inequality
     numbers: sympy.Set = sympy.S.Reals
     for place in range(1, len(sides), 2):
         left, right = _parse(sides[place - 1]), _parse(sides[place + 1])
@@ -352,7 +361,9 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _alike(value: Any, other: Any) -> Any:
-    """A value in the form of the other, where it can be: a pair as an interval, a set of one as its element."""
+    """A value in the form of the other, where it can be: a pair as an interval, a set of one as its
+    element.
+    """
     if isinstance(other, Range) and isinstance(value, Group):
         if value.kind == "{}" and not value.items:
             return Range(sympy.S.EmptySet)
@@ -415,6 +426,7 @@ def _equal_expressions(first: Any, second: Any) -> bool:
         return False
     if first.has(sympy.oo, sympy.zoo, sympy.nan) or second.has(sympy.oo, sympy.zoo, sympy.nan):
         return False
+    # refuted at a few points, of either sign
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     for shift in (3, -5, 7):
         point = {symbol: sympy.Rational(shift, 4 + index) for index, symbol in enumerate(symbols)}
@@ -423,6 +435,7 @@ def _equal_expressions(first: Any, second: Any) -> bool:
             distance = abs(values[0] - values[1])
             if distance > (abs(values[0]) + abs(values[1])) * sympy.Float("1e-30", 40):
                 return False
+    # proven
     difference = sympy.simplify(first - second)
     return bool(difference == 0 or difference.equals(0))
 

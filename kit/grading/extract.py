@@ -1,9 +1,12 @@
-r"""The final answer of a text, found (section 4): boxes, `<answer>`, `#### 8`, or a sentence about the answer.
+r"""The final answer of a text, found (section 4): boxes, `<answer>`, `#### 8`, or a sentence about
+the answer.
 
-Only what stands after the last end-of-prefix tag and `</think>` counts, so a prefix which already holds the answer
-earns nothing. Boxes that only commas, and/or, spacing or labels separate are one answer: hedging does not pay.
+Only what stands after the last end-of-prefix tag and `</think>` counts, so a prefix which already
+holds the answer earns nothing. Boxes that only commas, and/or, spacing or labels separate are one
+answer: hedging does not pay.
 
-Paper: where a text names no answer, its last expression. Here: there is none (kit/grading/published.py has that way).
+Paper: where a text names no answer, its last expression. Here: there is none
+(kit/grading/published.py has that way).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ LONGEST = 4000  # characters of an answer that are looked at
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _BETWEEN_BOXES = re.compile(
-    r"(?:[\s,;.&$]|\\[()\[\] ,;!]|\\(?:quad|qquad|text|left|right)\b|[{}]|\b(?:and|or)\b|\*\*|[和或且、，]|"
+    r"(?:[\s,;.&$]|\\[()\[\] ,;!]|\\(?:quad|qquad|text|left|right)\b|[{}]|\*\*|"
+    r"\b(?:and|or)\b|[和或且、，]|"
     r"(?:\b[a-zA-Z]\w?(?:_\{?\w+\}?)?|\\[a-z]+)(?:\([a-z]\))?\s*=)*",
     re.IGNORECASE,
 )
@@ -88,11 +92,13 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, or of several that only commas, and/or, spacing or labels separate.
+    r"""Content of the last `\boxed{...}`, or of several that only commas, and/or, spacing or labels
+    separate.
 
     Empty boxes do not count. A box that the text's end leaves open counts where there is no other.
     """
     boxes = _boxes(text)
+    # \boxed 8
     if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1] if bare else None
@@ -107,7 +113,9 @@ def last_box(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the outermost boxes whose braces balance, in one pass over the text."""
+    """(start, end, content) of the outermost boxes whose braces balance, in one pass over the
+    text.
+    """
     boxes: list[tuple[int, int, str]] = []
     # of the open braces: where a box begins and its content, None for any other brace
     open_braces: list[tuple[int, int] | None] = []
@@ -123,6 +131,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
         elif match[0][-1] == "{" and match[0] != "\\{":
             is_box = len(match[0]) > 1
             open_braces.append((match.start(), match.end()) if is_box else None)
+    # the text ends within its only box
     unclosed = [begin for begin in open_braces if begin]
     if unclosed and not boxes:
         start, inside = unclosed[-1]
@@ -133,7 +142,9 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def gold_of(gold: str) -> str:
-    """The gold answer itself, where the data gives a whole solution or a list of one or several answers."""
+    """The gold answer itself, where the data gives a whole solution or a list of one or several
+    answers.
+    """
     boxed = last_box(gold)
     if boxed:
         return boxed
@@ -171,7 +182,9 @@ def _in_phrase(text: str, verifier: str) -> str | None:
 
 
 def _named(rest: str, verifier: str) -> str | None:
-    """The answer at the beginning of what follows the word "answer"; None where it is denied or cut off."""
+    """The answer at the beginning of what follows the word "answer"; None where it is denied or cut
+    off.
+    """
     copula = _IS.match(rest)
     if copula is None or _NEGATED.search(copula[0]):
         return None

@@ -1,7 +1,8 @@
-"""grade FILE: the outputs in any file graded, and compared with the file's own labels where it has some.
+"""grade FILE: the outputs in any file graded, and compared with the file's own labels where it has
+some.
 
-Beside the kit's own verdicts stand those of the paper's grader (published.py), so that published numbers can be met.
-Labels are only compared with, never used.
+Beside the kit's own verdicts stand those of the paper's grader (published.py), so that published
+numbers can be met. Labels are only compared with, never used.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
     """Grade every output of a file.
 
     Returns:
-        file, problems, samples, accuracy (mean over samples) with ci_low and ci_high, pass_at {k: ratio}, verdicts
-        {verdict: samples}, agreement {agree, of} with the file's labels (None: it has none), as_published {accuracy,
-        pass_at, agreement} by the paper's grader, differ: [{line, sample, label, gold, verdict, answer, how}], and a
-        note where no output holds an answer.
+        file, problems, samples, accuracy (mean over samples) with ci_low and ci_high, pass_at {k:
+        ratio}, verdicts {verdict: samples}, agreement {agree, of} with the file's labels (None: it
+        has none), as_published {accuracy, pass_at, agreement} by the paper's grader, differ:
+        [{line, sample, label, gold, verdict, answer, how}], and a note where no output holds an
+        answer.
 
     Raises:
-        KitError: no such file, a damaged one, or a row without an answer or outputs, by file and line.
+        KitError: no such file, a damaged one, or a row without an answer or outputs, by file and
+            line.
     """
     if isinstance(source, Path):
         source = Source(source)
@@ -58,6 +61,7 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
             items = [Item(row.gold, output, row.verifier or verifier) for output in row.outputs]
             grades = grader.grade(items, source.bare)
             graded.append(_Graded(where, row, grades, _published(grader, items, source.bare)))
+    # the same rows, once by our verdicts and once by the paper's
     ours = [[grade.verdict for grade in problem.grades] for problem in graded]
     theirs = [
         ["correct" if right else "wrong" for right in problem.published] for problem in graded
@@ -76,6 +80,7 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
         },
         "differ": _differences(graded),
     }
+    # extracted answers, graded as whole outputs
     if set(scores["verdicts"]) == {"unparsed"}:
         result["note"] = "No output holds an answer. If they are extracted answers, add --bare."
     return result

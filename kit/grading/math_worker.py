@@ -1,9 +1,10 @@
 """The grading worker: sympy in a process that can be killed.
 
-sympy can hang or eat the machine on an innocent-looking answer, inside C code that no signal handler interrupts. So a
-pool of one process (pebble) kills it at its limit, and the process bounds its own address space and arms a kernel
-timer that ends it even when the parent is gone. The caller's signals are never touched: any thread may grade, and
-Ctrl-C leaves nothing behind. A guard against accidents of computation, no sandbox: nothing here runs an answer's code.
+sympy can hang or eat the machine on an innocent-looking answer, inside C code that no signal
+handler interrupts. So a pool of one process (pebble) kills it at its limit, and the process bounds
+its own address space and arms a kernel timer that ends it even when the parent is gone. The
+caller's signals are never touched: any thread may grade, and Ctrl-C leaves nothing behind. A guard
+against accidents of computation, no sandbox: nothing here runs an answer's code.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class MathWorker:
         self._lock = Lock()
 
     def compare(self, gold: str, answer: str) -> tuple[str, str]:
-        """Verdict and method; ("timeout", "time" | "memory" | "crash") when the worker did not live to reply.
+        """Verdict and method; ("timeout", "time" | "memory" | "crash") when the worker did not live
+        to reply.
 
         Args:
             gold: in normal form (kit/grading/normalize.py), as the answer.

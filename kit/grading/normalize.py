@@ -1,7 +1,8 @@
 r"""One normal form of an answer, before any comparison (section 4).
 
-What makes no mathematical difference goes: `\displaystyle`, `\left`, fonts, spacing, dashes, full-width forms.
-Nothing is computed here, and nothing that could change the value of an answer is removed.
+What makes no mathematical difference goes: `\displaystyle`, `\left`, fonts, spacing, dashes,
+full-width forms. Nothing is computed here, and nothing that could change the value of an answer is
+removed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def normalize(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """A normal form as a string to compare: without case, spaces, fonts, and the marks of a subscript."""
+    """A normal form as a string to compare: without case, spaces, fonts, and the marks of a
+    subscript.
+    """
     text = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<![\\a-zA-Z])([A-Z][a-z]?|[a-z])_(\w)", r"\1\2", text)
     text = text.replace("\\{", "<").replace("\\}", ">")

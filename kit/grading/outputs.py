@@ -1,8 +1,10 @@
-"""Rows of other people's outputs: the gold answer, the outputs and the labels of each, by the format's own keys.
+"""Rows of other people's outputs: the gold answer, the outputs and the labels of each, by the
+format's own keys.
 
-Known by their keys: lm-evaluation-harness sample logs, lighteval details (old and new), OpenCompass predictions,
-Qwen2.5-Math outputs, open-r1 generations, verl and NeMo-Skills rows, vLLM batch files, this kit's eval/*.jsonl and the
-paper's released files. Anything else is read by keys that the caller names.
+Known by their keys: lm-evaluation-harness sample logs, lighteval details (old and new), OpenCompass
+predictions, Qwen2.5-Math outputs, open-r1 generations, verl and NeMo-Skills rows, vLLM batch files,
+this kit's eval/*.jsonl and the paper's released files. Anything else is read by keys that the
+caller names.
 """
 
 from __future__ import annotations
@@ -58,12 +60,14 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
         gold: the answer from another file.
 
     Raises:
-        ValueError: no answer or no outputs, with the keys there are; as many labels as outputs are needed.
+        ValueError: no answer or no outputs, with the keys there are; as many labels as outputs are
+            needed.
     """
     known = _format(row)
     answer_paths = (keys.answer,) if keys.answer else (known.get("answer", ""), *ANSWERS)
     output_paths = (keys.outputs,) if keys.outputs else (known.get("outputs", ""), *OUTPUTS)
     label_paths = (keys.labels,) if keys.labels else known.get("labels", LABELS)
+    # the gold answer and what was written
     answer = gold if gold is not None else _gold(row, answer_paths)
     outputs = _first(row, output_paths)
     outputs = outputs if isinstance(outputs, list) else [outputs]

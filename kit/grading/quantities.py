@@ -1,7 +1,8 @@
-r"""Plain numbers with a unit: `8,000`, `-3.0`, `\$5.50`, `20\%`, `4.5e33`, `15 \text{ cm}^2`, `2 million`, `6:00 a.m.`
+r"""Plain numbers with a unit: `8,000`, `-3.0`, `\$5.50`, `20\%`, `4.5e33`, `15 \text{ cm}^2`, `2
+million`, `6:00 a.m.`
 
-Exact, and without any mathematics: what is no plain number is left to kit/grading/expressions.py. A unit counts only
-where both sides have one that is known, and they differ.
+Exact, and without any mathematics: what is no plain number is left to kit/grading/expressions.py. A
+unit counts only where both sides have one that is known, and they differ.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ _SCALES = {
 }
 # Words after a number that make it another one, or no answer.
 _NOT_UNITS = set(
-    "a an and or if is not no nor to plus minus half dozen quarter third over mod more less fewer least most than "
-    "between except but else when where with without maybe about squared cubed base remainder choose factorial "
-    "sqrt pi sin cos tan cot sec csc log ln exp lim gcd lcm true false am pm".split()
+    "a an and or if is not no nor to plus minus half dozen quarter third over mod more less fewer "
+    "least most than between except but else when where with without maybe about squared cubed "
+    "base remainder choose factorial sqrt pi sin cos tan cot sec csc log ln exp lim gcd lcm true false am pm".split()
 )
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.(\d*))?"
@@ -85,7 +86,8 @@ def read_quantity(text: str, words: bool = False) -> Quantity | None:
     """The number and unit of a normal form; None where it is anything else.
 
     Args:
-        words: grade-school answers: what stands before the last `=` and the unit's spelling do not matter.
+        words: grade-school answers: what stands before the last `=` and the unit's spelling do not
+            matter.
     """
     if words:
         text = text.rsplit("=", 1)[-1].strip()
@@ -118,17 +120,20 @@ def read_unit(text: str, words: bool = False) -> str | None:
     Args:
         words: a single letter without a font of its own is a unit, not a variable.
     """
+    # without fonts and brackets
     in_font = bool(re.search(rf"\\{FONTS}", text))
     unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])", " ", text).replace("\\%", "%")
     unit = re.sub(r"[{}()\s-]+", " ", unit).strip(" .,")
     if unit in ("", "%"):
         return unit
+    # words, apart from those that make another number of it
     names = re.findall(r"[^\W\d_]+", unit)
     if not re.fullmatch(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?-?[23])+", unit) or not names:
         return None
     unit = unit.lower()
     if _NOT_UNITS.intersection(name.lower() for name in names) or len(names) > 8:
         return None
+    # a letter or two may be variables: they need a font, or a place among the known units
     known = re.split(r"\^", unit.replace(" ", ""))[0] in UNITS
     long_enough = any(len(name) >= 3 or not name.isascii() for name in names)
     compound = "/" in unit and all(part.strip(" ^23") in UNITS for part in unit.split("/"))
