@@ -78,6 +78,11 @@ def parser() -> ArgumentParser:
     option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
     option("file", type=Path, metavar="FILE", help="rows with an answer and one or more outputs")
     option("--verifier", choices=("math", "number", "choice", "text"), default="math")
+    _grade_options(option)
+    option = command("data", _data, "show what a file, a preset or a hub dataset becomes")
+    option("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml) or a hub id")
+    option("overrides", nargs="*", metavar="key=value", help="e.g. fields={question: q}")
+    option("--all", action="store_true", help="show all problems, not the first three")
     _judge_options(command("judge", _judge, "look at verdicts along the traces of a JSONL"))
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
@@ -93,6 +98,15 @@ def parser() -> ArgumentParser:
     option = command("prompt", _prompt, "show a prompt as the model sees it", config=True)
     option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
+
+
+def _grade_options(option: Option) -> None:
+    option("--answer", metavar="KEY", help="the gold answer; a.b goes into a row")
+    option("--outputs", metavar="KEY", help="one output or several")
+    option("--labels", metavar="KEY", help="the file's own verdicts, to compare with")
+    option("--gold", type=Path, metavar="FILE", help="take the gold answers from this file")
+    option("--on", metavar="KEY", help="what both files share, or KEY=KEY_OF_GOLD")
+    option("--bare", action="store_true", help="the outputs are extracted answers")
 
 
 def _judge_options(option: Option) -> None:
@@ -199,9 +213,21 @@ def _stages(args: Namespace, progress: Any) -> int:
 
 
 def _grade(args: Namespace, progress: Any) -> int:
-    from kit.grading import files
+    from kit.grading.files import Source, grade_file
+    from kit.grading.outputs import Keys
 
-    return _print(args, files.grade_file(args.file, args.verifier))
+    keys = Keys(args.answer, args.outputs, args.labels)
+    source = Source(args.file, keys, args.gold, args.on, args.bare)
+    return _print(args, grade_file(source, args.verifier))
+
+
+def _data(args: Namespace, progress: Any) -> int:
+    from kit import data
+    from kit.core import config as configs
+
+    path = f"data.train.path={json.dumps(args.source)}"
+    overrides = [path, *(f"data.train.{text}" for text in args.overrides)]
+    return _print(args, data.describe(configs.load(None, overrides).data.train, args.all))
 
 
 def _judge(args: Namespace, progress: Any) -> int:

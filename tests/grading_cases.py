@@ -1,6 +1,8 @@
-r"""Pairs with the verdict that a careful person would give: (gold, output, verdict), grouped by verifier and topic.
+r"""Pairs with the verdict that a careful person would give: (gold, output, verdict), grouped by
+verifier and topic.
 
-In BOXED the output is the content of `\boxed{}`; in WHOLE it is the whole text. C correct, W wrong, U unparsed.
+In BOXED the output is the content of `\boxed{}`; in WHOLE it is the whole text. C correct, W wrong,
+U unparsed.
 """
 
 C, W, U = "correct", "wrong", "unparsed"

@@ -1,8 +1,11 @@
-"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both sides."""
+"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both
+sides.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -82,10 +85,13 @@ def test_fields_and_unknown_keys(tmp_path: Path) -> None:
     problem = one(tmp_path, row, fields=fields)
     assert problem == Problem(id="17", question="Wie viel?", answer="3", trace="Hm. 3.")
     with pytest.raises(
-        KitError, match=r"no question in any key of .*'Frage', 'gold', 'nr', 'thinking'.*fields="
+        KitError,
+        match=r"no question in any key of 'Frage' \(text\), 'gold' \(text\), 'nr' .*fields=",
     ):
         one(tmp_path, row)
-    with pytest.raises(KitError, match=r"no answer in any key"):
+    with pytest.raises(
+        KitError, match=r"fields.answer names 'golden'.*Did you mean 'gold'\?.*'nr'"
+    ):
         one(tmp_path, row, fields={**fields, "answer": "golden"})
     with pytest.raises(KitError, match=r"data\.train\.fields\.antwort.*'question', 'answer'"):
         configured({"path": "x", "fields": {"antwort": "gold"}}, "builtin")
@@ -123,7 +129,7 @@ def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
         (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: broken JSON .int, not an object"),
         (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken JSON .*utf-8"),
         (b"[" * 100_000, "line 1: broken JSON"),
-        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: .*line 1: no question in question"),
+        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: .*line 1: no question in 'question' .text."),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) -> None:
@@ -161,7 +167,7 @@ def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
         {"answer": "1"},
     ]
     bad += [
-        {"id": "l", "question": "A list?", "answer": ["1"]},
+        {"id": "l", "question": "A list?", "answer": [["1"]]},
         {"question": "Truth?", "answer": True},
     ]
     bad += [
@@ -272,7 +278,10 @@ def test_a_question_on_both_sides_is_refused(tmp_path: Path) -> None:
 
 
 def test_near_duplicates_are_counted(tmp_path: Path) -> None:
-    text = "Natalia sold {} clips to her friends in April and then she sold half as many of them in the month of May"
+    text = (
+        "Natalia sold {} clips to her friends in April and then she sold half as many of them "
+        "in the month of May"
+    )
     far = {
         "question": "A train leaves the station at noon and arrives somewhere else in the evening.",
         "answer": "1",
@@ -335,10 +344,12 @@ def test_traces_from_a_file_stand_alone(tmp_path: Path) -> None:
     assert [p.trace for p in data.load_traces(config)] == ["Hm. 0.", "Hm. 1.", "Hm. 2."]
     loaded = data.load_all(config)
     assert loaded.train == data.load_traces(config) and len(loaded.rejected) == 1
-    assert loaded.rejected[0]["reason"] == "no trace in any key of ['question', 'answer', 'id']"
+    assert loaded.rejected[0]["reason"] == (
+        "no trace in any key of 'question' (text), 'answer' (text), 'id' (text)"
+    )
     mapped = configured({}, "builtin", teacher={**teacher, "fields": {"trace": "question"}})
     assert data.load_traces(mapped)[0].trace == QA[0]["question"]
-    with pytest.raises(KitError, match="stand in training and in evaluation"):
+    with pytest.raises(KitError, match="appear in both training and evaluation"):
         data.load_all(configured({}, write(tmp_path, QA), teacher=teacher))
 
 
@@ -348,3 +359,171 @@ def test_traces_of_the_training_source(tmp_path: Path) -> None:
     assert [p.trace for p in data.load_traces(config)] == ["Okay. So 144."]
     with pytest.raises(KitError, match=r"teacher.path=FILE"):
         data.load_traces(configured({}, "builtin", teacher={"backend": "file"}))
+
+
+def test_a_question_is_made_from_several_keys(tmp_path: Path) -> None:
+    row = {"Body": "He has 3 apples.", "Question": "How many?", "Answer": 3.0}
+    problem = one(tmp_path, row, fields={"question": "{Body} {Question}"})
+    assert (problem.question, problem.answer) == ("He has 3 apples. How many?", "3")
+    # half a question is none
+    reading = data.read(
+        DatasetConfig(
+            path=write(tmp_path, [row, {**row, "Body": " ", "Question": "What?"}]),
+            fields={"question": "{Body} {Question}"},
+        ),
+        0,
+    )
+    assert len(reading.problems) == 1 and "no question" in reading.rejected[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["red", "blue"], "A) red\nB) blue"),
+        ({"A": "red", "B": "blue"}, "A) red\nB) blue"),
+        (["A)red", "B)blue"], "A)red\nB)blue"),
+        ("A) red B) blue", "A) red B) blue"),
+    ],
+)
+def test_options_become_lettered_lines(tmp_path: Path, options: Any, lines: str) -> None:
+    row = {"question": "Which?", "options": options, "answer": "B"}
+    problem = one(tmp_path, row, fields={"question": "{question}\n{options}"})
+    assert (problem.question, problem.answer) == (f"Which?\n{lines}", "B")
+
+
+def test_an_answer_may_be_an_index_a_list_or_nested(tmp_path: Path) -> None:
+    row = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
+    template = {"question": "{question}\n{choices}"}
+    assert one(tmp_path, row, fields=template).answer == "B"
+    with pytest.raises(KitError, match=r"no answer in 'answer' .number."):
+        one(tmp_path, {**row, "answer": 2}, fields=template)
+    assert one(tmp_path, {"question": "Q?", "answer": ["$1$", "$2$"]}).answer == "$1$, $2$"
+    nested = {"question": "Q?", "reward_model": {"ground_truth": "7"}, "all": [{"x": "8"}]}
+    assert one(tmp_path, nested, fields={"answer": "reward_model.ground_truth"}).answer == "7"
+    assert one(tmp_path, nested, fields={"answer": "all.0.x"}).answer == "8"
+
+
+def test_an_unused_part_of_a_question_raises_a_warning(tmp_path: Path) -> None:
+    rows = [{"question": "How many?", "body": "He has 3.", "choices": None, "answer": "3"}]
+    path = write(tmp_path, rows)
+    [warning] = data.read(DatasetConfig(path=path), 0).warnings
+    assert "body" in warning and 'fields={question: "{body} {question}"}' in warning
+    fields = {"question": "{body} {question}"}
+    assert data.read(DatasetConfig(path=path, fields=fields), 0).warnings == ()
+    assert data.load_all(configured(path, "builtin")).warnings == [warning]
+
+
+def test_the_same_question_with_another_answer_is_set_aside(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "question": "How many?", "answer": "3"},
+        {"id": "b", "question": "how  many?", "answer": "4"},
+        {"id": "c", "question": "How many?", "answer": "3"},
+    ]
+    reading = data.read(DatasetConfig(path=write(tmp_path, rows)), 0)
+    assert [problem.id for problem in reading.problems] == ["a", "c"]
+    assert reading.rejected[0]["reason"] == "same question, other answer"
+    assert reading.rejected[0]["detail"].endswith("stands in line 1")
+
+
+def test_other_formats_give_the_same_rows(tmp_path: Path) -> None:
+    import csv
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    text = json.dumps(QA, indent=1)
+    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "dict.json").write_text(json.dumps({"data": QA}))
+    (tmp_path / "numbered.json").write_text(json.dumps({str(n): row for n, row in enumerate(QA)}))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(Path(write(tmp_path, QA)).read_bytes()))
+    for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="") as out:
+            table = csv.DictWriter(out, ["question", "answer"], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(QA)
+    parquet.write_table(pyarrow.Table.from_pylist(QA), tmp_path / "rows.parquet")
+    plain = load(DatasetConfig(path=str(tmp_path / "rows.jsonl"), name="x"), 0)
+    for path in sorted(tmp_path.iterdir()):
+        assert load(DatasetConfig(path=str(path), name="x"), 0) == plain, path
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(KitError, match=r"format \.xlsx are not read.*csv"):
+        load(DatasetConfig(path=str(tmp_path / "rows.xlsx")), 0)
+
+
+BENCHMARKS = {
+    "svamp.jsonl": ("svamp", 40, "145"),
+    "asdiv.jsonl": ("asdiv", 40, "9 (apples)"),
+    "aqua.jsonl": ("aqua", 40, "A"),
+    "mmlu_stem.jsonl": ("mmlu-stem", 40, "C"),
+    "sat_math.jsonl": ("sat-math", 32, "A"),
+    "gaokao_math_qa.jsonl": ("gaokao-math-qa", 40, "D"),
+    "minerva_math.jsonl": ("minerva", 40, "1.6"),
+    "carp_en.jsonl": ("carp", 40, "b ^ { 2 } - 9 a ^ { 2 }"),
+    "mawps.jsonl": ("mawps", 40, "43"),
+    "amc23.jsonl": ("amc23", 40, "27"),
+    "olympiadbench.json": ("olympiadbench", 10, "2"),
+    "olympiadbench.jsonl": ("olympiadbench", 30, "2"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_files_load_whole(shared: Path, name: str) -> None:
+    preset, rows, first_answer = BENCHMARKS[name]
+    source = DatasetConfig(path=str(shared / "benchmarks" / name), preset=preset)
+    described = data.describe(source, everything=True)
+    assert (described["rows"], described["usable"], described["rejected"]) == (rows, rows, [])
+    assert described["problems"][0]["answer"] == first_answer and "warnings" not in described
+    if preset in ("aqua", "mmlu-stem", "sat-math", "gaokao-math-qa"):
+        assert all(re.search(r"\bB[).:]", row["question"]) for row in described["problems"])
+        assert {problem["answer"] for problem in described["problems"]} <= set("ABCDE")
+    # without the preset: all of it, a warning, or an error that names the preset
+    try:
+        without = data.describe(DatasetConfig(path=source.path))
+        assert preset in ("amc23", "minerva") or without["warnings"]
+    except KitError as error:
+        assert f"preset={preset}" in str(error)
+
+
+def test_a_preset_is_named_or_refused() -> None:
+    source = data.with_preset(DatasetConfig(path="svamp"))
+    assert (source.path, source.name, source.verifier) == ("ChilleD/SVAMP", "svamp", "number")
+    assert data.with_preset(DatasetConfig(path="svamp", verifier="math")).verifier == "math"
+    with pytest.raises(KitError, match=r"no preset 'swamp'.*svamp"):
+        data.with_preset(DatasetConfig(path="x", preset="swamp"))
+    for name, preset in data.presets().items():
+        DatasetConfig(**{**preset, "name": name})
+
+
+def test_mutated_files_give_a_clear_message_or_the_right_rows(tmp_path: Path) -> None:
+    """Keys renamed, types changed, rows cut, encodings broken: never half a question."""
+    import random
+
+    fields = {"question": "{body} {question}"}
+    rows = [{**row, "body": f"Body {number}."} for number, row in enumerate(QA)]
+    whole = {f"{row['body']} {row['question']}": row["answer"] for row in rows}
+    for seed in range(100):
+        rng = random.Random(seed)
+        changed: list[Any] = [dict(row) for row in rows]
+        victim = rng.choice(changed)
+        key = rng.choice(["question", "answer", "body"])
+        mutation = rng.randrange(4)
+        if mutation == 0:
+            victim[key + "_"] = victim.pop(key)
+        if mutation == 1:
+            victim[key] = rng.choice([None, "", [], {}, True, float("nan"), [[1]]])
+        text = "".join(json.dumps(row) + "\n" for row in changed).encode()
+        if mutation == 2:
+            text = text[: rng.randrange(len(text))]
+        if mutation == 3:
+            place = rng.randrange(len(text))
+            text = text[:place] + b"\xff" + text[place + 1 :]
+        path = tmp_path / "mutated.jsonl"
+        path.write_bytes(text)
+        try:
+            reading = data.read(DatasetConfig(path=str(path), fields=fields), 0)
+        except KitError as error:
+            assert "mutated.jsonl" in str(error)
+            continue
+        for problem in reading.problems:
+            assert whole[problem.question] == problem.answer, (seed, problem)

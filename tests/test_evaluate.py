@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -16,7 +15,6 @@ from kit.core.progress import Progress
 from kit.core.records import EvalRow
 from kit.core.run import Run
 from kit.core.stages import file_name
-from kit.grading.files import grade_file
 from kit.pipeline.evaluate import evaluate
 from kit.prompts import template_hash
 from tests.conftest import ROOT
@@ -195,66 +193,3 @@ def test_grade_the_published_outputs(shared):
     assert (found["problems"], found["samples"], found["accuracy"]) == (30, 90, 0.1778)
     assert found["pass_at"]["3"] == 0.2667 and found["agreement"] == {"agree": 90, "of": 90}
     assert found["differ"] == [] and sum(found["verdicts"].values()) == 90
-
-
-def test_grade_reads_our_rows_and_others(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        {"answer": "8", "outputs": [r"\boxed{8}", r"\boxed{9}"], "labels": [1, 1]},
-        {"gold": 8, "prediction": r"\boxed{8}", "label": True},
-        {
-            "answer": "6+2\n#### 8",
-            "samples": [{"text": r"\boxed{7}", "verdict": "wrong"}],
-            "sha": "x",
-        },
-    )
-    found = grade_file(path)
-    assert (found["problems"], found["samples"], found["verdicts"]) == (
-        3,
-        4,
-        {"correct": 2, "wrong": 2},
-    )
-    assert found["agreement"] == {"agree": 3, "of": 4}
-    [differ] = found["differ"]
-    assert (differ["line"], differ["sample"], differ["verdict"], differ["answer"]) == (
-        1,
-        1,
-        "wrong",
-        "9",
-    )
-    assert (
-        grade_file(
-            write(tmp_path / "b.jsonl", {"answer": "B", "response": r"\boxed{(B)}"}), "choice"
-        )["accuracy"]
-        == 1
-    )
-
-
-@pytest.mark.parametrize(
-    "line,words",
-    [
-        ('{"answer": "8", "outp', "line 2 cannot be graded: Unterminated string"),
-        ('{"output": "8"}', "line 2 .* lacks an answer .*; its keys are output"),
-        (
-            '{"answer": "8", "text_": "8"}',
-            "line 2 .* lacks an answer or outputs .*outputs: samples outputs",
-        ),
-        ('{"answer": "8", "output": [1]}', "line 2 .* lacks an answer or outputs that are text"),
-        ('{"answer": " ", "output": "8"}', "line 2 .* lacks an answer"),
-        ('{"answer": "8", "output": ["8", "9"], "label": [1]}', "2 outputs and 1 labels"),
-        ("[1]", "line 2 .* holds a list"),
-    ],
-)
-def test_grade_names_the_line(tmp_path, line, words):
-    path = write(tmp_path / "a.jsonl", {"answer": "8", "output": "8"}, line)
-    with pytest.raises(KitError, match=words):
-        grade_file(path)
-
-
-def test_grade_names_the_file(tmp_path):
-    for path in (tmp_path / "absent.jsonl", write(tmp_path / "empty.jsonl"), tmp_path):
-        with pytest.raises(KitError, match=str(path)):
-            grade_file(path)
-    (tmp_path / "binary.jsonl").write_bytes(os.urandom(64) + b"\xff")
-    with pytest.raises(KitError, match="binary"):
-        grade_file(tmp_path / "binary.jsonl")

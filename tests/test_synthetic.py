@@ -1,4 +1,6 @@
-"""The built-in problems: right, distinct, never on both sides; and traces that wander to the right end."""
+"""The built-in problems: right, distinct, never on both sides; and traces that wander to the right
+end.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_wandering_is_long_right_and_repeatable(problems: list[Problem]) -> None
 
 
 def test_what_is_essential_comes_early(problems: list[Problem]) -> None:
-    """Most of a wandering trace is behind the point where the result stands, so that there is something to cut."""
+    """Most of a wandering trace is behind the point where the result stands, so that there is
+    something to cut.
+    """
     accuracy_by_problem = []
     for problem in problems[:200]:
         parts = split(wander(problem, 1, seed=0))

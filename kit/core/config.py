@@ -67,6 +67,7 @@ class DatasetConfig(BaseConfig):
 
     path: str = "builtin"
     fields: dict[Role, str] = {}  # any JSONL: which key holds what, e.g. {question: KEY}
+    preset: str | None = None  # a file of the field by its name, e.g. svamp: kit/presets.yaml
     name: str | None = None  # in eval/ and in tables; default: from the path
     subset: str | None = None  # a hub dataset's configuration, e.g. main
     steps: tuple[int, int] = (1, 4)  # builtin: fewest and most arithmetic steps of a problem

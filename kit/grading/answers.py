@@ -1,62 +1,46 @@
-r"""Final answers: found in a text, and graded against the gold answer (section 4; Eq. 9's filter).
+r"""Final answers graded against the gold answer (section 4; the filter of Eq. 9).
 
-Found: the last `\boxed{...}` behind the last end-of-prefix tag, so that a prefix which already holds the answer earns
-nothing; else what follows the last `####`; else the value that the last sentence about "the answer" names. Graded:
-as exact decimals where both are plain numbers, else by math-verify in a killable worker (kit/graders.py).
+An answer is found (extract.py), put into a normal form (normalize.py), and compared: as a letter,
+as words, as a plain number with a unit (quantities.py), or by sympy in a worker process that can be
+killed (math_worker.py, expressions.py). No wrong answer may pass: what cannot be read as a whole is
+never graded by a part of it.
 
-Paper: math-verify or-ed with an OAT grader, which take the last number of a text that names no answer. Here: such a
-text is `unparsed`. Nothing that a text says is executed, and nothing is known here of how it was drawn.
+Nothing that a text says is executed, and nothing is known here of how it was drawn.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal
 from functools import cache
-from threading import Lock
 from typing import NamedTuple
 
-from kit.grading.math_worker import Worker
-from kit.prompts import END
+from kit.grading.extract import find, gold_of, last_box
+from kit.grading.math_worker import MathWorker
+from kit.grading.normalize import FONTS, comparable, normalize
+from kit.grading.quantities import different_units, read_clock, read_quantity
 
-END_TAGS = (END, "<End_of_Draft>")  # the second: in the paper's released outputs
-LONGEST = 4000  # characters of an answer that are looked at
+__all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
-_HASHES = re.compile(r"####[ \t]*([^\s][^\n]*)")
-_ANSWER = re.compile(r"\banswers?\b(?=([^\n]{0,160}))", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.?!](?=[\s.?!]|$)")
-_VALUE = (
-    r"(\$[^$\n]{1,120}\$(?!\d)|\\\(.{1,120}?\\\)|\*\*[^*\n]{1,120}\*\*|"
-    r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s*/\s*\d+)?\s?%?)"
-)
-_IS = r"\W*(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|:)\s*:?\s*(?:[a-z]+\s+){0,2}?"
-_NUMERIC = re.compile(
-    r"(?!.*(?:\bnot\b|n['\u2019]t\b))(?:.*=\s*|" + _IS + ")" + _VALUE, re.IGNORECASE
-)
-_SAID = re.compile(r"\W*?(?:is|are|was|:|=)\s*:?\s*(.+)")  # where the answer is no number
-_LETTER = re.compile(  # the one option letter, not the first of several
-    r"(?![\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b)"
-    r"[\s(\[]*(?:option|choice)?[\s(\[]*([a-z])(?:[)\].:,]+(?:\s.*)?|\s*)$",
+# One option letter: (B)  B.  B) 12  option B  B is correct; not the first letter of a word or of several.
+_LETTER = re.compile(
+    r"[\s(\[]*(?:option|choice|answer)?[\s(\[:]*([a-z])"
+    r"(?:[)\].:,]+(?:\s.*)?|\s*|\s+(?:is|because|since|as|-)\b.*|\s+(?=[\d\\$]).*)",
     re.DOTALL | re.IGNORECASE,
 )
-_MACRO = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_NUMBER = re.compile(
-    r"(?:[$\u20ac\u00a3]\s*)?([-+]?)\s*(?:[$\u20ac\u00a3]\s*)?(\d{1,3}(?:[, ]\d{3})+(?!\d)|\d*)(?:\.(\d*))?(.*)",
-    re.DOTALL,
+_SEVERAL = re.compile(
+    r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+"
+    r"\s*|[A-J]{2,}"
 )
-_UNIT = re.compile(r"[\s-]*(?:[A-Za-z\u00b0\u00b2\u00b3%'\u2019/.,()\s-]|[a-z]\^\{?[23]\}?)*$")
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NOT_UNITS = set("pi sqrt and or to plus minus times half dozen over mod e i x y".split())
+_SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
 
 
 class Item(NamedTuple):
-    """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box or in `#### 8`.
+    """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box
+    or in `#### 8`.
 
-    `verifier` is math, number (grade-school: units in words are allowed), choice (one letter) or text.
+    `verifier` is math, number (grade-school: units in words are allowed), choice (option letters)
+    or text.
     """
 
     gold: str
@@ -67,9 +51,9 @@ class Item(NamedTuple):
 class Grade(NamedTuple):
     """What became of a text.
 
-    `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the worker was stopped).
-    `how` is none, oversized, or `PLACE:METHOD`: boxed, hashes or phrase, and decimal, math, string (the last resort),
-    choice, text, unreadable, time, memory or crash.
+    `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the
+    worker was stopped). `how` is none, oversized, or `PLACE:METHOD`: boxed, tag, hashes, phrase,
+    bare or given, and decimal, math, string, choice, text, unreadable, time, memory or crash.
     """
 
     verdict: str
@@ -78,50 +62,72 @@ class Grade(NamedTuple):
 
 
 class Grader:
-    """Grades texts; a context manager, for any thread. Its worker starts when an answer needs it, and stays warm.
+    """Grades texts; a context manager, for any thread. Its worker starts when an answer needs it,
+    and stays warm.
 
-    `timeout_seconds` is for one answer: the worker is then killed and replaced; `memory_bytes` is its address space.
+    Args:
+        timeout_seconds: for one answer; the worker is then killed and replaced.
+        memory_bytes: the worker's address space.
     """
 
     def __init__(self, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
-        self._worker, self._lock = Worker(timeout_seconds, memory_bytes), Lock()
+        self._worker = MathWorker(timeout_seconds, memory_bytes)
 
-    def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grade texts, in order; equal answers to equal questions are compared once."""
-        compare, grades = cache(self._compare), []
+    def grade(self, items: Sequence[Item], bare: bool = False) -> list[Grade]:
+        """Grade texts, in order; equal answers to equal questions are compared once.
+
+        Args:
+            bare: the outputs are answers that were extracted before.
+        """
+        compare = cache(self._compare)
+        grades = []
         for item in items:
-            answer, place = find(item.output, item.verifier)
-            if answer is None:
-                grades.append(Grade("unparsed", None, place))
-            else:
-                verdict, method = compare(item.verifier, gold_of(item.gold), answer)
-                grades.append(Grade(verdict, answer, f"{place}:{method}"))
+            answer, place = (item.output, "given") if bare else find(item.output, item.verifier)
+            if not answer:
+                grades.append(Grade("unparsed", None, "none" if bare else place))
+                continue
+            verdict, method = compare(item.verifier, gold_of(item.gold), answer)
+            grades.append(Grade(verdict, answer, f"{place}:{method}"))
         return grades
+
+    def as_published(self, items: Sequence[Item]) -> list[bool]:
+        """The paper's own verdicts, as a second opinion; see kit/grading/published.py."""
+        return [self._worker.published(item.gold, item.output) for item in items]
 
     def _compare(self, verifier: str, gold: str, answer: str) -> tuple[str, str]:
         """Verdict and method; the worker is asked last."""
         if verifier == "choice":
-            right, given = _letter(gold), _letter(answer)
-            return (
-                "correct" if right == given else "wrong"
-            ) if right and given else "unparsed", "choice"
-        plain = _plain(gold), _plain(answer)
+            return _compare_letters(gold, answer)
+        # words
+        right = normalize(gold)
+        given = normalize(answer)
         if verifier == "text":
-            return "correct" if plain[0] == plain[1] else "wrong", "text"
-        right, given = (
-            decimal(gold, words=verifier == "number"),
-            decimal(answer, words=verifier == "number"),
-        )
-        if (
-            right and given and (right[0] == given[0] or right[1] == given[1])
-        ):  # 0.2 and 20% are left to math-verify
-            return "correct" if right[0] == given[0] else "wrong", "decimal"
-        if plain[0] == plain[1]:
+            return _verdict(comparable(right) == comparable(given)), "text"
+
+        # times of day, then plain numbers
+        clocks = [read_clock(text) for text in (right, given)]
+        if any(clocks):
+            return _verdict(clocks[0] == clocks[1]), "string"
+        numbers = [read_quantity(text, words=verifier == "number") for text in (right, given)]
+        if numbers[0] and numbers[1]:
+            differ = different_units(numbers[0].unit, numbers[1].unit)
+            if numbers[0].value == numbers[1].value:
+                return _verdict(not differ), "decimal"
+            # 0.2 and 20% are left to the worker
+            if numbers[0].percent == numbers[1].percent:
+                return "wrong", "decimal"
+
+        # the same string; a single letter in a file of mathematics
+        if comparable(right) == comparable(given):
             return "correct", "string"
-        if not _comparable(*plain):
-            return "wrong", "math"
-        with self._lock:
-            return self._worker.ask(_bare(gold), _bare(answer))
+        if re.fullmatch(r"\(?[A-J]\)?", right) and _letters(given) == _letters(right):
+            return "correct", "choice"
+        bases = _bases(right, given)
+        if bases is not None:
+            return _verdict(bases), "string"
+        return self._worker.compare(
+            _quantity_text(verifier, right), _quantity_text(verifier, given)
+        )
 
     def __enter__(self) -> Grader:
         return self
@@ -130,103 +136,52 @@ class Grader:
         self._worker.close()
 
 
-def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
-    """The final answer as it stands in a text, and where: boxed, hashes, phrase; (None, "none" | "oversized")."""
-    text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
-    if box := last_box(text):
-        return (box, "boxed") if len(box) <= LONGEST else (None, "oversized")
-    if hashes := _HASHES.findall(text):
-        return (hashes[-1].strip(), "hashes") if len(hashes[-1]) <= LONGEST else (None, "oversized")
-    for rest in reversed(_ANSWER.findall(text)[-1000:]):
-        named = (_SAID if verifier in ("choice", "text") else _NUMERIC).match(
-            _SENTENCE_END.split(rest, maxsplit=1)[0]
-        )
-        if named and (answer := named[1].strip(" *").rstrip(",")):
-            return answer, "phrase"
-    return None, "none"
+def _verdict(right: bool) -> str:
+    return "correct" if right else "wrong"
 
 
-def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` that is not empty and whose braces balance, in one pass over the text."""
-    last, start = None, -1
-    begins: list[
-        int | None
-    ] = []  # of the open braces: where a box's content begins, None for any other brace
-    for match in _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ():
-        if match[0] == "}":
-            begin = begins.pop() if begins else None
-            if (
-                begin is not None
-                and begin > start
-                and (content := text[begin : match.start()].strip())
-            ):
-                last, start = content, begin
-        elif match[0][-1] == "{" and match[0] != "\\{":
-            begins.append(match.end() if len(match[0]) > 1 else None)
-    return last or (_BARE_BOX.findall(text) or [None])[-1]
+def _quantity_text(verifier: str, text: str) -> str:
+    """Grade-school answers: what stands after the last `=`, where that is a number."""
+    last = text.rsplit("=", 1)[-1].strip()
+    return last if verifier == "number" and read_quantity(last, words=True) else text
 
 
-def gold_of(gold: str) -> str:
-    """The gold answer itself, where the data gives a whole solution."""
-    return last_box(gold) or gold.rsplit("####", 1)[-1].strip()
+def _compare_letters(gold: str, answer: str) -> tuple[str, str]:
+    # several letters where one is right name no answer
+    right = _letters(gold)
+    given = _letters(answer)
+    if not right or not given or len(given) > len(right) == 1:
+        return "unparsed", "choice"
+    return _verdict(right == given), "choice"
 
 
-def decimal(text: str, words: bool = False) -> tuple[Decimal, bool] | None:
-    r"""A plain number as an exact decimal, and whether it is a percentage; None for fractions and expressions.
+def _letters(text: str) -> str:
+    """The option letters that an answer names, sorted; "" for none."""
+    # (B) in any font
+    plain = re.sub(rf"\\{FONTS}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    plain = (
+        normalize(plain.strip(" $*{}"))
+        .replace("\\and", "and")
+        .replace("\\or", "or")
+        .strip(" $*.{}")
+    )
+    if _SEVERAL.fullmatch(plain):
+        return "".join(sorted(set(re.findall(r"[A-J](?![a-z])", plain))))
+    if _SEVERAL_LETTERS.match(plain):
+        return ""
+    match = _LETTER.fullmatch(plain)
+    return match[1].upper() if match else ""
 
-    Args:
-        text: `8,000`, `-3.0`, `\$5.50`, `20\%`, `90^\circ`, `15\text{ cm}`.
-        words: allow any words as a unit (`8 apples`), a scale (`2 million`) and what goes before `=` (`x = 8`).
+
+def _bases(gold: str, answer: str) -> bool | None:
+    """Whether numbers with a base agree, which the answer may leave out; None where the gold answer
+    has none.
     """
-    plain = _bare(
-        _MACRO.sub(r" \1", text).replace("\u2212", "-").replace("\\%", "%").replace("{,}", ",")
-    )
-    plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "\u00b0", plain.replace("\\$", "$"))
-    plain = re.sub(r"\\[,!;: ]|~", " ", re.sub(r",\\!\s*", ",", plain)).strip()
-    match = _NUMBER.fullmatch(plain.rsplit("=", 1)[-1].strip() if words else plain)
-    if match is None or not (match[2] or match[3]) or not _UNIT.fullmatch(match[4]):
-        return None
-    unit = match[4].strip(" .,-")
-    first = re.split(r"[^a-z]", unit.lower(), maxsplit=1)[0]
-    if first in _NOT_UNITS or (
-        unit not in ("", "%", "\u00b0") and not words and not _MACRO.search(text)
-    ):
-        return None
-    value = Decimal(f"{match[1]}{re.sub('[, ]', '', match[2]) or 0}.{match[3] or 0}")
-    return value.scaleb(_SCALES.get(first, 0)), unit.startswith("%") or first == "percent"
-
-
-def _letter(text: str) -> str | None:
-    """The one option letter that an answer names; None for several or none."""
-    match = _LETTER.match(_MACRO.sub(r"\1", text).replace("\\", " ").strip(" $*.{}"))
-    return match[1].upper() if match else None
-
-
-def _bare(text: str) -> str:
-    """Without Markdown's emphasis, the outer signs of math mode, and a full stop."""
-    text = text.strip().strip("*`").strip().removeprefix("\\(").removesuffix("\\)").rstrip(" .,;")
-    return (
-        text[1:-1].strip()
-        if len(text) > 1 and text[0] == text[-1] == "$" and "$" not in text[1:-1]
-        else text
-    )
-
-
-def _plain(text: str) -> str:
-    """Without what makes no difference: LaTeX's clothes, case, spacing and outer punctuation."""
-    text = unicodedata.normalize("NFKC", _MACRO.sub(r"\1", _bare(text))).casefold()
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text.replace("\\{", "{").replace("\\}", "}"))
-    return re.sub(r"\\(?:left|right)(?![a-z])|\\[,!;: ]|\s+", "", text).strip(".,;:!\"'")
-
-
-def _comparable(gold: str, answer: str) -> bool:
-    """Whether brackets and number bases allow equality: [1,2] is not (1,2), {1,2} neither; 12_5 is not 12_7."""
-    kinds = [
-        text[0] + text[-1]
-        for text in (gold, answer)
-        if "," in text and text[0] in "([{" and text[-1] in ")]}"
-    ]
-    bases = [
-        base[1] for text in (gold, answer) if (base := re.fullmatch(r"[\da-z]+_\{?(\d+)\}?", text))
-    ]
-    return len(set(kinds)) < 2 and len(set(bases)) < 2
+    pattern = r"([\dA-F]+)_\{?(\d+)\}?"
+    right = re.fullmatch(pattern, gold)
+    given = re.fullmatch(pattern, answer)
+    if right and given:
+        return right.groups() == given.groups()
+    if right:
+        return right[1] == answer
+    return False if given else None

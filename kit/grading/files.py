@@ -1,96 +1,172 @@
-"""grade FILE: the outputs in any JSONL graded, and compared with the file's own labels where it has some.
+"""grade FILE: the outputs in any file graded, and compared with the file's own labels where it has
+some.
 
-Reads the paper's released format ({answer, output: [...], label: [...]}), our eval/*.jsonl, and any rows with an
-answer and one or more outputs. Labels are only compared with, never used.
+Beside the kit's own verdicts stand those of the paper's grader (published.py), so that published
+numbers can be met. Labels are only compared with, never used.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
-from kit.grading.answers import Grader, Item
+from kit.core.table import keys_of, lookup, read_rows
+from kit.grading.answers import Grade, Grader, Item, gold_of
+from kit.grading.outputs import ANSWERS, LABELS, OUTPUTS, Keys, OutputRow, read_output_row
 from kit.grading.scores import score
 
-ANSWER = (
-    "answer gold target expected_answer ground_truth"  # keys that are looked for, the first first
-)
-LABELS = "labels label correct is_correct"
-OUTPUTS = "samples outputs output responses response completions completion predictions prediction generations text"
+
+class Source(NamedTuple):
+    """A file of outputs, and where its gold answers are."""
+
+    path: Path
+    keys: Keys = Keys()
+    gold: Path | None = None  # another file with the gold answers
+    on: str | None = (
+        None  # the key that both files share; OUTPUT_KEY=GOLD_KEY where the names differ
+    )
+    bare: bool = False  # the outputs are extracted answers
 
 
-def grade_file(path: Path, verifier: str = "math") -> dict[str, Any]:
+class _Graded(NamedTuple):
+    where: str
+    row: OutputRow
+    grades: list[Grade]
+    published: list[bool]
+
+
+def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
     """Grade every output of a file.
 
     Returns:
-        file, problems, samples, accuracy (mean over samples) with ci_low and ci_high, pass_at {k: ratio}, verdicts {verdict:
-        samples}, agreement {agree, of} with the file's labels (None: it has none) and differ: [{line, sample, label,
-        gold, verdict, answer, how}].
+        file, problems, samples, accuracy (mean over samples) with ci_low and ci_high, pass_at {k:
+        ratio}, verdicts {verdict: samples}, agreement {agree, of} with the file's labels (None: it
+        has none), as_published {accuracy, pass_at, agreement} by the paper's grader, differ:
+        [{line, sample, label, gold, verdict, answer, how}], and a note where no output holds an
+        answer.
 
     Raises:
-        KitError: no such file, a line that is not JSON, or a row without an answer or outputs, by file and line.
+        KitError: no such file, a damaged one, or a row without an answer or outputs, by file and
+            line.
     """
-    scored, differ, labelled, line = [], [], 0, 0
-    try:
-        with Grader() as grader:
-            for line, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                if not text.strip():
-                    continue
-                gold, outputs, labels = _fields(json.loads(text))
-                grades = grader.grade([Item(gold, output, verifier) for output in outputs])
-                samples = tuple(Sample(text="", verdict=grade.verdict) for grade in grades)
-                scored.append(EvalRow(id=str(line), question="", answer=gold, samples=samples))
-                labelled += len(labels)
-                for number, (label, grade) in enumerate(zip(labels, grades, strict=False)):
-                    if (grade.verdict == "correct") != label:
-                        facts = {"line": line, "sample": number, "label": label, "gold": gold}
-                        differ.append({**facts, **grade._asdict()})
-        if not scored:
-            raise ValueError("there are no rows")
-    except OSError as error:
-        raise KitError(f"{path} cannot be read: {error.strerror}.", "Mend the path.") from None
-    except ValueError as error:
-        hint = f"Keys that are read, the first first: answer: {ANSWER}. outputs: {OUTPUTS}. labels: {LABELS}."
-        raise KitError(
-            f"{path}{f' line {line}' if line else ''} cannot be graded: {error}.", hint
-        ) from None
-    found = vars(score(scored))
-    told = {
-        key: found[key]
-        for key in ("samples", "accuracy", "ci_low", "ci_high", "pass_at", "verdicts")
+    if isinstance(source, Path):
+        source = Source(source)
+    rows = _read(source)
+    graded = []
+    with Grader() as grader:
+        for where, row in rows:
+            items = [Item(row.gold, output, row.verifier or verifier) for output in row.outputs]
+            grades = grader.grade(items, source.bare)
+            graded.append(_Graded(where, row, grades, _published(grader, items, source.bare)))
+    # the same rows, once by our verdicts and once by the paper's
+    ours = [[grade.verdict for grade in problem.grades] for problem in graded]
+    theirs = [
+        ["correct" if right else "wrong" for right in problem.published] for problem in graded
+    ]
+    scores = _score(graded, ours)
+    published = _score(graded, theirs)
+    result = {
+        "file": str(source.path),
+        "problems": scores["n"],
+        **{name: scores[name] for name in _FIGURES},
+        "agreement": _agreement(graded, ours),
+        "as_published": {
+            "accuracy": published["accuracy"],
+            "pass_at": published["pass_at"],
+            "agreement": _agreement(graded, theirs),
+        },
+        "differ": _differences(graded),
     }
-    agreement = {"agree": labelled - len(differ), "of": labelled} if labelled else None
-    return {
-        "file": str(path),
-        "problems": found["n"],
-        **told,
-        "agreement": agreement,
-        "differ": differ,
-    }
+    # extracted answers, graded as whole outputs
+    if set(scores["verdicts"]) == {"unparsed"}:
+        result["note"] = "No output holds an answer. If they are extracted answers, add --bare."
+    return result
 
 
-def _fields(row: Any) -> tuple[str, list[str], list[bool]]:
-    """(answer, outputs, labels) of a row; no labels where it has none."""
-    if not isinstance(row, dict):
-        raise ValueError(f"it holds a {type(row).__name__}, not an object")
-    gold, outputs, labels = (
-        next((row[name] for name in names.split() if row.get(name) is not None), None)
-        for names in (ANSWER, OUTPUTS, LABELS)
-    )
-    outputs, labels = (found if isinstance(found, list) else [found] for found in (outputs, labels))
-    if all(isinstance(output, dict) for output in outputs):  # our own rows, graded before
-        outputs, labels = (
-            [o.get("text") for o in outputs],
-            [o.get("verdict") == "correct" for o in outputs],
-        )
-    labels = [bool(label) for label in labels if isinstance(label, int)]  # words are no labels
-    if gold is None or not str(gold).strip() or not all(isinstance(t, str) for t in outputs):
-        raise ValueError(
-            f"it lacks an answer or outputs that are text; its keys are {', '.join(row)}"
-        )
-    if labels and len(labels) != len(outputs):
-        raise ValueError(f"it has {len(outputs)} outputs and {len(labels)} labels")
-    return str(gold), outputs, labels
+_FIGURES = ("samples", "accuracy", "ci_low", "ci_high", "pass_at", "verdicts")
+
+
+def _read(source: Source) -> list[tuple[str, OutputRow]]:
+    golds = _read_golds(source) if source.gold else {}
+    own_key = (source.on or "").split("=")[0]
+    rows = []
+    for where, row in read_rows(str(source.path)):
+        try:
+            gold = None
+            if source.gold:
+                gold = golds.get(str(lookup(row, own_key)))
+                if gold is None:
+                    raise ValueError(
+                        f"{source.gold} has no row whose {source.on} is {lookup(row, own_key)!r}"
+                    )
+            rows.append((where, read_output_row(row, source.keys, gold)))
+        except ValueError as error:
+            hint = (
+                "Name the keys by --answer, --outputs and --labels. Without them, the first of these: "
+                f"answer: {' '.join(ANSWERS)}. outputs: {' '.join(OUTPUTS)}. labels: {' '.join(LABELS)}."
+            )
+            message = f"{source.path}, {where}, cannot be graded: {error}."
+            raise KitError(message, hint) from None
+    return rows
+
+
+def _read_golds(source: Source) -> dict[str, str]:
+    """The gold answers of another file by the shared key."""
+    key = (source.on or "").split("=")[-1]
+    names = (source.keys.answer,) if source.keys.answer else ANSWERS
+    golds = {}
+    for where, row in read_rows(str(source.gold)):
+        answer = next((lookup(row, name) for name in names if lookup(row, name) is not None), None)
+        if lookup(row, key) is None or answer is None:
+            message = f"{source.gold}, {where}: no {key or 'shared key'} or no answer."
+            raise KitError(message, f"Name them by --on and --answer. Its keys: {keys_of(row)}.", 2)
+        golds[str(lookup(row, key))] = str(answer)
+    return golds
+
+
+def _published(grader: Grader, items: Sequence[Item], bare: bool) -> list[bool]:
+    """The paper's verdicts on mathematics; on letters and words our own would differ in nothing."""
+    texts = [f"\\boxed{{{item.output}}}" if bare else item.output for item in items]
+    golds = [gold_of(item.gold) for item in items]
+    return grader.as_published([Item(*pair) for pair in zip(golds, texts, strict=True)])
+
+
+def _score(graded: list[_Graded], verdicts: list[list[str]]) -> dict[str, Any]:
+    rows = []
+    for number, (problem, labels) in enumerate(zip(graded, verdicts, strict=True)):
+        samples = tuple(Sample(text="", verdict=label) for label in labels)
+        rows.append(EvalRow(id=str(number), question="", answer=problem.row.gold, samples=samples))
+    return asdict(score(rows))
+
+
+def _agreement(graded: list[_Graded], verdicts: list[list[str]]) -> dict[str, int] | None:
+    """How many of the file's labels the verdicts agree with; None where it has none."""
+    agree = labelled = 0
+    for problem, row_verdicts in zip(graded, verdicts, strict=True):
+        for label, verdict in zip(problem.row.labels, row_verdicts, strict=True):
+            if label is not None:
+                labelled += 1
+                agree += label == (verdict == "correct")
+    return {"agree": agree, "of": labelled} if labelled else None
+
+
+def _differences(graded: list[_Graded]) -> list[dict[str, Any]]:
+    differences = []
+    for problem in graded:
+        for number, label in enumerate(problem.row.labels):
+            grade = problem.grades[number]
+            if label is not None and label != (grade.verdict == "correct"):
+                differences.append(
+                    {
+                        "line": int(problem.where.split()[-1]),
+                        "sample": number,
+                        "label": label,
+                        "gold": problem.row.gold,
+                        **grade._asdict(),
+                    }
+                )
+    return differences

@@ -1,0 +1,163 @@
+"""Rows of a file as dicts: JSONL, JSON, CSV, TSV or Parquet, each also gzipped.
+
+Nothing is skipped in silence: a damaged file is an error that names the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from kit.core.errors import KitError
+
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+IS_FILE = re.compile(rf"[./~].*|.*\.(?:{'|'.join(FORMATS)})(?:\.gz)?", re.DOTALL)
+_OTHERS = re.compile(
+    r"\.(?:xlsx?|ods|arrow|feather|zip|tar|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)$"
+)
+
+Rows = list[tuple[str, dict[str, Any]]]  # each with where it stands: "line 3" or "row 3"
+
+
+def read_rows(name: str) -> Rows:
+    """All rows of a file.
+
+    Args:
+        name: its path; `~` is the home folder.
+
+    Raises:
+        KitError: no such file, a format that is not read, damage (with its line), or no rows.
+    """
+    path = Path(os.path.expanduser(name))  # pathlib would raise for an unknown ~user
+    other = _OTHERS.search(path.name)
+    if other:
+        hint = f"Convert it to one of {', '.join(FORMATS)}; each may be gzipped."
+        raise KitError(f"{path}: files of the format {other[0]} are not read.", hint)
+    where = "its path"
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        rows = _parse(content, path.name.removesuffix(".gz"))
+    except _DamageError as damage:
+        hint = "Each line should hold one object {key: value, ...}. Nothing was done yet."
+        raise KitError(f"{path}, {damage}.", hint) from None
+    except OSError as error:
+        raise KitError(
+            f"{path} cannot be read: {error.strerror or error}.", "Fix the path."
+        ) from None
+    except (ValueError, EOFError) as error:
+        raise KitError(f"{path}, {where}: cannot be read ({error}).", "Check the file.") from None
+    if not rows:
+        raise KitError(f"{path} is empty.", "It should hold objects {key: value, ...}, one a line.")
+    return rows
+
+
+class _DamageError(Exception):
+    """Where a file is broken, and how."""
+
+
+def _parse(content: bytes, name: str) -> Rows:
+    if name.endswith(".parquet"):
+        from pyarrow import parquet
+
+        table = parquet.read_table(io.BytesIO(content))
+        return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if name.endswith((".csv", ".tsv")):
+        return _parse_csv(content, "\t" if name.endswith(".tsv") else ",")
+    document = _whole(content)
+    if document is None:
+        return _parse_lines(content)
+    return [(f"row {number}", row) for number, row in enumerate(document, 1)]
+
+
+def _parse_csv(content: bytes, delimiter: str) -> Rows:
+    try:
+        lines = io.StringIO(content.decode(), newline="")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _DamageError(f"line {line}: broken text ({error})") from None
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    rows: Rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(
+                    f"{len(reader.fieldnames or ())} columns in the head, another number here"
+                )
+            rows.append((f"line {reader.line_num}", row))
+    except csv.Error as error:
+        raise _DamageError(f"line {reader.line_num}: broken table ({error})") from None
+    return rows
+
+
+def _whole(content: bytes) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON document; None where it holds one object a line."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(document, dict):
+        # {"data": [...]} or {"0": {...}, "1": {...}}
+        values = list(document.values())
+        document = values[0] if len(values) == 1 else values
+    return document if _is_rows(document) else None
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _parse_lines(content: bytes) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise _DamageError(f"line {number}: broken JSON ({error})") from None
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise _DamageError(f"line {number}: broken JSON ({kind}, not an object)")
+        rows.append((f"line {number}", row))
+    return rows
+
+
+def lookup(row: dict[str, Any], path: str) -> Any:
+    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` go into it.
+    None: there is none.
+    """
+    for key in row:
+        if key.lower() == path.lower():
+            return row[key]
+    head, _, rest = path.partition(".")
+    if not rest:
+        return None
+    inner = lookup(row, head)
+    if isinstance(inner, list) and inner and rest.split(".")[0].isdigit():
+        inner = dict(enumerate(inner))
+        inner = {str(place): value for place, value in inner.items()}
+    return lookup(inner, rest) if isinstance(inner, dict) else None
+
+
+def keys_of(row: dict[str, Any]) -> str:
+    """The keys of a row with the type of each value, for messages."""
+    return ", ".join(f"{key!r} ({_kind(value)})" for key, value in row.items()) or "none"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, list):
+        return f"list of {_kind(value[0])}" if value else "empty list"
+    names = {str: "text", bool: "truth", int: "number", float: "number", dict: "object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,200 @@
+r"""The final answer of a text, found (section 4): boxes, `<answer>`, `#### 8`, or a sentence about
+the answer.
+
+Only what stands after the last end-of-prefix tag and `</think>` counts, so a prefix which already
+holds the answer earns nothing. Boxes that only commas, and/or, spacing or labels separate are one
+answer: hedging does not pay.
+
+Paper: where a text names no answer, its last expression. Here: there is none
+(kit/grading/published.py has that way).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from kit.prompts import END
+
+END_TAGS = (END, "<End_of_Draft>", "</think>")  # the second: in the paper's released outputs
+LONGEST = 4000  # characters of an answer that are looked at
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;.&$]|\\[()\[\] ,;!]|\\(?:quad|qquad|text|left|right)\b|[{}]|\*\*|"
+    r"\b(?:and|or)\b|[和或且、，]|"
+    r"(?:\b[a-zA-Z]\w?(?:_\{?\w+\}?)?|\\[a-z]+)(?:\([a-z]\))?\s*=)*",
+    re.IGNORECASE,
+)
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_HASHES = re.compile(r"^[ \t]*####[ \t]*([^\s#][^\n]*)", re.MULTILINE)
+_HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
+
+# A sentence about the answer.
+_CUE = re.compile(
+    r"(?:\banswers?\b|答案|故选|应选|选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,3}))",
+    re.IGNORECASE,
+)
+_CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
+_IS_CORRECT = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
+_NEGATED = re.compile(
+    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_IS = re.compile(
+    r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
+    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|answer|is|about)\s+:*)*",
+    re.IGNORECASE,
+)
+_NUMBER = (
+    r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)"
+    r"(?:[eE][-+]?\d+|\s*(?:\\times|×|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?(?:\s*/\s*\d+)?\s?%?"
+)
+_ONE = (
+    r"(?:\$\$.{1,300}?\$\$|\\\[.{1,300}?\\\]|\$[^$\n]{1,200}\$(?!\d)|\\\(.{1,200}?\\\)|"
+    r"\([^()\n=]{1,80},[^()\n=]{1,80}\)|"
+    rf"(?:[a-zA-Z]\s*=\s*)?(?:{_NUMBER}|-?(?:\\[a-zA-Z]+(?:\[\d\])?(?:\{{[^{{}}\n]*\}})*|π))"
+    r"(?![\w^\\*/+=×{<>(-]|\s*[-+*/=^×<>]\s*[\w\\(]|\s+to\s+\d|[,.]\d))"
+)
+_VALUES = re.compile(
+    rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
+)
+_SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
+_FURTHER = re.compile(r"\s+or\b|\s*/\s*[A-J]\b", re.IGNORECASE)
+
+
+def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
+    """The final answer as it stands in a text, and its place.
+
+    Returns:
+        (answer, boxed | tag | hashes | phrase | bare), or (None, none | oversized).
+    """
+    text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
+    answer = last_box(text)
+    place = "boxed"
+    if answer is None:
+        tags = _TAG.findall(text)
+        answer = tags[-1].strip() if tags else None
+        place = "tag"
+    if not answer:
+        answer = _after_hashes(text, verifier)
+        place = "hashes"
+    if not answer:
+        answer = _in_phrase(text, verifier)
+        place = "phrase"
+    if not answer and verifier == "choice" and re.fullmatch(r"[\s(*]*[A-Ja-j][\s).*]*", text):
+        answer = text.strip()
+        place = "bare"
+    if not answer:
+        return None, "none"
+    return (answer, place) if len(answer) <= LONGEST else (None, "oversized")
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}`, or of several that only commas, and/or, spacing or labels
+    separate.
+
+    Empty boxes do not count. A box that the text's end leaves open counts where there is no other.
+    """
+    boxes = _boxes(text)
+    # \boxed 8
+    if not boxes:
+        bare = _BARE_BOX.findall(text)
+        return bare[-1] if bare else None
+    contents = [boxes[-1][2]]
+    # from the last box backwards, as long as nothing but separators stands between two
+    for place in range(len(boxes) - 1, 0, -1):
+        between = text[boxes[place - 1][1] : boxes[place][0]]
+        if len(between) > 100 or not _BETWEEN_BOXES.fullmatch(between):
+            break
+        contents.insert(0, boxes[place - 1][2])
+    return ", ".join(dict.fromkeys(contents))
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of the outermost boxes whose braces balance, in one pass over the
+    text.
+    """
+    boxes: list[tuple[int, int, str]] = []
+    # of the open braces: where a box begins and its content, None for any other brace
+    open_braces: list[tuple[int, int] | None] = []
+    matches = _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ()
+    for match in matches:
+        if match[0] == "}":
+            begin = open_braces.pop() if open_braces else None
+            content = text[begin[1] : match.start()].strip() if begin else ""
+            if begin and content:
+                while boxes and boxes[-1][0] > begin[0]:
+                    boxes.pop()
+                boxes.append((begin[0], match.end(), content))
+        elif match[0][-1] == "{" and match[0] != "\\{":
+            is_box = len(match[0]) > 1
+            open_braces.append((match.start(), match.end()) if is_box else None)
+    # the text ends within its only box
+    unclosed = [begin for begin in open_braces if begin]
+    if unclosed and not boxes:
+        start, inside = unclosed[-1]
+        content = text[inside:].strip().rstrip("$").strip()
+        if content and "\n" not in content:
+            boxes.append((start, len(text), content))
+    return boxes
+
+
+def gold_of(gold: str) -> str:
+    """The gold answer itself, where the data gives a whole solution or a list of one or several
+    answers.
+    """
+    boxed = last_box(gold)
+    if boxed:
+        return boxed
+    if gold.startswith('["'):
+        try:
+            return ", ".join(map(str, json.loads(gold)))
+        except ValueError:
+            return gold
+    return gold.rsplit("####", 1)[-1].strip()
+
+
+def _after_hashes(text: str, verifier: str) -> str | None:
+    """What follows the last `####` that is no heading of a section."""
+    for line in reversed(_HASHES.findall(text)[-1000:]):
+        line = line.strip()
+        if verifier == "text" or not _HEADING.match(line):
+            return str(line)
+    return None
+
+
+def _in_phrase(text: str, verifier: str) -> str | None:
+    """The value that the last sentence about "the answer" names."""
+    text = re.sub(r"\*\*|__", "", text)
+    text = re.sub("故选|应选", "答案是", text)
+    cues = list(_CUE.finditer(text))[-1000:]
+    if verifier == "choice":
+        cues += [*_CHOICE_CUE.finditer(text), *_IS_CORRECT.finditer(text)][-1000:]
+    for cue in sorted(cues, key=lambda match: match.start(), reverse=True):
+        if cue.re is _IS_CORRECT:
+            return cue[1]
+        answer = _named(cue[1], verifier)
+        if answer:
+            return answer
+    return None
+
+
+def _named(rest: str, verifier: str) -> str | None:
+    """The answer at the beginning of what follows the word "answer"; None where it is denied or cut
+    off.
+    """
+    copula = _IS.match(rest)
+    if copula is None or _NEGATED.search(copula[0]):
+        return None
+    rest = rest[copula.end() :].lstrip()
+    if verifier in ("choice", "text"):
+        answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+        if verifier == "choice" and not re.match(r"[^\w]*[a-jA-J]\b|[A-J]{2,}\b", answer):
+            return None
+        return answer
+    values = _VALUES.match(rest)
+    if values is None or _FURTHER.match(rest[values.end() :]):
+        return None
+    return values[0].strip().rstrip(".,")
