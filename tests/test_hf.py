@@ -1,4 +1,4 @@
-"""Generation through transformers, on the packaged model's real weights and on tiny ones of other cache kinds."""
+"""Generation through transformers: the packaged model's weights, tiny ones of other cache kinds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from kit import prompts
-from kit.backends import hf
+from kit.backends import hf_generate
 from kit.backends.base import Generation, Request
 from kit.backends.hf import HfBackend
-from kit.backends.hf_batch import assemble, draw, prefill, supports_continuous_batching
+from kit.backends.hf_batch import Part, assemble, draw, prefill, supports_continuous_batching
 from kit.core.config import ModelConfig, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -20,11 +20,28 @@ WARM = Sampling(temperature=1, top_p=0.95, max_new_tokens=8)
 TIE = 1e-3  # logits closer than this may change places with the batch's shape (fp32)
 QUESTIONS = (
     "What is 2 + 2?",
-    "Tom has 3 apples, buys 5 more and gives 2 to Anna. How many are left? Explain every step of your reasoning.",
+    "Tom has 3 apples, buys 5 more and gives 2 to Anna. How many are left? "
+    "Explain every step of your reasoning.",
     "Name three colours.",
     "A train leaves at 9:40 and arrives at 11:05. " * 4 + "How long is the trip?",
     "Write one sentence about the sea.",
 )
+TINY = {
+    "vocab_size": 49152,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+CONVOLUTION = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+CONFIGS = {
+    "full": transformers.LlamaConfig(**TINY, head_dim=16),
+    "sliding": transformers.Gemma3TextConfig(**TINY, **SLIDING, head_dim=16),
+    "convolution": transformers.Lfm2Config(**TINY, **CONVOLUTION),
+}
+TOKEN_BYTES = 2 * 2 * 16 * 4  # of the tiny full model's cache: keys and values, layers, dim, fp32
 
 
 @pytest.fixture(scope="module")
@@ -33,159 +50,170 @@ def backend() -> HfBackend:
 
 
 def limited(
-    backend: HfBackend, max_num_seqs: int, model: object = None, **more: object
+    backend: HfBackend, max_num_seqs: int, model: object = None, **limits: object
 ) -> HfBackend:
     """The same tokenizer and weights, or others, under other limits."""
     other = object.__new__(HfBackend)
     other.__dict__.update(backend.__dict__)
-    other.engine, other.notes, other.model = (
-        ModelConfig(max_num_seqs=max_num_seqs, **more),
-        [],
-        model or backend.model,
-    )
+    other.engine = ModelConfig(max_num_seqs=max_num_seqs, **limits)
+    other.notes = []
+    other.model = model or backend.model
     other.context_tokens = other.engine.context_tokens or backend.context_tokens
     return other
 
 
 def ask(backend: HfBackend, sampling: Sampling, n: int = 1) -> list[Request]:
-    rendered = [prompts.render(backend.tokenizer, text) for text in QUESTIONS]
-    return [Request(f"q{i}", ids, sampling, n, seed=7) for i, ids in enumerate(rendered)]
+    requests = []
+    for number, text in enumerate(QUESTIONS):
+        ids = prompts.render(backend.tokenizer, text)
+        requests.append(Request(f"q{number}", ids, sampling, n, seed=7))
+    return requests
 
 
 def run(backend: HfBackend, requests: list[Request]) -> dict[str, Generation]:
-    found = {result.id: result for result in backend.generate(requests)}
-    assert len(found) == len(requests)
-    return found
+    results = {result.id: result for result in backend.generate(requests)}
+    assert len(results) == len(requests)
+    return results
 
 
 def tiny(kind: str = "full") -> torch.nn.Module:
     """A random model; rows of the sliding and the convolution kind cannot join a running batch."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 49152,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-    }
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    layers = {
-        "sliding": ["sliding_attention", "full_attention"],
-        "convolution": ["conv", "full_attention"],
-    }.get(kind)
-    if kind == "full":
-        config = transformers.LlamaConfig(**shape)
-    elif kind == "sliding":
-        config = transformers.Gemma3TextConfig(**shape, sliding_window=16, layer_types=layers)
-    else:
-        config = transformers.Lfm2Config(
-            **shape, layer_types=layers, block_auto_adjust_ff_dim=False
-        )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation="sdpa")
+    return model.eval()
 
 
 def test_batched_equals_sequential_up_to_near_ties(backend: HfBackend) -> None:
-    """Greedy, five prompts of 31 to 100 tokens through a batch of 4: rows are padded, leave and join."""
+    """Greedy, five prompts of 31 to 100 tokens through a batch of 4: rows pad, leave and join."""
     requests = ask(backend, GREEDY)
-    alone, together = run(limited(backend, 1), requests), run(backend, requests)
-    parted = 0
+    sequential = run(limited(backend, 1), requests)
+    batched = run(backend, requests)
+    different = 0
     for request in requests:
-        one, many = (list(found[request.id].completions[0].ids) for found in (alone, together))
-        at = next((i for i, (a, b) in enumerate(zip(one, many, strict=False)) if a != b), None)
-        if at is not None:
-            parted += 1
-            with torch.inference_mode():
-                best = (
-                    backend.model(torch.tensor([[*request.prompt, *one[:at]]]))
-                    .logits[0, -1]
-                    .topk(2)
-                    .values
-                )
-            assert best[0] - best[1] < TIE
-        else:
+        one = list(sequential[request.id].completions[0].ids)
+        many = list(batched[request.id].completions[0].ids)
+        pairs = enumerate(zip(one, many, strict=False))
+        parting = next((index for index, (a, b) in pairs if a != b), None)
+        if parting is None:
             assert len(one) == len(many) > 0
-    assert parted <= 1
-    ids = torch.tensor([requests[1].prompt])
-    theirs = backend.model.generate(
+            continue
+        different += 1
+        ids = torch.tensor([[*request.prompt, *one[:parting]]])
+        with torch.inference_mode():
+            best = backend.model(ids).logits[0, -1].topk(2).values
+        assert best[0] - best[1] < TIE
+    assert different <= 1
+
+
+def test_greedy_equals_transformers_own_generate(backend: HfBackend) -> None:
+    request = ask(backend, GREEDY)[1]
+    ids = torch.tensor([request.prompt])
+    reference = backend.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
     )
-    (sample,) = alone["q1"].completions
-    assert (
-        list(sample.ids) == theirs[0, ids.shape[1] :].tolist() and sample.finish_reason == "length"
-    )
+    (sample,) = run(limited(backend, 1), [request])["q1"].completions
+    assert list(sample.ids) == reference[0, ids.shape[1] :].tolist()
+    assert sample.finish_reason == "length"
     assert sample.text == backend.tokenizer.decode(sample.ids)
 
 
 def test_padding_moves_no_logits(backend: HfBackend) -> None:
     ids = [list(request.prompt) for request in ask(backend, GREEDY)]
     order = [3, 0, 1, 4, 4]
+    model = backend.model
     with torch.inference_mode():
-        padded, alone = (
-            prefill(backend.model, ids),
-            [prefill(backend.model, [prompt]) for prompt in ids],
-        )
-        assert (padded.logits - torch.cat([rows.logits for rows in alone])).abs().max() < TIE
-        joined = assemble([(padded, [3, 0]), (alone[1], [0]), (alone[4], [0, 0])])
+        padded = prefill(model, ids)
+        alone = [prefill(model, [prompt]) for prompt in ids]
+        assert (padded.logits - torch.cat([batch.logits for batch in alone])).abs().max() < TIE
+        parts = [Part(padded, [3, 0]), Part(alone[1], [0]), Part(alone[4], [0, 0])]
+        joined = assemble(parts)
         for token in (100, 200):
-            joined.step(backend.model, [token] * 5)
-        fresh = [prefill(backend.model, [[*ids[i], 100, 200]]).logits for i in order]
-    assert (joined.columns - joined.starts)[:, 0].tolist() == [len(ids[i]) + 2 for i in order]
+            joined.step(model, [token] * 5)
+        fresh = [prefill(model, [[*ids[index], 100, 200]]).logits for index in order]
+    lengths = (joined.columns - joined.starts)[:, 0].tolist()
+    assert lengths == [len(ids[index]) + 2 for index in order]
     assert (joined.logits - torch.cat(fresh)).abs().max() < TIE
 
 
 def test_samples_share_a_prefill_and_have_their_own_draws(backend: HfBackend) -> None:
-    (request,) = ask(backend, WARM, n=4)[1:2]
-    one, four = (run(limited(backend, max_num_seqs), [request])["q1"] for max_num_seqs in (1, 4))
+    request = ask(backend, WARM, n=4)[1]
+    one = run(limited(backend, 1), [request])["q1"]
+    four = run(limited(backend, 4), [request])["q1"]
     assert one.prefill_tokens == four.prefill_tokens == one.prompt_tokens == len(request.prompt)
     assert len({sample.ids for sample in one.completions}) == 4
     assert run(limited(backend, 1), [request])["q1"].completions == one.completions
-    beside = run(limited(backend, 8), [*ask(backend, GREEDY)[2:], request])["q1"].completions
-    for found in (
-        four.completions,
-        beside,
-    ):  # a draw may fall on the border of two tokens, where the last bits decide
-        assert sum(a.ids == b.ids for a, b in zip(one.completions, found, strict=True)) >= 3
-    other = Request(request.id, request.prompt, WARM, 4, seed=8)
-    assert run(limited(backend, 4), [other])["q1"].completions != four.completions
+
+    # A draw may fall on the border of two tokens, where the last bits decide.
+    others = ask(backend, GREEDY)[2:]
+    beside = run(limited(backend, 8), [*others, request])["q1"]
+    for result in (four, beside):
+        pairs = zip(one.completions, result.completions, strict=True)
+        assert sum(a.ids == b.ids for a, b in pairs) >= 3
+    reseeded = Request(request.id, request.prompt, WARM, 4, seed=8)
+    assert run(limited(backend, 4), [reseeded])["q1"].completions != four.completions
+
+
+def test_a_result_counts_seconds_from_its_own_prefill(backend: HfBackend) -> None:
+    """Two requests of one prompt, which is evaluated once: both have begun."""
+    request = ask(backend, GREEDY)[0]
+    twin = Request("twin", request.prompt, GREEDY)
+    results = run(backend, [request, twin])
+    assert all(0 < result.seconds < 600 for result in results.values())
 
 
 def test_stop_strings_and_end_tokens_are_not_in_the_text(backend: HfBackend) -> None:
     request = ask(backend, GREEDY)[1]
     (whole,) = run(limited(backend, 1), [request])["q1"].completions
-    cuts = (whole.text[10:14], whole.text[7:8], whole.text[-3:])
-    stopping = [GREEDY.model_copy(update={"stop": ("never!!", cut)}) for cut in cuts]
-    found = run(
-        backend, [Request(str(i), request.prompt, sampling) for i, sampling in enumerate(stopping)]
-    )
-    for i, cut in enumerate(cuts):
-        (sample,) = found[str(i)].completions
-        assert (sample.finish_reason, sample.text) == ("stop", whole.text[: whole.text.index(cut)])
-    ended = Request(
-        "e", prompts.render(backend.tokenizer, "What is 2 + 2?"), Sampling(temperature=0)
-    )
-    (sample,) = run(backend, [ended])["e"].completions
-    assert sample.finish_reason == "stop" and sample.text == backend.tokenizer.decode(sample.ids)
-    assert sample.text and not set(sample.ids) & backend.tokenizer.eos_ids
+    stops = (whole.text[10:14], whole.text[7:8], whole.text[-3:])
+    requests = []
+    for number, stop in enumerate(stops):
+        sampling = GREEDY.model_copy(update={"stop": ("never!!", stop)})
+        requests.append(Request(str(number), request.prompt, sampling))
+    results = run(backend, requests)
+    for number, stop in enumerate(stops):
+        (sample,) = results[str(number)].completions
+        assert sample.finish_reason == "stop"
+        assert sample.text == whole.text[: whole.text.index(stop)]
+
+    prompt = prompts.render(backend.tokenizer, "What is 2 + 2?")
+    (sample,) = run(backend, [Request("end", prompt, Sampling(temperature=0))])["end"].completions
+    assert sample.finish_reason == "stop"
+    assert sample.text == backend.tokenizer.decode(sample.ids)
+    assert sample.text
+    assert not set(sample.ids) & backend.tokenizer.eos_ids
 
 
 def test_loops_stop_when_asked_and_are_penalized_when_asked(backend: HfBackend) -> None:
-    ids, plain = (
-        tuple(backend.tokenizer.encode("ha " * 20)),
-        Sampling(temperature=0, max_new_tokens=40),
-    )
-    more = {"loop": {"stop_loops": True}, "plain": {}, "penal": {"repetition_penalty": 1.5}}
-    found = run(
-        backend, [Request(name, ids, plain.model_copy(update=keys)) for name, keys in more.items()]
-    )
-    assert {
-        name: result.completions[0].finish_reason
-        for name, result in found.items()
-        if name != "penal"
-    } == {
-        "loop": "loop",
-        "plain": "length",
-    }
-    kinds = {name: len(set(result.completions[0].ids)) for name, result in found.items()}
-    assert kinds["penal"] > 2 * kinds["plain"]
+    ids = tuple(backend.tokenizer.encode("ha " * 20))
+    plain = Sampling(temperature=0, max_new_tokens=40)
+    requests = [
+        Request("plain", ids, plain),
+        Request("loop", ids, plain.model_copy(update={"stop_loops": True})),
+        Request("penalty", ids, plain.model_copy(update={"repetition_penalty": 1.5})),
+    ]
+    results = run(backend, requests)
+    assert results["plain"].completions[0].finish_reason == "length"
+    assert results["loop"].completions[0].finish_reason == "loop"
+    different = {name: len(set(result.completions[0].ids)) for name, result in results.items()}
+    assert different["penalty"] > 2 * different["plain"]
+
+
+def test_the_repetition_penalty_in_a_batch_equals_transformers_own(backend: HfBackend) -> None:
+    sampling = Sampling(temperature=0, repetition_penalty=1.3, max_new_tokens=12)
+    requests = ask(backend, sampling)[:3]
+    results = run(backend, requests)
+    for request in requests:
+        ids = torch.tensor([request.prompt])
+        reference = backend.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.3,
+        )
+        (sample,) = results[request.id].completions
+        expected = reference[0, ids.shape[1] :].tolist()
+        assert list(sample.ids) == expected[: len(sample.ids)]
 
 
 def test_over_long_prompts_are_errors_of_their_own(backend: HfBackend) -> None:
@@ -193,110 +221,128 @@ def test_over_long_prompts_are_errors_of_their_own(backend: HfBackend) -> None:
     requests = [
         Request(name, tuple(range(100, 100 + size)), GREEDY) for name, size in sizes.items()
     ]
-    found = run(limited(backend, 4, context_tokens=64), requests)
-    assert (
-        "64 tokens" in found["full"].error
-        and found["empty"].error
-        and not found["full"].completions
-    )
-    assert (
-        len(found["fits"].completions[0].ids) == 4
-        and found["fits"].completions[0].finish_reason == "length"
-    )
+    results = run(limited(backend, 4, context_tokens=64), requests)
+    assert "64 tokens" in results["full"].error
+    assert results["empty"].error
+    assert not results["full"].completions
+    (sample,) = results["fits"].completions
+    assert len(sample.ids) == 4
+    assert sample.finish_reason == "length"
 
 
 def test_a_small_budget_sends_rows_back_and_loses_nothing(
     backend: HfBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows grow past the budget: some wait, are evaluated again, and go on where they were."""
-    monkeypatch.setattr(hf, "HEADROOM_TOKENS", 4)
-    small, sampling = (
-        limited(backend, 4, tiny()),
-        Sampling(temperature=1, top_p=1, max_new_tokens=40),
-    )
-    requests = [Request(f"r{i}", tuple(range(200, 230 + i)), sampling, seed=3) for i in range(3)]
-    tight = limited(small, 4, kv_cache_gib=150 * (2 * 2 * 16 * 4) / 2**30)
-    found, wanted = run(tight, requests), run(small, requests)
-    assert any(result.prefill_tokens > result.prompt_tokens for result in found.values())
-    for name, result in wanted.items():
+    monkeypatch.setattr(hf_generate, "HEADROOM_TOKENS", 4)
+    roomy = limited(backend, 4, tiny())
+    tight = limited(roomy, 4, roomy.model, kv_cache_gib=150 * TOKEN_BYTES / 2**30)
+    sampling = Sampling(temperature=1, top_p=1, max_new_tokens=40)
+    requests = [
+        Request(f"r{extra}", tuple(range(200, 230 + extra)), sampling, seed=3) for extra in range(3)
+    ]
+    results = run(tight, requests)
+    expected = run(roomy, requests)
+    assert any(result.prefill_tokens > result.prompt_tokens for result in results.values())
+    for name, result in expected.items():
         assert result.prefill_tokens == result.prompt_tokens
-        assert found[name].completions == result.completions
+        assert results[name].completions == result.completions
+
+
+class SmallCard:
+    """A model on a card that holds so many rows."""
+
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.inner = tiny()
+        self.config = self.inner.config
+        self.device = self.inner.device
+        self.dtype = self.inner.dtype
+
+    def __call__(self, input_ids: torch.Tensor, **options: object) -> object:
+        if len(input_ids) > self.max_rows:
+            raise torch.OutOfMemoryError("too many rows")
+        return self.inner(input_ids=input_ids, **options)
 
 
 def test_out_of_memory_halves_the_batch(backend: HfBackend) -> None:
-    class Poor:
-        """A model on a card that holds so many rows."""
+    small = limited(backend, 4, SmallCard(2))
+    requests = ask(backend, GREEDY, n=2)
+    results = run(small, requests)
+    expected = run(limited(backend, 4, tiny()), requests)
+    assert small.notes == ["Out of memory: going on with 2 rows at a time."]
+    for name, result in expected.items():
+        assert results[name].completions == result.completions
 
-        most, inner = 2, tiny()
-        config, device, dtype = inner.config, inner.device, inner.dtype
 
-        def __call__(self, input_ids: torch.Tensor, **options: object) -> object:
-            if len(input_ids) > self.most:
-                raise torch.OutOfMemoryError("too many rows")
-            return self.inner(input_ids=input_ids, **options)
-
-    poor, requests = limited(backend, 4, Poor()), ask(backend, GREEDY, n=2)
-    found, wanted = run(poor, requests), run(limited(backend, 4, Poor.inner), requests)
-    assert poor.notes == ["Out of memory: going on with 2 rows at a time."]
-    assert {name: result.completions for name, result in found.items()} == {
-        k: v.completions for k, v in wanted.items()
-    }
-    Poor.most = 0
-    assert all(
-        "memory" in result.error
-        for result in run(limited(backend, 4, Poor()), requests[:2]).values()
-    )
+def test_out_of_memory_with_one_row_is_its_requests_error(backend: HfBackend) -> None:
+    results = run(limited(backend, 4, SmallCard(0)), ask(backend, GREEDY, n=2)[:2])
+    assert all("memory" in result.error for result in results.values())
 
 
 def test_nf4_generates_on_real_weights() -> None:
-    made = HfBackend(ModelConfig(dtype="nf4", max_num_seqs=2))
-    found = run(made, ask(made, GREEDY)[:2])
-    assert type(made.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert "4" in found["q0"].completions[0].text and found["q1"].completions[0].ids
+    backend = HfBackend(ModelConfig(dtype="nf4", max_num_seqs=2))
+    results = run(backend, ask(backend, GREEDY)[:2])
+    assert type(backend.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert "4" in results["q0"].completions[0].text
+    assert results["q1"].completions[0].ids
 
 
 @pytest.mark.parametrize("kind", ["sliding", "convolution"])
 def test_caches_that_keep_less_than_everything(backend: HfBackend, kind: str) -> None:
-    odd = limited(backend, 4, tiny(kind))
-    assert supports_continuous_batching(backend.model) and not supports_continuous_batching(
-        odd.model
-    )
+    batched = limited(backend, 4, tiny(kind))
+    assert supports_continuous_batching(backend.model)
+    assert not supports_continuous_batching(batched.model)
     sampling = Sampling(temperature=0, max_new_tokens=10)
-    requests = [*ask(odd, sampling)[:4], Request("n", tuple(range(300, 340)), sampling, n=6)]
-    alone, together = run(limited(odd, 1), requests), run(odd, requests)
-    for name, result in alone.items():
-        assert [one.ids for one in result.completions] == [
-            many.ids for many in together[name].completions
-        ]
+    samples = Request("n", tuple(range(300, 340)), sampling, n=6)
+    requests = [*ask(batched, sampling)[:4], samples]
+    results = run(batched, requests)
+    for name, alone in run(limited(batched, 1, batched.model), requests).items():
+        pairs = zip(alone.completions, results[name].completions, strict=True)
+        assert all(one.ids == many.ids for one, many in pairs)
 
 
-def test_draws_follow_the_filters() -> None:
+FILTERS = (
+    {"top_p": 0.9},
+    {"top_k": 5},
+    {"min_p": 0.1},
+    {"top_p": 0.8, "top_k": 9},
+    {},
+)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_draws_follow_the_filters(filters: dict[str, float]) -> None:
     """The sets that transformers' own filters keep, and frequencies over 4,000 draws."""
     torch.manual_seed(0)
-    logits, rng = torch.randn(1, 2000) * 3, random.Random(0)
-    for keys in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.8, "top_k": 9}, {}):
-        sampling = Sampling(**{"temperature": 0.8, "top_p": 1, **keys})
-        settings = transformers.GenerationConfig(
-            do_sample=True, **{"temperature": 0.8, "top_k": 0, "top_p": 1.0, **keys}
-        )
-        filters = tiny()._get_logits_processor(settings, input_ids_seq_length=1, device="cpu")
-        wanted = torch.softmax(filters(torch.tensor([[1]]), logits.clone()), -1)[0]
-        drawn = draw(logits.expand(4000, -1), sampling, [rng.random() for _ in range(4000)])
-        assert wanted[drawn].min() > 0, keys
-        for token in wanted.argsort(descending=True)[:4].tolist():
-            assert abs(drawn.count(token) / 4000 - wanted[token]) < 0.03, keys
-    flat = {
-        draw(torch.zeros(1, 5000), Sampling(temperature=1, top_p=0.9), [u / 200])[0]
-        for u in range(200)
-    }
-    assert len(flat) == 200  # more than the head of likeliest tokens could hold evenly
+    logits = torch.randn(1, 2000) * 3
+    rng = random.Random(0)
+    uniforms = [rng.random() for _ in range(4000)]
+    sampling = Sampling(**{"temperature": 0.8, "top_p": 1, **filters})
+    settings = transformers.GenerationConfig(
+        do_sample=True, **{"temperature": 0.8, "top_k": 0, "top_p": 1.0, **filters}
+    )
+    processors = tiny()._get_logits_processor(settings, input_ids_seq_length=1, device="cpu")
+    expected = torch.softmax(processors(torch.tensor([[1]]), logits.clone()), -1)[0]
+    tokens = draw(logits.expand(4000, -1), sampling, uniforms)
+    assert expected[tokens].min() > 0
+    for token in expected.argsort(descending=True)[:4].tolist():
+        assert abs(tokens.count(token) / 4000 - expected[token]) < 0.03
+
+
+def test_flat_distributions_are_drawn_from_the_whole_vocabulary() -> None:
+    """More tokens than the head of likeliest ones could hold evenly."""
+    sampling = Sampling(temperature=1, top_p=0.9)
+    tokens = [draw(torch.zeros(1, 5000), sampling, [step / 200])[0] for step in range(200)]
+    assert len(set(tokens)) == 200
 
 
 def test_repetition_penalty_as_transformers_has_it() -> None:
     torch.manual_seed(1)
-    logits, ids = torch.randn(2, 50), torch.tensor([[3, 7, 9], [1, 1, 40]])
+    logits = torch.randn(2, 50)
+    ids = torch.tensor([[3, 7, 9], [1, 1, 40]])
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
-    wanted = (
-        transformers.RepetitionPenaltyLogitsProcessor(1.8)(ids, logits.clone()).argmax(-1).tolist()
-    )
-    assert draw(logits, Sampling(temperature=0, repetition_penalty=1.8), [], seen) == wanted
+    processor = transformers.RepetitionPenaltyLogitsProcessor(1.8)
+    expected = processor(ids, logits.clone()).argmax(-1).tolist()
+    sampling = Sampling(temperature=0, repetition_penalty=1.8)
+    assert draw(logits, sampling, [0.5, 0.5], seen) == expected

@@ -38,6 +38,7 @@ CIRCLES = {
         "kit.backends.hf_session",
     ),  # a backend opens sessions, a session names its backend's type
     ("kit.backends.gguf", "kit.backends.gguf_generate"),  # likewise
+    ("kit.backends.hf", "kit.backends.hf_generate"),  # likewise
     ("kit.core.run", "kit.core.stages"),  # the work loop takes the run that it works for
 }
 

@@ -1,312 +1,301 @@
-"""Reads along one trace through transformers: the trunk is prefilled once, every boundary is a tail on it.
+"""Judging sessions on transformers: one trace is prefilled once, and boundaries branch off it.
 
-Section 3.2 of the paper. The longest probe seen is the trunk; a shorter one branches off at their common
-token prefix, and the tails of a scan go through the model together. Models whose cache cannot be cut
-(recurrent, hybrid, unknown attention) keep snapshots instead, or recompute; a self-check at the first
-session finds out which. What a verdict is, and which boundaries to ask, is not decided here.
+Section 3.2 of the paper. The cached tokens of a trace are the *trunk*. Every request is a *tail*
+that branches off where its tokens part from the trunk's, and many tails go through the model in
+one pass under a tree mask: a 4-D mask, which transformers takes as given. Models that keep
+something other than keys and values (recurrent, hybrid, chunked attention) recompute every
+request. What a verdict is, and which boundaries to ask, is not decided here.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kit.backends.base import Logprobs, ScoreRequest, TokenUsage, common_prefix_len
-from kit.backends.hf_attention import Layout, laid_out
-from kit.backends.hf_batch import GrowingLayer
+from kit.backends.hf_batch import GrowingLayer, few_tokens
 from kit.core.errors import KitError
 
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
-READ_BYTES = 64 << 20  # logits alive at once
-STRIDE_TOKENS, SNAPSHOTS = (
-    64,
-    64,
-)  # between snapshots, and how many; past that every other one is dropped
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.15,
-    torch.float16: 0.05,
-}  # of the spread of log-probabilities
-SPEED = {
-    "snapshots": f"snapshots every {STRIDE_TOKENS} tokens and recomputes up to so many for a question",
-    "none": "every question is a whole prefill",
-}
-
-
-_Reads = Sequence[tuple[int, tuple[int, ...]]]
+TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what a tree mask can express
+CHECK_CHUNK_TOKENS = 40  # of the self-check: several passes for trunk and tails
+# How far cached log-probabilities may be from uncached ones, as a share of their spread: rounding
+# in fp32; in 16 bits and quantized, the shape of a pass moves more.
+EXACT_TOLERANCE = 1e-3
+COARSE_TOLERANCE = 0.15
 
 
 class UncachedSession:
-    """No cache at all: the slow, obvious way that the others are tested against. See kit.backends.Session."""
+    """No cache: the slow, obvious way that the tree is tested against. See base.ScoringSession.
 
-    ahead_tokens = 0  # past a question that cost little beside a pass of their own
+    Args:
+        backend: the model; its context limits a request.
+        chunk_tokens: tokens of one forward pass, where a session works in passes.
+    """
 
-    def __init__(self, backend: HfBackend, chunk_tokens: int) -> None:
-        self.backend, self.chunk_tokens, self.cost = backend, chunk_tokens, TokenUsage()
-        self.model, self.device = backend.model, backend.device
-        self.path = np.empty(
-            0, np.int64
-        )  # token ids (T,) of the longest probe whose states are cached
+    ahead_tokens = 0  # tokens past a question that cost little beside a pass of their own
 
-    def score(self, probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Read probes; see kit.backends.Session.
+    def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
+        self.model = backend.model
+        self.context_tokens = backend.context_tokens
+        self.chunk_tokens = chunk_tokens
+        self.cost = TokenUsage()
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        """Score requests; see base.ScoringSession.
 
         Raises:
-            KitError: a probe is longer than the model's context.
+            KitError: a request is longer than the model's context.
         """
-        longest = max((len(probe.ids) for probe in probes), default=0)
-        if longest > self.backend.context_tokens:
+        longest = max(len(request.ids) for request in requests)
+        if longest > self.context_tokens:
             raise KitError(
-                f"A judging prompt has {longest} tokens, the model's context {self.backend.context_tokens}.",
+                f"A judging prompt has {longest} tokens, "
+                f"the model's context {self.context_tokens}.",
                 "Set judge.limit_tokens, or judge with a model of longer context.",
             )
+        # All tokens count as cached, until a forward pass evaluates them.
+        self.cost.cached_tokens += sum(len(request.ids) for request in requests)
         with torch.inference_mode():
-            return self._readings([np.asarray(probe.ids) for probe in probes], probes)
+            return self._score(requests)
 
     def close(self) -> None:
-        """Nothing to drop: the cache goes with the session."""
+        """Nothing to release: the cache is dropped with the session."""
 
-    def _readings(self, ids: list[np.ndarray], probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        for own in ids:
-            self._count(len(own), 0)
-        return [
-            self._forward(own, probe.reads, use_cache=False)
-            for own, probe in zip(ids, probes, strict=True)
-        ]
+    def _score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        results = []
+        for request in requests:
+            results += self._forward([request], use_cache=False)
+        return results
 
-    def _forward(self, ids: np.ndarray, reads: _Reads, start: int = 0, **options: Any) -> Logprobs:
-        """Evaluate ids (n,), the first at index `start` of its probe, and read what lies among them."""
-        wanted = [
-            (p - start, candidates) for p, candidates in reads if start <= p < start + len(ids)
-        ]
-        rows = torch.tensor([p for p, _ in wanted], dtype=torch.long, device=self.device)
-        shown = torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)[None]
-        logits = (
-            self.model(input_ids=shown, logits_to_keep=rows, **options).logits[0].float()
-        )  # (reads, V)
-        return [
-            (row[list(c)] - row.logsumexp(-1)).tolist()
-            for row, (_, c) in zip(logits, wanted, strict=True)
-        ]
+    def _forward(self, requests: Sequence[ScoreRequest], **options: Any) -> list[Logprobs]:
+        """Evaluate the tokens of requests, one after the other, in one pass."""
+        ids: list[int] = []
+        positions: list[int] = []
+        for request in requests:
+            positions += [len(ids) + position for position, _ in request.reads]
+            ids += request.ids
+        self.cost.add(TokenUsage(len(ids), -len(ids)))
 
-    def _count(self, evaluated: int, reused: int) -> None:
-        self.cost.add(TokenUsage(evaluated, reused))
+        device = self.model.device
+        with few_tokens(len(ids), device):
+            output = self.model(
+                input_ids=torch.tensor([ids], device=device),
+                logits_to_keep=torch.tensor(positions, dtype=torch.long, device=device),
+                **options,
+            )
+        rows = iter(output.logits[0])
+        results = []
+        for request in requests:
+            logprobs = []
+            for _, candidates in request.reads:
+                row = next(rows).float().log_softmax(-1)
+                logprobs.append(row[list(candidates)].tolist())
+            results.append(logprobs)
+        return results
 
 
-class _Tree(UncachedSession):
-    """A trunk in buffers; tails are written behind it, whatever part of it they see, and cropped off again."""
+@dataclass(frozen=True)
+class Tail(ScoreRequest):
+    """The end of a request: its tokens from `cut` on. Those before are the trunk's."""
 
-    ahead_tokens = 64  # a pass of few tokens costs as much as dozens more
+    cut: int = 0
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        config = self.model.config.get_text_config()
+
+class TreeSession(UncachedSession):
+    """The trunk's keys and values stay in the cache; tails are appended to it and removed."""
+
+    ahead_tokens = 64  # a pass of few tokens costs as much as one with dozens more
+
+    def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
+        super().__init__(backend, chunk_tokens)
+        self.config = self.model.config.get_text_config()
+        self.trunk = np.empty(0, np.int64)  # token ids (T,)
         self.cache = DynamicCache()
-        self.cache.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
-        self.reads_limit = max(1, READ_BYTES // (4 * config.vocab_size))
+        # Layers with a sliding window keep all keys too: a tail may branch off before it.
+        self.cache.layers = [GrowingLayer() for _ in range(self.config.num_hidden_layers)]
 
-    def _readings(self, ids: list[np.ndarray], probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """The longest probe first, in chunks, if it is longer than the trunk, or branches off for more than a chunk: it
-        becomes the trunk. Tails fill its last chunk and further passes."""
-        chunk, found = self.chunk_tokens, [[] for _ in probes]
-        lead = max(range(len(ids)), key=lambda i: len(ids[i]))
-        start, end = reusable_prefix_len(self.path, ids[lead], probes[lead]), len(ids[lead])
-        grows = end > len(self.path) or end - start > chunk
-        if grows:
-            self.path = ids[lead]
-            self._count(end - start, start)
-        tails = sorted(
-            (reusable_prefix_len(self.path, ids[i], probes[i]), i)
-            for i in range(len(ids))
-            if not grows or i != lead
+    def _score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        # 1. The longest request becomes the trunk, up to where its logits are read.
+        longest = max(requests, key=_first_read)
+        self._extend_trunk(longest.ids[: _first_read(longest)])
+
+        # 2. Every request branches off the trunk with at least its first read.
+        tails = []
+        for request in requests:
+            cut = min(common_prefix_len(self.trunk, request.ids), _first_read(request))
+            reads = tuple((position - cut, candidates) for position, candidates in request.reads)
+            tails.append(Tail(request.ids[cut:], reads, cut))
+
+        # 3. Groups of tails go through the model together.
+        results = []
+        for group in _groups(tails, self.chunk_tokens):
+            results += self._score_tails(group)
+        return results
+
+    def _extend_trunk(self, ids: tuple[int, ...]) -> None:
+        """Cache ids (n,), if they are longer than the trunk or branch off for over one pass."""
+        shared = common_prefix_len(self.trunk, ids)
+        if len(ids) <= len(self.trunk) and len(ids) - shared <= self.chunk_tokens:
+            return
+        self._crop(shared)
+        self.trunk = np.asarray(ids)
+        # Without a mask of ours, transformers takes its fastest attention.
+        for start in range(shared, len(ids), self.chunk_tokens):
+            chunk = ScoreRequest(ids[start : start + self.chunk_tokens], ())
+            self._forward([chunk], past_key_values=self.cache, use_cache=True)
+
+    def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
+        mask, position_ids = tree_mask(self.model, len(self.trunk), tails)
+        results = self._forward(
+            tails,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
         )
-        for at in range(start, end, chunk) if grows else ():
-            pieces = [(at, lead, ids[lead][at : at + chunk])]
-            if at + chunk >= end:
-                pieces += self._next(tails, ids, probes, chunk - (end - at), 0)
-            self._run(at, pieces, probes, found)
-        while tails:
-            self._run(len(self.path), self._next(tails, ids, probes, chunk, 1), probes, found)
-        return found
+        self._crop(len(self.trunk))
+        return results
 
-    def _next(
-        self,
-        tails: list[tuple[int, int]],
-        ids: list[np.ndarray],
-        probes: Sequence[ScoreRequest],
-        room: int,
-        least: int,
-    ) -> list[tuple[int, int, np.ndarray]]:
-        """Take tails (cut, probe) off the list, at least so many, while they fit into `room` tokens."""
-        taken, reads = [], 0
-        while tails:
-            cut, i = tails[0]
-            reads, room = reads + len(probes[i].reads), room - (len(ids[i]) - cut)
-            if (room < 0 or reads > self.reads_limit) and len(taken) >= least:
-                break
-            taken.append((*tails.pop(0), ids[i][cut:]))
-            self._count(len(ids[i]) - cut, cut)
-        return taken
-
-    def _run(
-        self,
-        past: int,
-        pieces: list[tuple[int, int, np.ndarray]],
-        probes: Sequence[ScoreRequest],
-        found: Any,
-    ) -> None:
-        """One forward pass over pieces (cut, probe, ids (n,)) behind `past` tokens of the trunk; adds to `found`."""
-        cuts, lengths = [cut for cut, *_ in pieces], [len(piece) for *_, piece in pieces]
-        layout, reads, owners = Layout(past, cuts, lengths, self.device), [], []
-        for (cut, i, piece), at in zip(pieces, np.cumsum([0, *lengths]), strict=False):
-            inside = [
-                (p - cut + at, candidates)
-                for p, candidates in probes[i].reads
-                if 0 <= p - cut < len(piece)
-            ]
-            reads, owners = reads + inside, owners + [i] * len(inside)
-        self.cache.crop(
-            past - self.cache.get_seq_length()
-        )  # a negative number: so many tokens off the end
-        options = {
-            "past_key_values": self.cache,
-            "position_ids": layout.position[None],
-            "use_cache": True,
-        }
-        with laid_out(self.model, layout):
-            made = self._forward(np.concatenate([piece for *_, piece in pieces]), reads, **options)
-        for i, values in zip(owners, made, strict=True):
-            found[i].append(values)
+    def _crop(self, tokens: int) -> None:
+        """Keep the first tokens of the cache. DynamicCache.crop takes minus those to remove."""
+        self.cache.crop(tokens - self.cache.get_seq_length())
 
 
-class _Snapshots(UncachedSession):
-    """The model's own cache, copied every so many tokens along the longest probe; the rest is recomputed."""
+def tree_mask(model: Any, trunk_tokens: int, tails: Sequence[Tail]) -> tuple[Any, torch.Tensor]:
+    """The attention mask of tails that go through a model together, after the whole trunk.
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.kept: list[tuple[int, Any]] = []  # (tokens, cache), ascending, along `path`
-        arguments = inspect.signature(self.model.forward).parameters
-        self.name = "past_key_values" if "past_key_values" in arguments else "cache_params"
+    A token sees the trunk up to its tail's cut, and its own tail up to itself. A sliding window
+    counts positions in the request, not columns of the cache, so it is part of the mask.
 
-    def _readings(self, ids: list[np.ndarray], probes: Sequence[ScoreRequest]) -> list[Logprobs]:
-        found = {
-            i: self._single(ids[i], probes[i])
-            for i in sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        }
-        return [found[i] for i in range(len(ids))]
+    Returns:
+        An additive mask (1, 1, q, trunk + q) for the q tokens, which SDPA and eager attention both
+        take. For a config with layer types: a dict of them by type, as transformers'
+        create_masks_for_generate makes it. And the tokens' positions (1, q).
+    """
+    tokens = sum(len(tail.ids) for tail in tails)
+    columns = trunk_tokens + tokens
+    mask = torch.full((tokens, columns), float("-inf"), dtype=model.dtype, device=model.device)
+    position = torch.arange(columns, device=model.device)  # in the request, of every column
+    row = 0
+    for tail in tails:
+        end = row + len(tail.ids)
+        own_columns = slice(trunk_tokens + row, trunk_tokens + end)
+        position[own_columns] += tail.cut - own_columns.start
+        # 0 lets a token see: the trunk up to the cut, and below the diagonal its own tail.
+        mask[row:end, : tail.cut] = 0
+        mask[row:end, own_columns].triu_(1)
+        row = end
 
-    def _single(self, ids: np.ndarray, probe: ScoreRequest) -> Logprobs:
-        shared, limit = (
-            common_prefix_len(self.path, ids),
-            reusable_prefix_len(self.path, ids, probe),
-        )
-        if len(ids) > len(self.path):
-            self.kept, self.path, shared = (
-                [(n, c) for n, c in self.kept if n <= shared],
-                ids,
-                len(ids),
-            )
-        begin, cache = max(
-            ((n, c) for n, c in self.kept if n <= limit), key=lambda x: x[0], default=(0, None)
-        )
-        cache = (
-            copy.deepcopy(cache) if cache is not None else DynamicCache(config=self.model.config)
-        )
-        first = (begin // STRIDE_TOKENS + 1) * STRIDE_TOKENS
-        stops = [*range(first, len(ids), STRIDE_TOKENS), len(ids)]
-        found: Logprobs = []
-        for start, end in zip([begin, *stops], stops, strict=False):
-            found += self._forward(
-                ids[start:end], probe.reads, start, use_cache=True, **{self.name: cache}
-            )
-            if end < len(ids) and end <= shared and all(n != end for n, _ in self.kept):
-                self.kept.append((end, copy.deepcopy(cache)))
-        self.kept.sort(key=lambda x: x[0])
-        while len(self.kept) > SNAPSHOTS:
-            self.kept = self.kept[1::2]
-        self._count(len(ids) - begin, begin)
-        return found
-
-
-_KINDS: dict[str, type[UncachedSession]] = {
-    "tree": _Tree,
-    "snapshots": _Snapshots,
-    "none": UncachedSession,
-}
+    config = model.config.get_text_config()
+    own_position = position[trunk_tokens:]
+    windowed = mask
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        too_far = position <= own_position[:, None] - window
+        windowed = mask.masked_fill(too_far, float("-inf"))
+    if not hasattr(config, "layer_types"):
+        return windowed[None, None], own_position[None]
+    by_type = {"full_attention": mask[None, None], "sliding_attention": windowed[None, None]}
+    return by_type, own_position[None]
 
 
 def open_session(
     backend: HfBackend, uncached: bool = False, chunk_tokens: int = 1024
 ) -> UncachedSession:
-    """A session on a model.
+    """Open a session on a model.
 
     Args:
-        uncached: evaluate every probe from its first token, without a cache.
+        uncached: evaluate every request from its first token, without a cache.
         chunk_tokens: tokens of one forward pass; bounds memory.
     """
-    return (UncachedSession if uncached else _KINDS[cache_kind(backend)])(backend, chunk_tokens)
+    if uncached or cache_kind(backend) == "uncached":
+        return UncachedSession(backend, chunk_tokens)
+    return TreeSession(backend, chunk_tokens)
 
 
 def cache_kind(backend: HfBackend) -> str:
-    """How this model's cache may be reused: tree, snapshots or none; checked once against uncached readings."""
-    kind = getattr(backend, "cache_kind", None)
-    if kind is None:
-        kind, why = _check(backend)
-        backend.cache_kind = kind  # type: ignore[attr-defined]
-        if kind != "tree":
-            backend.notes.append(f"judging cache: {why}; the judge works with {SPEED[kind]}")
-    return kind
+    """tree or uncached: how this model is judged. Checked once per backend; sets its cache_kind."""
+    if backend.cache_kind is None:
+        problem = _tree_problem(backend)
+        backend.cache_kind = "uncached" if problem else "tree"
+        if problem:
+            note = f"judging cache: {problem}; every question is a whole prefill"
+            backend.notes.append(note)
+    return backend.cache_kind
 
 
-def _check(backend: HfBackend) -> tuple[str, str]:
-    """Compare each way of caching with uncached readings on probes that share beginnings, cut and branch."""
+def _tree_problem(backend: HfBackend) -> str:
+    """Why a model cannot be judged on a tree; empty if it can.
+
+    Compares cached with uncached log-probabilities of requests that share beginnings and branch.
+    """
+    # Chunked attention would pass a check that is shorter than a chunk: types come first.
+    layer_types, _ = get_layer_types_and_kwargs(backend.model.config.get_text_config())
+    other_types = set(layer_types) - TREE_LAYERS
+    if other_types:
+        return f"it has layers of type {', '.join(sorted(other_types))}"
+
+    requests = _check_requests(backend)
+    uncached = np.asarray(UncachedSession(backend).score(requests))
+    session = TreeSession(backend, CHECK_CHUNK_TOKENS)
+    try:
+        # A question first, then longer and shorter ones: the trunk grows, and tails leave it.
+        cached = session.score(requests[:1]) + session.score(requests[1:])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # A model's own code may raise anything on a cache or a mask that it does not know.
+        return f"{type(error).__name__}: {str(error)[:120]}"
+
+    quantized = getattr(backend.model, "hf_quantizer", None) is not None
+    exact = backend.model.dtype == torch.float32 and not quantized
+    tolerance = EXACT_TOLERANCE if exact else COARSE_TOLERANCE
+    difference = np.abs(np.asarray(cached) - uncached).max()
+    if difference <= tolerance * uncached.std():
+        return ""
+    return f"log-probabilities moved by {difference:.2g}"
+
+
+def _check_requests(backend: HfBackend) -> list[ScoreRequest]:
+    """Random tokens cut at six places, each with a closing turn; longer than a short window."""
     config = backend.model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    length = min(window + 64 if 32 <= window <= 2048 else 96, backend.context_tokens)
-    ids = (
-        np.random.default_rng(0)
-        .integers(config.vocab_size // 8, config.vocab_size // 2, length + 6)
-        .tolist()
-    )
-    cuts = [length // 2, length, length * 3 // 4, length // 3, length // 2 + 1, length * 7 // 8]
-    every = tuple(range(min(config.vocab_size, 512)))
-    probes = [ScoreRequest((*ids[: n - 6], *ids[length + i % 3 :]), ()) for i, n in enumerate(cuts)]
-    probes = [
-        ScoreRequest(p.ids, ((len(p.ids) - 2, every), (len(p.ids) - 1, every))) for p in probes
-    ]
-    fresh = np.asarray(UncachedSession(backend, 0).score(probes))
-    allowed = TOLERANCE.get(backend.model.dtype, 1e-3) * max(float(fresh.std()), 1e-6)
-    if getattr(backend.model, "hf_quantizer", None) is not None:
-        allowed = max(allowed, TOLERANCE[torch.bfloat16] * float(fresh.std()))
-    why = []
-    for kind in ("tree", "snapshots"):
-        session = _KINDS[kind](backend, 40)
-        try:  # a question, many that go past it, one that stays within, many that do
-            first, rest = probes[:1], probes[1:]
-            found = [
-                session.score(first) + session.score(rest),
-                session.score(first) + session.score(rest),
-            ]
-        except (
-            Exception
-        ) as error:  # whatever a model's own cache raises, the next way is tried and the user told
-            why.append(f"{kind}: {type(error).__name__}: {str(error)[:120]}")
-            continue
-        worst = float(np.abs(np.asarray(found) - fresh).max())
-        if worst <= allowed:
-            return kind, "; ".join(why)
-        why.append(f"{kind}: log-probabilities moved by {worst:.2g}")
-    return "none", "; ".join(why)
+    length = window + 64 if 32 <= window <= 2048 else 96
+    length = min(length, backend.context_tokens - 6)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(config.vocab_size // 2, size=length + 6).tolist()
+    candidates = tuple(range(min(config.vocab_size, 512)))
+    requests = []
+    for number, ratio in enumerate((1 / 2, 1, 3 / 4, 1 / 3, 5 / 9, 7 / 8)):
+        prompt = (*ids[: int(length * ratio)], *ids[length + number % 3 :])
+        last = len(prompt) - 1
+        requests.append(ScoreRequest(prompt, ((last - 1, candidates), (last, candidates))))
+    return requests
 
 
-def reusable_prefix_len(held: np.ndarray, ids: np.ndarray, probe: ScoreRequest) -> int:
-    """Tokens of a probe that need no evaluation: shared with `held`, and before the first read."""
-    return min(common_prefix_len(held, ids), probe.reads[0][0] if probe.reads else len(ids) - 1)
+def _first_read(request: ScoreRequest) -> int:
+    """Position of a request's first read: from there on, its tokens must be evaluated."""
+    return request.reads[0][0] if request.reads else len(request.ids) - 1
+
+
+def _groups(tails: Sequence[Tail], limit_tokens: int) -> Iterator[list[Tail]]:
+    """Tails in order, in groups of at most so many tokens; a longer tail is a group of its own."""
+    group: list[Tail] = []
+    tokens = 0
+    for tail in tails:
+        if group and tokens + len(tail.ids) > limit_tokens:
+            yield group
+            group = []
+            tokens = 0
+        group.append(tail)
+        tokens += len(tail.ids)
+    yield group

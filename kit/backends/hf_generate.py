@@ -1,0 +1,254 @@
+"""The scheduler of generation: which rows wait, which run together, and when a sample ends.
+
+Every sample is a row with a random generator of its own; n samples of a prompt share its prefill.
+Rows join a running batch where every layer of the model keeps all keys and values; other models
+(sliding windows, convolutions, linear attention) run batch after batch. Serves every stage that
+generates (sections 3.1 and 3.3 of the paper). What a batch computes is in hf_batch.py.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kit.backends.base import (
+    ActiveRequest,
+    Generation,
+    Request,
+    check_stop,
+    sample_seed,
+    too_long,
+)
+from kit.backends.hf_batch import (
+    DecodeBatch,
+    Part,
+    assemble,
+    draw,
+    prefill,
+    supports_continuous_batching,
+)
+from kit.core.config import Sampling
+
+if TYPE_CHECKING:
+    from kit.backends.hf import HfBackend
+
+HEADROOM_TOKENS = 256  # a row is admitted when this much of its sample fits; it may have to leave
+
+
+@dataclass(eq=False)
+class Row:
+    """One sample of a request, waiting or running."""
+
+    active: ActiveRequest
+    sample: int
+    random: random.Random
+    ids: list[int] = field(default_factory=list)  # drawn so far
+    seen: torch.Tensor | None = None  # (V,) bool, see mark_seen
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt and what was drawn so far."""
+        return (*self.active.request.prompt, *self.ids)
+
+    def mark_seen(self, logits: torch.Tensor) -> torch.Tensor:
+        """(V,) bool: tokens of prompt and sample, which a repetition penalty makes less likely.
+
+        Called before every draw, so only the last token is new. `logits` (V,) give the shape.
+        """
+        if self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            self.seen[list(self.tokens)] = True
+        else:
+            self.seen[self.ids[-1]] = True
+        return self.seen
+
+
+class Scheduler:
+    """One call of generate."""
+
+    def __init__(self, backend: HfBackend, requests: Sequence[Request]) -> None:
+        self.backend = backend
+        self.model = backend.model
+        self.max_rows = backend.engine.max_num_seqs
+        self.budget_tokens = backend.cache_tokens()
+        self.continuous = supports_continuous_batching(self.model)
+        self.finished: deque[Generation] = deque()
+        self.queue: deque[Row] = deque()
+        self.rows: list[Row] = []  # running, in the batch's order
+        self.batch: DecodeBatch | None = None
+        # The prompts evaluated last and their states, for further samples of them.
+        self.prompts: list[tuple[int, ...]] = []
+        self.prefilled: DecodeBatch | None = None
+        # Longest prompts first, so that the rows of a batch have similar lengths.
+        for request in sorted(requests, key=lambda request: (-len(request.prompt), request.id)):
+            self._enqueue(request)
+
+    def run(self) -> Iterator[Generation]:
+        """Yield each request's result as it finishes."""
+        while self.finished or self.queue or self.rows:
+            while self.finished:
+                yield self.finished.popleft()
+            self._advance()
+
+    def _enqueue(self, request: Request) -> None:
+        error = too_long(request, self.backend.context_tokens)
+        if error is not None:
+            self.finished.append(error)
+            return
+        room_tokens = self.backend.context_tokens - len(request.prompt)
+        active = ActiveRequest(request, min(room_tokens, request.sampling.max_new_tokens))
+        for sample in range(request.n):
+            seed = sample_seed(request.seed, request.id, sample)
+            self.queue.append(Row(active, sample, random.Random(seed)))
+
+    def _advance(self) -> None:
+        """Admit waiting rows, then draw one token for every running row."""
+        try:
+            with torch.inference_mode():
+                self._admit()
+                self._decode()
+            return
+        except torch.OutOfMemoryError:
+            # Handled after this block, where the traceback no longer holds the tensors.
+            pass
+        self._shrink()
+
+    def _admit(self) -> None:
+        """Prefill waiting rows while they fit, draw their first tokens, and let them join."""
+        running = len(self.rows)
+        while self._fits():
+            self.rows.append(self.queue.popleft())
+        joining = self.rows[running:]
+        if not joining:
+            return
+
+        # Rows are prefilled one by one where they can join a batch, else padded together.
+        groups = [[row] for row in joining] if self.continuous else [joining]
+        parts = []
+        if self.batch is not None:
+            parts.append(Part(self.batch, list(range(running))))
+        for group in groups:
+            prefilled = self._prefill(group)
+            places = [self.prompts.index(row.tokens) for row in group]
+            going_on = self._draw(group, prefilled.logits[places])
+            parts.append(Part(prefilled, [places[index] for index in going_on]))
+        self._assemble(parts)
+
+        if not self.queue or not self.continuous:
+            self.prefilled = None
+
+    def _fits(self) -> bool:
+        """Whether the first waiting row can join; there is always room for one row."""
+        if not self.queue or len(self.rows) >= self.max_rows:
+            return False
+        if not self.rows:
+            return True
+        if self.batch is not None and not self.continuous:
+            return False
+        longest = max(len(row.tokens) for row in (self.queue[0], *self.rows))
+        return (len(self.rows) + 1) * (longest + HEADROOM_TOKENS) <= self.budget_tokens
+
+    def _prefill(self, rows: Sequence[Row]) -> DecodeBatch:
+        """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""
+        now = time.perf_counter()
+        for row in rows:
+            row.active.begun = row.active.begun or now
+        by_prompt = {row.tokens: row for row in rows}
+        prompts = list(by_prompt)
+        if self.prefilled is None or prompts != self.prompts:
+            self.prefilled = None
+            self.prefilled = prefill(self.model, prompts)
+            self.prompts = prompts
+            for prompt, row in by_prompt.items():
+                row.active.prefill_tokens += len(prompt)
+        return self.prefilled
+
+    def _decode(self) -> None:
+        """Compute what follows every running row's last token, and draw from it."""
+        if self.batch is None:
+            return
+        self.batch.step(self.model, [row.ids[-1] for row in self.rows])
+        going_on = self._draw(list(self.rows), self.batch.logits)
+
+        # Past the budget, the later half of the rows waits again.
+        if len(going_on) > 1 and self.batch.columns * len(going_on) > self.budget_tokens:
+            half = len(going_on) // 2
+            self.queue.extendleft(reversed(self.rows[half:]))
+            del self.rows[half:]
+            del going_on[half:]
+        if len(going_on) < len(self.batch.logits):
+            self._assemble([Part(self.batch, going_on)])
+
+    def _draw(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int]:
+        """Draw each row's next token from logits (B, V), and finish the rows that end with it.
+
+        Returns:
+            Indices of the rows that go on.
+        """
+        by_sampling: dict[Sampling, list[int]] = {}
+        for index, row in enumerate(rows):
+            by_sampling.setdefault(row.active.request.sampling, []).append(index)
+
+        going_on = []
+        for sampling, indices in by_sampling.items():
+            seen = None
+            if sampling.repetition_penalty != 1:
+                seen = torch.stack([rows[index].mark_seen(logits[index]) for index in indices])
+            uniforms = [rows[index].random.random() for index in indices]
+            tokens = draw(logits[indices], sampling, uniforms, seen)
+            for index, token in zip(indices, tokens, strict=True):
+                rows[index].ids.append(token)
+                if not self._finish(rows[index]):
+                    going_on.append(index)
+        return sorted(going_on)
+
+    def _finish(self, row: Row) -> bool:
+        """Whether a row's last token ends it; it then leaves, and may complete its request."""
+        active = row.active
+        completion = check_stop(
+            row.ids,
+            active.limit_tokens,
+            active.request.sampling,
+            self.backend.tokenizer,
+        )
+        if completion is None:
+            return False
+        self.rows.remove(row)
+        generation = active.finish(row.sample, completion)
+        if generation is not None:
+            self.finished.append(generation)
+        return True
+
+    def _assemble(self, parts: Sequence[Part]) -> None:
+        """Make the batch of the running rows."""
+        parts = [part for part in parts if part.rows]
+        self.batch = assemble(parts, keep=self.prefilled) if parts else None
+
+    def _shrink(self) -> None:
+        """After running out of memory: half as many rows.
+
+        Running rows wait again with what they have drawn. A single row that does not fit is its
+        request's error.
+        """
+        running = len(self.rows)
+        self.queue.extendleft(reversed(self.rows))
+        self.rows = []
+        self.batch = None
+        self.prefilled = None
+        torch.cuda.empty_cache()
+        if self.max_rows > 1:
+            self.max_rows = max(1, min(self.max_rows, running) // 2)
+            note = f"Out of memory: going on with {self.max_rows} rows at a time."
+            self.backend.notes.append(note)
+            return
+        failed = self.queue[0].active
+        self.queue = deque(row for row in self.queue if row.active is not failed)
+        size = len(failed.request.prompt)
+        error = f"Out of memory with one prompt of {size} tokens; try a smaller dtype, e.g. nf4."
+        self.finished.append(Generation(failed.request.id, prompt_tokens=size, error=error))
