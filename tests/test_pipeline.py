@@ -287,7 +287,7 @@ def test_killed_once_in_every_stage_the_run_ends_as_if_it_had_not_been(
     # a finished run is skipped
     again = run_command(config, tmp_path / "killed0")
     for stage in STAGES[:5]:
-        assert f"{stage}: done before, skipped" in again.stderr
+        assert f"{stage}: already done, skipped" in again.stderr
 
 
 @pytest.mark.slow
