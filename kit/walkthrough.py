@@ -39,11 +39,9 @@ answer is routine. Reply [ENOUGH] if it does and [NOT_ENOUGH] if an essential st
 missing. Reply with the label only.
 
 Problem:
-
 {question}
 
 First part of the solution:
-
 {prefix}"""
 
 DRAFT = """\
