@@ -50,6 +50,7 @@ _IS = re.compile(
 _NUMBER = (
     r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)"
     r"(?:[eE][-+]?\d+|\s*(?:\\times|×|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?(?:\s*/\s*\d+)?\s?%?"
+    r"(?:\s*(?:hundred|thousand|million|billion|trillion|percent|[ap]\.?m)\b)?"
 )
 _ONE = (
     r"(?:\$\$.{1,300}?\$\$|\\\[.{1,300}?\\\]|\$[^$\n]{1,200}\$(?!\d)|\\\(.{1,200}?\\\)|"
@@ -61,7 +62,12 @@ _VALUES = re.compile(
     rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
-_FURTHER = re.compile(r"\s+or\b|\s*/\s*[A-J]\b", re.IGNORECASE)
+# What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
+_FURTHER = re.compile(
+    r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|divided|"
+    r"multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
+    re.IGNORECASE,
+)
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
@@ -119,8 +125,8 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     boxes: list[tuple[int, int, str]] = []
     # of the open braces: where a box begins and its content, None for any other brace
     open_braces: list[tuple[int, int] | None] = []
-    matches = _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ()
-    for match in matches:
+    first = re.search(r"\\(?:boxed|fbox)", text)
+    for match in _BRACES.finditer(text, first.start()) if first else ():
         if match[0] == "}":
             begin = open_braces.pop() if open_braces else None
             content = text[begin[1] : match.start()].strip() if begin else ""
