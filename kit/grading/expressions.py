@@ -28,7 +28,8 @@ DECIMAL_DIGITS = 6  # from which a decimal may stand for the number it is rounde
 _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _LABEL = re.compile(r"\\?[a-zA-Z]+'?(?:_(?:\{[^{}]*\}|\\?\w+))?(?:\s*\([^()]*\))?|\\?angle \w+")
 _WORD = re.compile(
-    r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d|\\[lc]?dots|\d'|"
+    r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d|"
+    r"\\[lc]?dots|\d'|"
     rf"\\{FONTS}(?![a-zA-Z])"
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)

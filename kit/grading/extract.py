@@ -39,12 +39,15 @@ _CUE = re.compile(
 _CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
 _IS_CORRECT = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|n['’]t\b",
+    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|"
+    r"n['’]t\b",
     re.IGNORECASE,
 )
 _IS = re.compile(
-    r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
-    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|answer|is|about)\s+:*)*",
+    r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*"
+    r"(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
+    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|"
+    r"answer|is|about)\s+:*)*",
     re.IGNORECASE,
 )
 _NUMBER = (
@@ -65,7 +68,8 @@ _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
 # What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
 _FURTHER = re.compile(
     r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|divided|"
-    r"multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
+    r"multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
+    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
     re.IGNORECASE,
 )
 

@@ -23,7 +23,9 @@ _SPACED_NUMBER = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~|\s)\s*\d{3})+
 
 @functools.cache
 def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
-    """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain ones."""
+    """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain
+    ones.
+    """
     loaded = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     characters = str.maketrans(loaded["characters"])
     for code in range(0xFF01, 0xFF5F):
