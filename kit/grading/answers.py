@@ -22,7 +22,7 @@ from kit.grading.quantities import different_units, read_clock, read_quantity
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
 
-# One option letter: (B)  B.  B) 12  option B  B is correct; not the first letter of a word or of several.
+# One option letter: (B)  B.  B) 12  option B  B is correct; no first letter of a word.
 _LETTER = re.compile(
     r"[\s(\[]*(?:option|choice|answer)?[\s(\[:]*([a-z])"
     r"(?:[)\].:,]+(?:\s.*)?|\s*|\s+(?:is|because|since|as|-)\b.*|\s+(?=[\d\\$]).*)",

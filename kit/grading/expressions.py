@@ -29,6 +29,7 @@ _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL
 _LABEL = re.compile(r"\\?[a-zA-Z]+'?(?:_(?:\{[^{}]*\}|\\?\w+))?(?:\s*\([^()]*\))?|\\?angle \w+")
 _WORD = re.compile(
     r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d|"
+    r"\\[lc]?dots|\d'|"
     rf"\\{FONTS}(?![a-zA-Z])"
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
@@ -414,8 +415,10 @@ def _rounded(decimal: Scalar, exact: Scalar) -> bool:
     number = exact.expression
     if number.is_Rational and set(sympy.factorint(number.q)) <= {2, 5}:
         return False  # it has a last decimal of its own
-    distance = abs(sympy.N(number - decimal.expression, 50))
-    return bool(distance.is_real and distance < sympy.Rational(1, 10**written.places))
+    # rounded, or cut off
+    excess = sympy.N(abs(number) - abs(decimal.expression), 50) * 10**written.places
+    signs = sympy.sign(number) == sympy.sign(decimal.expression)
+    return bool(signs and excess.is_real and -0.5 <= excess < 1)
 
 
 def _equal_expressions(first: Any, second: Any) -> bool:

@@ -39,17 +39,21 @@ _CUE = re.compile(
 _CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
 _IS_CORRECT = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|n['’]t\b",
+    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|"
+    r"n['’]t\b",
     re.IGNORECASE,
 )
 _IS = re.compile(
-    r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
-    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|answer|is|about)\s+:*)*",
+    r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*"
+    r"(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
+    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|"
+    r"answer|is|about)\s+:*)*",
     re.IGNORECASE,
 )
 _NUMBER = (
     r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)"
     r"(?:[eE][-+]?\d+|\s*(?:\\times|×|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?(?:\s*/\s*\d+)?\s?%?"
+    r"(?:\s*(?:hundred|thousand|million|billion|trillion|percent|[ap]\.?m)\b)?"
 )
 _ONE = (
     r"(?:\$\$.{1,300}?\$\$|\\\[.{1,300}?\\\]|\$[^$\n]{1,200}\$(?!\d)|\\\(.{1,200}?\\\)|"
@@ -61,7 +65,13 @@ _VALUES = re.compile(
     rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
-_FURTHER = re.compile(r"\s+or\b|\s*/\s*[A-J]\b", re.IGNORECASE)
+# What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
+_FURTHER = re.compile(
+    r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|divided|"
+    r"multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
+    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
+    re.IGNORECASE,
+)
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
@@ -119,8 +129,8 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     boxes: list[tuple[int, int, str]] = []
     # of the open braces: where a box begins and its content, None for any other brace
     open_braces: list[tuple[int, int] | None] = []
-    matches = _BRACES.finditer(text) if "\\boxed" in text or "\\fbox" in text else ()
-    for match in matches:
+    first = re.search(r"\\(?:boxed|fbox)", text)
+    for match in _BRACES.finditer(text, first.start()) if first else ():
         if match[0] == "}":
             begin = open_braces.pop() if open_braces else None
             content = text[begin[1] : match.start()].strip() if begin else ""

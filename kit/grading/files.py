@@ -106,8 +106,9 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
             rows.append((where, read_output_row(row, source.keys, gold)))
         except ValueError as error:
             hint = (
-                "Name the keys by --answer, --outputs and --labels. Without them, the first of these: "
-                f"answer: {' '.join(ANSWERS)}. outputs: {' '.join(OUTPUTS)}. labels: {' '.join(LABELS)}."
+                "Name the keys by --answer, --outputs and --labels. Without them, the first of: "
+                f"answer: {' '.join(ANSWERS)}. outputs: {' '.join(OUTPUTS)}. "
+                f"labels: {' '.join(LABELS)}."
             )
             message = f"{source.path}, {where}, cannot be graded: {error}."
             raise KitError(message, hint) from None

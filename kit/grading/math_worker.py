@@ -91,8 +91,11 @@ def _prepare(memory_bytes: int) -> None:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     logging.disable(logging.CRITICAL)
-    from kit.grading import expressions, published  # noqa: F401 (imported before memory is bounded)
+    # the libraries are loaded, and the parser has parsed, before memory and time are bounded
+    from kit.grading import expressions, published
 
+    expressions.same("\\frac{x}{2} + 1", "\\sqrt{x}")
+    published.accepts("1", "2")
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # the parent's kill and the kernel's timer end it even inside C code

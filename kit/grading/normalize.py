@@ -16,30 +16,24 @@ import yaml
 
 FONTS = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|rm|mbox|operatorname|ce)"
 
-# Single characters: full-width forms, then typographic ones.
-_CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_CHARACTERS.update({ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212"})
-_CHARACTERS.update({ord(space): " " for space in "\u00a0\u2002\u2003\u2009\u202f\u3000"})
-_SYMBOLS = {
-    "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ",
-    "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "±": r"\pm ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
-    "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "、": ",", "。": ".", "’": "'", "“": '"', "”": '"', "∣": "|",
-}  # fmt: skip
-_CHARACTERS.update({ord(character): latex for character, latex in _SYMBOLS.items()})
-
 _PLAIN = re.compile(r"[-+]?(?:\\?\$)?\d[\d.,]*")
 # Thousands written with spaces: 1\,000\,000  1 000 000
 _SPACED_NUMBER = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~|\s)\s*\d{3})+(?![\d.,])")
 
 
 @functools.cache
-def _rules() -> list[tuple[re.Pattern[str], str]]:
-    """The rules of kit/grading/normalize.yaml, in order."""
-    path = Path(__file__).with_suffix(".yaml")
-    rules = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return [(re.compile(pattern.replace("FONT", FONTS)), rule) for pattern, rule in rules]
+def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
+    """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain
+    ones.
+    """
+    loaded = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    characters = str.maketrans(loaded["characters"])
+    for code in range(0xFF01, 0xFF5F):
+        characters[code] = chr(code - 0xFEE0)
+    rules = []
+    for pattern, replacement in loaded["rules"]:
+        rules.append((re.compile(pattern.replace("FONT", FONTS)), replacement))
+    return characters, rules
 
 
 def normalize(text: str) -> str:
@@ -50,12 +44,13 @@ def normalize(text: str) -> str:
     """
     # most answers are plain numbers
     if _PLAIN.fullmatch(text):
-        return text.replace("\\", "").replace("$", "").rstrip(".,")
-    text = unicodedata.normalize("NFC", text).strip().strip("*`").strip().translate(_CHARACTERS)
+        return text.replace("\\", "").replace("$", "").rstrip(",").removesuffix(".")
+    characters, rules = _rules()
+    text = unicodedata.normalize("NFC", text).strip().strip("*`").strip().translate(characters)
     text = _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
-    for pattern, replacement in _rules():
+    for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
-    text = text.lstrip(" ,;:\"'").rstrip(" .,;:\"'")
+    text = text.strip(' ,;:"').removesuffix(".").rstrip()
     # a bracket that is opened first and never closed
     if text[:1] in ("(", "[") and not re.search(r"[)\]]", text):
         text = text[1:].strip()
@@ -69,5 +64,7 @@ def comparable(text: str) -> str:
     text = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<![\\a-zA-Z])([A-Z][a-z]?|[a-z])_(\w)", r"\1\2", text)
     text = text.replace("\\{", "<").replace("\\}", ">")
-    text = re.sub(r"(?<![_^}a-z])\{([^{}]*)\}(?!\{)", r"\1", text)
-    return re.sub(r"\s+", "", text).casefold().strip(",;:\"'")
+    text = re.sub(r"(?<![_^}a-z\d])\{([^{}]*)\}(?!\{)", r"\1", text)
+    # but 1 2 is not 12
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    return text.casefold().strip(',;:"')

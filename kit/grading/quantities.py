@@ -62,7 +62,8 @@ _SCALES = {
 _NOT_UNITS = set(
     "a an and or if is not no nor to plus minus half dozen quarter third over mod more less fewer "
     "least most than between except but else when where with without maybe about squared cubed "
-    "base remainder choose factorial sqrt pi sin cos tan cot sec csc log ln exp lim gcd lcm true false am pm".split()
+    "incorrect wrong base remainder choose factorial sqrt pi "
+    "sin cos tan cot sec csc log ln exp lim gcd lcm true false am pm".split()
 )
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.(\d*))?"
@@ -124,6 +125,8 @@ def read_unit(text: str, words: bool = False) -> str | None:
     in_font = bool(re.search(rf"\\{FONTS}", text))
     unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])", " ", text).replace("\\%", "%")
     unit = re.sub(r"[{}()\s-]+", " ", unit).strip(" .,")
+    if text.count("(") != text.count(")") or (not unit and "(" in text):
+        return None
     if unit in ("", "%"):
         return unit
     # words, apart from those that make another number of it
