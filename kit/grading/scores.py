@@ -101,6 +101,7 @@ def loops(sample: Sample) -> bool:
     """Whether a sample was stopped as a loop, or ran to the limit repeating itself."""
     if sample.finish_reason == "loop":
         return True
+    # Words and signs, so that text without spaces repeats too.
     words = re.findall(r"\w+|[^\w\s]", sample.text[-LOOP_CHARACTERS:])
     # The last word may be cut off in its middle, and would hide the loop.
     return sample.finish_reason == "length" and looping(words[:-1])
@@ -118,6 +119,7 @@ def _accuracy_by(rows: Sequence[EvalRow], field: str) -> dict[str, Accuracy]:
 
 def _pass_at(rows: Sequence[EvalRow]) -> dict[str, float]:
     """pass@k by k; a problem without samples counts as one whose samples are all wrong."""
+    # A rejected problem has as many wrong samples as the others have samples.
     most = max((len(row.samples) for row in rows), default=0)
     counts = [(_correct(row.samples), len(row.samples) or most) for row in rows]
     return {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()}

@@ -64,6 +64,7 @@ def evaluate(run: Run) -> None:
     if not run.begin("eval", f"{source} {training}", output):
         return
 
+    # One model at a time, over all datasets.
     rows: Rows = {dataset: {} for dataset in datasets}
     for which in sides:
         adapter = str(run.folder / "adapter") if which == "tuned" else None
@@ -89,6 +90,7 @@ def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterato
             "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training "
             "or train again.",
         )
+    # A problem that could not be asked has a row too, with the reason.
     for problem, samples, generation in student.sample(problems, verifier):
         yield EvalRow(
             **problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"}),

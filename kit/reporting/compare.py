@@ -21,7 +21,6 @@ from kit.core.records import AlignedRow, EvalRow, PrefixRow
 from kit.core.stages import file_name
 from kit.core.storage import write_atomic
 from kit.grading.scores import accuracy_by_problem, compare_rows, score
-from kit.grading.stats import PairedTest
 from kit.judging.sentences import ends
 from kit.prompts import target
 from kit.reporting.metrics import Files, Json, numbers
@@ -73,21 +72,19 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     quality = {}
     for dataset, by_run in _answers(groups).items():
         answers = {label: list(chain(*runs)) for label, runs in by_run.items()}
-        for label, runs in by_run.items():
-            scores.append(_group_score(dataset, label, runs))
-        for a, b in combinations(answers, 2):
-            test = compare_rows(answers[a], answers[b])
-            if test:
-                words = _in_words(a, b, test)
-                pairs.append({"dataset": dataset, "a": a, "b": b, **asdict(test), "words": words})
+        scores += _scores(dataset, by_run)
+        pairs += _pairs(dataset, answers)
         different += _disagreements(dataset, answers)
         within[dataset] = accuracy_within(answers)
         if judge and len(by_run) > 1:
             a, b, *_ = by_run
             quality[dataset] = {"a": a, "b": b, **asdict(judge(by_run[a][0], by_run[b][0]))}
+    cuts = []
+    for a, b in combinations(files, 2):
+        cuts += _shared_cuts(a, b)
     config = files[0].config
     result = {
-        "runs": [numbers(run) for run in files],
+        "runs": list(map(numbers, files)),
         "page": str(out),
         "groups": labels,
         "scores": scores,
@@ -96,7 +93,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         "within": within,
         "quality": quality,
         "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
-        "cuts": [cuts for a, b in combinations(files, 2) for cuts in _shared_cuts(a, b)],
+        "cuts": cuts,
         "differs": _differing_keys(files),
         "budget": config["eval"]["sampling"]["max_new_tokens"],
         "student": config["student"]["model"],
@@ -141,27 +138,40 @@ def _answers(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
     return answers
 
 
-def _group_score(dataset: str, label: str, runs: list[Rows]) -> Json:
-    """A group's pooled score, its runs' accuracies, and their standard deviation over seeds."""
-    by_run = [fmean(accuracy_by_problem(rows).values()) for rows in runs]
-    return {
-        "group": label,
-        "dataset": dataset,
-        "runs": len(runs),
-        "by_run": by_run,
-        "spread": stdev(by_run) if len(runs) > 1 else None,
-        **asdict(score(list(chain(*runs)))),
-    }
+def _scores(dataset: str, by_run: dict[str, list[Rows]]) -> list[Json]:
+    """Each group's pooled score, its runs' accuracies, and their standard deviation over seeds."""
+    scores = []
+    for label, runs in by_run.items():
+        accuracies = [fmean(accuracy_by_problem(rows).values()) for rows in runs]
+        scores.append(
+            {
+                "group": label,
+                "dataset": dataset,
+                "runs": len(runs),
+                "by_run": accuracies,
+                "spread": stdev(accuracies) if len(runs) > 1 else None,
+                **asdict(score(list(chain(*runs)))),
+            }
+        )
+    return scores
 
 
-def _in_words(a: str, b: str, test: PairedTest) -> str:
-    """What a paired test of b against a shows."""
-    if test.p_value >= 0.05 or test.ci_low <= 0 <= test.ci_high:
-        return "within the noise"
-    better = b if test.difference > 0 else a
-    if abs(test.difference) >= test.min_detectable_difference:
-        return f"{better} is better"
-    return f"{better} is slightly ahead"
+def _pairs(dataset: str, answers: dict[str, Rows]) -> list[Json]:
+    """Each later group against each earlier one, with the test's result in words."""
+    pairs = []
+    for a, b in combinations(answers, 2):
+        test = compare_rows(answers[a], answers[b])
+        if not test:
+            continue
+        better = b if test.difference > 0 else a
+        if test.p_value >= 0.05 or test.ci_low <= 0 <= test.ci_high:
+            words = "within the noise"
+        elif abs(test.difference) >= test.min_detectable_difference:
+            words = f"{better} is better"
+        else:
+            words = f"{better} is slightly ahead"
+        pairs.append({"dataset": dataset, "a": a, "b": b, **asdict(test), "words": words})
+    return pairs
 
 
 def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
@@ -172,6 +182,7 @@ def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
     """
     accuracies = {label: accuracy_by_problem(rows) for label, rows in answers.items()}
     ahead = {label: [] for label in answers}
+    # A problem belongs to the group with the highest accuracy on it; wide gaps come first.
     for problem in set.intersection(*map(set, accuracies.values())):
         shares = {label: accuracies[label][problem] for label in answers}
         best = max(shares, key=shares.get)
@@ -220,15 +231,20 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
     """
     targets = []
     learned = {}
-    cuts: Json = {}
+    cuts: dict[Key, tuple[str, PrefixRow]] = {}
     for label, run in runs.items():
         for key, row in _judged(run).items():
             cuts.setdefault(key, (label, row))
         if run.train:
             learned[label] = _learned(run)
-            characters = median(len(row["output"]) for row in run.train)
-            about = {"group": label, "method": run.config["method"], "rows": len(run.train)}
-            targets.append({**about, "characters": characters})
+            targets.append(
+                {
+                    "group": label,
+                    "method": run.config["method"],
+                    "rows": len(run.train),
+                    "characters": median(len(row["output"]) for row in run.train),
+                }
+            )
     if not learned:
         return None
     lesson: Json = {"targets": targets, "shown": {}, "search": None}
@@ -242,6 +258,8 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
 
     candidates = sorted(shared & cuts.keys() or shared, key=order)
     key = candidates[len(candidates) // 2]
+
+    # What each method makes of it, and how it was cut.
     for label, rows in learned.items():
         row = rows[key]
         lesson["shown"][label] = target(runs[label].config["method"], row, row.continuation)

@@ -108,12 +108,10 @@ def numbers(files: Files) -> Json:
     scores = evaluation.get("scores", [])
     # Of each model the first dataset's score, which is read last.
     accuracies = {score["which"]: score["accuracy"] for score in reversed(scores)}
+    # Evaluation problems that are worded like a training problem.
     near = []
     for name, data in files.manifest.get("data", {}).get("evals", {}).items():
         near.append({"dataset": name, "n": data.get("near_duplicates", 0), "of": data["rows"]})
-    cut = [row for row in files.prefixes if not row.rejected]
-    labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
-    ratios = percentiles([row.ratio for row in cut])
     result = {
         **_pick(files.config, ("name", "method", "seed")),
         "folder": str(files.folder),
@@ -127,15 +125,7 @@ def numbers(files: Files) -> Json:
         "train": files.summary("train"),
         "loss_first": log[0]["loss"] if log else None,
         "loss_last": log[-1]["loss"] if log else None,
-        "prefix_ratio": ratios,
-        "prefix_ratio_median": ratios["p50"],
-        "verdicts_asked": labels.total(),
-        "verdicts_unparsed": labels["UNPARSED"],
-        "prefill_tokens": sum(row.prefill_tokens for row in cut),
-        "cached_tokens": sum(row.cached_tokens for row in cut),
-        "judged_traces": sum(bool(row.verdicts) for row in cut),
-        "insufficient_traces": sum(not row.sufficient for row in cut),
-        "violating_traces": sum(row.violations > 0 for row in cut),
+        **_judging(files.prefixes),
         "degenerate": judging.get("degenerate"),
         "notes": judging.get("notes", []),
         "damaged": files.damaged,
@@ -152,6 +142,7 @@ def findings(run: Json, config: Json) -> list[dict[str, str]]:
     texts = Environment()  # noqa: S701 (plain text; the page escapes it)
     texts.filters.update(percent=percent, share=_share)
     result = []
+    # A rule is tried once, or on every item of the list that it names.
     for rule in yaml.safe_load(RULES.read_text(encoding="utf-8")):
         for item in run[rule["each"]] if "each" in rule else [None]:
             fields = {**run, "config": config, "item": item}
@@ -185,6 +176,7 @@ def degenerate(rows: Sequence[PrefixRow]) -> str | None:
     judged = [row for row in rows if row.verdicts and row.sentences_total >= MIN_JUDGED]
     cuts = Counter()
     labels = Counter()
+    # How many traces were cut at each end, and what the verdicts were.
     for row in judged:
         cuts["cut to one sentence"] += row.sentences == 1
         cuts["kept whole"] += row.sentences == row.sentences_total
@@ -209,6 +201,7 @@ def _funnel(files: Files) -> Json:
     continuations = [len(row.continuation) for row in continued]
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    # Training drops rows on its own; all others are in rejected.jsonl.
     lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
     for reason, names in files.summary("train").get("dropped", {}).items():
         lost["train", reason] = len(names)
@@ -233,6 +226,24 @@ def _funnel(files: Files) -> Json:
         },
         "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
+    }
+
+
+def _judging(rows: Sequence[PrefixRow]) -> Json:
+    """How much of each trace was kept, and what the verdicts were and cost."""
+    cut = [row for row in rows if not row.rejected]
+    ratios = percentiles([row.ratio for row in cut])
+    labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
+    return {
+        "prefix_ratio": ratios,
+        "prefix_ratio_median": ratios["p50"],
+        "verdicts_asked": labels.total(),
+        "verdicts_unparsed": labels["UNPARSED"],
+        "prefill_tokens": sum(row.prefill_tokens for row in cut),
+        "cached_tokens": sum(row.cached_tokens for row in cut),
+        "judged_traces": sum(bool(row.verdicts) for row in cut),
+        "insufficient_traces": sum(not row.sufficient for row in cut),
+        "violating_traces": sum(row.violations > 0 for row in cut),
     }
 
 

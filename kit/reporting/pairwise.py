@@ -65,6 +65,8 @@ def compare_reasoning(
             f"{backend.name} begins {', '.join(LABELS)} with the same first token.",
             "Use another judge.",
         )
+
+    # Ask about every problem that both runs answered, in both orders.
     others = {(row.id, row.question): row.samples[0].text for row in second if row.samples}
     template = text_of(prompts, "compare")
     rows = []
@@ -83,6 +85,7 @@ def compare_reasoning(
         else:
             too_long.append(row.id)
 
+    # A judge without a position bias prefers the first shown in half of its preferences.
     winners = Counter(row.winner for row in rows)
     shown = Counter(chain.from_iterable(row.verdicts for row in rows))  # labels of both orders
     preferences = shown["A"] + shown["B"]

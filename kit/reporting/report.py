@@ -81,6 +81,7 @@ def clip(text: str, limit: int) -> str:
         return visible(text)
     head = text[: limit * 2 // 3]
     tail = text[-(limit // 3) :]
+    # Markup.format escapes what is filled in.
     gap = Markup('{} <span class="gap">… {:,} characters left out …</span> {}')
     return gap.format(visible(head), len(text) - len(head) - len(tail), visible(tail))
 
@@ -91,6 +92,7 @@ def pieces(row: PrefixRow) -> Json:
     Returns:
         {kept, rest}: lists of (text, the verdict after it or None).
     """
+    # Where to divide the text, and the verdict to show there.
     boundaries = ends(row.trace)
     marks = {0: None, row.end: None, len(row.trace): None}
     for verdict in row.verdicts:
@@ -104,9 +106,10 @@ def pieces(row: PrefixRow) -> Json:
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """About four round numbers that span [low, high]; of a count (`whole`) `high` is the last."""
+    # The step is the smallest of 1, 2, 2.5 and 5 times a power of ten that needs four of it.
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= span / 4 * 0.999)
+    step = min(m * power for m in (1, 2, 2.5, 5, 10) if 4.004 * m * power >= span)
     if whole:
         return [*range(low, math.ceil(0.9 * high), max(math.ceil(step), 1)), high]
     first = math.floor(low / step + 1e-9)
