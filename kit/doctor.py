@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ALONE = {
     "CUDA",
     "NF4 training",
+    "gradient",
     "llama.cpp",
 }  # tried in a process of their own, which they may kill or hang
-ALONE_SECONDS = 60
+ALONE_SECONDS = 300
 Finding = tuple[
     bool | None, str
 ]  # ok (None: absent, but not every run needs it) and what was found
@@ -58,7 +59,7 @@ def _examine(name: str) -> dict[str, Any]:
     try:
         ok, found = _alone(name) if name in ALONE else check()
     except Exception as error:  # whatever a broken installation raises is the finding
-        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return {"name": name, "ok": ok, "found": found, "fix": "" if ok else fix}
 
 
@@ -71,7 +72,7 @@ def _alone(name: str) -> Finding:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
     return False, (
         child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"]
-    )[-1][:200]
+    )[-1][:400]
 
 
 def _packages() -> Finding:
@@ -114,6 +115,40 @@ def _nf4() -> Finding:
     forward, backward = (((ours - exact).norm() / exact.norm()).item() for ours, exact in pairs)
     said = f"{bnb.__version__} on {device}: forward off by {forward:.2f}, backward off by {backward:.2f}"
     return max(forward, backward) < 0.25, said  # four bits are off by about a tenth
+
+
+def _gradient() -> Finding:
+    """The check that precedes every training, on the packaged model."""
+    import torch
+
+    # a CPU without instructions for bf16 takes some 20 times as long in it: nobody trains so
+    has_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
+    dtypes = ("fp32", "int8", "nf4", "bf16") if has_bf16 else ("fp32", "int8", "nf4")
+    errors = ", ".join(f"{dtype} {_gradient_error(dtype):.1%}" for dtype in dtypes)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return True, f"off the loss's slope by {errors}; CPU kernels: {kernels}"
+
+
+def _gradient_error(dtype: str) -> float:
+    """How far the gradient is from the loss's slope, as a share; KitError: too far to train."""
+    import torch
+
+    from kit.core.config import resolve
+    from kit.models import load_tokenizer
+    from kit.training.gradient_check import check_gradient
+    from kit.training.trainer import make_model
+
+    model = make_model(resolve({"train": {"dtype": dtype}}, "doctor")).train()
+    text = "Tom has 3 apples and buys 4. He then has 3 + 4 = 7 apples."
+    ids = torch.tensor([load_tokenizer("smollm2-135m").encode(text)], device=model.device)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda and dtype != "fp32")
+
+    def loss() -> torch.Tensor:
+        with autocast:
+            return model(input_ids=ids, labels=ids)["loss"]
+
+    slopes = check_gradient(model, lambda: loss().backward(), loss)
+    return max(one.error for one in slopes)
 
 
 def _llama() -> Finding:
@@ -160,6 +195,7 @@ EXAMINED: dict[str, tuple[Any, str]] = {  # name: (check, the command that fixes
         "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch",
     ),
     "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
+    "gradient": (_gradient, f"{AGAIN} torch bitsandbytes peft"),
     "llama.cpp": (
         _llama,
         f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python',

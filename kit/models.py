@@ -252,6 +252,12 @@ def load_model(
     if adapter is not None:
         model = _with_adapter(model, adapter)
     model.config.use_cache = not for_training
+    if for_training:
+        # bitsandbytes repacks a 4-bit layer for a CPU with AVX512-BF16 in its first eval-mode pass
+        # without gradients; from then on its backward pass silently drops the gradient
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 

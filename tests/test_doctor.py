@@ -18,6 +18,7 @@ NAMES = {
     "C++ compiler",
     "CUDA",
     "NF4 training",
+    "gradient",
     "llama.cpp",
     "memory",
     "disk",
@@ -35,10 +36,11 @@ def test_everything_is_examined(examined: dict[str, Any]) -> None:
     assert set(found) == NAMES
     for check in found.values():
         assert check["found"] and (check["ok"] or check["fix"])
-    for name in ("Python", "NF4 training", "llama.cpp"):
+    for name in ("Python", "NF4 training", "gradient", "llama.cpp"):
         assert found[name]["ok"], found[name]
     nf4, hub = found["NF4 training"]["found"], found["model hub"]
     assert "forward off by 0." in nf4 and "backward off by 0." in nf4
+    assert all(f"{dtype} " in found["gradient"]["found"] for dtype in ("fp32", "int8", "nf4"))
     assert hub["ok"] is None and "HF_HUB_OFFLINE" in hub["found"]
 
 
@@ -54,7 +56,7 @@ def test_result_is_json_and_shown(
     assert result["ok"] is False
     doctor.show(result)
     shown = capsys.readouterr().out
-    assert "FAIL  thing" in shown and "-> fix it" in shown and "Fix what is marked FAIL" in shown
+    assert "FAIL  thing" in shown and "-> fix it" in shown and "Fix the FAIL items" in shown
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +65,23 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         check["ok"] is False and "ZeroDivisionError" in check["found"] and check["fix"] == "fix it"
     )
+
+
+def test_a_gradient_that_is_not_the_slope_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kit.training import trainer
+
+    real = trainer.make_model
+
+    def severed(config: Any) -> Any:
+        model = real(config)
+        for layer in model.get_base_model().model.layers[:3]:
+            layer.mlp.register_forward_hook(lambda _module, _inputs, output: output.detach())
+        return model
+
+    monkeypatch.setattr(trainer, "make_model", severed)
+    monkeypatch.setattr(doctor, "ALONE", set())
+    check = doctor._examine("gradient")
+    assert check["ok"] is False and "get none" in check["found"] and "peft" in check["fix"]
 
 
 @pytest.mark.parametrize(

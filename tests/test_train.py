@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from kit.core.config import Config, dump, resolve
 from kit.core.errors import KitError
@@ -155,6 +156,11 @@ def test_labels_shifted_by_one_do_not_teach_the_fixed_batch(
 
     right = learned[1]["stages"]["train"]["summary"]
     monkeypatch.setattr(training.AdapterTrainer, "compute_loss", shifted)
+    with pytest.raises(KitError, match="The gradient is not the slope of the loss: layers 0-0"):
+        run_stage(settings(tmp_path / "refused", tiny, epochs=6, save_steps=6))
+    assert not (tmp_path / "refused" / "adapter").exists()
+    assert losses_or_none(tmp_path / "refused") == []
+    monkeypatch.setattr(training, "check_gradient", lambda *_: [])
     wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6, save_steps=6))["stages"][
         "train"
     ]["summary"]
@@ -312,7 +318,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     def poisoned(config):
         model = real(config)
         parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
-        parameter.register_hook(lambda grad: grad * float("inf"))
+        calls = itertools.count()  # the first two backward passes are the gradient check's
+        parameter.register_hook(lambda grad: grad * float("inf") if next(calls) > 1 else grad)
         seen.append(parameter)
         return model
 
@@ -340,8 +347,52 @@ def test_an_adapter_without_gradient_is_found_at_the_first_step(
         return model
 
     monkeypatch.setattr(training, "make_model", severed)
-    with pytest.raises(KitError, match="gradient is zero at the first step"):
+    with pytest.raises(KitError, match="not the slope of the loss: 14 of 14 adapters get none"):
         run_stage(settings(tmp_path / "r", tiny))
+
+
+def test_the_gradient_check_of_a_training_is_logged_and_kept(
+    learned: tuple[Config, dict], tiny: str
+) -> None:
+    config, manifest = learned
+    summary = manifest["stages"]["train"]["summary"]
+    assert [one["layers"] for one in summary["gradient_check"]] == ["0-0", "0-1", "1-1"]
+    for one in summary["gradient_check"]:
+        assert one["slope"] == pytest.approx(one["gradient"], rel=0.05)
+    assert summary["gradient_check"] == manifest["gradient_check"]
+    assert summary["kernels"]["cpu"] and summary["kernels"]["repacking_layers"] == 0
+    assert "gradient equals the loss's slope (line " in (config.folder / "run.log").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_a_resumed_training_checks_its_gradient_too(
+    tmp_path: Path, tiny: str, whole: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "checkpoint-6")
+    (tmp_path / "r" / "adapter" / "adapter_model.safetensors").unlink()
+    norms = []
+    real = training.check_gradient
+
+    def spy(model, *passes):
+        norms.append(sum(w.norm() for n, w in model.named_parameters() if "lora_B" in n).item())
+        return real(model, *passes)
+
+    monkeypatch.setattr(training, "check_gradient", spy)
+    with Run(settings(tmp_path / "r", tiny), Progress(quiet=True)) as run:
+        stage.train(run)
+    assert len(norms) == 1 and norms[0] > 0, "checked once, with the checkpoint's weights"
+    assert losses(tmp_path / "r") == losses(whole.folder)
+
+
+def test_two_visible_cards_do_not_split_a_batch(
+    tmp_path: Path, tiny: str, whole: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    config = settings(tmp_path / "r", tiny)
+    run_stage(config)
+    assert losses(config.folder) == losses(whole.folder)
 
 
 def test_prompt_ids_are_evaluations_and_only_the_target_is_learned(tiny: str) -> None:

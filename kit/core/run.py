@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from kit import __version__
 from kit.core.config import Config, dump, flat
 from kit.core.errors import KitError
@@ -236,11 +238,24 @@ def check_format(folder: Path, manifest: dict[str, Any]) -> None:
     )
     if version > FORMAT:
         raise KitError(message, "Upgrade palign, or choose another out=DIR.")
+    if _trained_nf4_on_cpu(folder, manifest):
+        message += (
+            " Its adapter was trained in NF4 on a CPU by a version that dropped most of the "
+            "gradient on CPUs with AVX512-BF16: it may have learned next to nothing."
+        )
     hint = (
         f"Run its config again: palign.py run {folder}/config.yaml out=NEW "
         "(old keys are understood)."
     )
     raise KitError(message, hint)
+
+
+def _trained_nf4_on_cpu(folder: Path, manifest: dict[str, Any]) -> bool:
+    trained = (folder / "adapter").exists() and "gpu" not in manifest.get("machine", {})
+    config = folder / "config.yaml"
+    keys = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    train = (keys or {}).get("train") or {}
+    return trained and train.get("dtype", "nf4") == "nf4"
 
 
 def versions() -> dict[str, str]:

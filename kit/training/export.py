@@ -23,6 +23,7 @@ from kit.backends.base import Backend, Request
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.progress import Progress
+from kit.core.run import check_format
 from kit.models import hf_folder
 from kit.prompts import render, solve_text
 
@@ -45,6 +46,7 @@ def export(
     """
     from transformers import AutoConfig
 
+    check_format(run_folder, json.loads((run_folder / "manifest.json").read_bytes()))
     config = configs.load(run_folder / "config.yaml")
     adapter, out, student = run_folder / "adapter", out or run_folder / "export", config.student
     merged, gguf = out / "merged", out / f"{config.name}.gguf"

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from kit.core.run import Run
 from kit.core.storage import write_atomic
 from kit.models import load_model
 from kit.prompts import template_hash
-from kit.training.loss import attach
+from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
+from kit.training.loss import IGNORED, attach
 from kit.training.sft_data import Example, collate, order
 
 WEIGHTS, MARK = "adapter_model.safetensors", "complete"
 FIXED_ROWS = 4  # rows whose loss is read before and after
+CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
 
 
 def make_model(config: Config) -> Any:
@@ -62,6 +65,42 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.run, self.bar, self.told = run, None, time.perf_counter()
         self.seen: list[Example] = []  # in the step under way
+        self.is_checked = False  # the gradient, in this process
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch=None) -> Any:
+        """A micro-batch's forward and backward pass; the first time, the gradient is checked."""
+        if not self.is_checked:
+            self._check_gradient(model)
+            self.is_checked = True
+            self.told = time.perf_counter()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _check_gradient(self, model: Any) -> None:
+        """Compare the gradient of this very loop with the loss's slope, on the shortest row."""
+        shortest = min(self.train_dataset, key=lambda example: len(example.ids))
+        end = shortest.prompt_tokens + CHECKED_TOKENS
+        example = replace(shortest, ids=shortest.ids[:end])
+        batch = self._prepare_inputs(collate([example]))
+        del batch["examples"]
+        count = (batch["labels"] != IGNORED).sum()
+
+        def backward() -> None:
+            # the step's denominator counts the tokens of all processes, which here have the same row
+            total = count * self.accelerator.num_processes
+            super(AdapterTrainer, self).training_step(
+                model, {**batch, "examples": [example]}, total
+            )
+
+        def loss() -> torch.Tensor:
+            return model(**batch, denominator=count)["loss"]
+
+        slopes = check_gradient(model, backward, loss)
+        self.seen.clear()
+        self.run.record(gradient_check=[slope._asdict() for slope in slopes])
+        numbers = "; ".join(map(str, slopes))
+        self.run.progress.say(
+            f"train: gradient equals the loss's slope ({example.name}): {numbers}"
+        )
 
     def compute_loss(
         self,
@@ -83,12 +122,6 @@ class AdapterTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             self._stop("gradient", self.seen)
-        if self.state.global_step == 0 and not norm > 0:
-            what = "The adapter's gradient is zero at the first step: nothing would be learned."
-            raise KitError(
-                what,
-                "Try train.gradient_checkpointing=false: not every model supports checkpointing.",
-            )
         return norm
 
     def _stop(self, what: str, examples: Sequence[Example]) -> None:
@@ -150,7 +183,10 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     steps = math.ceil(len(trainer.train_dataset) / config.train.batch_size)
     if step:
         run.progress.say(f"train: going on from step {step} of {steps}")
-    with run.progress.bar("train", steps, "steps", done=step) as trainer.bar:
+    with (
+        lost_gradient_is_an_error(),
+        run.progress.bar("train", steps, "steps", done=step) as trainer.bar,
+    ):
         trainer.told = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
     after = _mean_loss(model, examples[:FIXED_ROWS])
@@ -163,6 +199,8 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         value.float().square().sum().item() for name, value in weights.items() if "lora_B" in name
     ]
     return {
+        "gradient_check": run.manifest.get("gradient_check"),
+        "kernels": kernels(model),
         "adapter_change": math.sqrt(sum(grown)),  # norm of all B, which are zero before
         "fixed_batch_before": before,
         "fixed_batch_after": after,
@@ -172,6 +210,16 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         "tokens_per_second": round(
             sum(row["tokens"] for row in log) / sum(row["seconds"] for row in log), 1
         ),
+    }
+
+
+def kernels(model: Any) -> dict[str, Any]:
+    """What computed: CPU features by torch, and 4-bit layers that take bitsandbytes' repacked path."""
+    switches = [getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules()]
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "avx512_bf16": torch.cpu.get_capabilities().get("avx512_bf16", False),
+        "repacking_layers": sum(switches),
     }
 
 
@@ -210,6 +258,15 @@ def _about(model: Any) -> str:
     return f"rank {adapter.r}, alpha {adapter.lora_alpha}, dropout {adapter.lora_dropout}, {weights} weights"
 
 
+class OneDevice(TrainingArguments):
+    """One process trains on one device: with more, start one process for each (accelerate launch)."""
+
+    @property
+    def n_gpu(self) -> int:
+        """The Trainer would split each batch over all visible cards otherwise (DataParallel)."""
+        return min(1, super().n_gpu)
+
+
 def _arguments(run: Run) -> TrainingArguments:
     settings, cuda = run.config.train, torch.cuda.is_available()
     together = settings.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,7 +274,7 @@ def _arguments(run: Run) -> TrainingArguments:
         what = f"train.batch_size={settings.batch_size} is no multiple of train.micro_batch_size={settings.micro_batch_size}"
         raise KitError(f"{what} times the processes.", "Change one of them.", 2)
     paged = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
-    return TrainingArguments(
+    return OneDevice(
         str(run.folder / "checkpoints"),
         **settings.model_dump(
             include={"learning_rate", "weight_decay", "max_grad_norm", "save_steps"}
