@@ -128,8 +128,10 @@ def draw(
     """
     if sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
-        factors = np.where(logits > 0, np.float32(1 / penalty), np.float32(penalty))
-        logits = np.where(seen, logits * factors, logits)
+        ids = np.flatnonzero(seen)
+        factors = np.where(logits[ids] > 0, np.float32(1 / penalty), np.float32(penalty))
+        logits = logits.copy()
+        logits[ids] *= factors
     if sampling.temperature == 0:
         return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
