@@ -23,13 +23,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
 from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
-from kit.core.records import Problem, replace_surrogates
+from kit.core.records import Problem, Verifier, replace_surrogates
 from kit.core.run import Run
 from kit.core.storage import digest
 from kit.core.table import IS_FILE, Rows, keys_of, lookup, read_rows
@@ -45,6 +45,7 @@ ROLES = {
     "trace": ("trace", "long_cot", S1K_TRACE),
     "level": ("level",),
     "subject": ("subject", "type"),
+    "verifier": ("verifier",),
 }
 # Keys that belong to a question: a row that has one which is not used has only half of it.
 PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
@@ -70,6 +71,7 @@ class Loaded(NamedTuple):
     facts: dict[str, Any]
     rejected: list[dict[str, str]]
     warnings: list[str]
+    samples: dict[str, int | None]  # answers per problem of each evaluation dataset
 
 
 def load_traces(config: Config) -> list[Problem]:
@@ -99,7 +101,7 @@ def load_all(config: Config) -> Loaded:
     train_source, everything = _read_train(config)
     train = subset(everything.problems, train_source, config.seed)
     facts: dict[str, Any] = {"train": _facts(train_source, everything, train), "evals": {}}
-    loaded = Loaded(train, {}, facts, list(everything.rejected), list(everything.warnings))
+    loaded = Loaded(train, {}, facts, list(everything.rejected), list(everything.warnings), {})
     sources = config.data.eval if config.stop_after in ("eval", "report") else ()
     for source in sources:
         reading = _read_eval(source, everything, train, config.seed)
@@ -112,6 +114,7 @@ def load_all(config: Config) -> Loaded:
         eval_facts["near_duplicates"] = len(near_duplicates(train, problems))
         facts["evals"][reading.name] = eval_facts
         loaded.evals[reading.name] = problems
+        loaded.samples[reading.name] = with_preset(source).samples
         loaded.rejected.extend(reading.rejected)
         loaded.warnings.extend(reading.warnings)
     return loaded
@@ -221,7 +224,10 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
             detail = f"{reason}: stands in {ids[id]}"
         else:
             ids[id] = where
-            problem = Problem.model_validate({**values, "id": id})
+            verifier = values.pop("verifier")
+            if verifier not in get_args(Verifier):
+                verifier = source.verifier
+            problem = Problem.model_validate({**values, "id": id, "verifier": verifier})
             questions.setdefault(question, problem)
             reading.problems.append(problem)
             continue
@@ -287,7 +293,9 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
         nearest = ", ".join(difflib.get_close_matches(name, presets(), 1) or presets())
         raise KitError(f"There is no preset {name!r}.", f"Did you mean {nearest}?", 2)
     # what the config sets itself goes first
-    settings = {key: preset[key] for key in ("subset", "split", "verifier") if key in preset}
+    settings = {
+        key: preset[key] for key in ("subset", "split", "verifier", "samples") if key in preset
+    }
     changes = {key: value for key, value in settings.items() if key not in source.model_fields_set}
     changes["fields"] = {**preset.get("fields", {}), **source.fields}
     if source.preset is None:

@@ -117,8 +117,7 @@ def _continuation(config: Config, judge: Judge, row: PrefixRow) -> Iterator[str]
     if generation.error:
         yield f"The student could not continue: {generation.error}"
         return
-    verifier = config.data.train.verifier
-    [sample] = grade_samples(judge.grader, generation.completions, row.answer, verifier)
+    [sample] = grade_samples(judge.grader, generation.completions, row)
     yield (
         f"The student continues from there ({sample.tokens} tokens, "
         f"finish: {sample.finish_reason})\n\n{sample.text}"

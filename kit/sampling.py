@@ -76,14 +76,14 @@ class Sampler(ExitStack):
         return work_through(self.run, stage, file, units, batch_items, work)
 
     def sample(
-        self, items: Sequence[Any], verifier: str, turns: Turns | None = None
+        self, items: Sequence[Any], turns: Turns | None = None, samples: int | None = None
     ) -> Iterator[Sampled]:
-        """Draw `settings.samples` samples per item and grade them, each item as it is finished.
+        """Draw samples for each item and grade them, each item as it is finished.
 
         Args:
             items: rows with ids of their own.
-            verifier: how answers are compared, see `grading.answers.Item`.
             turns: what an item is asked; None: to solve its question.
+            samples: per item; None: as the settings say.
         """
         config = self.run.config
         engine = self.engine
@@ -96,20 +96,20 @@ class Sampler(ExitStack):
             if turns:
                 user, answer = turns(item)
             ids = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
-            settings = self.settings
-            requests.append(Request(item.id, ids, settings.sampling, settings.samples, config.seed))
+            count = samples or self.settings.samples
+            requests.append(Request(item.id, ids, self.settings.sampling, count, config.seed))
 
         for generation in self.backend.generate(requests):
             item = by_id[generation.id]
-            samples = grade_samples(self.grader, generation.completions, item.answer, verifier)
-            yield item, samples, generation
+            yield item, grade_samples(self.grader, generation.completions, item), generation
 
 
 def grade_samples(
-    grader: Grader, completions: Sequence[Completion], gold: str, verifier: str
+    grader: Grader, completions: Sequence[Completion], row: Row
 ) -> tuple[Sample, ...]:
     """Grade the completions of one problem against its gold answer, in their order."""
-    grades = grader.grade([Item(gold, completion.text, verifier) for completion in completions])
+    items = [Item(row.answer, completion.text, row.verifier) for completion in completions]
+    grades = grader.grade(items)
     return tuple(
         Sample(
             text=completion.text,

@@ -97,7 +97,7 @@ def test_rejected_rows_of_every_stage_are_listed_with_their_reason(tmp_path):
 
 
 def test_what_a_row_depends_on_besides_the_stages_own_keys(tmp_path):
-    """The grader and the words in a prompt's file; keys unknown to an older kit had defaults."""
+    """The words in a prompt's file; keys unknown to an older kit had defaults."""
     words = tmp_path / "words.txt"
     words.write_text("Solve it.")
 
@@ -112,12 +112,11 @@ def test_what_a_row_depends_on_besides_the_stages_own_keys(tmp_path):
     work, keys = works()
     assert not work and keys["prompts.instruction"] == "Solve it."
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    del manifest["stages"]["teach"]["keys"]["data.train.verifier"]
+    del manifest["stages"]["teach"]["keys"]["teacher.samples"]
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     assert not works()[0]
-    assert works(data={"train": {"verifier": "number"}})[0]
     words.write_text("Solve it well.")
-    assert works(data={"train": {"verifier": "number"}})[0]
+    assert works()[0]
 
 
 def test_a_deleted_or_edited_stage_file_is_regenerated(tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kit.grading.stats import compare, interval, pass_at, sign_test
+from kit.grading.stats import compare, interval, pass_at, posterior, sign_test
 
 EXPERIMENTS = 2000
 
@@ -181,3 +181,23 @@ def test_compare_interval_covers(problems: int, shift: float) -> None:
         test = compare(a, b)
         inside += test.ci_low <= shift <= test.ci_high
     assert 0.92 <= inside / 500 <= 0.99
+
+
+def test_a_posterior_of_one_answer_each_is_the_beta_distributions():
+    """Known by construction: 7 of 10 right under a uniform prior is Beta(8, 4)."""
+    mean, low, high = posterior([1.0] * 7 + [0.0] * 3)
+    assert mean == pytest.approx(8 / 12)
+    assert (low, high) == pytest.approx((0.390257, 0.890743), abs=1e-5)
+
+
+def test_a_posterior_without_answers_is_the_prior_and_narrows_with_answers():
+    assert posterior([]) == pytest.approx((0.5, 0.025, 0.975))
+    widths = [high - low for _, low, high in (posterior([0.5] * n, samples=8) for n in (4, 16, 64))]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_several_samples_narrow_a_posterior_only_where_problems_agree():
+    """Problems that are always or never solved are worth one answer each, however many are drawn."""
+    extreme = [1.0] * 6 + [0.0] * 6
+    assert posterior(extreme, samples=32) == pytest.approx(posterior(extreme, samples=1))
+    assert posterior([0.5] * 12, samples=32)[1] > posterior(extreme, samples=32)[1]

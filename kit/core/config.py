@@ -31,13 +31,14 @@ from pydantic import (
 
 from kit.core.errors import KitError
 from kit.core.old_keys import upgrade
+from kit.core.records import Verifier
 from kit.core.stages import STAGES
 
 Dtype = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 TeacherBackend = Literal["hf", "gguf", "http", "scripted", "file", "reference"]
 Keep = Literal["first", "shortest", "all"]  # of the correct samples
 # What a row of data may hold.
-Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject"]
+Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject", "verifier"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 # ratio-0.25 keeps this share of the sentences.
@@ -78,7 +79,8 @@ class DatasetConfig(BaseConfig):
     limit: PositiveInt | None = None
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
     stratify: str | None = None  # level or subject: the subset keeps each stratum's share
-    verifier: Literal["math", "number", "choice", "text"] = "math"
+    verifier: Verifier = "math"  # of rows that name none of their own
+    samples: PositiveInt | None = None  # evaluation: answers per problem; None: eval.samples
 
 
 PathOrDataset = Annotated[

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
+Verifier = Literal["math", "number", "choice", "text"]
 
 
 def replace_surrogates(text: str) -> str:
@@ -40,6 +41,7 @@ class Row(Part):
     id: str
     question: str
     answer: str
+    verifier: Verifier = "math"  # how answers are compared with the gold one
 
 
 class Problem(Row):
@@ -99,6 +101,7 @@ class TraceRow(Outcome):
                     id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
                     question=self.question,
                     answer=self.answer,
+                    verifier=self.verifier,
                     trace=trace,
                     end=len(trace),
                     sentences=sentences,

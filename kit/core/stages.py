@@ -73,7 +73,7 @@ class Stage:
 STAGE_TABLE = {
     "teach": Stage(
         "kit.pipeline.teach:teach",
-        keys=("teacher", "data.train.verifier", "prompts.instruction", "seed"),
+        keys=("teacher", "prompts.instruction", "seed"),
         input="the training problems",
         rows={"traces.jsonl": TraceRow},
     ),
@@ -83,7 +83,6 @@ STAGE_TABLE = {
             "method",
             "student",
             "judge",
-            "data.train.verifier",
             "prompts.judge",
             "prompts.answer_cue",
         ),
@@ -96,7 +95,6 @@ STAGE_TABLE = {
             "method",
             "student",
             "align",
-            "data.train.verifier",
             "prompts.instruction",
             "prompts.draft",
             "seed",

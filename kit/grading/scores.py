@@ -29,6 +29,9 @@ class Accuracy:
     accuracy: float
     ci_low: float
     ci_high: float
+    posterior_mean: float  # under a uniform prior, with its 95% credible interval
+    posterior_low: float
+    posterior_high: float
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ def accuracy_by_problem(
 def accuracy(rows: Sequence[EvalRow]) -> Accuracy:
     """The accuracy over all problems of `rows`, and its interval."""
     ratios = list(accuracy_by_problem(rows).values())
-    samples = sum(len(row.samples) or 1 for row in rows)
-    interval = stats.interval(ratios, samples / max(len(ratios), 1))
-    return Accuracy(len(ratios), _mean(ratios), *np.round(interval, 4).tolist())
+    samples = sum(len(row.samples) or 1 for row in rows) / max(len(ratios), 1)
+    bounds = [*stats.interval(ratios, samples), *stats.posterior(ratios, samples)]
+    return Accuracy(len(ratios), _mean(ratios), *np.round(bounds, 4).tolist())
 
 
 def score(rows: Sequence[EvalRow]) -> Score:

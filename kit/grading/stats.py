@@ -66,10 +66,7 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[f
         return 0.0, 1.0
     mean = means.mean(-1)
     spread = mean * (1 - mean)
-
-    # Effective trials: between one and `samples` per problem, by the variance between problems.
-    trials = spread * count / np.maximum(means.var(-1), 1e-12)
-    trials = np.clip(trials, count, count * max(samples, 1))
+    trials = effective_trials(means, samples)
     quantile = Z_95
     if samples > 1 and count > 1:
         quantile = stats.t(count - 1).ppf(0.975)
@@ -80,6 +77,37 @@ def interval(means: np.ndarray | Sequence[float], samples: float = 1) -> tuple[f
     half = np.sqrt(square * (spread + square / 4))
     low, high = np.clip(np.stack([center - half, center + half]) / (1 + square), 0, 1)
     return low, high
+
+
+def effective_trials(means: np.ndarray, samples: float) -> np.ndarray:
+    """Independent answers that those of all problems are worth, see `interval`; (...) of (..., N).
+
+    Between one and `samples` per problem, by the variance between problems.
+    """
+    count = means.shape[-1]
+    mean = means.mean(-1)
+    trials = mean * (1 - mean) * count / np.maximum(means.var(-1), 1e-12)
+    return np.clip(trials, count, count * max(samples, 1))
+
+
+def posterior(means: Sequence[float], samples: float = 1) -> tuple[float, float, float]:
+    """Posterior mean of the accuracy under a uniform prior, and its 95% credible interval.
+
+    It ranks models more stably than pass@k where answers are few (arXiv 2510.04265). Here the
+    prior is on the accuracy over all problems, and answers count as in `interval`.
+
+    Args:
+        means: accuracy of each problem (N,).
+        samples: samples per problem (their mean, where it varies).
+    """
+    correct = wrong = 0.0
+    if len(means):
+        trials = float(effective_trials(np.asarray(means, dtype=float), samples))
+        correct = trials * float(np.mean(means))
+        wrong = trials - correct
+    belief = stats.beta(1 + correct, 1 + wrong)
+    low, high = belief.interval(0.95)
+    return float(belief.mean()), float(low), float(high)
 
 
 def sign_test(wins: int, losses: int) -> float:

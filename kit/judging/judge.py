@@ -120,7 +120,7 @@ class Judge(ExitStack):
         """ENOUGH from the threshold on."""
         return "ENOUGH" if margin >= self.threshold else "NOT_ENOUGH"
 
-    def label_in_text(self, text: str, answer: str) -> Label:
+    def label_in_text(self, text: str, row: PrefixRow) -> Label:
         """The verdict in a generated text: its label (verbal), or its answer's grade (answer).
 
         UNPARSED where the text holds neither label, or no answer that can be graded.
@@ -130,7 +130,7 @@ class Judge(ExitStack):
         boxed = _BOXED.match(text)
         if boxed is None:
             return "UNPARSED"
-        item = Item(answer, f"\\boxed{{{boxed[1]}}}", self.config.data.train.verifier)
+        item = Item(row.answer, f"\\boxed{{{boxed[1]}}}", row.verifier)
         [grade] = self.grader.grade([item])
         return LABEL_OF_GRADE.get(grade.verdict, "UNPARSED")
 
@@ -234,7 +234,7 @@ class TraceJudge:
             usage = TokenUsage(prefill_tokens, generation.prompt_tokens - prefill_tokens)
             self.session.cost.add(usage)
             text = generation.completions[0].text
-            label = self.judge.label_in_text(text, self.row.answer)
+            label = self.judge.label_in_text(text, self.row)
             self.known[k] = Verdict(sentences=k, label=label, margin=None)
 
 

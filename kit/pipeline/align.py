@@ -86,7 +86,7 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
             row_of_draft[draft.id] = row
         turns = partial(draft_turns, config)
         failed = set()
-        continued = student.sample(drafts, config.data.train.verifier, turns)
+        continued = student.sample(drafts, turns)
         for draft, samples, generation in continued:
             row = row_of_draft[draft.id]
             verdicts[row.id] += [sample.verdict for sample in samples]

@@ -43,7 +43,6 @@ def evaluate(run: Run) -> None:
             "Name data.eval, and let stop_after be eval or report.",
             2,
         )
-    verifiers = dict(zip(datasets, [data.verifier for data in run.config.data.eval], strict=True))
     # The tuned model goes first, so that an adapter that cannot be used costs no work on the base.
     sides = ["base"]
     if run.config.method != "zero-shot":
@@ -51,17 +50,15 @@ def evaluate(run: Run) -> None:
         sides = ["tuned", "base"] if config.base else ["tuned"]
     files = [file_name(config.model, *side) for side in product(sides, datasets)]
 
-    # What the answers depend on: the problems, how they are graded, and the adapter.
+    # What the answers depend on: the problems, how many answers each gets, and the adapter.
     source = digest(chain.from_iterable(datasets.values()))
-    for dataset, verifier in verifiers.items():
-        if verifier != "math":
-            source += f" {dataset}:{verifier}"
+    samples = problems_of(run).samples
     training = run.manifest["stages"]["train"]["output"] if "tuned" in sides else None
 
     def output() -> str:
         return " ".join(file_digest(run, file, EvalRow) for file in files)
 
-    if not run.begin("eval", f"{source} {training}", output):
+    if not run.begin("eval", f"{source} {samples} {training}", output):
         return
 
     # One model at a time, over all datasets.
@@ -71,12 +68,14 @@ def evaluate(run: Run) -> None:
         with Sampler(run, config, config, adapter) as student:
             for dataset, problems in datasets.items():
                 file = file_name(config.model, which, dataset)
-                work = partial(answers, student, verifiers[dataset])
+                work = partial(answers, student, samples[dataset])
                 rows[dataset][which] = student.sweep("eval", file, EvalRow, problems, work)
     _finish(run, rows, output())
 
 
-def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterator[EvalRow]:
+def answers(
+    student: Sampler, samples_each: int | None, problems: list[Problem]
+) -> Iterator[EvalRow]:
     """Graded rows of a batch of problems, as they finish, asked in the way of the training."""
     run = student.run
     engine = student.engine
@@ -91,7 +90,7 @@ def answers(student: Sampler, verifier: str, problems: list[Problem]) -> Iterato
             "or train again.",
         )
     # A problem that could not be asked has a row too, with the reason.
-    for problem, samples, generation in student.sample(problems, verifier):
+    for problem, samples, generation in student.sample(problems, samples=samples_each):
         yield EvalRow(
             **problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"}),
             **(rejection(generation, "", samples) if generation.error else {}),

@@ -42,7 +42,7 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
     if exists:
         sampled = existing_traces(teacher, problems)
     else:
-        sampled = teacher.sample(problems, config.data.train.verifier)
+        sampled = teacher.sample(problems)
     for problem, samples, generation in sampled:
         if exists:
             kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
@@ -62,11 +62,10 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
 def existing_traces(teacher: Sampler, problems: list[Problem]) -> Iterator[Sampled]:
     """Traces that problems come with, or their solutions as traces; yields what `sample` does."""
     config = teacher.run.config
-    verifier = config.data.train.verifier
     for problem in problems:
         text = problem.trace or ""
         if teacher.engine.backend == "reference":
             text = wander(problem, config.teacher.wordiness, config.seed)
         completion = Completion(text, (), "stop")
-        samples = grade_samples(teacher.grader, [completion], problem.answer, verifier)
+        samples = grade_samples(teacher.grader, [completion], problem)
         yield problem, samples, Generation(problem.id, (completion,))
