@@ -1,7 +1,7 @@
-"""What this machine has and lacks: each finding with the command that fixes it.
+"""doctor: what this machine has and lacks, each finding with the command that fixes it.
 
-A check that fails is a finding, never a crash: native libraries are tried in processes of their own. Nothing is
-installed or downloaded; one request asks whether the hub answers.
+A check that fails is a finding, never a crash: native libraries are tried in processes of their
+own. Nothing is installed or downloaded; one request asks whether the hub answers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -21,75 +22,90 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = {
-    "CUDA",
-    "NF4 training",
-    "gradient",
-    "llama.cpp",
-}  # tried in a process of their own, which they may kill or hang
+# in a process of their own, which they may kill or hang
+ALONE = {"CUDA", "gradient", "llama.cpp"}
 ALONE_SECONDS = 300
-Finding = tuple[
-    bool | None, str
-]  # ok (None: absent, but not every run needs it) and what was found
+LABELS = {True: "ok", False: "FAIL", None: "note"}
+
+
+# ok (None: absent, but not every run needs it) and what was found
+Finding = tuple[bool | None, str]
 
 
 def examine() -> dict[str, Any]:
-    """Examine everything; seconds, most of them spent importing torch.
+    """Run all checks; about a minute, most of it for the gradients of the packaged model.
 
     Returns:
-        {ok: nothing that every run needs is broken, checks: [{name, ok, found, fix: a command, or empty}]}.
+        {ok: nothing that every run needs is broken, checks: [{name, ok, found, fix: a command, or
+        empty}]}.
     """
     with ThreadPoolExecutor(4) as pool:
-        checks = list(pool.map(_examine, EXAMINED))
+        checks = list(pool.map(_examine, CHECKS))
     return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a result of `examine` for people; commands stand on lines of their own, to be copied."""
+    """Print a result of `examine`; commands have lines of their own, to be copied."""
     for check in result["checks"]:
-        print(
-            f"{ {True: 'ok', False: 'FAIL', None: 'note'}[check['ok']]:<5} {check['name']:<15} {check['found']}"
-        )
-        print(f"{'':<21} -> {check['fix']}\n" if check["fix"] else "", end="")
+        print(f"{LABELS[check['ok']]:<5} {check['name']:<15} {check['found']}")
+        if check["fix"]:
+            print(f"{'':<21} -> {check['fix']}")
     print("All that a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
 
 
 def _examine(name: str) -> dict[str, Any]:
-    check, fix = EXAMINED[name]
+    check, fix = CHECKS[name]
     try:
-        ok, found = _alone(name) if name in ALONE else check()
+        ok, found = _run_alone(name) if name in ALONE else check()
     except Exception as error:  # whatever a broken installation raises is the finding
-        ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        ok = False
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return {"name": name, "ok": ok, "found": found, "fix": "" if ok else fix}
 
 
-def _alone(name: str) -> Finding:
+def _run_alone(name: str) -> Finding:
     command = [sys.executable, "-m", "kit.doctor", name]
     child = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=ALONE_SECONDS, check=False
     )
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
-    return False, (
-        child.stderr.strip().splitlines() or [f"its process died with code {child.returncode}"]
-    )[-1][:400]
+    last_words = child.stderr.strip().splitlines()
+    return False, last_words[-1][:400] if last_words else f"died with code {child.returncode}"
+
+
+def _python() -> Finding:
+    return sys.version_info >= (3, 11), platform.python_version()
 
 
 def _packages() -> Finding:
-    wrong, pins = (
-        [],
-        re.findall(
-            r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M
-        ),
-    )
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.M)
+    wrong = []
     for name, pin in pins:
-        have = next((package.version for package in metadata.distributions(name=name)), "missing")
-        wrong += [f"{name} {have} (pinned {pin})"] if have.split("+")[0] != pin else []
+        installed = [package.version for package in metadata.distributions(name=name)]
+        version = installed[0] if installed else "missing"
+        if version.split("+")[0] != pin:
+            wrong.append(f"{name} {version} (pinned {pin})")
     return not wrong, "; ".join(wrong) or f"{len(pins)} as pinned"
 
 
-def _room(free: int, least_gib: int, where: str) -> Finding:
-    return free > least_gib << 30 or None, f"{free / (1 << 30):.1f} GiB free{where}"
+def _compiler() -> Finding:
+    path = shutil.which("c++")
+    return bool(path) or None, path or "none; only building llama.cpp needs one"
+
+
+def _room(free_bytes: int, least_gib: int, where: str) -> Finding:
+    free_gib = free_bytes / (1 << 30)
+    return free_gib > least_gib or None, f"{free_gib:.1f} GiB free{where}"
+
+
+def _memory() -> Finding:
+    return _room(psutil.virtual_memory().available, 4, f", {os.cpu_count()} cores")
+
+
+def _disk() -> Finding:
+    return _room(shutil.disk_usage(".").free, 5, " here")
 
 
 def _cuda() -> Finding:
@@ -100,23 +116,6 @@ def _cuda() -> Finding:
     return True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
-def _nf4() -> Finding:
-    """A layer in NF4, forward and backward, beside the same layer in 32 bits."""
-    import bitsandbytes as bnb
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight, rows = torch.randn(64, 128), torch.randn(4, 128, requires_grad=True)
-    layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict({"weight": weight})
-    out = layer.to(device)(rows.to(device)).cpu()
-    out.sum().backward()
-    pairs = (out, rows @ weight.T), (rows.grad, weight.sum(0).expand_as(rows))
-    forward, backward = (((ours - exact).norm() / exact.norm()).item() for ours, exact in pairs)
-    said = f"{bnb.__version__} on {device}: forward off by {forward:.2f}, backward off by {backward:.2f}"
-    return max(forward, backward) < 0.25, said  # four bits are off by about a tenth
-
-
 def _gradient() -> Finding:
     """The check that precedes every training, on the packaged model."""
     import torch
@@ -124,13 +123,18 @@ def _gradient() -> Finding:
     # a CPU without instructions for bf16 takes some 20 times as long in it: nobody trains so
     has_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
     dtypes = ("fp32", "int8", "nf4", "bf16") if has_bf16 else ("fp32", "int8", "nf4")
-    errors = ", ".join(f"{dtype} {_gradient_error(dtype):.1%}" for dtype in dtypes)
-    kernels = torch.backends.cpu.get_cpu_capability()
-    return True, f"off the loss's slope by {errors}; CPU kernels: {kernels}"
+    losses = {}
+    errors = []
+    for dtype in dtypes:
+        losses[dtype], error = _check_gradient(dtype)
+        errors.append(f"{dtype} off by {error:.1%}, loss {losses[dtype]:.2f}")
+    # quantized weights compute about the same
+    ok = max(losses.values()) < losses["fp32"] + 0.5
+    return ok, f"{'; '.join(errors)}; CPU kernels {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _gradient_error(dtype: str) -> float:
-    """How far the gradient is from the loss's slope, as a share; KitError: too far to train."""
+def _check_gradient(dtype: str) -> tuple[float, float]:
+    """A loss, and how far its gradient is from its slope; KitError: too far to train."""
     import torch
 
     from kit.core.config import resolve
@@ -148,7 +152,7 @@ def _gradient_error(dtype: str) -> float:
             return model(input_ids=ids, labels=ids)["loss"]
 
     slopes = check_gradient(model, lambda: loss().backward(), loss)
-    return max(one.error for one in slopes)
+    return loss().item(), max(one.error for one in slopes)
 
 
 def _llama() -> Finding:
@@ -157,11 +161,12 @@ def _llama() -> Finding:
     from kit.models import gguf_file
 
     llama_cpp.Llama(str(gguf_file("smollm2-135m")), vocab_only=True, verbose=False).close()
-    offload, card = llama_cpp.llama_supports_gpu_offload(), shutil.which("nvidia-smi")
-    said = "GPU offload" if offload else f"no GPU offload{', though there is a card' * bool(card)}"
-    return (
-        offload or not card
-    ) or None, f"{llama_cpp.__version__}, loads the packaged model, {said}"
+    loads = f"{llama_cpp.__version__}, loads the packaged model"
+    if llama_cpp.llama_supports_gpu_offload():
+        return True, f"{loads}, GPU offload"
+    if shutil.which("nvidia-smi"):
+        return None, f"{loads}, no GPU offload, though there is a card"
+    return True, f"{loads}, no GPU offload"
 
 
 def _hub() -> Finding:
@@ -171,45 +176,35 @@ def _hub() -> Finding:
     if HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set: local files only"
     try:
-        return True, f"{ENDPOINT} answers {get_session().head(ENDPOINT, timeout=3).status_code}"
+        status = get_session().head(ENDPOINT, timeout=3).status_code
     except Exception as failure:  # whatever its HTTP library raises means the same
         return None, f"{ENDPOINT} does not answer ({failure}): local files only"
+    return True, f"{ENDPOINT} answers {status}"
 
 
-AGAIN = "python -m pip install --force-reinstall --no-deps -c requirements.txt"  # one package, as pinned
-EXAMINED: dict[str, tuple[Any, str]] = {  # name: (check, the command that fixes it)
-    "Python": (
-        lambda: (sys.version_info >= (3, 11), platform.python_version()),
-        "python3.11 -m venv venv",
-    ),
+# one package, as pinned
+REINSTALL = "python -m pip install --force-reinstall --no-deps -c requirements.txt"
+# name: (check, the command that fixes it)
+CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
+    "Python": (_python, "python3.11 -m venv venv"),
     "packages": (_packages, "python -m pip install -r requirements.txt"),
-    "C++ compiler": (
-        lambda: (
-            bool(shutil.which("c++")) or None,
-            shutil.which("c++") or "none; only building llama.cpp needs one",
-        ),
-        "apt-get install g++",
-    ),
+    "C++ compiler": (_compiler, "apt-get install g++"),
     "CUDA": (
         _cuda,
         "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch",
     ),
-    "NF4 training": (_nf4, f"{AGAIN} bitsandbytes"),
-    "gradient": (_gradient, f"{AGAIN} torch bitsandbytes peft"),
+    "gradient": (_gradient, f"{REINSTALL} torch bitsandbytes peft"),
     "llama.cpp": (
         _llama,
-        f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {AGAIN} llama-cpp-python',
+        f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {REINSTALL} llama-cpp-python',
     ),
     "memory": (
-        lambda: _room(psutil.virtual_memory().available, 4, f", {os.cpu_count()} cores"),
+        _memory,
         "close other programs, or run with teacher.max_num_seqs=2 train.micro_batch_size=1",
     ),
-    "disk": (
-        lambda: _room(shutil.disk_usage(".").free, 5, " here"),
-        "run with out=DIR on a disk with room",
-    ),
-    "model hub": (_hub, "unset HF_HUB_OFFLINE; behind a mirror: export HF_ENDPOINT=URL"),
+    "disk": (_disk, "run with out=DIR on a disk with room"),
+    "model hub": (_hub, "unset HF_HUB_OFFLINE; through a mirror: export HF_ENDPOINT=URL"),
 }
 
 if __name__ == "__main__":
-    print(json.dumps(EXAMINED[sys.argv[1]][0]()))
+    print(json.dumps(CHECKS[sys.argv[1]][0]()))

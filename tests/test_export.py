@@ -1,4 +1,4 @@
-"""kit.export: merged weights answer as the adapter does, and the GGUF answers in llama.cpp as the merged weights do."""
+"""kit.training.export: merged weights answer as the adapter does, and the GGUF as they do."""
 
 from __future__ import annotations
 

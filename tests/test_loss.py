@@ -1,4 +1,4 @@
-"""kit.loss: the sliced cross-entropy equals the plain one, gradients too."""
+"""kit.training.loss: the sliced cross-entropy equals the plain one, gradients too."""
 
 from __future__ import annotations
 
@@ -144,5 +144,5 @@ def test_a_head_that_computes_something_else_is_refused() -> None:
     model.config.logit_scale = (
         1.0  # what the module believes; the model itself still multiplies by 3
     )
-    with pytest.raises(KitError, match="shapes its logits"):
+    with pytest.raises(KitError, match="unsupported output head"):
         head_of(model)

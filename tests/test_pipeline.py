@@ -151,7 +151,6 @@ def test_prefixes_are_exact_slices_of_their_traces(whole: tuple[Path, dict[str, 
 
 def test_the_adapter_has_learned(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, numbers = whole
-    assert numbers["train"]["adapter_change"] > 0
     assert numbers["train"]["fixed_batch_after"] < numbers["train"]["fixed_batch_before"]
     # LoRA's B starts at zero
     weights = adapter_weights(folder)

@@ -1,4 +1,4 @@
-"""kit.train and kit.examples: what is learned, what is refused, and that a killed training goes on unharmed."""
+"""kit.training: what is learned, what is refused, and that a killed training resumes unharmed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from kit.core.config import Config, dump, resolve
@@ -70,7 +71,10 @@ def rows(count: int = 8) -> list[TrainRow]:
         TrainRow(
             instruction=words()["instruction"],
             input=f"Ann has {i} pens and buys {i % 3} more. How many has she?",
-            output=f"<Begin_of_Prefix>{i} + {i % 3}.{' So it goes.' * (i % 4)}<End_of_Prefix>\n\\boxed{{{i + i % 3}}}",
+            output=(
+                f"<Begin_of_Prefix>{i} + {i % 3}.{' So it goes.' * (i % 4)}<End_of_Prefix>\n"
+                f"\\boxed{{{i + i % 3}}}"
+            ),
         )
         for i in range(count)
     ]
@@ -117,7 +121,9 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     config, manifest = learned
     summary = manifest["stages"]["train"]["summary"]
     assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.1
-    assert summary["adapter_change"] > 0 and summary["rows"] == 8 and summary["peak_bytes"] > 0
+    assert summary["rows"] == 8 and summary["peak_bytes"] > 0
+    saved = load_file(config.folder / "adapter" / "adapter_model.safetensors")
+    assert all(weight.norm() > 0 for name, weight in saved.items() if "lora_B" in name)
     log = logged(config.folder)
     assert [row["step"] for row in log] == list(range(1, 13))
     assert {
@@ -186,7 +192,7 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
 
 
 def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
-    """As accelerate launch starts them: the same steps, tokens and losses (up to rounding), and one writer."""
+    """As accelerate launch starts them: the same steps, tokens and losses, and one writer."""
     logs = []
     for name, launch in (
         ("one", []),
@@ -223,7 +229,8 @@ def test_kill_and_resume_equals_an_uninterrupted_training(
     write_rows(broken.folder, rows())
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom kit.core import config\nfrom kit.pipeline import train\nfrom kit.training import trainer\nfrom kit.core.progress import Progress\n"
+        "from pathlib import Path\nfrom kit.core import config\nfrom kit.pipeline import train\n"
+        "from kit.training import trainer\nfrom kit.core.progress import Progress\n"
         "from kit.core.run import Run\nimport os, signal\n"
         "real = trainer.AdapterTrainer.log\n"
         "def log(self, logs, start_time=None):\n"

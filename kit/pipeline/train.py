@@ -20,26 +20,41 @@ def train(run: Run) -> None:
     """The stage: train.jsonl in; adapter/, checkpoints/ and train_log.jsonl out.
 
     Raises:
-        KitError: no rows, an instruction other than evaluation's, a loss or gradient that is not finite, a checkpoint
-            of another adapter, a model that does not fit.
+        KitError: no rows, an instruction other than evaluation's, a gradient that is not the loss's
+            slope, a loss or gradient that is not finite, a checkpoint of another adapter, a model
+            that does not fit.
     """
     if run.config.method == "zero-shot":
         if run.begin("train", "zero-shot", lambda: ""):
             run.finish("train", "", rows_in=0, rows_out=0)
         return
-    path, weights = run.folder / "train.jsonl", run.folder / "adapter" / WEIGHTS
+    path = run.folder / "train.jsonl"
+    weights = run.folder / "adapter" / WEIGHTS
     if not path.exists():
-        raise KitError(f"{path} is not there.", "Run the stages before it: palign.py run CONFIG.")
+        raise KitError(f"{path} does not exist.", "Run the stages before it: palign.py run CONFIG.")
     if not run.begin("train", _hash(path), lambda: _hash(weights)):
         return
-    rows, tokenizer = read_rows(path), load_tokenizer(run.config.student.model)
+    # rows to examples, which must fit the memory
+    rows = read_rows(path)
+    tokenizer = load_tokenizer(run.config.student.model)
     examples, lost = prepare(rows, tokenizer, run.config)
-    for why, names in lost.items():
-        run.progress.warn(f"train: {len(names)} of {len(rows)} rows {why}: {'; '.join(names[:8])}")
-    check_fit(run.config, run, max(len(e.ids) for e in examples))
+    for reason, names in lost.items():
+        listed = "; ".join(names[:8])
+        run.progress.warn(f"train: {len(names)} of {len(rows)} rows {reason}: {listed}")
+    check_fit(run.config, run, max(len(example.ids) for example in examples))
     summary = fit(run, tokenizer, examples)
-    summary |= {"rows": len(examples), "cut": lost.pop(CUT, []), "dropped": lost}
-    run.finish("train", _hash(weights), len(rows), len(examples), **summary)
+    cut = lost.pop(CUT, [])
+    output = _hash(weights)
+    run.finish(
+        "train",
+        output,
+        len(rows),
+        len(examples),
+        **summary,
+        rows=len(examples),
+        cut=cut,
+        dropped=lost,
+    )
 
 
 def _hash(path: Path) -> str:

