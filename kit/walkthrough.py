@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kit.models import hf_folder
 from kit.synthetic import generate, wander
 
-# The log-odds from which a prefix counts as sufficient. Weak judges find everything sufficient:
-# at 0, where a 7B student is judged, this one would keep a single sentence of every trace.
-THRESHOLD = 1.5
+# The log-odds from which a prefix counts as sufficient: 0 by default. At 0 this small student
+# finds everything sufficient and would keep one sentence. The threshold here, and the problem, were
+# chosen so that both labels occur: they show the search, not that so small a judge is any good.
+THRESHOLD = 1.45
 
 INSTRUCTION = """\
 Solve the problem in a sentence or two and end with the answer in a box. For example: \
@@ -63,7 +64,7 @@ def main() -> None:
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     # 1. A problem with its gold answer, and a teacher's long trace. (kit/pipeline/teach.py)
-    problem = generate(1, seed=0, steps=(1, 1), largest=10)[0]
+    problem = generate(1, seed=10, steps=(1, 1), largest=10)[0]
     trace = wander(problem, wordiness=0.5, seed=0)
     print("\n=== 1. A problem and a teacher's trace ===\n")
     print(problem.question, f"Gold answer: {problem.answer}", trace, sep="\n\n")
@@ -163,7 +164,7 @@ def log_odds(student: Any, tokenizer: Any, prompt: str) -> float:
 
 
 def sample(student: Any, tokenizer: Any, prompt: str) -> list[str]:
-    """Continuations, drawn with the paper's settings but for their length."""
+    """Continuations, with the paper's temperature, top-p and penalty; it allows 32,768 tokens."""
     ids = prompt_ids(tokenizer, prompt)
     torch.manual_seed(0)
     sequences = student.generate(

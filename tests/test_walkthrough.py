@@ -111,7 +111,7 @@ def test_its_grades_are_the_kits(printed: dict[str, str], problem: dict[str, str
             [own] = grader.grade([Item(problem["answer"], ast.literal_eval(text))])
             # The kit also takes an answer that a sentence names, without a box.
             if own.how.startswith("boxed"):
-                assert own.verdict == grade
+                assert (own.verdict == "correct") == (grade == "correct")
             else:
                 assert grade == "wrong"
 
