@@ -245,7 +245,6 @@ def load_model(
             dtype=compute_dtype,
             device_map={"": device},
             quantization_config=quantization,
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
         )

