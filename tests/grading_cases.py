@@ -158,7 +158,9 @@ UNITS = [  # verifier math: units, degrees, percent, number bases
     ("52_8", "53_8", W),
     ("4210_{5}", "4210", C),
 ]
-SETS = [  # verifier math: sets have no order, tuples have one; ends of intervals count; a part is not the whole
+# verifier math: sets have no order, tuples have one; ends of intervals count; a part is not the
+# whole
+SETS = [
     (r"\{1,2,3\}", r"\{3,1,2\}", C),
     (r"\{1,2,3\}", "1, 2, 3", C),
     (r"\{1,2,3\}", r"\{1,2\}", W),

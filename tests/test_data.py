@@ -124,12 +124,18 @@ def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
     [
         (b"", "is empty"),
         (b" \n\n", "is empty"),
-        (b'{"question": "a", "answer": "1"}\n' * 811 + b'{"question": "b", "ans', "line 812: broken JSON"),
+        (
+            b'{"question": "a", "answer": "1"}\n' * 811 + b'{"question": "b", "ans',
+            "line 812: broken JSON",
+        ),
         (b'{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2: broken JSON .list, not an object"),
         (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: broken JSON .int, not an object"),
         (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken JSON .*utf-8"),
         (b"[" * 100_000, "line 1: broken JSON"),
-        (b'{"question": "", "answer": "1"}', r"none of 1 rows is usable. The first: .*line 1: no question in 'question' .text."),
+        (
+            b'{"question": "", "answer": "1"}',
+            r"none of 1 rows is usable. The first: .*line 1: no question in 'question' .text.",
+        ),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path: Path, content: bytes, said: str) -> None:

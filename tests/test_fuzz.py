@@ -1,4 +1,4 @@
-"""Hypothesis against everything that reads what people write: no crash that is not one of our errors.
+"""Hypothesis against everything that reads what people write: no crash but our own errors.
 
 PALIGN_FUZZ=10000 sets the number of examples of each test.
 """
@@ -39,10 +39,9 @@ fuzz = settings(
 ANY = st.text(st.characters(), max_size=120)  # lone surrogates and control characters included
 MATHS = st.lists(
     st.sampled_from(
-        r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . ... ! ? 。 <<1+1=2>> "
-        r"#### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. <think> </think> <End_of_Prefix>".split(
-            " "
-        )
+        r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . ... "
+        r"! ? 。 <<1+1=2>> #### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. "
+        r"<think> </think> <End_of_Prefix>".split(" ")
     )
     | ANY
     | st.sampled_from(["\n", "\n\n", " ", "\\", "\x00", "\ud800"]),
@@ -143,7 +142,7 @@ SOURCES = st.fixed_dictionaries(
 
 
 def check_source(source: DatasetConfig, traces: bool) -> None:
-    """What is read is whole: text without surrogates, ids of its own, everything else accounted for."""
+    """What is read is whole: no surrogates, unique ids, everything else accounted for."""
     try:
         reading = data.read(source, 0, traces=traces)
         problems = data.subset(reading.problems, source, 0)
@@ -194,7 +193,7 @@ def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path
 @fuzz
 @given(st.data())
 def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> None:
-    """Rows that are read back are rows that were written; whatever else was in the file is set aside and named."""
+    """Rows read back are rows that were written; anything else in the file is set aside by name."""
     texts = draw.draw(
         st.lists(
             MATHS.map(lambda text: text.encode("utf-8", "replace").decode()), min_size=1, max_size=4
@@ -229,7 +228,7 @@ def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> N
 
 
 class Toy:
-    """Characters are tokens; a few names are special; the template is ChatML, or refuses the system role."""
+    """Characters are tokens; some names are special; ChatML, or one that refuses the system role."""
 
     bos, eos, eos_ids = "<s>", "<|im_end|>", frozenset({1})
     special = ("<s>", "<|im_end|>", "<|im_start|>", "\ue000", "a")
@@ -245,7 +244,8 @@ class Toy:
 
 
 CHATML = (
-    "{% for m in messages %}{% if m.role == 'system' and no_system %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' and no_system %}"
+    "{{ raise_exception('no system role') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
@@ -258,7 +258,7 @@ TALK = st.lists(NAMES | MATHS, max_size=6).map("".join)
 @fuzz
 @given(TALK, st.none() | TALK, TALK, st.sampled_from([None, CHATML, REFUSING]))
 def test_rendering(user: str, system: str | None, answer: str, template: str | None) -> None:
-    """Everything said is in the prompt, character for character, and none of it is a special token."""
+    """All text is in the prompt, character for character, and none of it is a special token."""
     toy = Toy(template)
     ids = prompts.render(toy, user, system, answer)
     text = toy.decode(ids)
@@ -270,7 +270,7 @@ def test_rendering(user: str, system: str | None, answer: str, template: str | N
 
 
 def as_special(ids: Sequence[int]) -> str:
-    """The part of a prompt in which special tokens count; a zero for what was tokenized as plain text."""
+    """Where special tokens count in a prompt; a zero for what was tokenized as plain text."""
     return "".join(chr(i) if i < 1 << 21 else "\0" for i in ids)
 
 
@@ -279,7 +279,7 @@ def as_special(ids: Sequence[int]) -> str:
 def test_rendering_for_the_packaged_model(
     tokenizer: Any, user: str, system: str | None, answer: str
 ) -> None:
-    """However often special tokens are named in what is said, only the template's own are in the prompt."""
+    """However often a text names special tokens, only the template's own are in the prompt."""
     user, answer = (text.encode("utf-8", "replace").decode() for text in (user, answer))
     system = system.encode("utf-8", "replace").decode() if system else None
     special = {

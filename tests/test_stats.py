@@ -197,7 +197,7 @@ def test_a_posterior_without_answers_is_the_prior_and_narrows_with_answers():
 
 
 def test_several_samples_narrow_a_posterior_only_where_problems_agree():
-    """Problems that are always or never solved are worth one answer each, however many are drawn."""
+    """Problems that are always or never solved are worth one answer each, whatever is drawn."""
     extreme = [1.0] * 6 + [0.0] * 6
     assert posterior(extreme, samples=32) == pytest.approx(posterior(extreme, samples=1))
     assert posterior([0.5] * 12, samples=32)[1] > posterior(extreme, samples=32)[1]
