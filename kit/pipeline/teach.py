@@ -44,12 +44,12 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
     else:
         sampled = teacher.sample(problems)
     for problem, samples, generation in sampled:
+        kept = choose(samples, config.teacher.keep)
+        reason = "no right trace"
+        # an existing trace goes on whether it is right or wrong
         if exists:
-            kept = tuple(i for i, sample in enumerate(samples) if sample.text.strip())
+            kept = (0,) if samples[0].text.strip() else ()
             reason = "empty trace"
-        else:
-            kept = choose(samples, config.teacher.keep)
-            reason = "no right trace"
         yield TraceRow(
             **problem.model_dump(include=PROBLEM_FIELDS),
             samples=samples,
