@@ -293,10 +293,10 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
         nearest = ", ".join(difflib.get_close_matches(name, presets(), 1) or presets())
         raise KitError(f"There is no preset {name!r}.", f"Did you mean {nearest}?", 2)
     # what the config sets itself goes first
-    settings = {
-        key: preset[key] for key in ("subset", "split", "verifier", "samples") if key in preset
-    }
-    changes = {key: value for key, value in settings.items() if key not in source.model_fields_set}
+    changes: dict[str, Any] = {}
+    for key in ("subset", "split", "verifier", "samples"):
+        if key in preset and key not in source.model_fields_set:
+            changes[key] = preset[key]
     changes["fields"] = {**preset.get("fields", {}), **source.fields}
     if source.preset is None:
         changes.update(path=preset["path"], name=source.name or name)

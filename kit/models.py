@@ -100,7 +100,8 @@ def resolve(name: str) -> Path | str:
         package, file_name = ALIASES[name]
         # find_spec does not import: the package's own imports are heavy
         spec = find_spec(package)
-        path = Path(spec.submodule_search_locations[0] if spec else package, file_name)
+        folders = spec.submodule_search_locations if spec else None
+        path = Path(folders[0] if folders else package, file_name)
     if path.is_file():
         if path.open("rb").read(4) == b"GGUF":
             return path
@@ -256,7 +257,7 @@ def load_model(
         # without gradients; from then on its backward pass silently drops the gradient
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 
@@ -356,7 +357,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         hint = "Use backend=gguf for this file, or the model's own folder."
         raise KitError(f"transformers cannot read {gguf}: {error}", hint) from error
     # the weights are plain by now, but a quantizer would refuse to save them
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
 

@@ -39,8 +39,8 @@ fuzz = settings(
 ANY = st.text(st.characters(), max_size=120)  # lone surrogates and control characters included
 MATHS = st.lists(
     st.sampled_from(
-        r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . ... "
-        r"! ? 。 <<1+1=2>> #### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. "
+        r"\boxed{ \boxed \fbox{ } { \frac{1}{2} \text{cm} $ $$ \[ \] \( \) 3.14 1,000 -7 50% = . "
+        r"... ! ? 。 <<1+1=2>> #### **73** (A) answer is: \n \begin{a} \end{a} ``` ` Dr. e.g. 1. "
         r"<think> </think> <End_of_Prefix>".split(" ")
     )
     | ANY
@@ -228,7 +228,7 @@ def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> N
 
 
 class Toy:
-    """Characters are tokens; some names are special; ChatML, or one that refuses the system role."""
+    """Characters are tokens; some names are special; ChatML, or one that refuses a system role."""
 
     bos, eos, eos_ids = "<s>", "<|im_end|>", frozenset({1})
     special = ("<s>", "<|im_end|>", "<|im_start|>", "\ue000", "a")

@@ -236,7 +236,7 @@ def looping(ids: Sequence[int], longest: int = 64) -> bool:
     return False
 
 
-def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_len(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """Length of the longest common beginning of two sequences of token ids."""
     size = min(len(a), len(b))
     equal = np.asarray(a[:size]) == np.asarray(b[:size])

@@ -121,7 +121,7 @@ class GgufTokenizer:
             return b""
         buffer = ctypes.create_string_buffer(1024)
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
-        return buffer[: max(size, 0)]
+        return buffer.raw[: max(size, 0)]
 
 
 class BatchToken(NamedTuple):
@@ -239,8 +239,8 @@ class Context:
                 f"llama.cpp cannot evaluate {len(cached)} tokens (status {status}).",
                 "Set judge.limit_tokens or a smaller context_tokens.",
             )
-        for i, token in enumerate(tokens):
-            if token.wanted:
+        for i, (_, _, wanted) in enumerate(tokens):
+            if wanted:
                 pointer = llama_cpp.llama_get_logits_ith(self._context, i)
                 yield np.ctypeslib.as_array(pointer, (self._backend.tokenizer.size,))
 

@@ -48,8 +48,9 @@ class GrowingLayer(DynamicLayer):
         end = start + key_states.shape[2]
         if not self.buffers or end > self.buffers[0].shape[2]:
             room = (0, 0, 0, ROOM_TOKENS)
-            keys = torch.cat([self.keys, pad(key_states, room)], 2)
-            values = torch.cat([self.values, pad(value_states, room)], 2)
+            old: Any = self  # its tensors exist by now
+            keys = torch.cat([old.keys, pad(key_states, room)], 2)
+            values = torch.cat([old.values, pad(value_states, room)], 2)
             self.buffers = (keys, values)
         keys, values = self.buffers
         keys[:, :, start:end] = key_states
@@ -63,10 +64,10 @@ class GrowingLayer(DynamicLayer):
 class DecodeBatch:
     """B rows whose cache is `columns` tokens wide."""
 
-    cache: DynamicCache
+    cache: Any  # transformers' DynamicCache
     starts: torch.Tensor  # (B, 1), the column of a row's first token; before it is padding
     columns: int = 0
-    logits: torch.Tensor | None = None  # (B, V), after each row; set by prefill and step
+    logits: Any = None  # tensor (B, V), after each row; set by prefill and step
 
     def step(self, model: Any, tokens: Sequence[int]) -> None:
         """Append one token to every row and compute the logits after it."""
@@ -130,7 +131,8 @@ def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBa
     """
     batch, rows = parts[0]
     if not isinstance(batch.cache.layers[0], GrowingLayer):
-        batch.cache.reorder_cache(torch.tensor(rows, device=batch.starts.device))
+        order: Any = torch.tensor(rows, device=batch.starts.device)
+        batch.cache.reorder_cache(order)
         return DecodeBatch(batch.cache, batch.starts[rows], batch.columns)
 
     lengths = torch.cat([part.batch.columns - part.batch.starts[part.rows] for part in parts])

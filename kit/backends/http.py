@@ -287,7 +287,7 @@ class HttpBackend:
             ids = [entry["id"] for entry in content]
         if ids is None:  # SGLang
             ids = self.tokenizer.encode(choice["text"], special=False)
-        finish_reason = choice.get("finish_reason")
+        finish_reason: Any = choice.get("finish_reason")
         if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
         if finish_reason == "length" and sampling.stop_loops and looping(ids):

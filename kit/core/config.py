@@ -157,6 +157,7 @@ class Judge(BaseConfig):
     threshold: float | None = None
     calibration: Literal["none", "content-free", "share"] = "none"
     share: Share = 0.9  # calibration share: this share of full traces is to be sufficient
+    limit_tokens: PositiveInt | None = None  # longest judging prompt; None: the context
 
 
 class Align(BaseConfig):

@@ -26,7 +26,8 @@ def peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+        [kibibytes] = re.findall(r"VmHWM:\s+(\d+)", status.read_text())
+        return 1024 * int(kibibytes)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -23,7 +23,6 @@ KEYS: dict[str, dict[str, str | None]] = {
         "read": "answer_scoring",
         "rule": "scan_rule",
         "chunk_tokens": None,
-        "limit_tokens": None,
     },
     "align": {"lengthen": "extend_rounds"},
     "train": {

@@ -148,7 +148,14 @@ def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
     mean_square = (np.square(differences).sum() + 1) / count
     half = Z_95 * sqrt((mean_square - mean**2) / count)
     detectable = (Z_95 + Z_POWER) * sqrt(mean_square / len(differences))
-    rounded = np.round(
-        [differences.mean(), max(mean - half, -1), min(mean + half, 1), min(detectable, 1)], 4
-    ).tolist()
-    return PairedTest(len(differences), better, worse, *rounded, float(p_value), method)
+    return PairedTest(
+        n=len(differences),
+        better=better,
+        worse=worse,
+        difference=round(float(differences.mean()), 4),
+        ci_low=round(max(mean - half, -1.0), 4),
+        ci_high=round(min(mean + half, 1.0), 4),
+        min_detectable_difference=round(min(detectable, 1.0), 4),
+        p_value=float(p_value),
+        method=method,
+    )

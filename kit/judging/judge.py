@@ -81,7 +81,8 @@ class Judge(ExitStack):
             encode(enough, special=False), encode(not_enough, special=False)
         )
 
-        self.limit_tokens = backend.context_tokens
+        limit_tokens = settings.limit_tokens or backend.context_tokens
+        self.limit_tokens = min(limit_tokens, backend.context_tokens)
         if self.generates_verdicts:
             self.limit_tokens -= LABEL_ROOM_TOKENS
 

@@ -80,8 +80,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
             a, b, *_ = by_run
             quality[dataset] = {"a": a, "b": b, **asdict(judge(by_run[a][0], by_run[b][0]))}
     cuts = []
-    for a, b in combinations(files, 2):
-        cuts += _shared_cuts(a, b)
+    for first, second in combinations(files, 2):
+        cuts += _shared_cuts(first, second)
     config = files[0].config
     result = {
         "runs": list(map(numbers, files)),
@@ -126,7 +126,7 @@ def _groups(files: list[Files]) -> Groups:
 
 def _answers(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
     """What each run's last model (the tuned one, if any) answered: by dataset, by group, by run."""
-    answers = defaultdict(lambda: defaultdict(list))
+    answers: dict[str, dict[str, list[Rows]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in groups.items():
         for run in runs:
             # The base model's scores stand first, so the tuned model's replace them.
@@ -181,11 +181,11 @@ def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
         {dataset, id, question, gold, answers [{group, share of correct samples, sample}]}
     """
     accuracies = {label: accuracy_by_problem(rows) for label, rows in answers.items()}
-    ahead = {label: [] for label in answers}
+    ahead: dict[str, list[Any]] = {label: [] for label in answers}
     # A problem belongs to the group with the highest accuracy on it; wide gaps come first.
     for problem in set.intersection(*map(set, accuracies.values())):
         shares = {label: accuracies[label][problem] for label in answers}
-        best = max(shares, key=shares.get)
+        best = max(shares, key=shares.__getitem__)
         gap = shares[best] - min(shares.values())
         if gap:
             ahead[best].append((-gap, problem))
@@ -208,8 +208,8 @@ def accuracy_within(answers: dict[str, Rows]) -> list[tuple[str, list[tuple[int,
     A correct answer counts from the token at which it ended, though it may have given its result
     before; every problem weighs the same.
     """
-    rows = chain(*answers.values())
-    longest = max((sample.tokens for row in rows for sample in row.samples), default=0)
+    every = chain(*answers.values())
+    longest = max((sample.tokens for row in every for sample in row.samples), default=0)
     budgets = sorted({round(longest * i / BUDGETS) for i in range(BUDGETS + 1)})
     curves = []
     for label, rows in answers.items():
@@ -261,8 +261,9 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
 
     # What each method makes of it, and how it was cut.
     for label, rows in learned.items():
-        row = rows[key]
-        lesson["shown"][label] = target(runs[label].config["method"], row, row.continuation)
+        aligned = rows[key]
+        method = runs[label].config["method"]
+        lesson["shown"][label] = target(method, aligned, aligned.continuation)
     if key in cuts:
         label, cut = cuts[key]
         lesson["search"] = {

@@ -174,8 +174,8 @@ def percentiles(values: Sequence[float]) -> Json:
 def degenerate(rows: Sequence[PrefixRow]) -> str | None:
     """A warning with its evidence where a judge cuts nearly all traces alike; None otherwise."""
     judged = [row for row in rows if row.verdicts and row.sentences_total >= MIN_JUDGED]
-    cuts = Counter()
-    labels = Counter()
+    cuts: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
     # How many traces were cut at each end, and what the verdicts were.
     for row in judged:
         cuts["cut to one sentence"] += row.sentences == 1
@@ -249,8 +249,8 @@ def _judging(rows: Sequence[PrefixRow]) -> Json:
 
 def _tally(rows: Sequence[Any]) -> Json:
     """A stage's samples by verdict, and how many of them ended at the token limit."""
-    verdicts = Counter()
-    truncated = Counter()
+    verdicts: Counter[str] = Counter()
+    truncated: Counter[Any] = Counter()
     tokens = 0
     for row in rows:
         for sample in row.samples:

@@ -94,7 +94,7 @@ def pieces(row: PrefixRow) -> Json:
     """
     # Where to divide the text, and the verdict to show there.
     boundaries = ends(row.trace)
-    marks = {0: None, row.end: None, len(row.trace): None}
+    marks: dict[int, Json | None] = {0: None, row.end: None, len(row.trace): None}
     for verdict in row.verdicts:
         marks[boundaries[verdict.sentences - 1]] = verdict.model_dump()
     parts: Json = {"kept": [], "rest": []}
@@ -111,7 +111,7 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = min(m * power for m in (1, 2, 2.5, 5, 10) if 4.004 * m * power >= span)
     if whole:
-        return [*range(low, math.ceil(0.9 * high), max(math.ceil(step), 1)), high]
+        return [*range(int(low), math.ceil(0.9 * high), max(math.ceil(step), 1)), high]
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [round(i * step, 10) for i in range(first, last + 1)]

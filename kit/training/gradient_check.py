@@ -43,7 +43,7 @@ STEP = 0.003
 BF16_STEP = 0.03
 NOISE = 0.02  # standard deviation, beside an A of about sqrt(1 / 3 in)
 TOLERANCE = 0.35  # of slope / gradient from 1
-Weights = dict[str, torch.nn.Parameter]  # by name; A (rank, in), B (out, rank)
+Weights = dict[str, Any]  # parameters by name; A (rank, in), B (out, rank)
 
 
 class Slope(NamedTuple):

@@ -77,6 +77,7 @@ class AdapterTrainer(Trainer):
         lengths = [len(example.ids) for example in examples]
         rows = [examples[index] for index in order(lengths, run.config)]
         super().__init__(model, _arguments(run), data_collator=collate, train_dataset=rows)
+        self.rows = rows
         self.model_accepts_loss_kwargs = True
         self.run = run
         self.bar: Any = None
@@ -105,7 +106,7 @@ class AdapterTrainer(Trainer):
 
     def _check_gradient(self, model: Any) -> None:
         """Compare the gradient of this very loop with the loss's slope, on the shortest row."""
-        shortest = min(self.train_dataset, key=lambda example: len(example.ids))
+        shortest = min(self.rows, key=lambda example: len(example.ids))
         example = replace(shortest, ids=shortest.ids[: shortest.prompt_tokens + CHECKED_TOKENS])
         batch = self._prepare_inputs(collate([example]))
         ids = batch["input_ids"]
@@ -177,7 +178,7 @@ class AdapterTrainer(Trainer):
         """Save, then mark as whole: without its mark a checkpoint counts as half-written."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (folder / "training_args.bin").unlink()  # pickled objects, which nobody needs
             # a power cut must not leave the mark alone
             for path in folder.iterdir():
@@ -199,7 +200,7 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
 
     # train, from the last checkpoint where there is one
     checkpoint = _last_checkpoint(run, _adapter_text(model))
-    steps = math.ceil(len(trainer.train_dataset) / config.train.batch_size)
+    steps = math.ceil(len(trainer.rows) / config.train.batch_size)
     done = _step(checkpoint) if checkpoint else 0
     if checkpoint:
         run.progress.say(f"train: resuming from step {done} of {steps}")
