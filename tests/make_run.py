@@ -220,6 +220,10 @@ def _train(folder: Path, draw: random.Random) -> dict[str, Any]:
         "loss_last": log[-1]["loss"],
         "rows": rows - 1,
         "peak_bytes": 3 << 30,
+        "gradient_check": [
+            {"layers": "0-9", "gradient": 2.31, "slope": 2.3},
+            {"layers": "10-19", "gradient": 1.5, "slope": 1.52},
+        ],
         "fixed_batch_before": 1.61,
         "fixed_batch_after": 0.74,
         "fixed_batch_rows": 4,

@@ -76,6 +76,10 @@ def test_charts_and_texts_are_there(browser: Any, pages: dict[str, Path]) -> Non
     assert page.locator("svg.chart").count() >= 6  # histogram, four traces, training
     assert page.locator(".col").count() >= 9
     assert "96.6%" in page.locator(".tiles").inner_text()
+    training = page.locator("section", has=page.locator("#training-h")).inner_text()
+    assert "Gradient, layers 10-19" in training and "slope of the loss 1.52" in training
+    scores = page.locator("section", has=page.locator("#scores-h")).inner_text()
+    assert "posterior" in scores and "1 = 1.7 points" in scores
     page.close()
 
 
