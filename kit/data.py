@@ -190,6 +190,7 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
         KitError: no such file or dataset, damage (with its line), a key of `fields` that no row
             has, or not one usable row.
     """
+    preset = presets().get(source.preset or source.path, {})
     source = with_preset(source)
     name = source.name or re.sub(
         r"\.(?:jsonl?|csv|tsv|parquet)(?:\.gz)?$", "", Path(source.path).name
@@ -239,7 +240,8 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
         fitting = _fitting_preset(rows[0][1])
         hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
         raise KitError(message, f"{hint} the keys: fields={{question: KEY, answer: KEY}}.")
-    return reading._replace(warnings=_unused_parts(source, keys, rows))
+    warnings = _unused_parts(source, keys, rows) + _other_copy(source, preset, reading.problems)
+    return reading._replace(warnings=warnings)
 
 
 def _lack(row: dict[str, Any], keys: dict[str, tuple[str, ...]], role: str) -> str:
@@ -363,6 +365,25 @@ def _unused_parts(
     return (
         f"{source.path}: not used, though part of the question: {', '.join(unused)}. "
         f'Write fields={{question: "{template}"}}.',
+    )
+
+
+def _other_copy(
+    source: DatasetConfig, preset: dict[str, Any], problems: list[Problem]
+) -> tuple[str, ...]:
+    """A warning where a set that is known by its answers has others: copies of AIME differ."""
+    if "answers" not in preset:
+        return ()
+    expected = Counter(map(str, preset["answers"]))
+    answers = Counter(problem.answer.lstrip("0") or "0" for problem in problems)
+    missing = expected - answers
+    extra = answers - expected
+    if not missing and not extra:
+        return ()
+    return (
+        f"{source.path} is another copy of this set: of {expected.total()} answers "
+        f"{missing.total()} are missing and {extra.total()} are others "
+        f"({', '.join([*missing, *extra][:6])}).",
     )
 
 

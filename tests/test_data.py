@@ -498,7 +498,8 @@ def test_a_preset_is_named_or_refused() -> None:
     with pytest.raises(KitError, match=r"no preset 'swamp'.*svamp"):
         data.with_preset(DatasetConfig(path="x", preset="swamp"))
     for name, preset in data.presets().items():
-        DatasetConfig(**{**preset, "name": name})
+        settings = {key: value for key, value in preset.items() if key != "answers"}
+        DatasetConfig(**settings, name=name)
 
 
 def test_mutated_files_give_a_clear_message_or_the_right_rows(tmp_path: Path) -> None:
@@ -533,3 +534,26 @@ def test_mutated_files_give_a_clear_message_or_the_right_rows(tmp_path: Path) ->
             continue
         for problem in reading.problems:
             assert whole[problem.question] == problem.answer, (seed, problem)
+
+
+def test_another_copy_of_an_aime_set_is_reported_with_what_differs(tmp_path: Path) -> None:
+    answers = data.presets()["aime24"]["answers"]
+    rows = [{"problem": f"Problem {n}?", "answer": f"{a:03}"} for n, a in enumerate(answers)]
+    right = DatasetConfig(path=str(write(tmp_path, rows, "right.jsonl")), preset="aime24")
+    assert data.read(right, 0).warnings == ()
+    rows[3]["answer"] = "46"
+    other = DatasetConfig(path=str(write(tmp_path, rows, "other.jsonl")), preset="aime24")
+    [warning] = data.read(other, 0).warnings
+    assert "1 are missing and 1 are others (45, 46)" in warning
+
+
+def test_a_row_may_name_its_verifier_and_a_preset_gives_one(tmp_path: Path) -> None:
+    rows = [
+        {"question": "a?", "answer": "A", "verifier": "choice"},
+        {"question": "b?", "answer": "1"},
+    ]
+    reading = data.read(DatasetConfig(path=str(write(tmp_path, rows)), verifier="number"), 0)
+    assert [problem.verifier for problem in reading.problems] == ["choice", "number"]
+    source = DatasetConfig(path=str(write(tmp_path, [rows[1]])), preset="gsm8k")
+    assert data.read(source, 0).problems[0].verifier == "number"
+    assert data.with_preset(source).samples == 1

@@ -86,3 +86,14 @@ def test_models_are_compared_on_shared_problems_only() -> None:
     test = compare_rows(a, b)
     assert test is not None and test.difference == 1.0 and test.n == 2
     assert compare_rows(a, [row_of("7", ["correct"])]) is None
+
+
+def test_the_papers_grader_is_a_second_figure_and_changes_no_verdict() -> None:
+    rows = [
+        row_of("a", ["correct", "unparsed"], published=(True, True)),
+        row_of("b", ["wrong", "unparsed"], published=(False, True)),
+    ]
+    result = score(rows)
+    assert result.accuracy == 0.25
+    assert result.as_published == {"accuracy": 0.75, "pass_at": {"1": 0.75, "2": 1.0}}
+    assert score([row_of("a", ["correct"])]).as_published is None

@@ -159,6 +159,7 @@ class EvalRow(Outcome):
     level: str | None = None
     subject: str | None = None
     samples: tuple[Sample, ...] = ()
+    published: tuple[bool, ...] = ()  # what the paper's grader says of each sample
     prompt_tokens: int = 0
 
 

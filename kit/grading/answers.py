@@ -92,7 +92,7 @@ class Grader:
 
     def as_published(self, items: Sequence[Item]) -> list[bool]:
         """The paper's own verdicts, as a second opinion; see kit/grading/published.py."""
-        return [self._worker.published(item.gold, item.output) for item in items]
+        return [self._worker.published(gold_of(item.gold), item.output) for item in items]
 
     def _compare(self, verifier: str, gold: str, answer: str) -> tuple[str, str]:
         """Verdict and method; the worker is asked last."""

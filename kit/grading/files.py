@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.table import keys_of, lookup, read_rows
-from kit.grading.answers import Grade, Grader, Item, gold_of
+from kit.grading.answers import Grade, Grader, Item
 from kit.grading.outputs import ANSWERS, LABELS, OUTPUTS, Keys, OutputRow, read_output_row
 from kit.grading.scores import score
 
@@ -131,9 +131,9 @@ def _read_golds(source: Source) -> dict[str, str]:
 
 def _published(grader: Grader, items: Sequence[Item], bare: bool) -> list[bool]:
     """The paper's verdicts on mathematics; on letters and words our own would differ in nothing."""
-    texts = [f"\\boxed{{{item.output}}}" if bare else item.output for item in items]
-    golds = [gold_of(item.gold) for item in items]
-    return grader.as_published([Item(*pair) for pair in zip(golds, texts, strict=True)])
+    if bare:
+        items = [item._replace(output=f"\\boxed{{{item.output}}}") for item in items]
+    return grader.as_published(items)
 
 
 def _score(graded: list[_Graded], verdicts: list[list[str]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Score(Accuracy):
     loop_ratio: float
     mean_tokens: float
     accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
+    as_published: dict[str, Any] | None  # accuracy and pass_at by the paper's grader, if asked
     by_level: dict[str, Accuracy]
     by_subject: dict[str, Accuracy]
 
@@ -87,6 +89,7 @@ def score(rows: Sequence[EvalRow]) -> Score:
         loop_ratio=_mean(map(loops, samples)),
         mean_tokens=_mean(sample.tokens for sample in samples),
         accuracy_completed=round(_correct(completed) / len(completed), 4) if completed else None,
+        as_published=_as_published(rows),
         by_level=_accuracy_by(rows, "level"),
         by_subject=_accuracy_by(rows, "subject"),
     )
@@ -126,6 +129,20 @@ def _pass_at(rows: Sequence[EvalRow]) -> dict[str, float]:
     most = max((len(row.samples) for row in rows), default=0)
     counts = [(_correct(row.samples), len(row.samples) or most) for row in rows]
     return {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()}
+
+
+def _as_published(rows: Sequence[EvalRow]) -> dict[str, Any] | None:
+    """The same answers by the paper's grader; None where it was not asked."""
+    if not any(row.published for row in rows):
+        return None
+    regraded = []
+    for row in rows:
+        samples = []
+        for sample, accepted in zip(row.samples, row.published, strict=True):
+            verdict = "correct" if accepted else "wrong"
+            samples.append(sample.model_copy(update={"verdict": verdict}))
+        regraded.append(row.model_copy(update={"samples": tuple(samples)}))
+    return {"accuracy": accuracy(regraded).accuracy, "pass_at": _pass_at(regraded)}
 
 
 def _correct(samples: Sequence[Sample]) -> int:

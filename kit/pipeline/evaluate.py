@@ -18,6 +18,7 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, file_name, tallies
 from kit.core.storage import digest
 from kit.data import problems_of
+from kit.grading.answers import Item
 from kit.grading.scores import compare_rows, score
 from kit.prompts import template_hash
 from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
@@ -91,7 +92,10 @@ def answers(
         )
     # A problem that could not be asked has a row too, with the reason.
     for problem, samples, generation in student.sample(problems, samples=samples_each):
+        # The paper's grader is a second opinion, never the verdict.
+        items = [Item(problem.answer, sample.text) for sample in samples]
         yield EvalRow(
+            published=tuple(student.grader.as_published(items)),
             **problem.model_dump(include=PROBLEM_FIELDS | {"level", "subject"}),
             **(rejection(generation, "", samples) if generation.error else {}),
             samples=samples,
