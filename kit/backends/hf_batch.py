@@ -2,7 +2,7 @@
 
 Rows are padded on the left and end at the same column of the cache, so rows of any length can join
 a running batch, and finished ones leave it. Knows token ids and tensors only: what is generated,
-and for whom, is in kit/backends/hf.py. Serves every stage that generates (sections 3.1, 3.3).
+and for whom, is in hf_generate.py. Serves every stage that generates (sections 3.1, 3.3).
 """
 
 from __future__ import annotations
