@@ -41,7 +41,7 @@ SHARED_OPTIONS = {
 JUDGE_FLAGS = {
     "--model": ("student.model", "smollm2-135m (default), a GGUF file, a folder or a hub id"),
     "--backend": ("student.backend", "hf (default), gguf or http"),
-    "--url": ("student.url", "http: the server's address up to and with /v1"),
+    "--url": ("student.url", "http: the server's address, ending in /v1"),
     "--dtype": ("student.dtype", "auto (default), fp32, bf16, int8 or nf4"),
     "--search": ("judge.search", "binary (default), gallop, scan or uncached"),
     "--kind": ("judge.kind", "verbal (default) or answer"),
@@ -55,7 +55,7 @@ def parser() -> ArgumentParser:
     top = ArgumentParser(
         prog="palign.py",
         description=f"{__doc__.split('.')[0]}.",
-        epilog="palign.py COMMAND --help tells more. Start with: palign.py run configs/smoke.yaml",
+        epilog="palign.py COMMAND --help shows more. Start with: palign.py run configs/smoke.yaml",
     )
     top.add_argument("--version", action="version", version=f"palign {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -83,7 +83,7 @@ def parser() -> ArgumentParser:
     option("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml) or a hub id")
     option("overrides", nargs="*", metavar="key=value", help="e.g. fields={question: q}")
     option("--all", action="store_true", help="show all problems, not the first three")
-    _judge_options(command("judge", _judge, "look at verdicts along the traces of a JSONL"))
+    _judge_options(command("judge", _judge, "show the verdicts along the traces of a JSONL"))
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
     option("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
@@ -101,11 +101,11 @@ def parser() -> ArgumentParser:
 
 
 def _grade_options(option: Option) -> None:
-    option("--answer", metavar="KEY", help="the gold answer; a.b goes into a row")
-    option("--outputs", metavar="KEY", help="one output or several")
-    option("--labels", metavar="KEY", help="the file's own verdicts, to compare with")
+    option("--answer", metavar="KEY", help="key of the gold answer; a.b for a nested one")
+    option("--outputs", metavar="KEY", help="key of one output or several")
+    option("--labels", metavar="KEY", help="key of the file's own verdicts, to compare with")
     option("--gold", type=Path, metavar="FILE", help="take the gold answers from this file")
-    option("--on", metavar="KEY", help="what both files share, or KEY=KEY_OF_GOLD")
+    option("--on", metavar="KEY", help="the key that both files share, or KEY=KEY_OF_GOLD")
     option("--bare", action="store_true", help="the outputs are extracted answers")
 
 
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> Namespace:
-    """Parse; key=value may stand before and after flags, which argparse alone does not take."""
+    """Parse; key=value may come before and after flags, which argparse alone does not allow."""
     top = parser()
     args, extra = top.parse_known_args(argv)
     if any(text.startswith("-") for text in extra) or (extra and not hasattr(args, "overrides")):
@@ -189,7 +189,7 @@ def _stages(args: Namespace, progress: Any) -> int:
     whole = args.command == "run"
     names = [args.command]
     if whole:
-        # A run that stops early has a report too.
+        # A run that stops early gets a report too.
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
     with Run(config, progress, args.command) as run:
         if whole:
@@ -199,7 +199,7 @@ def _stages(args: Namespace, progress: Any) -> int:
             for name in names:
                 resolve_name(STAGE_TABLE[name].entry_point)(run)
         except KitError:
-            # So has one that cannot go on, where it can.
+            # So does one that fails, where there is enough for it.
             if whole:
                 with contextlib.suppress(KitError):
                     report.report(run)

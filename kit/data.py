@@ -3,12 +3,12 @@ taken.
 
 What a row is shows in its keys, in any case: GSM8K, MATH, AIME, AMC and s1K are known by them.
 Other files of the field have a preset (kit/presets.yaml), and any file can be read by `fields:
-{question: KEY, answer: KEY, ...}`, where a key may go into a row (`reward_model.ground_truth`) and
+{question: KEY, answer: KEY, ...}`, where a key may be nested (`reward_model.ground_truth`) and
 a question be a template (`"{Body} {Question}"`, `"{question} {options}"`).
 
-A damaged file stops the run, with its line. A row that lacks something, or whose id or text stood
-before, is set aside. Training and evaluation may share no question, up to case and white space;
-rewordings are only counted.
+A damaged file stops the run, with its line. A row that is missing something, or whose id or text
+came before, is set aside. Training and evaluation may share no question, up to case and white
+space; rewordings are only counted.
 """
 
 from __future__ import annotations
@@ -205,24 +205,24 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
     needed = ("question", "answer", "trace") if traces else ("question", "answer")
 
     # every row becomes a problem, or is set aside with its reason
-    ids: dict[str, str] = {}  # where each stands
+    ids: dict[str, str] = {}  # where each is
     questions: dict[str, Problem] = {}  # the first one with a text
     for where, row in rows:
         values = _values(row, keys)
         question = normal(values["question"] or "")
         text = f"{question}\0{values['trace'] if traces else ''}"
         id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-        lacking = [role for role in needed if not values[role]]
+        missing = [role for role in needed if not values[role]]
         twin = questions.get(question)
-        if lacking:
-            reason = _lack(row, keys, lacking[0])
+        if missing:
+            reason = _reason(row, keys, missing[0])
             detail = reason
         elif twin and twin.answer != values["answer"] and not traces:
-            reason = "same question, other answer"
-            detail = f"{reason}: stands in {ids[twin.id]}"
+            reason = "same question, different answer"
+            detail = f"{reason}: already in {ids[twin.id]}"
         elif id in ids:
             reason = "duplicate id or text"
-            detail = f"{reason}: stands in {ids[id]}"
+            detail = f"{reason}: already in {ids[id]}"
         else:
             ids[id] = where
             verifier = values.pop("verifier")
@@ -244,7 +244,7 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
     return reading._replace(warnings=warnings)
 
 
-def _lack(row: dict[str, Any], keys: dict[str, tuple[str, ...]], role: str) -> str:
+def _reason(row: dict[str, Any], keys: dict[str, tuple[str, ...]], role: str) -> str:
     """What is wrong with the keys that should hold a role."""
     present = [key for key in row if key.lower() in [name.lower() for name in keys[role]]]
     if present:
@@ -356,7 +356,7 @@ def _unused_parts(
             unused.append(key)
     if not unused:
         return ()
-    # contexts stand before the question, options after it
+    # contexts come before the question, options after it
     question = next((key for key in rows[0][1] if key.lower() in keys["question"]), "KEY")
     template = f"{{{question}}}"
     for key in unused:
@@ -382,7 +382,7 @@ def _other_copy(
         return ()
     return (
         f"{source.path} is another copy of this set: of {expected.total()} answers "
-        f"{missing.total()} are missing and {extra.total()} are others "
+        f"{missing.total()} are missing and {extra.total()} are different "
         f"({', '.join([*missing, *extra][:6])}).",
     )
 
@@ -391,7 +391,7 @@ def subset(problems: list[Problem], source: DatasetConfig, seed: int) -> list[Pr
     """The source's `limit` rows: the first, a seeded choice, or a stratified one (each stratum gets
     its share to within one row); in the order of the file.
     """
-    # each stratum's rows stand together, and every n-th row is taken
+    # each stratum's rows are together, and every n-th row is taken
     strata = [getattr(problem, source.stratify or "", None) or "" for problem in problems]
     if source.stratify and not any(strata):
         raise KitError(
@@ -511,8 +511,8 @@ def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _fill(row: dict[str, Any], template: str) -> str | None:
-    """A template with the values of a row; None where a part other than a context lacks, never half
-    a question.
+    """A template with the values of a row; None where a part other than a context is missing,
+    never half a question.
     """
     text = template
     for key in _template_keys(template):

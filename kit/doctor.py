@@ -1,4 +1,4 @@
-"""doctor: what this machine has and lacks, each finding with the command that fixes it.
+"""doctor: what this machine has, and what is missing, each finding with the command that fixes it.
 
 A check that fails is a finding, never a crash: native libraries are tried in processes of their
 own. Nothing is installed or downloaded; one request asks whether the hub answers.
@@ -50,7 +50,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{LABELS[check['ok']]:<5} {check['name']:<15} {check['found']}")
         if check["fix"]:
             print(f"{'':<21} -> {check['fix']}")
-    print("All that a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
+    print("Everything a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
 
 
 def _examine(name: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _gradient() -> Finding:
     """The check that precedes every training, on the packaged model."""
     import torch
 
-    # a CPU without instructions for bf16 takes some 20 times as long in it: nobody trains so
+    # a CPU without instructions for bf16 takes some 20 times as long in it: nobody trains that way
     has_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
     dtypes = ("fp32", "int8", "nf4", "bf16") if has_bf16 else ("fp32", "int8", "nf4")
     losses = {}
@@ -202,7 +202,7 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
         _memory,
         "close other programs, or run with teacher.max_num_seqs=2 train.micro_batch_size=1",
     ),
-    "disk": (_disk, "run with out=DIR on a disk with room"),
+    "disk": (_disk, "run with out=DIR on a disk with free space"),
     "model hub": (_hub, "unset HF_HUB_OFFLINE; through a mirror: export HF_ENDPOINT=URL"),
 }
 

@@ -1,8 +1,8 @@
 """Looking closely: one trace walked through interactively, and a prompt as the model sees it.
 
 The steps are those of sections 3.2 and 3.3: the problem, each question of the search, the cut, the
-continuation and its grade. On a terminal keys go on and back; elsewhere every step is printed as
-plain text. Nothing is written.
+continuation and its grade. On a terminal keys go forward and back; elsewhere every step is
+printed as plain text. Nothing is written.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _page(steps: Iterator[str]) -> None:
             screens.extend(next(coming, []))
         # past the last screen it stays where it is
         position = min(position, len(screens) - 1)
-        keys = "[enter: on, b: back, q: quit] "
+        keys = "[enter: next, b: back, q: quit] "
         print(f"\033[2J\033[H{screens[position]}\n{keys}", end="", flush=True)
         # the end of the input is a q
         key = (sys.stdin.readline() or "q").strip().lower()
@@ -141,7 +141,7 @@ def prompt(config: Config, of: str) -> dict[str, Any]:
     """
     problem = _first_problem(config)
     student = config.student
-    trace = problem.trace or problem.solution or "(the trace would stand here)"
+    trace = problem.trace or problem.solution or "(the trace goes here)"
     row = from_problem(problem.model_copy(update={"trace": trace}))
     row = keep(row, max(1, row.sentences_total // 4))
     prompts = config.prompts

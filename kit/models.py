@@ -106,7 +106,7 @@ def resolve(name: str) -> Path | str:
         if path.open("rb").read(4) == b"GGUF":
             return path
         raise KitError(
-            f"{name} is a file but no GGUF.", "Name a .gguf file, or the folder of config.json."
+            f"{name} is not a GGUF file.", "Name a .gguf file, or the folder of config.json."
         )
     if name and (path / "config.json").is_file():
         return str(path)
@@ -127,7 +127,7 @@ def gguf_file(name: str) -> Path:
     if isinstance(path, Path):
         return path
     raise KitError(
-        f"{name} is no GGUF, and llama.cpp reads nothing else.",
+        f"{name} is not a GGUF file, and llama.cpp reads nothing else.",
         "Set backend=hf, or name a .gguf file.",
     )
 
@@ -154,7 +154,7 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
 
     Args:
         gguf: the original.
-        suffix: what tells this kind of copy from others of the same GGUF.
+        suffix: what distinguishes this kind of copy from others of the same GGUF.
         write: called with the path to write, which is renamed when complete.
 
     Raises:
@@ -178,7 +178,7 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise KitError(
             f"A converted copy of {gguf.name} cannot be cached in {folder}: {error}",
-            "Make room, or set PALIGN_CACHE.",
+            "Free some space, or set PALIGN_CACHE.",
         ) from error
     return target
 
@@ -269,7 +269,7 @@ def _with_adapter(model: Any, folder: str) -> Any:
     missing = [name for name in files if not Path(folder, name).is_file()]
     if missing:
         raise KitError(
-            f"{folder} is no adapter: {' and '.join(missing)} missing.",
+            f"{folder} is not an adapter: {' and '.join(missing)} missing.",
             "Name a run's adapter/ folder.",
         )
     with _explained(folder, "Use the base it was trained on."):
@@ -287,7 +287,7 @@ def kv_elements(config: Any) -> int:
     if not heads:
         raise KitError(
             f"{text_config.model_type} has no attention; "
-            "the transformers backend supports only models that have.",
+            "the transformers backend supports only models with it.",
             "Run it as a GGUF or on a server: student.backend=gguf or http.",
             2,
         )
@@ -364,7 +364,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(
-    name: str, hint: str = "Its folder must be whole, its weights safetensors."
+    name: str, hint: str = "Its folder must be complete, its weights safetensors."
 ) -> Iterator[None]:
     """Turn a library's error into one that says why a model or an adapter does not load."""
     import torch

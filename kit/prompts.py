@@ -78,14 +78,14 @@ def render(
         tokenized   with special tokens  |  the name, as plain text  |  with special tokens
 
     Args:
-        tokenizer: the model's; without a chat template the user's text stands alone, with a newline
+        tokenizer: the model's; without a chat template the user's text is alone, with a newline
             after it.
         user: the user's turn.
         system: a system message; folded into the user's turn where the template refuses the role.
         answer: the beginning of the assistant's answer, kept to the last space.
         thinking: the template's switch, where it has one.
     """
-    # A mark that stands in the data is a name as well, so that it comes back as data.
+    # A mark that occurs in the data is a name as well, so that it comes back as data.
     names = [name for name in (*tokenizer.special, MARK) if name]
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))
@@ -95,7 +95,7 @@ def render(
 
     text = render_text(tokenizer, marked(user), marked(system or ""), thinking) + marked(answer)
     ids: list[int] = []
-    # Every second piece stands between two marks: it is the number of a name.
+    # Every second piece is between two marks: it is the number of a name.
     for position, piece in enumerate(text.split(MARK)):
         if position % 2:
             ids += tokenizer.encode(names[int(piece)], special=False)

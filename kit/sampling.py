@@ -1,7 +1,7 @@
 """Draw samples for items, grade them, choose which correct ones are kept: how stages use a model.
 
 Teaching (section 3.1), alignment (3.3) and evaluation (4) go through `Sampler`. What is asked, and
-what becomes of the samples, is the stage's affair.
+what becomes of the samples, is up to the stage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kit.core.storage import RowFile
 from kit.grading.answers import Grader, Item
 from kit.prompts import render, solve_text
 
-PROBLEM_FIELDS = set(Row.model_fields)  # what every row says of its problem
+PROBLEM_FIELDS = set(Row.model_fields)  # what every row says about its problem
 
 Result = TypeVar("Result", bound=Outcome)
 Sampled = tuple[Any, tuple[Sample, ...], Generation]  # an item, graded, and what was generated

@@ -63,7 +63,7 @@ def generate(
         raise KitError(
             f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2
         )
-    # the two halves, training and held out, are told apart by the id's last digit
+    # the two halves, training and held out, differ in the id's last digit
     rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
@@ -121,7 +121,7 @@ def _choose_events(rng: random.Random, story: dict[str, Any], steps: int) -> lis
 
 
 def _operand(rng: random.Random, operation: str, value: int, largest: int) -> int:
-    """The second number of an operation; a divisor leaves no rest, or makes the result too
+    """The second number of an operation; a divisor leaves no remainder, or makes the result too
     small.
     """
     if operation == "/":
@@ -135,7 +135,7 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
     """A long chain of thought over a worked solution: right in the end, essential steps early, then
     checks upon checks.
 
-    Equations `a op b = c` in the solution, one step a line, are what goes astray and is checked.
+    Equations `a op b = c` in the solution, one step per line, are what goes astray and is checked.
 
     Args:
         wordiness: 0 is the bare solution; 1 a trace some eight times as long, 3 some twenty times.

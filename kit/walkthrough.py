@@ -25,7 +25,7 @@ from kit.models import hf_folder
 from kit.synthetic import generate, wander
 
 # The log-odds from which a prefix counts as sufficient: 0 by default. At 0 this small student
-# finds everything sufficient and would keep one sentence. The threshold here, and the problem, were
+# finds everything sufficient and would keep one sentence. The threshold here and the problem were
 # chosen so that both labels occur: they show the search, not that so small a judge is any good.
 THRESHOLD = 1.45
 
@@ -58,7 +58,7 @@ carry it through to the final answer inside \\boxed{{}}.
 def main() -> None:
     """Take one problem through the method and print every step."""
     # The packaged GGUF is dequantized once into a folder that transformers reads: the one thing
-    # borrowed from the kit besides its data. Any instruct model's folder can stand here.
+    # borrowed from the kit besides its data. Any instruct model's folder works here.
     folder = hf_folder("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -70,7 +70,7 @@ def main() -> None:
     print(problem.question, f"Gold answer: {problem.answer}", trace, sep="\n\n")
 
     # 2. Its sentences, without losing a character, so that a prefix is an exact slice.
-    #    Boundary k stands after the first k of m sentences. (kit/judging/sentences.py)
+    #    Boundary k comes after the first k of m sentences. (kit/judging/sentences.py)
     sentences = re.findall(r'(?s).+?[.?!]"?(?:\s+|$)', trace)
     assert "".join(sentences) == trace
     print("\n=== 2. Its sentences ===\n")
@@ -118,7 +118,7 @@ def main() -> None:
         if is_right:
             right.append(text)
     if not right:
-        print("None is right: the problem leaves the training data.")
+        print("None is correct: the problem is dropped from the training data.")
         return
 
     # 7. The training row. The tags around the prefix are plain text. (kit/prompts.py)

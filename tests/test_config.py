@@ -122,7 +122,7 @@ def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):
     (tmp_path / "judge.txt").write_text("{question} {prefix} Enough?")
     config = load(tmp_path, f"prompts: {{judge: 'file:{tmp_path}/judge.txt'}}")
     assert config.prompts.judge == "{question} {prefix} Enough?"
-    with pytest.raises(KitError, match=r"prompts\.draft: lacks \{prefix\}"):
+    with pytest.raises(KitError, match=r"prompts\.draft: \{prefix\} is missing"):
         load(tmp_path, "prompts: {draft: '{question}'}")
 
 

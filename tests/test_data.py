@@ -1,4 +1,4 @@
-"""Loading: each format, each kind of bad input, subsets, holdouts, and what stands on both
+"""Loading: each format, each kind of bad input, subsets, holdouts, and what is on both
 sides.
 """
 
@@ -193,9 +193,9 @@ def test_rows_that_lack_something_are_set_aside(tmp_path: Path) -> None:
     }
     assert reading.rejected[3]["id"] == "l" and "line 24" in reading.rejected[3]["detail"]
     assert reading.rejected[-1]["detail"].endswith(
-        "line 29: duplicate id or text: stands in line 28"
+        "line 29: duplicate id or text: already in line 28"
     )
-    assert reading.rejected[-2]["detail"].endswith("stands in line 1")
+    assert reading.rejected[-2]["detail"].endswith("already in line 1")
 
 
 def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
@@ -427,8 +427,8 @@ def test_the_same_question_with_another_answer_is_set_aside(tmp_path: Path) -> N
     ]
     reading = data.read(DatasetConfig(path=write(tmp_path, rows)), 0)
     assert [problem.id for problem in reading.problems] == ["a", "c"]
-    assert reading.rejected[0]["reason"] == "same question, other answer"
-    assert reading.rejected[0]["detail"].endswith("stands in line 1")
+    assert reading.rejected[0]["reason"] == "same question, different answer"
+    assert reading.rejected[0]["detail"].endswith("already in line 1")
 
 
 def test_other_formats_give_the_same_rows(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_other_formats_give_the_same_rows(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         assert load(DatasetConfig(path=str(path), name="x"), 0) == plain, path
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(KitError, match=r"format \.xlsx are not read.*csv"):
+    with pytest.raises(KitError, match=r"format \.xlsx are not supported.*csv"):
         load(DatasetConfig(path=str(tmp_path / "rows.xlsx")), 0)
 
 
@@ -544,7 +544,7 @@ def test_another_copy_of_an_aime_set_is_reported_with_what_differs(tmp_path: Pat
     rows[3]["answer"] = "46"
     other = DatasetConfig(path=str(write(tmp_path, rows, "other.jsonl")), preset="aime24")
     [warning] = data.read(other, 0).warnings
-    assert "1 are missing and 1 are others (45, 46)" in warning
+    assert "1 are missing and 1 are different (45, 46)" in warning
 
 
 def test_a_row_may_name_its_verifier_and_a_preset_gives_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The doctor: quick, never the patient, and a mending command behind every failure."""
+"""The doctor: quick, never the patient, and a fixing command after every failure."""
 
 from __future__ import annotations
 

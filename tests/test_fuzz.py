@@ -222,7 +222,7 @@ def test_stage_files_that_were_mangled(tmp_path: Path, draw: st.DataObject) -> N
     assert file.damaged or len(found) == len(rows) or (start, end) != (end, start)
     assert (
         RowFile(path, TraceRow).read() == found
-    )  # mended: the second reading finds nothing damaged
+    )  # repaired: the second reading finds nothing damaged
     file.append(*[row for row in rows if row not in found])
     assert sorted(RowFile(path, TraceRow).read(), key=lambda row: row.id) == rows
 

@@ -85,11 +85,11 @@ def test_braces_in_data_are_data():
     assert "{prefix} {question} \\boxed{}" in text and text.endswith("\\frac{1}{2} {instruction}")
 
 
-def test_prompts_come_from_text_or_a_file_and_lacks_are_named(tmp_path):
+def test_prompts_come_from_text_or_a_file_and_missing_parts_are_named(tmp_path):
     (tmp_path / "judge.txt").write_text("Q {question} P {prefix}")
     config = configs.resolve({"prompts": {"judge": f"file:{tmp_path}/judge.txt"}}, "test")
     assert prompts.text_of(config.prompts, "judge") == "Q {question} P {prefix}"
-    with pytest.raises(KitError, match=r"prompts.draft: lacks \{prefix\}"):
+    with pytest.raises(KitError, match=r"prompts.draft: \{prefix\} is missing"):
         configs.resolve({"prompts": {"draft": "only {question}"}}, "test")
     with pytest.raises(KitError, match="nowhere"):
         configs.resolve({"prompts": {"judge": "file:nowhere"}}, "test")

@@ -180,7 +180,7 @@ def old_run(folder, machine, dtype=None):
 
 
 def refusals(folder):
-    """What eval, compare and export say of a run folder."""
+    """What eval, compare and export say about a run folder."""
     for command in (
         ["eval", str(folder / "config.yaml")],
         ["compare", str(folder), str(folder), "--out", str(folder / "compare")],

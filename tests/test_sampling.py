@@ -1,4 +1,4 @@
-"""Which samples are kept, and what is said of an item without one."""
+"""Which samples are kept, and what is reported about an item without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What graded rows say of a model: `score`, `compare_rows`, and which samples are loops."""
+"""What graded rows say about a model: `score`, `compare_rows`, and which samples are loops."""
 
 from __future__ import annotations
 

@@ -521,7 +521,9 @@ def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) ->
     assert [row.input for row in read_rows(path)] == ["b\u2028b\x85b"], (
         "what Unicode calls a line end is none in JSONL"
     )
-    with pytest.raises(KitError, match=r"batch_size=4 is no multiple of train.micro_batch_size=3"):
+    with pytest.raises(
+        KitError, match=r"batch_size=4 is not a multiple of train.micro_batch_size=3"
+    ):
         run_stage(settings(tmp_path / "r", tiny, micro_batch_size=3))
 
 

@@ -53,7 +53,7 @@ def problem(printed: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def judged(problem: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the kit's own judge says of the same trace, by the command line."""
+    """What the kit's own judge says about the same trace, by the command line."""
     folder = tmp_path_factory.mktemp("judge")
     (folder / "trace.jsonl").write_text(json.dumps(problem) + "\n")
     command = [sys.executable, "palign.py", "judge", str(folder / "trace.jsonl")]

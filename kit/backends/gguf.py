@@ -53,7 +53,7 @@ last_errors: deque[str] = deque(maxlen=3)  # that llama.cpp logged
 
 @llama_cpp.llama_log_callback
 def keep_errors(level: int, text: bytes, _: Any) -> None:
-    """Take llama.cpp's log, so that the terminal is spared it."""
+    """Take llama.cpp's log, so that it stays out of the terminal."""
     if level == 3:
         last_errors.append(text.decode("utf-8", "replace").strip())
 
@@ -207,7 +207,7 @@ class Context:
     def prefill(
         self, sequence: int, ids: Sequence[int], wanted: Collection[int]
     ) -> Iterator[np.ndarray]:
-        """Append what a sequence lacks of `ids`; yields logits (V,) at the wanted indices.
+        """Append what a sequence does not hold of `ids`; yields logits (V,) at the wanted indices.
 
         Each is valid until the next is taken.
         """

@@ -41,7 +41,7 @@ class UncachedSession:
         chunk_tokens: tokens of one forward pass, where a session works in passes.
     """
 
-    ahead_tokens = 0  # tokens past a question that cost little beside a pass of their own
+    ahead_tokens = 0  # tokens past a question that cost little compared with their own pass
 
     def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
         self.model = backend.model

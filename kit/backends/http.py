@@ -2,9 +2,9 @@
 
 Prompts go to /v1/completions as token ids. Retries, back-off with jitter, Retry-After and time-outs
 are the openai package's. A verdict (section 3.2 of the paper) is the log-probabilities of one
-generated token; its prompt's beginning comes from the server's prefix cache. Candidates are told
-apart by token id, never by text. SGLang returns no log-probabilities by token id, so it generates
-and does not judge.
+generated token; its prompt's beginning comes from the server's prefix cache. Candidates are
+distinguished by token id, never by text. SGLang returns no log-probabilities by token id,
+so it generates and does not judge.
 
 Nothing here starts a server or streams: `stop_loops` only names a loop after its sample has ended.
 A key comes from the environment and appears in no message.
@@ -43,7 +43,7 @@ from kit.models import load_tokenizer, resolve
 
 Json = dict[str, Any]
 
-REFUSED_STATUSES = (400, 413, 422)  # of one request: asking again changes nothing
+REFUSED_STATUSES = (400, 413, 422)  # of one request: a retry changes nothing
 KEY_STATUSES = (401, 403)
 TOP_LOGPROBS = 20  # vLLM's default limit
 ALL_LOGPROBS = 1 << 20  # more than any vocabulary; llama-server returns as many as there are
@@ -124,7 +124,7 @@ class HttpBackend:
         text = result.error or result.completions[0].text
         if result.error or self.tokenizer.decode(result.completions[0].ids).strip() != text.strip():
             raise KitError(
-                f"{self.root} takes or returns other token ids than {name}'s: {text!r}.", hint
+                f"{self.root} accepts or returns other token ids than {name}'s: {text!r}.", hint
             )
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
@@ -168,7 +168,7 @@ class HttpBackend:
 
         Raises:
             Refused: the server will never take this request.
-            KitError: it is gone past the retries, wants a key, or counted other tokens than were
+            KitError: it is gone past the retries, requires a key, or counted other tokens than were
                 sent.
         """
         size = len(prompt)
@@ -206,7 +206,8 @@ class HttpBackend:
             raise self._explained(error) from None
         if not isinstance(reply, dict):
             raise KitError(
-                f"{self.root}{path} does not answer in JSON.", "Check url: it must be an API's."
+                f"{self.root}{path} does not answer in JSON.",
+                "Check url: it must be an API's address.",
             )
         return reply
 
@@ -221,7 +222,7 @@ class HttpBackend:
             variable = self.engine.api_key_env
             state = "set, but not accepted" if os.environ.get(variable or "") else "not set"
             return KitError(
-                f"{self.root} wants a key, and the variable that api_key_env names, {variable}, "
+                f"{self.root} requires a key, and the variable that api_key_env names, {variable}, "
                 f"is {state}: {text}",
                 "Name the variable that holds the key, and set it.",
             )
@@ -338,7 +339,7 @@ class HttpSession:
                 return [known[candidate] for candidate in candidates]
         raise KitError(
             f"{backend.root} returns no log-probabilities by token ID.",
-            "Judge with llama-server, a vLLM that knows logprob_token_ids, or backend=hf or gguf.",
+            "Judge with llama-server, a vLLM with logprob_token_ids, or backend=hf or gguf.",
         )
 
 

@@ -121,7 +121,7 @@ class ModelConfig(BaseConfig):
     n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1: all, where it was built for a GPU
     flash_attention: bool = False  # llama.cpp: faster prefill; margins move by some tenths
     kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free
-    url: str | None = None  # http: the server's address up to and with /v1
+    url: str | None = None  # http: the server's address, ending in /v1
     tokenizer: str | None = None  # http: a hub id, folder or .gguf; None: as the server names it
     api_key_env: str | None = None  # http: environment variable with the key; None: no key
     timeout_seconds: PositiveFloat = 600.0
@@ -156,14 +156,14 @@ class Judge(BaseConfig):
     # A margin at or above it is ENOUGH; None: 0 (verbal), -1.0 nats per token (answer).
     threshold: float | None = None
     calibration: Literal["none", "content-free", "share"] = "none"
-    share: Share = 0.9  # calibration share: this share of full traces is to be sufficient
+    share: Share = 0.9  # calibration share: this share of full traces should be sufficient
     limit_tokens: PositiveInt | None = None  # longest judging prompt; None: the context
 
 
 class Align(BaseConfig):
     """The student continues from the kept prefix; correct answers stay (section 3.3, Eq. 9)."""
 
-    # The draft stands in the user turn (the paper), or begins the answer.
+    # The draft is in the user turn (the paper), or begins the answer.
     mode: Literal["prompt", "prefill"] = "prompt"
     samples: PositiveInt = 1
     keep: Keep = "first"
@@ -233,7 +233,7 @@ class Prompts(BaseConfig):
                 raise ValueError(f"{path} cannot be read ({error}); fix the path") from None
         for placeholder in PLACEHOLDERS.get(str(field.field_name), ()):
             if placeholder not in text:
-                raise ValueError(f"lacks {placeholder}; put it where it belongs")
+                raise ValueError(f"{placeholder} is missing; put it where it belongs")
         return text
 
 
@@ -369,7 +369,7 @@ def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
-    # Find the section that lacks the key, for the names that it has.
+    # Find the section that does not have the key, for the names that it has.
     *parents, key = error["loc"]
     section: Any = Config()
     for parent in parents:

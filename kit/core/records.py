@@ -17,7 +17,7 @@ Verifier = Literal["math", "number", "choice", "text"]
 
 
 def replace_surrogates(text: str) -> str:
-    """Text with U+FFFD for lone surrogates, which neither UTF-8 nor any tokenizer takes."""
+    """Text with U+FFFD for lone surrogates, which neither UTF-8 nor any tokenizer accepts."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -159,7 +159,7 @@ class EvalRow(Outcome):
     level: str | None = None
     subject: str | None = None
     samples: tuple[Sample, ...] = ()
-    published: tuple[bool, ...] = ()  # what the paper's grader says of each sample
+    published: tuple[bool, ...] = ()  # what the paper's grader says about each sample
     prompt_tokens: int = 0
 
 

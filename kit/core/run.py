@@ -73,7 +73,7 @@ class Run:
         )
 
     def path(self, name: str) -> Path:
-        """A file of this run. A folder inside the run's is made; the run's own never is again."""
+        """A file of this run. A folder inside the run's is created; the run's own is not."""
         path = self.folder / name
         if path.parent != self.folder:
             path.parent.mkdir(exist_ok=True)
@@ -137,10 +137,10 @@ class Run:
 
         Args:
             output: the digest of what it has written.
-            summary: what else the manifest is to hold of it.
+            summary: what else the manifest records about it.
         """
         entry = self.manifest["stages"][stage]
-        # Over several sittings the seconds add up.
+        # The seconds of several sessions add up.
         seconds = entry.get("seconds", 0.0) + time.perf_counter() - self.started
         entry.update(
             done=True,
@@ -244,8 +244,7 @@ def check_format(folder: Path, manifest: dict[str, Any]) -> None:
             "gradient on CPUs with AVX512-BF16: it may have learned next to nothing."
         )
     hint = (
-        f"Run its config again: palign.py run {folder}/config.yaml out=NEW "
-        "(old keys are understood)."
+        f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys still work)."
     )
     raise KitError(message, hint)
 

@@ -158,7 +158,7 @@ def work_through(
         if times > 1:
             message = f"{stage}: two rows would be called {id!r}."
             raise KitError(message, "Rename one of the problems in the data.")
-    # What an earlier sitting wrote.
+    # What an earlier session wrote.
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
     done = sum(id in rows for id, _ in units)

@@ -23,7 +23,7 @@ _OTHERS = re.compile(
     r"\.(?:xlsx?|ods|arrow|feather|zip|tar|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)$"
 )
 
-Rows = list[tuple[str, dict[str, Any]]]  # each with where it stands: "line 3" or "row 3"
+Rows = list[tuple[str, dict[str, Any]]]  # each with its place: "line 3" or "row 3"
 
 
 def read_rows(name: str) -> Rows:
@@ -39,7 +39,7 @@ def read_rows(name: str) -> Rows:
     other = _OTHERS.search(path.name)
     if other:
         hint = f"Convert it to one of {', '.join(FORMATS)}; each may be gzipped."
-        raise KitError(f"{path}: files of the format {other[0]} are not read.", hint)
+        raise KitError(f"{path}: files of the format {other[0]} are not supported.", hint)
     where = "its path"
     try:
         content = path.read_bytes()
@@ -56,7 +56,9 @@ def read_rows(name: str) -> Rows:
     except (ValueError, EOFError) as error:
         raise KitError(f"{path}, {where}: cannot be read ({error}).", "Check the file.") from None
     if not rows:
-        raise KitError(f"{path} is empty.", "It should hold objects {key: value, ...}, one a line.")
+        raise KitError(
+            f"{path} is empty.", "It should hold objects {key: value, ...}, one per line."
+        )
     return rows
 
 
@@ -91,7 +93,7 @@ def _parse_csv(content: bytes, delimiter: str) -> Rows:
         for row in reader:
             if None in row or None in row.values():
                 raise csv.Error(
-                    f"{len(reader.fieldnames or ())} columns in the head, another number here"
+                    f"{len(reader.fieldnames or ())} columns in the header, a different number here"
                 )
             rows.append((f"line {reader.line_num}", row))
     except csv.Error as error:
@@ -100,7 +102,7 @@ def _parse_csv(content: bytes, delimiter: str) -> Rows:
 
 
 def _whole(content: bytes) -> list[dict[str, Any]] | None:
-    """The rows of a file that is one JSON document; None where it holds one object a line."""
+    """The rows of a file that is one JSON document; None where it holds one object per line."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -133,7 +135,7 @@ def _parse_lines(content: bytes) -> Rows:
 
 
 def lookup(row: dict[str, Any], path: str) -> Any:
-    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` go into it.
+    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` are nested.
     None: there is none.
     """
     for key in row:

@@ -141,7 +141,7 @@ def _verdict(right: bool) -> str:
 
 
 def _quantity_text(verifier: str, text: str) -> str:
-    """Grade-school answers: what stands after the last `=`, where that is a number."""
+    """Grade-school answers: what comes after the last `=`, where that is a number."""
     last = text.rsplit("=", 1)[-1].strip()
     return last if verifier == "number" and read_quantity(last, words=True) else text
 

@@ -142,7 +142,7 @@ def _group(kind: str, text: str, separators: tuple[str, ...]) -> Group:
 
 
 def _split(text: str, separators: tuple[str, ...]) -> list[str]:
-    """The parts between separators that stand in no brackets."""
+    """The parts between separators outside brackets."""
     parts = [""]
     depth = 0
     for token in _TOKENS.findall(text):

@@ -1,7 +1,7 @@
 r"""The final answer of a text, found (section 4): boxes, `<answer>`, `#### 8`, or a sentence about
 the answer.
 
-Only what stands after the last end-of-prefix tag and `</think>` counts, so a prefix which already
+Only what comes after the last end-of-prefix tag and `</think>` counts, so a prefix which already
 holds the answer earns nothing. Boxes that only commas, and/or, spacing or labels separate are one
 answer: hedging does not pay.
 
@@ -75,7 +75,7 @@ _FURTHER = re.compile(
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
-    """The final answer as it stands in a text, and its place.
+    """The final answer as written in a text, and its place.
 
     Returns:
         (answer, boxed | tag | hashes | phrase | bare), or (None, none | oversized).
@@ -113,7 +113,7 @@ def last_box(text: str) -> str | None:
         bare = _BARE_BOX.findall(text)
         return bare[-1] if bare else None
     contents = [boxes[-1][2]]
-    # from the last box backwards, as long as nothing but separators stands between two
+    # from the last box backwards, as long as nothing but separators comes between two
     for place in range(len(boxes) - 1, 0, -1):
         between = text[boxes[place - 1][1] : boxes[place][0]]
         if len(between) > 100 or not _BETWEEN_BOXES.fullmatch(between):

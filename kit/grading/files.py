@@ -2,7 +2,7 @@
 some.
 
 Beside the kit's own verdicts stand those of the paper's grader (published.py), so that published
-numbers can be met. Labels are only compared with, never used.
+numbers can be reproduced. Labels are only compared with, never used.
 """
 
 from __future__ import annotations

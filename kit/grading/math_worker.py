@@ -46,7 +46,7 @@ class MathWorker:
         return verdict, method
 
     def published(self, gold: str, output: str) -> bool:
-        """Whether the paper's grader accepts a whole output; no where it does not end."""
+        """Whether the paper's grader accepts a whole output; no if it does not end."""
         return self._ask(_published, gold, output) is True
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class MathWorker:
 
 def _prepare(memory_bytes: int) -> None:
     """In the process, before its first task."""
-    # what a library prints must not stand in the output of --json
+    # what a library prints must not appear in the output of --json
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)

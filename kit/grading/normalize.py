@@ -40,7 +40,7 @@ def normalize(text: str) -> str:
     """The normal form of an answer.
 
     Args:
-        text: as it stands in an output or a gold answer, with or without signs of math mode.
+        text: as written in an output or a gold answer, with or without signs of math mode.
     """
     # most answers are plain numbers
     if _PLAIN.fullmatch(text):

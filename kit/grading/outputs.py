@@ -17,7 +17,7 @@ import yaml
 
 from kit.core.table import keys_of, lookup
 
-# Keys that are looked for in any other file, the first first.
+# Keys that are looked for in any other file, in order of preference.
 ANSWERS = ("answer", "gold", "target", "expected_answer", "ground_truth", "gt", "gts")
 OUTPUTS = (
     "samples", "outputs", "output", "responses", "response", "completions", "completion",
@@ -133,7 +133,7 @@ def _pick(value: Any, path: str) -> Any:
 
 
 def _has(row: dict[str, Any], path: str) -> bool:
-    """Whether a row has a key, be its value null."""
+    """Whether a row has a key, even if its value is null."""
     head = path.split(".")[0].lower()
     return any(key.lower() in (head, path.lower()) for key in row)
 

@@ -1,8 +1,8 @@
 r"""The paper's own grader, as a second opinion and never as the filter.
 
 It gives a whole output to math-verify, whose fallback takes the last expression where nothing is
-boxed: its labels on the 90 published AIME24 outputs are met exactly. It accepts texts that name no
-answer. Runs in the grading worker.
+boxed: its labels on the 90 published AIME24 outputs are reproduced exactly. It accepts texts that
+name no answer. Runs in the grading worker.
 """
 
 from __future__ import annotations

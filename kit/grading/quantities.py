@@ -87,7 +87,7 @@ def read_quantity(text: str, words: bool = False) -> Quantity | None:
     """The number and unit of a normal form; None where it is anything else.
 
     Args:
-        words: grade-school answers: what stands before the last `=` and the unit's spelling do not
+        words: grade-school answers: what comes before the last `=` and the unit's spelling do not
             matter.
     """
     if words:

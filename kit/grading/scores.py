@@ -1,4 +1,4 @@
-"""What graded rows say of a model: accuracy with its interval, pass@k, truncated answers, loops.
+"""What graded rows say about a model: accuracy with its interval, pass@k, truncated answers, loops.
 
 Every problem weighs the same, however many samples it has. Nothing is graded here (section 4).
 """
@@ -37,7 +37,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Score(Accuracy):
-    """What a model's rows on one dataset say; ratios are of the samples."""
+    """What a model's rows on one dataset show; ratios are of the samples."""
 
     samples: int
     rejected: int  # problems without samples
@@ -76,7 +76,7 @@ def accuracy(rows: Sequence[EvalRow]) -> Accuracy:
 
 
 def score(rows: Sequence[EvalRow]) -> Score:
-    """Everything that is reported of a model's rows on one dataset."""
+    """Everything that is reported about a model's rows on one dataset."""
     samples = [sample for row in rows for sample in row.samples]
     completed = [sample for sample in samples if sample.finish_reason == "stop"]
     return Score(

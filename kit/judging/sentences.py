@@ -81,7 +81,7 @@ def ends(text: str) -> list[int]:
         if _ends_sentence(text, match, protected):
             candidates.add(match.end())
 
-    # A part without a word, like a ruler or a lone bracket, belongs to what stands before it.
+    # A part without a word, like a ruler or a lone bracket, belongs to what comes before it.
     offsets: list[int] = []
     for begin, end in pairwise([0, *sorted(candidates)]):
         if re.search(r"\w", text[begin:end]):

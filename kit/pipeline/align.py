@@ -148,7 +148,7 @@ def _aligned(row: PrefixRow, draft: PrefixRow, continuation: str = "", **fields:
 
 
 def holds_answer(prefix: str, answer: str) -> bool:
-    """Whether the gold answer stands in the prefix as a word (no number inside another number)."""
+    """Whether the gold answer occurs in the prefix as a word (no number inside another number)."""
     word = rf"(?<![\w.]){re.escape(answer)}(?![\w]|\.\d)"
     return bool(answer and re.search(word, prefix))
 
@@ -171,7 +171,7 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
 
 
 def _output(run: Run) -> str:
-    """Digest of both files, so that either one's loss is seen."""
+    """Digest of both files, so that either one's loss is noticed."""
     path = run.folder / TRAIN
     train_digest = "none"
     if path.exists():

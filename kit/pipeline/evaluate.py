@@ -27,7 +27,7 @@ Rows = dict[str, dict[str, list[EvalRow]]]  # by dataset, then by model: base or
 
 
 def evaluate(run: Run) -> None:
-    """The stage: `eval/MODEL-WHICH-DATASET.jsonl`, one `EvalRow` a problem; WHICH is base or tuned.
+    """The stage: `eval/MODEL-WHICH-DATASET.jsonl`, an `EvalRow` per problem; WHICH: base or tuned.
 
     The stage's summary in the manifest holds `scores`, each a `Score` with {model, dataset, which},
     and `comparisons` of tuned against base, each a `PairedTest` with {dataset, a, b}.
@@ -87,7 +87,7 @@ def answers(
     if run.config.method != "zero-shot" and trained != template:
         raise KitError(
             f"The adapter was trained on prompts of template {trained}; these have {template}.",
-            "Make eval.system, eval.thinking, eval.model and prompts.instruction those of training "
+            "Match eval.system, eval.thinking, eval.model and prompts.instruction to training's, "
             "or train again.",
         )
     # A problem that could not be asked has a row too, with the reason.

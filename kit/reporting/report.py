@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, metrics.json beside it, a table to print.
+"""The report of a run: one self-contained HTML page, metrics.json next to it, a table to print.
 
 All are templates in templates/, charts included. A page has no network and no script; model text in
 it is escaped and its control characters are shown. The numbers come from kit/reporting/metrics.py;

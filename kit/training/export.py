@@ -41,8 +41,8 @@ def export(
     Returns:
         {prompts, new_tokens, logit_difference: largest, merged against adapter on the same base,
         merged: path, gguf: path} and of each two {equal_answers, equal_tokens: share before the
-        first difference} of greedy answers: as_adapter (merged beside the adapter) and as_merged
-        (the GGUF beside merged).
+        first difference} of greedy answers: as_adapter (merged against the adapter) and as_merged
+        (the GGUF against merged).
 
     Raises:
         KitError: a run of an older format, no adapter, a base stored in 4 bits, a converter that
@@ -83,7 +83,7 @@ def export(
         "merged": str(merged),
         "as_adapter": _agreement(adapter_answers, merged_answers),
     }
-    # the GGUF is made of the merged weights, and compared with them
+    # the GGUF is made from the merged weights, and compared with them
     if to == "gguf":
         gguf = out / f"{config.name}.gguf"
         _convert(merged, gguf, progress)
@@ -101,8 +101,8 @@ def _check_exportable(model: str, adapter: Path) -> None:
     config = AutoConfig.from_pretrained(hf_folder(model), trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         raise KitError(
-            f"{model} is stored quantized: merged into it an adapter drifts, and no GGUF can be "
-            "made of it.",
+            f"{model} is stored quantized: an adapter merged into it drifts, and it cannot be "
+            "converted to a GGUF.",
             "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).",
         )
 
@@ -133,7 +133,7 @@ def _answer(backend: Backend, prompts: Sequence[Tokens]) -> list[Tokens]:
         if generation.error:
             raise KitError(
                 f"{backend.name} does not run: {generation.error}",
-                "Weights exported before it are sound.",
+                "Weights exported before it are valid.",
             )
         answers[generation.id] = generation.completions[0].ids
     return [answers[request.id] for request in requests]

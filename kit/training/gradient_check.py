@@ -41,7 +41,7 @@ from kit.core.run import versions
 # predicted change of the loss, as a share of it
 STEP = 0.003
 BF16_STEP = 0.03
-NOISE = 0.02  # standard deviation, beside an A of about sqrt(1 / 3 in)
+NOISE = 0.02  # standard deviation, compared with an A of about sqrt(1 / 3 in)
 TOLERANCE = 0.35  # of slope / gradient from 1
 Weights = dict[str, Any]  # parameters by name; A (rank, in), B (out, rank)
 

@@ -32,7 +32,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with the scales of double
 
 
 class ModelShape(NamedTuple):
-    """What a model's config says of its size; counts of numbers unless the name says bytes."""
+    """What a model's config says about its size; counts of numbers unless the name says bytes."""
 
     layers: int
     hidden: int

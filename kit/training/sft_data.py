@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[TrainRow]:
                 rows.append(TrainRow.model_validate_json(line))
         except ValueError as error:
             raise KitError(
-                f"{path} line {number} is no {{instruction, input, output}} row: {error}"
+                f"{path} line {number} is not an {{instruction, input, output}} row: {error}"
             ) from None
     return rows
 
@@ -101,7 +101,7 @@ def prepare(
         raise KitError(
             f"None of {len(rows)} training rows can be trained on "
             f"({'; '.join(counts) or 'train.jsonl is empty'}).",
-            "Raise train.max_seq_tokens for rows too long; rejected.jsonl has those lost before.",
+            "Raise train.max_seq_tokens for rows too long; rejected.jsonl lists rows lost earlier.",
         )
     return examples, lost
 

@@ -266,8 +266,8 @@ def _last_checkpoint(run: Run, adapter: str) -> Path | None:
             saved = mark.read_text(encoding="utf-8")
             if saved != adapter:
                 raise KitError(
-                    f"{folder} holds an adapter of {saved}; the config's is one of {adapter}.",
-                    "Restore the keys or the student, or delete checkpoints/ to train anew.",
+                    f"{folder} holds an adapter of {saved}; the config's is {adapter}.",
+                    "Restore the keys or the student, or delete checkpoints/ to start over.",
                 )
             return folder
         run.progress.warn(f"{folder.name} is half-written; deleted")
@@ -304,7 +304,7 @@ def _arguments(run: Run) -> TrainingArguments:
     rows = settings.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % rows:
         raise KitError(
-            f"train.batch_size={settings.batch_size} is no multiple of "
+            f"train.batch_size={settings.batch_size} is not a multiple of "
             f"train.micro_batch_size={settings.micro_batch_size} times the processes.",
             "Change one of them.",
             2,
