@@ -82,7 +82,7 @@ def test_ids_equal_llama_cpps_on_real_traces(
         ), row["id"]
 
 
-def test_an_unrepaired_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_an_unrepaired_tokenizer_is_refused() -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 

@@ -38,15 +38,13 @@ class UncachedSession:
 
     Args:
         backend: the model; its context limits a request.
-        chunk_tokens: tokens of one forward pass, where a session works in passes.
     """
 
     ahead_tokens = 0  # tokens past a question that cost little compared with their own pass
 
-    def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
+    def __init__(self, backend: HfBackend) -> None:
         self.model = backend.model
         self.context_tokens = backend.context_tokens
-        self.chunk_tokens = chunk_tokens
         self.cost = TokenUsage()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
@@ -116,7 +114,8 @@ class TreeSession(UncachedSession):
     ahead_tokens = 64  # a pass of few tokens costs as much as one with dozens more
 
     def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
-        super().__init__(backend, chunk_tokens)
+        super().__init__(backend)
+        self.chunk_tokens = chunk_tokens
         self.config = self.model.config.get_text_config()
         self.trunk = np.empty(0, np.int64)  # token ids (T,)
         self.cache = DynamicCache()
@@ -215,10 +214,10 @@ def open_session(
 
     Args:
         uncached: evaluate every request from its first token, without a cache.
-        chunk_tokens: tokens of one forward pass; bounds memory.
+        chunk_tokens: tokens of one forward pass with a cache; bounds memory.
     """
     if uncached or cache_kind(backend) == "uncached":
-        return UncachedSession(backend, chunk_tokens)
+        return UncachedSession(backend)
     return TreeSession(backend, chunk_tokens)
 
 
