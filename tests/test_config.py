@@ -105,6 +105,7 @@ def test_old_keys_and_values_are_read_with_a_note_that_names_the_new_ones(tmp_pa
     assert config.data.train.subset is None and config.data.eval[0].subset == "main"
     assert (config.teacher.backend, config.teacher.max_num_seqs) == ("reference", 3)
     assert not config.eval.base and config.judge.search == "uncached"
+    assert config.judge.limit_tokens == 900
     assert (config.train.batch_size, config.train.on_too_long) == (4, "truncate")
     assert config.train.on_low_memory == "warn"
     notes = capsys.readouterr().err.splitlines()
@@ -112,10 +113,10 @@ def test_old_keys_and_values_are_read_with_a_note_that_names_the_new_ones(tmp_pa
         "note: train.batch_rows is now called train.batch_size",
         "note: judge.search=fresh is now called uncached",
         "note: data.train.subset is now called steps and max_number",
-        "note: judge.limit_tokens is no longer a key",
+        "note: judge.chunk_tokens is no longer a key",
     ):
         assert note in notes
-    assert len(notes) == 12, notes
+    assert len(notes) == 11, notes
 
 
 def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):
