@@ -420,7 +420,7 @@ def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list
     first.
     """
     # which questions hold a 5-gram
-    holders, found = defaultdict(list), []
+    holders, ids = defaultdict(list), []
     for problem in first:
         for gram in _grams(problem.question):
             holders[gram].append(problem.id)
@@ -428,8 +428,8 @@ def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list
         grams = _grams(problem.question)
         shared = Counter(id for gram in grams for id in holders.get(gram, ()))
         if max(shared.values(), default=0) >= NEAR_RATIO * len(grams):
-            found.append(problem.id)
-    return found
+            ids.append(problem.id)
+    return ids
 
 
 def _grams(question: str) -> set[tuple[str, ...]]:

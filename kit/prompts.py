@@ -138,8 +138,8 @@ def render_text(
         # Gemma's and Mistral's templates raise on the role: its words go before the question
         if system:
             return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
-        what = f"The model's chat template fails: {error}"
-        raise KitError(what, "Use a model whose template works.") from None
+        message = f"The model's chat template fails: {error}"
+        raise KitError(message, "Use a model whose template works.") from None
 
 
 def template_hash(

@@ -91,7 +91,7 @@ def test_wandering_is_long_right_and_repeatable(problems: list[Problem]) -> None
 
 
 def test_what_is_essential_comes_early(problems: list[Problem]) -> None:
-    """Most of a wandering trace is behind the point where the result stands, so that there is
+    """Most of a wandering trace comes after the point where the result is, so that there is
     something to cut.
     """
     accuracy_by_problem = []

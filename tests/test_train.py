@@ -211,8 +211,8 @@ def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)["train"]
-        assert (told["rows"], told["processes"]) == (8, 1 + bool(launch))
+        summary = json.loads(done.stdout)["train"]
+        assert (summary["rows"], summary["processes"]) == (8, 1 + bool(launch))
         logs.append(logged(config.folder))
     assert [[(row["step"], row["tokens"]) for row in log] for log in logs] == [
         [(r["step"], r["tokens"]) for r in logs[0]]

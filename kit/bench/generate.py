@@ -114,7 +114,7 @@ def _open(backend: Any, model: str) -> Any:
 def _backend(backend: Backend, prompts: Sequence[Prompt], new_tokens: int) -> int:
     sampling = Sampling(temperature=0, max_new_tokens=new_tokens)
     requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]
-    return sum(len(made.completions[0].ids) for made in backend.generate(requests))
+    return sum(len(generation.completions[0].ids) for generation in backend.generate(requests))
 
 
 def _open_llama(model: str, threads: int, context_tokens: int) -> Any:

@@ -12,6 +12,6 @@ import math_verify
 
 def accepts(gold: str, output: str) -> bool:
     """Whether math-verify finds the gold answer in a whole output, with its defaults."""
-    right = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    given = math_verify.parse(output, parsing_timeout=None)
-    return bool(math_verify.verify(right, given, timeout_seconds=None))
+    expected = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
+    answer = math_verify.parse(output, parsing_timeout=None)
+    return bool(math_verify.verify(expected, answer, timeout_seconds=None))

@@ -229,8 +229,8 @@ class TraceJudge:
         for generation in self.judge.backend.generate(prompts):
             k = int(generation.id)
             if generation.error:
-                what = f"{self.row.id}: no verdict on {k} sentences: {generation.error}"
-                raise KitError(what, "Run the command again to resume.")
+                message = f"{self.row.id}: no verdict on {k} sentences: {generation.error}"
+                raise KitError(message, "Run the command again to resume.")
             prefill_tokens = generation.prefill_tokens
             usage = TokenUsage(prefill_tokens, generation.prompt_tokens - prefill_tokens)
             self.session.cost.add(usage)
@@ -337,9 +337,9 @@ def split_labels(
     """
     shared = common_prefix_len(first, second)
     if shared == min(len(first), len(second)):
-        what = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
+        message = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
         hint = "Set judge.labels to two texts of which neither starts with the other."
-        raise KitError(what, hint, 2)
+        raise KitError(message, hint, 2)
     return tuple(first[:shared]), (first[shared], second[shared])
 
 

@@ -113,5 +113,5 @@ def attach(causal: Any, logits_bytes: int) -> None:
 
 def _states(causal: Any, **inputs: Any) -> torch.Tensor:
     """The decoder's last hidden states (B, T, D)."""
-    given = {key: value for key, value in inputs.items() if value is not None}
-    return causal.get_decoder()(**given, use_cache=False).last_hidden_state
+    arguments = {key: value for key, value in inputs.items() if value is not None}
+    return causal.get_decoder()(**arguments, use_cache=False).last_hidden_state
