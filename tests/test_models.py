@@ -53,7 +53,7 @@ def test_unknown_names_are_refused(name: str) -> None:
 
 def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model")
-    for name, message in ((tmp_path / "text.gguf", "no GGUF"), (tmp_path, "text.gguf")):
+    for name, message in ((tmp_path / "text.gguf", "not a GGUF"), (tmp_path, "text.gguf")):
         with pytest.raises(KitError, match=message):
             models.resolve(str(name))
     with pytest.raises(KitError, match="backend=hf"):
