@@ -27,8 +27,8 @@ from kit.sampling import PROBLEM_FIELDS, Sampler, choose, rejection
 
 NAME = "aligned.jsonl"
 TRAIN = "train.jsonl"
-UNCUT = ("long-trace", "label-only")  # methods that take the whole trace
-UNCONTINUED = (*UNCUT, "prefix-only")  # methods that ask the student for nothing here
+WHOLE_TRACE = ("long-trace", "label-only")  # methods that take the whole trace
+UNCONTINUED = (*WHOLE_TRACE, "prefix-only")  # methods that ask the student for nothing here
 
 
 def align(run: Run) -> None:
@@ -52,7 +52,7 @@ def _prefixes(run: Run) -> list[PrefixRow]:
     """What there is to continue."""
     if run.config.method == "zero-shot":
         return []
-    if run.config.method in UNCUT:
+    if run.config.method in WHOLE_TRACE:
         run.require("teach")
         return whole_traces(run)
     run.require("truncate")

@@ -27,8 +27,9 @@ from kit.judging.sentences import ends
 from kit.reporting.metrics import degenerate
 
 NAME = "prefixes.jsonl"
-UNCUT = ("zero-shot", "long-trace", "label-only")  # methods that need no prefix
-JUDGED = ("palign", "prefix-only", "continuation-only")  # methods that ask the student
+NOT_CUT = ("zero-shot", "long-trace", "label-only")  # methods that need no prefix
+# Methods whose cut the student judges; all others are cut at their ratio, or kept whole.
+JUDGED = ("palign", "prefix-only", "continuation-only")
 SUMS = ("prefill_tokens", "cached_tokens", "sufficient", "violations")
 SHOWN = {
     "id",
@@ -46,7 +47,7 @@ SHOWN = {
 def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
     config = run.config
-    traces = [] if config.method in UNCUT else whole_traces(run)
+    traces = [] if config.method in NOT_CUT else whole_traces(run)
     if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow)):
         return
 
