@@ -207,7 +207,7 @@ class Context:
     def prefill(
         self, sequence: int, ids: Sequence[int], wanted: Collection[int]
     ) -> Iterator[np.ndarray]:
-        """Append what a sequence does not hold of `ids`; yields logits (V,) at the wanted indices.
+        """Append what of `ids` a sequence does not hold; yields logits (V,) at the wanted indices.
 
         Each is valid until the next is taken.
         """

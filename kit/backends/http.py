@@ -150,7 +150,7 @@ class HttpBackend:
             raise failure
 
     def session(self, uncached: bool = False) -> HttpSession:
-        """Open a judging session; uncached=True has the server evaluate every prompt anew."""
+        """Open a judging session; uncached=True has the server evaluate every prompt in full."""
         return HttpSession(self, uncached)
 
     def close(self) -> None:

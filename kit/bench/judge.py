@@ -1,7 +1,7 @@
 """What judging a trace costs, against one prefill of the whole trace in the same run.
 
 Names: prefill (one uncached forward pass over the whole trace's prompt), reference-256 and
-reference-16 (the paper's loop: every question of the binary search prefilled anew and answered by
+reference-16 (the paper's loop: every question of the binary search prefilled again and answered by
 greedy generation of up to that many tokens, ended by the end token), uncached (the same questions,
 uncached, labels constrained), binary, gallop, scan.
 """

@@ -1,6 +1,6 @@
 """Rows of a file as dicts: JSONL, JSON, CSV, TSV or Parquet, each also gzipped.
 
-Nothing is skipped in silence: a damaged file is an error that names the line.
+Nothing is skipped silently: a damaged file is an error that names the line.
 """
 
 from __future__ import annotations

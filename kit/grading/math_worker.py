@@ -3,7 +3,7 @@
 sympy can hang or eat the machine on an innocent-looking answer, inside C code that no signal
 handler interrupts. So a pool of one process (pebble) kills it at its limit, and the process bounds
 its own address space and arms a kernel timer that ends it even when the parent is gone. The
-caller's signals are never touched: any thread may grade, and Ctrl-C leaves nothing behind. A guard
+caller's signals are never touched: any thread may grade, and Ctrl-C leaves no process. A guard
 against accidents of computation, no sandbox: nothing here runs an answer's code.
 """
 
@@ -79,7 +79,7 @@ class MathWorker:
             except (BrokenProcessPool, RuntimeError):  # it ended while it had nothing to do
                 self.close()
                 return "timeout", "crash"
-            except BaseException:  # Ctrl-C: a reply that is still to come is nobody's
+            except BaseException:  # Ctrl-C: a reply that is still to come is dropped
                 self.close()
                 raise
 

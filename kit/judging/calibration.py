@@ -1,6 +1,6 @@
 """A judge's threshold, chosen from the data (extends section 3.2 of the paper).
 
-Paper: the student's word is taken as it is. Here: the threshold may be moved, because weak students
+Paper: the student's verdict is taken as is. Here: the threshold may be moved, because weak students
 otherwise keep one sentence, or the whole trace. The other calibration, content-free, is an offset
 per trace in `judge.TraceJudge`. Signs of a degenerate judge are in kit/reporting/metrics.py.
 """

@@ -4,7 +4,7 @@
 under judgement: it asks boundaries and keeps their verdicts. `cut` judges one trace and cuts it.
 A new `judge.kind` changes `Judge` alone; a new `judge.search` is a function in search.py.
 
-Paper: each verdict is a generation of up to 256 tokens over a prompt that is prefilled anew.
+Paper: each verdict is a generation of up to 256 tokens over a prompt that is prefilled again.
 Here: all prompts of a trace share one cache, and a verdict is read from log-probabilities at the
 token where the two labels part; `judge.decode: generate` asks the paper's way. How a backend reuses
 its cache is decided in kit/backends.

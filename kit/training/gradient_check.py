@@ -70,7 +70,7 @@ def check_gradient(
     Args:
         model: with LoRA adapters, in training mode; its gradients are cleared.
         backward: adds the gradient of the loss of one fixed row to the adapters.
-        loss: computes that loss anew.
+        loss: computes that loss again.
 
     Returns:
         One comparison for each third of the adapters, from the first layer to the last.

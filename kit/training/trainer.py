@@ -142,7 +142,7 @@ class AdapterTrainer(Trainer):
             f"The {quantity} of step {self.state.global_step + 1} is not finite; the weights were "
             f"not updated. Rows: {names}.",
             "Look at these rows; then try a lower train.learning_rate, train.dtype=bf16 or "
-            "train.micro_batch_size=1. Training then starts anew.",
+            "train.micro_batch_size=1. Training then starts over.",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
