@@ -64,6 +64,8 @@ _ONE = (
 _VALUES = re.compile(
     rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
 )
+# A calculation before its result: the answer is 9 * 6 = 54.
+_CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
 # What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
 _FURTHER = re.compile(
@@ -204,6 +206,10 @@ def _named(rest: str, verifier: str) -> str | None:
         if verifier == "choice" and not re.match(r"[^\w]*[a-jA-J]\b|[A-J]{2,}\b", answer):
             return None
         return answer
+    calculation = _CALCULATION.match(rest)
+    while calculation:
+        rest = rest[calculation.end() :]
+        calculation = _CALCULATION.match(rest)
     values = _VALUES.match(rest)
     if values is None or _FURTHER.match(rest[values.end() :]):
         return None
