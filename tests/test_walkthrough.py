@@ -12,6 +12,7 @@ import pytest
 
 from kit import prompts, walkthrough
 from kit.core.config import Prompts
+from kit.core.records import AlignedRow
 from kit.grading.answers import Grader, Item
 from kit.judging.sentences import split
 from kit.models import HfTokenizer, load_tokenizer
@@ -126,7 +127,10 @@ def test_its_training_row_is_the_kits(
     prefix = "".join(split(problem["long_cot"])[: judged["kept"]])
     correct = re.search(r"^correct: (.+)$", printed["6"], flags=re.MULTILINE)
     assert correct is not None
-    assert row["output"] == prompts.target_text(prefix, ast.literal_eval(correct[1]))
+    continuation = ast.literal_eval(correct[1])
+    fields = {"id": "w", "question": problem["question"], "answer": problem["answer"]}
+    aligned = AlignedRow(**fields, prefix=prefix, continuation=continuation)
+    assert row["output"] == prompts.target("palign", aligned, continuation)
 
 
 def test_one_step_lowers_the_loss(printed: dict[str, str]) -> None:
