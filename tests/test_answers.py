@@ -319,3 +319,16 @@ def test_each_kind_of_answer_is_graded_as_a_person_would(warm, kind):
     grades = warm.grade([Item(case["gold"], case["output"], case["verifier"]) for case in cases])
     for case, grade in zip(cases, grades, strict=True):
         assert (grade.verdict == "correct") == case["right"], (case, grade)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again_by_the_worker():
+    """Neither from standard input, which cannot be read twice: its answers are still compared."""
+    script = (
+        "from kit.grading.answers import Grader, Item\nprint('once')\n"
+        "with Grader() as grader:\n"
+        "    print(grader.grade([Item('1/2', r'\\boxed{\\frac{2}{4}}')])[0].verdict)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-"], input=script, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert finished.stdout.split() == ["once", "correct"], finished.stderr

@@ -35,6 +35,9 @@ _SEVERAL = re.compile(
 _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
 
 
+_ELLIPSIS = re.compile(r"\.\.|…|\\[lc]?dots\b")
+
+
 class Item(NamedTuple):
     """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box
     or in `#### 8`.
@@ -103,6 +106,10 @@ class Grader:
         given = normalize(answer)
         if verifier == "text":
             return _verdict(comparable(right) == comparable(given)), "text"
+
+        # 5... is some number near 5: equal to its own spelling, and else not known
+        if _ELLIPSIS.search(answer) and comparable(right) != comparable(given):
+            return "unparsed", "unreadable"
 
         # times of day, then plain numbers
         clocks = [read_clock(text) for text in (right, given)]

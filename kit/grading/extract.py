@@ -69,8 +69,8 @@ _CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|di
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
 # What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
 _FURTHER = re.compile(
-    r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|divided|"
-    r"multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
+    r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
+    r"divided|multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
     r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
     re.IGNORECASE,
 )

@@ -10,20 +10,41 @@ against accidents of computation, no sandbox: nothing here runs an answer's code
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 GRACE_SECONDS = 1.0  # the worker's own timer, after the parent's
+
+
+class _Process(SpawnProcess):
+    """A process that does not run the caller's own script again, as spawning does otherwise."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+        finally:
+            sys.modules["__main__"] = script
+
+
+class _Context(SpawnContext):
+    """Spawning, with such processes."""
+
+    Process = _Process  # type: ignore[assignment]
 
 
 class MathWorker:
@@ -64,7 +85,7 @@ class MathWorker:
                     max_workers=1,
                     initializer=_prepare,
                     initargs=(self.memory_bytes,),
-                    context=multiprocessing.get_context("spawn"),
+                    context=_Context(),
                 )
             arguments = (function, gold, answer, self.timeout_seconds + GRACE_SECONDS)
             try:
