@@ -36,7 +36,7 @@ class _Process(SpawnProcess):
         script = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
-            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process_obj)
         finally:
             sys.modules["__main__"] = script
 
@@ -44,7 +44,7 @@ class _Process(SpawnProcess):
 class _Context(SpawnContext):
     """Spawning, with such processes."""
 
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 class MathWorker:
