@@ -43,8 +43,8 @@ JUDGE_FLAGS = {
     "--backend": ("student.backend", "hf (default), gguf or http"),
     "--url": ("student.url", "http: the server's address, ending in /v1"),
     "--dtype": ("student.dtype", "auto (default), fp32, bf16, int8 or nf4"),
-    "--search": ("judge.search", "binary (default), gallop, scan or uncached"),
-    "--kind": ("judge.kind", "verbal (default) or answer"),
+    "--search": ("judge.search", "binary (default), gallop, sweep, scan or uncached"),
+    "--kind": ("judge.kind", "verbal (default), answer or success"),
     "--threshold": ("judge.threshold", "a margin at or above it is ENOUGH"),
     "--limit": ("data.train.limit", "only the first N traces"),
 }

@@ -23,8 +23,7 @@ from kit.data import load_traces
 from kit.judging.judge import Judge, cut, from_problem, keep, open_judge
 from kit.judging.sentences import split
 from kit.models import load_tokenizer
-from kit.pipeline.align import draft_turns
-from kit.prompts import judge_text, render, solve_text
+from kit.prompts import draft_turns, judge_text, render, solve_text
 from kit.sampling import grade_samples
 
 MAX_TOKENS = 512  # of the continuation: a person waits for it
@@ -109,7 +108,7 @@ def _steps(config: Config) -> Generator[str, None, None]:
 def _continuation(config: Config, judge: Judge, row: PrefixRow) -> Iterator[str]:
     """The student's continuation from the kept prefix, and its grade."""
     student = config.student
-    user, answer = draft_turns(config, row)
+    user, answer = draft_turns(config, row.question, row.trace[: row.end])
     ids = render(judge.backend.tokenizer, user, student.system, answer, student.thinking)
     sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
     request = Request(row.id, ids, sampling, seed=config.seed)
@@ -148,7 +147,7 @@ def prompt(config: Config, of: str) -> dict[str, Any]:
     turns = {
         "solve": (solve_text(prompts, problem.question), ""),
         "judge": (judge_text(prompts, problem.question, trace[: row.end]), ""),
-        "draft": draft_turns(config, row),
+        "draft": draft_turns(config, problem.question, trace[: row.end]),
     }
     user, answer = turns[of]
     tokenizer = load_tokenizer(student.tokenizer or student.model)

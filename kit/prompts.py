@@ -16,8 +16,9 @@ from pathlib import Path
 import yaml
 
 from kit.backends.base import Tokenizer
-from kit.core.config import Prompts
+from kit.core.config import Config, Prompts
 from kit.core.errors import KitError
+from kit.core.methods import method_of
 from kit.core.records import AlignedRow
 
 # The tags around a prefix in training targets: plain text, no added tokens.
@@ -52,6 +53,13 @@ def draft_text(prompts: Prompts, question: str, prefix: str) -> str:
     instruction = text_of(prompts, "instruction")
     template = text_of(prompts, "draft")
     return fill(template, instruction=instruction, question=question, prefix=prefix)
+
+
+def draft_turns(config: Config, question: str, prefix: str) -> tuple[str, str]:
+    """The user's turn for a prefix, and how the answer begins (align.mode)."""
+    if config.align.mode == "prefill":
+        return solve_text(config.prompts, question), prefix
+    return draft_text(config.prompts, question, prefix), ""
 
 
 def judge_text(prompts: Prompts, question: str, prefix: str) -> str:
@@ -151,18 +159,14 @@ def template_hash(
 
 
 def target(method: str, row: AlignedRow, continuation: str) -> str:
-    """What the student learns to write under a method.
-
-    Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without
-    a box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
-    """
+    """What the student learns to write under a method, see kit/core/methods.py."""
     boxed = f"\\boxed{{{row.answer}}}"
-    if method == "label-only":
-        return boxed
-    if method == "long-trace":
-        return row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
-    if method == "continuation-only":
-        return continuation
-    if method == "prefix-only":
-        continuation = boxed
-    return f"{BEGIN}{row.prefix}{END}\n{continuation}"
+    trace = row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
+    tagged = f"{BEGIN}{row.prefix}{END}"
+    return fill(
+        method_of(method).target,
+        tagged=tagged,
+        trace=trace,
+        boxed=boxed,
+        continuation=continuation,
+    )

@@ -154,18 +154,6 @@ def test_a_cut_inside_a_word_merges_tokens(student: Any, traces: list[PrefixRow]
         assert judge.margin(scanned) == pytest.approx(margin, abs=1e-3)
 
 
-def test_traces_longer_than_the_context_are_rejected_with_the_reason(
-    student: Any, traces: list[PrefixRow]
-) -> None:
-    judge = Judge(judge_config(), student)
-    assert judge.limit_tokens == 8192
-    longest = sorted(traces, key=lambda row: -len(row.trace))[:12]
-    too_long = [row for row in longest if len(judge.request(row, row.trace).ids) > 8192]
-    rejected = [cut(judge, row) for row in too_long]
-    assert [row.rejected for row in rejected] == ["prompt too long"] * 7
-    assert all("the limit is 8192" in row.detail for row in rejected)
-
-
 def test_generated_labels_have_no_margin_and_may_be_unparsed(
     student: Any, traces: list[PrefixRow]
 ) -> None:

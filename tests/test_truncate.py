@@ -121,7 +121,9 @@ def test_a_judged_file_names_its_judge_and_each_trace(tmp_path: Path, opened: li
     assert set(result) == names and result["search"] == "scan" and result["kind"] == "verbal"
     [trace] = result["traces"]
     tokens = {"prompt_tokens", "prefill_tokens", "cached_tokens", "seconds"}
+    tokens |= {"generated_tokens"}
     outcome = {"id", "sentences", "kept", "sufficient", "verdicts", "rejected", "detail"}
+    outcome |= {"searched_sentences", "isolated"}
     assert set(trace) == tokens | outcome
     assert trace["sentences"] == 13 and 1 <= trace["kept"] <= 13
     assert [verdict["sentences"] for verdict in trace["verdicts"]] == list(range(1, 14))

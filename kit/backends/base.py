@@ -13,6 +13,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,23 @@ LOOP_EVERY_TOKENS = 8  # how often a running sample is searched for a loop
 # --- Generation: a Request goes in, a Generation of n Completions comes out ---
 
 
+class Trunk(ExitStack):
+    """The states of the longest prompt so far, kept from one call of `generate` to the next.
+
+    Prompts that begin alike are evaluated from where they part. Leaving the context frees them. A
+    server has a prefix cache of its own.
+
+    Args:
+        room_tokens: of the longest prompt to come and its answer.
+    """
+
+    def __init__(self, room_tokens: int = 0) -> None:
+        super().__init__()
+        self.room_tokens = room_tokens
+        self.ids: Ids = ()  # hf: the prompt
+        self.state: Any = None  # hf: the cache's layers; gguf: a context
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and how many samples to draw after it. Filled by the caller.
@@ -41,6 +59,7 @@ class Request:
     sampling: Sampling
     n: int = 1
     seed: int = 0
+    trunk: Trunk | None = None  # the same for all requests of a call
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from kit.backends.base import (
     Generation,
     Request,
     Tokenizer,
+    Trunk,
     check_stop,
     sample_seed,
     too_long,
@@ -64,7 +64,10 @@ class Sample:
 
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
-    """Yield each request's result as it finishes; the plan follows from the requests alone."""
+    """Yield each request's result as it finishes; the plan follows from the requests alone.
+
+    A trunk keeps the context for the next call. Its last sequence holds the longest prompt.
+    """
     # 1. Refuse prompts that are too long; queue the samples of the others.
     limit = backend.context_tokens
     waiting: deque[Sample] = deque()
@@ -85,9 +88,20 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
     # 2. Give samples one token after the other; those that end free their slots.
     slots = min(backend.engine.max_num_seqs, len(waiting))
     running: dict[int, Sample] = {}  # by slot
-    with closing(Context(backend, longest, slots, flash_attention=True)) as context:
+    kept = requests[0].trunk
+    with Trunk() as own:
+        trunk = kept or own
+        context = trunk.state
+        if context is None or context.tokens < longest:
+            trunk.close()
+            tokens = max(longest, min(trunk.room_tokens, limit))
+            context = Context(backend, tokens, slots + bool(kept), flash_attention=True)
+            trunk.callback(context.close)
+            trunk.state = context
+        if kept:
+            slots = len(context.cached) - 1
         while waiting or running:
-            for slot, logits in next_logits(context, running, waiting):
+            for slot, logits in next_logits(context, slots, running, waiting):
                 sample = running[slot]
                 completion = sample.push(logits, backend.tokenizer)
                 if completion:
@@ -98,21 +112,26 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
 
 
 def next_logits(
-    context: Context, running: dict[int, Sample], waiting: deque[Sample]
+    context: Context, slots: int, running: dict[int, Sample], waiting: deque[Sample]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Start waiting samples where slots are free, else decode all running ones together.
 
-    Moves samples from `waiting` to `running`. Yields (slot, logits (V,)).
+    Moves samples from `waiting` to `running`. Yields (slot, logits (V,)). A sequence after the
+    slots keeps the longest prompt.
     """
-    free = [slot for slot in range(len(context.cached)) if slot not in running]
+    free = [slot for slot in range(slots) if slot not in running]
     starting = free[: len(waiting)]
     for slot in starting:
         running[slot] = waiting.popleft()
-        yield slot, running[slot].prefill(context, slot)
+        logits = running[slot].prefill(context, slot)
+        prompt = running[slot].active.request.prompt
+        if slots < len(context.cached) and len(prompt) > len(context.cached[slots]):
+            context.reuse(slots, prompt)
+        yield slot, logits
     if not starting:
-        slots = sorted(running)
-        tokens = [BatchToken(slot, running[slot].ids[-1], True) for slot in slots]
-        yield from zip(slots, context.decode(tokens), strict=True)
+        busy = sorted(running)
+        tokens = [BatchToken(slot, running[slot].ids[-1], True) for slot in busy]
+        yield from zip(busy, context.decode(tokens), strict=True)
 
 
 def draw(

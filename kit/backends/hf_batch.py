@@ -105,18 +105,28 @@ def supports_continuous_batching(model: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in layers)
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> DecodeBatch:
-    """Evaluate prompts (token ids, of any lengths) together, one row each."""
+def prefill(
+    model: Any, prompts: Sequence[Sequence[int]], trunk: Sequence[Any] = (), shared_tokens: int = 0
+) -> DecodeBatch:
+    """Evaluate prompts (token ids, of any lengths) together, one row each.
+
+    Args:
+        trunk: `GrowingLayer`s of another prompt, which begins like the only one here; unchanged.
+        shared_tokens: so many tokens are taken from it.
+    """
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)
     lengths = torch.tensor([[len(row)] for row in rows], device=model.device)
     chunk_tokens = ids.shape[1]
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     if supports_continuous_batching(model):
         chunk_tokens = CHUNK_TOKENS
         cache.layers = [GrowingLayer() for _ in cache.layers]
-    batch = DecodeBatch(cache, ids.shape[1] - lengths)
-    for chunk in ids.split(chunk_tokens, 1):
+    if shared_tokens:
+        for layer, old in zip(cache.layers, trunk, strict=True):
+            layer.update(old.keys[:, :, :shared_tokens], old.values[:, :, :shared_tokens])
+    batch = DecodeBatch(cache, ids.shape[1] - lengths, shared_tokens)
+    for chunk in ids[:, shared_tokens:].split(chunk_tokens, 1):
         batch.forward(model, chunk)
     return batch
 

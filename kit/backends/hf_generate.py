@@ -21,7 +21,9 @@ from kit.backends.base import (
     ActiveRequest,
     Generation,
     Request,
+    Trunk,
     check_stop,
+    common_prefix_len,
     sample_seed,
     too_long,
 )
@@ -38,6 +40,7 @@ from kit.core.config import Sampling
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
+UNSHARED = "generated verdicts and continuations: the cache cannot branch; every prompt is whole"
 HEADROOM_TOKENS = 256  # a row is admitted when this much of its sample fits; it may have to leave
 
 
@@ -163,10 +166,20 @@ class Scheduler:
         prompts = list(by_prompt)
         if self.prefilled is None or prompts != self.prompts:
             self.prefilled = None
-            self.prefilled = prefill(self.model, prompts)
+            trunk = rows[0].active.request.trunk
+            if trunk and not self.continuous and UNSHARED not in self.backend.notes:
+                self.backend.notes.append(UNSHARED)
+            if trunk is None or not self.continuous:
+                trunk = Trunk()
+            # Rows that share a trunk come one by one. The last token's logits are needed.
+            shared_tokens = common_prefix_len(trunk.ids, prompts[0][:-1])
+            self.prefilled = prefill(self.model, prompts, trunk.state, shared_tokens)
+            if len(prompts[0]) > len(trunk.ids):
+                trunk.ids = prompts[0]
+                trunk.state = [*self.prefilled.cache.layers]
             self.prompts = prompts
             for prompt, row in by_prompt.items():
-                row.active.prefill_tokens += len(prompt)
+                row.active.prefill_tokens += len(prompt) - shared_tokens
         return self.prefilled
 
     def _decode(self) -> None:
@@ -241,6 +254,10 @@ class Scheduler:
         self.rows = []
         self.batch = None
         self.prefilled = None
+        trunk = self.queue[0].active.request.trunk
+        if trunk:
+            trunk.ids = ()
+            trunk.state = None
         torch.cuda.empty_cache()
         if self.max_rows > 1:
             self.max_rows = max(1, min(self.max_rows, running) // 2)

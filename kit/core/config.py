@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from kit.core import methods
 from kit.core.errors import KitError
 from kit.core.old_keys import upgrade
 from kit.core.records import Verifier
@@ -41,11 +42,7 @@ Keep = Literal["first", "shortest", "all"]  # of the correct samples
 Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject", "verifier"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
-# ratio-0.25 keeps this share of the sentences.
-METHOD = (
-    r"^(palign|zero-shot|label-only|long-trace|prefix-only|continuation-only|no-search"
-    r"|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?))$"
-)
+Probability = Annotated[float, Field(gt=0, lt=1)]
 # The placeholders that a prompt must hold.
 PLACEHOLDERS = {
     "judge": ("{question}", "{prefix}"),
@@ -145,9 +142,10 @@ class Teacher(ModelConfig):
 class Judge(BaseConfig):
     """How the student is asked whether a prefix is sufficient (section 3.2 of the paper)."""
 
-    search: Literal["binary", "gallop", "scan", "uncached"] = "binary"
+    search: Literal["binary", "gallop", "sweep", "scan", "uncached"] = "binary"
     scan_rule: Literal["binary", "first", "stable"] = "binary"  # which boundary a scan keeps
-    kind: Literal["verbal", "answer"] = "verbal"
+    confirm: PositiveInt = 1  # sweep, scan_rule first: as many ENOUGH in a row, or up to the end
+    kind: Literal["verbal", "answer", "success"] = "verbal"
     decode: Literal["constrained", "generate"] = "constrained"
     # kind answer: the gold answer's log-likelihood, or a greedy answer, graded.
     answer_scoring: Literal["likelihood", "greedy"] = "likelihood"
@@ -158,6 +156,33 @@ class Judge(BaseConfig):
     calibration: Literal["none", "content-free", "share"] = "none"
     share: Share = 0.9  # calibration share: this share of full traces should be sufficient
     limit_tokens: PositiveInt | None = None  # longest judging prompt; None: the context
+    # kind success: at most so many continuations are drawn from a prefix, as `align` draws them;
+    # it is enough when their grades make a rate of success_rate or more this probable.
+    samples: PositiveInt = 4
+    success_rate: Probability = 0.5
+    confidence: Probability = 0.8
+
+    @model_validator(mode="after")
+    def _success_can_be_decided(self) -> Judge:
+        if self.kind != "success":
+            return self
+        if self.threshold is not None or self.calibration != "none":
+            raise ValueError(
+                "kind success has no margin that threshold or calibration could move; "
+                "set success_rate and confidence instead"
+            )
+        prior = max(self.success_rate, 1 - self.success_rate)
+        if self.confidence <= prior:
+            raise ValueError(
+                f"a confidence of {self.confidence:g} is reached before anything is drawn; "
+                f"set it above {prior:g}, or success_rate nearer to 0.5"
+            )
+        if 1 - self.success_rate ** (self.samples + 1) < self.confidence:
+            raise ValueError(
+                f"{self.samples} of {self.samples} correct continuations do not give a confidence "
+                f"of {self.confidence:g}; set more samples"
+            )
+        return self
 
 
 class Align(BaseConfig):
@@ -243,7 +268,7 @@ class Config(BaseConfig):
     name: str = Field(default="run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
     seed: int = 0
-    method: str = Field(default="palign", pattern=METHOD)
+    method: str = Field(default="palign", pattern=methods.PATTERN)
     stop_after: str = Field(default="report", pattern=f"^({'|'.join(STAGES)})$")
     data: Data = Data()
     teacher: Teacher = Teacher()

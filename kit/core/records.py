@@ -72,9 +72,9 @@ class Outcome(Row):
 
     @property
     def processed_tokens(self) -> int:
-        """Tokens generated for this row, or evaluated where none are generated; for rates."""
-        samples = getattr(self, "samples", ())
-        return sum(sample.tokens for sample in samples) or getattr(self, "prefill_tokens", 0)
+        """Tokens generated for this row; for rates."""
+        samples = () if getattr(self, "drawn_by_judge", False) else getattr(self, "samples", ())
+        return sum(sample.tokens for sample in samples)
 
 
 class TraceRow(Outcome):
@@ -116,8 +116,9 @@ class TraceRow(Outcome):
 class Verdict(Part):
     """The judge's answer at one boundary: the first `sentences` sentences of the trace were shown.
 
-    The margin is the log-odds of ENOUGH (judge.kind verbal) or the mean log-likelihood per token of
-    the gold answer (answer); None where the verdict was generated.
+    The margin is the log-odds of ENOUGH (judge.kind verbal), the mean log-likelihood per token of
+    the gold answer (answer), or the posterior probability of judge.success_rate (success); None
+    where the verdict was generated.
     """
 
     sentences: int
@@ -135,10 +136,19 @@ class PrefixRow(Outcome):
     ratio: float  # sentences / sentences_total
     sufficient: bool
     verdicts: tuple[Verdict, ...] = ()
+    searched_sentences: int = 0  # fewer than all: the judge's context holds no more; 0: unjudged
+    isolated: bool | None = None  # the boundary after the kept one is not ENOUGH; None: not known
     violations: int = 0  # NOT_ENOUGH at a boundary after an ENOUGH one
+    samples: tuple[Sample, ...] = ()  # judge.kind success: continuations from the kept boundary
+    generated_tokens: int = 0  # by the judge
     prompt_tokens: int = 0  # of the longest judging prompt asked
     prefill_tokens: int = 0
     cached_tokens: int = 0
+
+    @property
+    def processed_tokens(self) -> int:
+        """Of all questions; for rates."""
+        return self.generated_tokens or self.prefill_tokens
 
 
 class AlignedRow(Outcome):
@@ -146,6 +156,7 @@ class AlignedRow(Outcome):
 
     prefix: str
     continuation: str
+    drawn_by_judge: bool = False  # the samples are those of truncate; none were drawn here
     samples: tuple[Sample, ...] = ()  # of the last round
     pass_rate: float = 0.0  # over all rounds
     kept_by: str | None = None  # first, shortest, all; with +N after N rounds of extension

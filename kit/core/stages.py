@@ -42,13 +42,17 @@ class Stage:
 
     entry_point: str  # module:function, imported when the stage runs; it takes the run
     keys: tuple[str, ...] = ()  # config keys and sections that its rows depend on
+    success_keys: tuple[str, ...] = ()  # likewise, where judge.kind is success
     input: str = ""  # what else they depend on, in words
     rows: Mapping[str, type[Outcome]] = field(default_factory=dict)  # files it writes: row type
     files: tuple[str, ...] = ()  # other files and folders it writes
 
     def dependencies(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a config's dotted keys that the stage's rows depend on."""
-        sections = tuple(f"{name}." for name in self.keys)
+        names = self.keys
+        if config.get("judge.kind") == "success":
+            names += self.success_keys
+        sections = tuple(f"{name}." for name in names)
         return {
             key: value
             for key, value in config.items()
@@ -85,6 +89,13 @@ STAGE_TABLE = {
             "judge",
             "prompts.judge",
             "prompts.answer_cue",
+        ),
+        success_keys=(
+            "align.mode",
+            "align.sampling",
+            "prompts.instruction",
+            "prompts.draft",
+            "seed",
         ),
         input="traces.jsonl",
         rows={"prefixes.jsonl": PrefixRow},

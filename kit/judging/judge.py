@@ -2,47 +2,53 @@
 
 `Judge` holds what is asked about a prefix and how the answer is read. `TraceJudge` is one trace
 under judgement: it asks boundaries and keeps their verdicts. `cut` judges one trace and cuts it.
-A new `judge.kind` changes `Judge` alone; a new `judge.search` is a function in search.py.
+What a kind asks is in `Judge`, how its verdict comes about in `TraceJudge`; searches: search.py.
 
 Paper: each verdict is a generation of up to 256 tokens over a prompt that is prefilled again.
 Here: all prompts of a trace share one cache, and a verdict is read from log-probabilities at the
-token where the two labels part; `judge.decode: generate` asks the paper's way. How a backend reuses
-its cache is decided in kit/backends.
+token where the two labels part; `judge.decode: generate` asks the paper's way, and kind success
+draws continuations (success.py). How a backend reuses its cache is decided in kit/backends.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kit.backends import open_backend
 from kit.backends.base import (
     Backend,
+    Completion,
     Logprobs,
     Request,
     ScoreRequest,
     ScoringSession,
     TokenUsage,
+    Trunk,
     common_prefix_len,
 )
 from kit.core.config import Config, Sampling
 from kit.core.errors import KitError
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
 from kit.grading.answers import Grader, Item, gold_of
-from kit.judging.search import SEARCHES, choose, violations
+from kit.judging.search import binary, choose, gallop, sweep, violations
 from kit.judging.sentences import ends
-from kit.prompts import judge_text, render, solve_text, text_of
-from kit.sampling import PROBLEM_FIELDS
+from kit.judging.success import missing_draws, success_probability
+from kit.prompts import draft_turns, judge_text, render, solve_text, text_of
+from kit.sampling import PROBLEM_FIELDS, grade_samples
 
 # From this margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer: mean
 # log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
 DEFAULT_THRESHOLDS = {"verbal": 0.0, "answer": -1.0}
 LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
 LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
+STRETCH_CHARACTERS = 2048  # of a trace, that a sweep reads in one pass: about 512 tokens
 READ_AHEAD_RATIO = 6  # reading ahead makes a pass longer by at most a sixth
 
 # The text up to the brace that closes the box which `prompts.answer_cue` opened.
@@ -65,14 +71,20 @@ class Judge(ExitStack):
         self.settings = settings
         self.backend = backend
         self.grader = self.enter_context(Grader())
-        usual = DEFAULT_THRESHOLDS[settings.kind]
+        # of generated verdicts; continuations are drawn as `align` draws them
+        greedy = {"temperature": 0, "top_p": 1, "max_new_tokens": settings.max_new_tokens}
+        self.sampling = Sampling.model_validate(greedy)
+        if settings.kind == "success":
+            self.sampling = config.align.sampling
+        usual = {**DEFAULT_THRESHOLDS, "success": settings.confidence}[settings.kind]
         self.threshold = usual if settings.threshold is None else settings.threshold
 
         # Does the model write its verdict, or is it read from log-probabilities?
-        if settings.kind == "verbal":
-            self.generates_verdicts = settings.decode == "generate"
-        else:
-            self.generates_verdicts = settings.answer_scoring == "greedy"
+        self.generates_verdicts = {
+            "verbal": settings.decode == "generate",
+            "answer": settings.answer_scoring == "greedy",
+            "success": True,
+        }[settings.kind]
 
         # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
         encode = backend.tokenizer.encode
@@ -93,6 +105,8 @@ class Judge(ExitStack):
         if self.settings.kind == "verbal":
             user = judge_text(prompts, row.question, prefix)
             answer = ""
+        elif self.settings.kind == "success":
+            user, answer = draft_turns(self.config, row.question, prefix)
         else:
             user = solve_text(prompts, row.question)
             answer = prefix + text_of(prompts, "answer_cue")
@@ -110,6 +124,17 @@ class Judge(ExitStack):
         gold = tuple(self.backend.tokenizer.encode(gold_text, special=False))
         reads = tuple((place, (token,)) for place, token in enumerate(gold, len(ids) - 1))
         return ScoreRequest(ids + gold[:-1], reads)
+
+    def boundaries_within(self, row: PrefixRow) -> int:
+        """How many boundaries can be asked: all, or those whose question fits `limit_tokens`."""
+        cuts = ends(row.trace)
+
+        def tokens(k: int) -> int:
+            return len(self.request(row, row.trace[: cuts[k - 1]]).ids)
+
+        if tokens(len(cuts)) <= self.limit_tokens:
+            return len(cuts)
+        return bisect_right(range(1, len(cuts)), self.limit_tokens, key=tokens)
 
     def margin(self, logprobs: Logprobs) -> float:
         """Log-odds of the first label (verbal), or mean log-likelihood per gold token (answer)."""
@@ -145,14 +170,18 @@ class TraceJudge:
         row: the whole trace.
         session: this trace's own, so that its prompts share one cache. It counts the tokens.
         steer: for measurements: decides where the search goes; verdicts are asked all the same.
+        trunk: what generated verdicts and continuations share; None: every prompt is whole.
     """
 
     judge: Judge
     row: PrefixRow
     session: ScoringSession
     steer: Callable[[int], bool] | None = None
+    trunk: Trunk | None = None
     known: dict[int, Verdict] = field(default_factory=dict)  # by boundary: asked, or read ahead
     verdicts: dict[int, Verdict] = field(default_factory=dict)  # those asked, in that order
+    samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)  # kind success
+    generated_tokens: int = 0
     prompt_tokens: int = 0  # of the longest question asked
     calibration_offset: float = 0.0  # content-free: the margin of an empty prefix
 
@@ -162,6 +191,49 @@ class TraceJudge:
         if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
             [logprobs] = self.session.score([judge.request(self.row, "")])
             self.calibration_offset = judge.margin(logprobs)
+
+    @property
+    def _no_cache(self) -> bool:
+        """Whether every question is a whole prefill: the model's cache cannot branch."""
+        return getattr(self.session, "ahead_tokens", None) == 0
+
+    def search(self, name: str, m: int) -> int | None:
+        """The boundary that a search keeps, of the first m; None: none is ENOUGH."""
+        settings = self.judge.settings
+        if name == "scan":
+            enough = self.ask_many(range(1, m + 1))
+            return choose(enough, settings.scan_rule, settings.confirm)
+        if name == "sweep":
+            return sweep(m, self.ask_many, partial(self._stretch_end, m), settings.confirm)
+        # uncached asks what binary asks; only its session differs
+        return gallop(m, self.ask) if name == "gallop" else binary(m, self.ask)
+
+    def _stretch_end(self, m: int, first: int) -> int:
+        """The last boundary of a sweep's stretch: what one pass evaluates, or one batch draws."""
+        if self.judge.generates_verdicts:
+            at_once = self.judge.config.student.max_num_seqs
+            if self.judge.settings.kind == "success":
+                at_once //= self.judge.settings.samples
+            return min(first + max(at_once, 1) - 1, m)
+        if self._no_cache:
+            return first
+        return min(bisect_right(self.ends, self.ends[first - 1] + STRETCH_CHARACTERS), m)
+
+    def is_isolated(self, kept: int, m: int, search: str) -> bool | None:
+        """Whether the boundary after the kept one, of m, is not ENOUGH; None: not known.
+
+        It is asked where the cache makes that cheap. Elsewhere only sweep and scan can tell: binary
+        and gallop keep no boundary before one that they know to be insufficient.
+        """
+        after = kept + 1
+        if after > m:
+            return None
+        if self.judge.generates_verdicts or self._no_cache or search == "uncached":
+            if search not in ("sweep", "scan") or after not in self.known:
+                return None
+        elif after not in self.known:
+            self._score({after: self._request(after)})
+        return self.known[after].label != "ENOUGH"
 
     def ask(self, k: int, *ahead: int) -> bool:
         """Whether the first k sentences suffice; `ahead` may be asked next."""
@@ -173,7 +245,9 @@ class TraceJudge:
         longest_tokens = max(len(request.ids) for request in requests.values())
         self.prompt_tokens = max(self.prompt_tokens, longest_tokens)
         unknown = {k: request for k, request in requests.items() if k not in self.known}
-        if self.judge.generates_verdicts:
+        if self.judge.settings.kind == "success":
+            self._judge_by_success(unknown)
+        elif self.judge.generates_verdicts:
             self._generate(unknown)
         elif unknown:
             self._score({**unknown, **self._read_ahead(ahead, longest_tokens)})
@@ -219,24 +293,58 @@ class TraceJudge:
             if k in ahead and len(request.ids) <= limit_tokens
         }
 
-    def _generate(self, requests: dict[int, ScoreRequest]) -> None:
+    def _generate(self, boundaries: Iterable[int]) -> None:
         """Generate verdicts greedily, as the paper does; UNPARSED ones count as not enough."""
-        limit_tokens = self.judge.settings.max_new_tokens
-        sampling = Sampling(temperature=0, top_p=1, max_new_tokens=limit_tokens)
-        prompts = []
-        for k, request in requests.items():
-            prompts.append(Request(str(k), request.ids, sampling))
-        for generation in self.judge.backend.generate(prompts):
-            k = int(generation.id)
+        for k, completions in self._texts(dict.fromkeys(boundaries, 1)):
+            label = self.judge.label_in_text(completions[0].text, self.row)
+            self.known[k] = Verdict(sentences=k, label=label, margin=None)
+
+    def _judge_by_success(self, boundaries: Iterable[int]) -> None:
+        """Draw at all boundaries together until the success rate of each is decided."""
+        settings = self.judge.settings
+        open_boundaries = set(boundaries)
+        while open_boundaries:
+            counts = {}
+            for k in sorted(open_boundaries):
+                verdicts = [sample.verdict for sample in self.samples.get(k, ())]
+                correct = verdicts.count("correct")
+                counts[k] = missing_draws(correct, len(verdicts), settings)
+                if counts[k] == 0:
+                    open_boundaries.remove(k)
+                    margin = success_probability(correct, len(verdicts), settings.success_rate)
+                    label = self.judge.label(margin)
+                    self.known[k] = Verdict(sentences=k, label=label, margin=round(margin, 6))
+            self.draw({k: count for k, count in counts.items() if count})
+
+    def draw(self, counts: Mapping[int, int]) -> None:
+        """Draw and grade so many more continuations at each boundary, into `samples`.
+
+        They are seeded by row, boundary and number, so every search draws the same.
+        """
+        for k, completions in self._texts(counts):
+            drawn = grade_samples(self.judge.grader, completions, self.row)
+            self.samples[k] = self.samples.get(k, ()) + drawn
+
+    def _texts(self, counts: Mapping[int, int]) -> Iterator[tuple[int, Sequence[Completion]]]:
+        """Generate so many texts at each boundary, and count the tokens; KitError: one fails."""
+        judge = self.judge
+        boundary_of = {}
+        requests = []
+        for k, count in counts.items():
+            id = f"{self.row.id}@{k}+{len(self.samples.get(k, ()))}"
+            boundary_of[id] = k
+            ids = self._request(k).ids
+            seed = judge.config.seed
+            requests.append(Request(id, ids, judge.sampling, count, seed, self.trunk))
+        for generation in judge.backend.generate(requests):
+            k = boundary_of[generation.id]
             if generation.error:
                 message = f"{self.row.id}: no verdict on {k} sentences: {generation.error}"
                 raise KitError(message, "Run the command again to resume.")
-            prefill_tokens = generation.prefill_tokens
-            usage = TokenUsage(prefill_tokens, generation.prompt_tokens - prefill_tokens)
-            self.session.cost.add(usage)
-            text = generation.completions[0].text
-            label = self.judge.label_in_text(text, self.row)
-            self.known[k] = Verdict(sentences=k, label=label, margin=None)
+            cached_tokens = max(generation.prompt_tokens - generation.prefill_tokens, 0)
+            self.session.cost.add(TokenUsage(generation.prefill_tokens, cached_tokens))
+            self.generated_tokens += sum(len(text.ids) for text in generation.completions)
+            yield k, generation.completions
 
 
 def cut(
@@ -251,44 +359,66 @@ def cut(
         judge: whose `settings.search` is used, if no other is given.
         row: a whole trace, as `TraceRow.whole` gives it; one of a single sentence is kept.
         steer: see `TraceJudge`.
-        search: binary, gallop, scan or uncached.
+        search: binary, gallop, sweep, scan or uncached.
 
     Returns:
         A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
-        where the trace is empty or its prompt is longer than the judge reads.
+        with the reason. A trace that is longer than the judge reads is searched as far as it fits.
     """
     begun = time.perf_counter()
     search = search or judge.settings.search
 
     # 1. Traces that cannot be judged, and those that leave nothing to decide.
-    whole_tokens = len(judge.request(row, row.trace).ids)
-    if whole_tokens > judge.limit_tokens:
-        detail = f"{whole_tokens} tokens to judge, the limit is {judge.limit_tokens}"
-        return _reject(row, "prompt too long", detail)
-    if row.sentences_total <= 1:
+    if not row.trace.strip():
+        return cut_at_ratio(row)
+    if judge.settings.kind != "verbal" and not row.answer.strip():
+        detail = f"judge.kind={judge.settings.kind} compares with the gold answer"
+        return _reject(row, "no gold answer", detail)
+    searched = judge.boundaries_within(row)
+    if not searched:
+        detail = f"the first sentence's question is over the limit of {judge.limit_tokens} tokens"
+        return _reject(row, "no boundary within the context", detail)
+    if row.sentences_total == 1:
         return cut_at_ratio(row)
 
     # 2. Ask, each question from the cache of the ones before.
-    with closing(judge.backend.session(uncached=search == "uncached")) as session:
+    uncached = search == "uncached"
+    with ExitStack() as stack:
+        session = stack.enter_context(closing(judge.backend.session(uncached=uncached)))
         trace = TraceJudge(judge, row, session, steer)
-        if search == "scan":
-            enough = trace.ask_many(range(1, row.sentences_total + 1))
-            boundary = choose(enough, judge.settings.scan_rule)
-        else:
-            boundary = SEARCHES[search](row.sentences_total, trace.ask)
+        if judge.generates_verdicts and not uncached:
+            longest = len(trace._request(searched).ids)
+            trunk = Trunk(longest + judge.sampling.max_new_tokens)
+            trace.trunk = stack.enter_context(trunk)
+        boundary = trace.search(search, searched)
+        isolated = None
+        if boundary and not steer:
+            isolated = trace.is_isolated(boundary, searched, search)
 
-    # 3. Keep what suffices; an insufficient trace is kept whole.
+    # 3. Keep what suffices; an insufficient trace is kept whole, if all of it was searched.
+    kept = boundary or row.sentences_total
     judged = {k: verdict.label == "ENOUGH" for k, verdict in trace.verdicts.items()}
-    return keep(
+    cut_row = keep(
         row,
-        boundary or row.sentences_total,
+        kept,
         sufficient=boundary is not None,
+        searched_sentences=searched,
+        isolated=isolated,
         verdicts=tuple(trace.verdicts.values()),
         violations=violations(judged),
+        samples=trace.samples.get(kept, ()),
+        generated_tokens=trace.generated_tokens,
         prompt_tokens=trace.prompt_tokens,
         **vars(session.cost),
         seconds=round(time.perf_counter() - begun, 3),
     )
+    if boundary is None and searched < row.sentences_total:
+        detail = (
+            f"{searched} of {row.sentences_total} sentences were searched, "
+            f"the limit is {judge.limit_tokens} tokens"
+        )
+        return _reject(cut_row, "nothing sufficient within the context", detail)
+    return cut_row
 
 
 def cut_at_ratio(row: PrefixRow, ratio: float = 1.0) -> PrefixRow:
@@ -304,6 +434,7 @@ def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
         "sentences": sentences,
         "ratio": sentences / row.sentences_total,
         "end": ends(row.trace)[sentences - 1],
+        "samples": (),
     }
     return row.model_copy(update={**cut_fields, **fields})
 

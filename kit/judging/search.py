@@ -1,8 +1,9 @@
 """Which boundaries of a trace are asked, and which one is kept (section 3.2 of the paper).
 
-Boundary k is the first k of m sentences. A search is pure: it calls `ask` and knows no model. Every
-search assumes that verdicts turn once, from NOT_ENOUGH to ENOUGH; whether they do, only the
-`violations` of a scan can tell. A new search is a function here and its name in `SEARCHES`.
+Boundary k is the first k of m sentences. A search is pure: it calls `ask` and knows no model.
+`binary` and `gallop` assume that verdicts turn once, from NOT_ENOUGH to ENOUGH; whether they do,
+only the `violations` of a scan can tell. `sweep` assumes nothing. A new search is a function here
+and its name in `TraceJudge.search`.
 """
 
 from __future__ import annotations
@@ -64,31 +65,63 @@ def gallop(m: int, ask: Ask) -> int | None:
     return binary(k - 1, ask, insufficient + 1, k)
 
 
-# What `judge.search` names, besides scan, which asks all boundaries at once and lets `choose` pick.
-# uncached asks what binary asks; only its session differs.
-SEARCHES = {"binary": binary, "uncached": binary, "gallop": gallop}
+def sweep(
+    m: int,
+    ask_many: Callable[[range], Sequence[bool]],
+    stretch_end: Callable[[int], int],
+    confirm: int = 1,
+) -> int | None:
+    """Ask from the left, a stretch at a time, until the first ENOUGH is confirmed.
+
+    Args:
+        m: the last boundary.
+        ask_many: gives the verdicts of the boundaries of a stretch.
+        stretch_end: the last boundary, at most m, of the stretch that begins with a boundary.
+        confirm: how many ENOUGH in a row it takes, the first one included.
+
+    Returns:
+        The first boundary of the first such run, the same as `first_run` finds among all verdicts.
+    """
+    enough: list[bool] = []
+    while len(enough) < m:
+        first = len(enough) + 1
+        enough += ask_many(range(first, stretch_end(first) + 1))
+        kept = first_run(enough, confirm)
+        # A run at the edge of what is read may still break off.
+        if kept and (kept + confirm <= len(enough) + 1 or len(enough) == m):
+            return kept
+    return None
 
 
-def choose(enough: Sequence[bool], rule: str) -> int | None:
+def first_run(enough: Sequence[bool], confirm: int) -> int | None:
+    """The first boundary that so many ENOUGH in a row begin with.
+
+    A shorter run that reaches the last boundary counts too: nothing after it speaks against it.
+    """
+    run = 0
+    for k, verdict in enumerate(enough, 1):
+        run = run + 1 if verdict else 0
+        if run == confirm:
+            return k - run + 1
+    return len(enough) - run + 1 if run else None
+
+
+def choose(enough: Sequence[bool], rule: str, confirm: int = 1) -> int | None:
     """Pick a boundary from a scan.
 
     Args:
         enough: the verdicts of all boundaries; enough[k - 1] is boundary k's.
-        rule: first (the smallest ENOUGH), stable (the smallest from which on all are ENOUGH), or
-            binary (what `binary` finds).
+        rule: first (the smallest ENOUGH that begins a run of `confirm`), stable (the smallest from
+            which on all are ENOUGH), or binary (what `binary` finds).
+        confirm: see `first_run`.
 
     Returns:
         The boundary; None where there is none.
     """
     if rule == "binary":
         return binary(len(enough), lambda k, *_: enough[k - 1])
-    if rule == "first":
-        return enough.index(True) + 1 if any(enough) else None
-    # stable: walk back from the end over everything that is ENOUGH
-    k = len(enough)
-    while k > 0 and enough[k - 1]:
-        k -= 1
-    return k + 1 if k < len(enough) else None
+    # stable: a run that only the end confirms
+    return first_run(enough, confirm if rule == "first" else len(enough))
 
 
 def violations(verdicts: Mapping[int, bool]) -> int:

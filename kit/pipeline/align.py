@@ -15,20 +15,19 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from kit.core.config import Config
+from kit.backends.base import Generation
+from kit.core.methods import method_of
 from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest, write_atomic
 from kit.judging.judge import keep
 from kit.pipeline.truncate import whole_traces
-from kit.prompts import draft_text, solve_text, target, text_of
-from kit.sampling import PROBLEM_FIELDS, Sampler, choose, rejection
+from kit.prompts import draft_turns, target, text_of
+from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, rejection
 
 NAME = "aligned.jsonl"
 TRAIN = "train.jsonl"
-WHOLE_TRACE = ("long-trace", "label-only")  # methods that take the whole trace
-UNCONTINUED = (*WHOLE_TRACE, "prefix-only")  # methods that ask the student for nothing here
 
 
 def align(run: Run) -> None:
@@ -38,7 +37,7 @@ def align(run: Run) -> None:
         return
     prefixes = [row for row in prefixes if not row.rejected]
     config = run.config
-    work = take_over if config.method in UNCONTINUED else extend
+    work = extend if method_of(config.method).continued else take_over
     with Sampler(run, config.student, config.align) as student:
         rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)
@@ -50,9 +49,10 @@ def align(run: Run) -> None:
 
 def _prefixes(run: Run) -> list[PrefixRow]:
     """What there is to continue."""
-    if run.config.method == "zero-shot":
+    rule = method_of(run.config.method).cut
+    if rule == "none":
         return []
-    if run.config.method in WHOLE_TRACE:
+    if rule == "whole":
         run.require("teach")
         return whole_traces(run)
     run.require("truncate")
@@ -84,10 +84,8 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
             draft = longer(row, round_number, settings.extend_rounds)
             drafts.append(draft)
             row_of_draft[draft.id] = row
-        turns = partial(draft_turns, config)
         failed = set()
-        continued = student.sample(drafts, turns)
-        for draft, samples, generation in continued:
+        for draft, samples, generation in _continued(student, drafts):
             row = row_of_draft[draft.id]
             verdicts[row.id] += [sample.verdict for sample in samples]
             seconds[row.id] += generation.seconds
@@ -109,6 +107,7 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
                 row,
                 draft,
                 samples=samples,
+                drawn_by_judge=bool(draft.samples),
                 pass_rate=correct / max(len(verdicts[row.id]), 1),
                 lengthened=round_number,
                 seconds=round(seconds[row.id], 3),
@@ -119,12 +118,22 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
             return
 
 
-def draft_turns(config: Config, draft: PrefixRow) -> tuple[str, str]:
-    """The user's turn for a prefix, and how the answer begins (align.mode)."""
-    prefix = draft.trace[: draft.end]
-    if config.align.mode == "prefill":
-        return solve_text(config.prompts, draft.question), prefix
-    return draft_text(config.prompts, draft.question, prefix), ""
+def _continued(student: Sampler, drafts: list[PrefixRow]) -> Iterator[Sampled]:
+    """Each draft with its samples: those that the judge drew at its cut, or new ones."""
+    config = student.run.config
+
+    def turns(draft: PrefixRow) -> tuple[str, str]:
+        return draft_turns(config, draft.question, draft.trace[: draft.end])
+
+    undrawn = []
+    for draft in drafts:
+        if draft.samples:
+            yield draft, draft.samples, Generation(draft.id)
+        else:
+            undrawn.append(draft)
+    # without drafts, no model is opened
+    if undrawn:
+        yield from student.sample(undrawn, turns)
 
 
 def longer(row: PrefixRow, round_number: int, rounds: int) -> PrefixRow:

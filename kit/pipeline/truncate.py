@@ -15,6 +15,7 @@ from statistics import median_high
 from typing import Any
 
 from kit.core.config import Config
+from kit.core.methods import method_of
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow, TraceRow
 from kit.core.run import Run
@@ -27,10 +28,7 @@ from kit.judging.sentences import ends
 from kit.reporting.metrics import degenerate
 
 NAME = "prefixes.jsonl"
-NOT_CUT = ("zero-shot", "long-trace", "label-only")  # methods that need no prefix
-# Methods whose cut the student judges; all others are cut at their ratio, or kept whole.
-JUDGED = ("palign", "prefix-only", "continuation-only")
-SUMS = ("prefill_tokens", "cached_tokens", "sufficient", "violations")
+SUMS = ("prefill_tokens", "cached_tokens", "generated_tokens", "sufficient", "violations")
 SHOWN = {
     "id",
     "sufficient",
@@ -38,6 +36,9 @@ SHOWN = {
     "prompt_tokens",
     "prefill_tokens",
     "cached_tokens",
+    "generated_tokens",
+    "searched_sentences",
+    "isolated",
     "seconds",
     "rejected",
     "detail",
@@ -47,7 +48,8 @@ SHOWN = {
 def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
     config = run.config
-    traces = [] if config.method in NOT_CUT else whole_traces(run)
+    rule = method_of(config.method).cut
+    traces = whole_traces(run) if rule in ("judge", "ratio") else []
     if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow)):
         return
 
@@ -55,7 +57,7 @@ def truncate(run: Run) -> None:
     judge = None
     cut_one: Callable[[PrefixRow], PrefixRow] = partial(cut_at_ratio, ratio=config.ratio or 1.0)
     with ExitStack() as stack:
-        if traces and config.method in JUDGED:
+        if traces and rule == "judge":
             judge = stack.enter_context(open_judge(config))
             cut_one = partial(cut, judge)
             if config.judge.calibration == "share":
@@ -81,7 +83,7 @@ def truncate(run: Run) -> None:
         "threshold": judge.threshold if judge else None,
     }
     for name in SUMS:
-        summary[name] = sum(getattr(row, name) for row in cut_rows)
+        summary[name] = sum(getattr(row, name) for row in rows)
     run.finish("truncate", digest(rows), len(traces), len(cut_rows), **summary)
 
 

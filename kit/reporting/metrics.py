@@ -95,7 +95,10 @@ def numbers(files: Files) -> Json:
             `PairedTest`}]; near_duplicates [{dataset, n, of}]
         train: the stage's own summary; loss_first, loss_last; train_rows
         prefix_ratio {p10, p50, p90, n} and prefix_ratio_median: kept share of the sentences
-        verdicts_asked, verdicts_unparsed, prefill_tokens, cached_tokens: of all judging
+        verdicts_asked, verdicts_unparsed, prefill_tokens, cached_tokens, generated_tokens: of all
+            judging
+        isolated_traces {rows, of}: cut before a boundary that is not ENOUGH, of those where the
+            verdict after the cut is known; over_limit_traces: searched in part
         judged_traces, insufficient_traces (never judged sufficient), violating_traces (NOT_ENOUGH
             after an ENOUGH), degenerate, notes
         rejections [{stage, reason, rows, of}]; retention {rows, of, ratio, paper}
@@ -232,16 +235,20 @@ def _funnel(files: Files) -> Json:
 def _judging(rows: Sequence[PrefixRow]) -> Json:
     """How much of each trace was kept, and what the verdicts were and cost."""
     cut = [row for row in rows if not row.rejected]
+    neighbours = [row.isolated for row in cut if row.isolated is not None]
     ratios = percentiles([row.ratio for row in cut])
-    labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
+    labels = Counter(verdict.label for row in rows for verdict in row.verdicts)
     return {
         "prefix_ratio": ratios,
         "prefix_ratio_median": ratios["p50"],
         "verdicts_asked": labels.total(),
         "verdicts_unparsed": labels["UNPARSED"],
-        "prefill_tokens": sum(row.prefill_tokens for row in cut),
-        "cached_tokens": sum(row.cached_tokens for row in cut),
+        "prefill_tokens": sum(row.prefill_tokens for row in rows),
+        "cached_tokens": sum(row.cached_tokens for row in rows),
+        "generated_tokens": sum(row.generated_tokens for row in rows),
         "judged_traces": sum(bool(row.verdicts) for row in cut),
+        "isolated_traces": {"rows": sum(neighbours), "of": len(neighbours)},
+        "over_limit_traces": sum(0 < row.searched_sentences < row.sentences_total for row in rows),
         "insufficient_traces": sum(not row.sufficient for row in cut),
         "violating_traces": sum(row.violations > 0 for row in cut),
     }
@@ -253,8 +260,8 @@ def _tally(rows: Sequence[Any]) -> Json:
     truncated: Counter[Any] = Counter()
     tokens = 0
     for row in rows:
+        tokens += row.processed_tokens
         for sample in row.samples:
-            tokens += sample.tokens
             verdicts[sample.verdict] += 1
             truncated[sample.verdict] += sample.finish_reason == "length"
     return {

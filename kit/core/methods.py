@@ -1,0 +1,49 @@
+"""The table of methods: P-ALIGN and the baselines it is compared with (section 4 of the paper).
+
+A method is a rule from question, trace and answer to a training target. All else is shared, so that
+a difference between two runs is the rule's. How traces are cut and continued is in kit/pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One rule.
+
+    In a target, {tagged} is the prefix in its tags, {trace} the prefix as it is, with the boxed
+    answer after it where it has no box of its own, and {boxed} the gold answer in a box.
+    """
+
+    # judge: where the student judges; ratio: at a share of the sentences; whole: not at all;
+    # none: there are no training rows
+    cut: Literal["judge", "ratio", "whole", "none"]
+    target: str  # what the student learns to write
+    continued: bool = False  # whether the student writes on from the prefix
+
+
+# Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without a
+# box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
+METHODS = {
+    "palign": Method("judge", "{tagged}\n{continuation}", continued=True),
+    "zero-shot": Method("none", ""),
+    "label-only": Method("whole", "{boxed}"),
+    "long-trace": Method("whole", "{trace}"),
+    "prefix-only": Method("judge", "{tagged}\n{boxed}"),
+    "continuation-only": Method("judge", "{continuation}", continued=True),
+    "no-search": Method("ratio", "{tagged}\n{continuation}", continued=True),
+    # ratio-0.25 keeps this share of the sentences
+    "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
+}
+PATTERN = (
+    rf"^({'|'.join(name for name in METHODS if name != 'ratio')}"
+    r"|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?))$"
+)
+
+
+def method_of(name: str) -> Method:
+    """The method that the key `method` names."""
+    return METHODS["ratio" if name.startswith("ratio-") else name]
