@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from kit.core.config import Derives
 from kit.core.errors import KitError
 from kit.core.records import Problem
 
@@ -131,14 +132,24 @@ def _operand(rng: random.Random, operation: str, value: int, largest: int) -> in
     return rng.randint(*ranges[operation])
 
 
-def wander(problem: Problem, wordiness: float, seed: int) -> str:
-    """A long chain of thought over a worked solution: right in the end, essential steps early, then
-    checks upon checks.
+def wander(
+    problem: Problem,
+    wordiness: float,
+    seed: int,
+    derives: Derives = "early",
+    dead_ends: int = 0,
+) -> str:
+    """A long chain of thought over a worked solution: right in the end, with much that it does not
+    need before or after the steps that derive the answer.
 
     Equations `a op b = c` in the solution, one step per line, are what goes astray and is checked.
 
     Args:
         wordiness: 0 is the bare solution; 1 a trace some eight times as long, 3 some twenty times.
+        derives: where the deriving steps stand. early: before all checks; late: as many paragraphs
+            that derive nothing come first, and no check follows; spread: so many of them as the
+            trace's own seed says, and checks for the rest.
+        dead_ends: abandoned approaches before the deriving steps.
 
     Raises:
         KitError: the problem has no worked solution.
@@ -162,19 +173,48 @@ def wander(problem: Problem, wordiness: float, seed: int) -> str:
     lines.append(phrases["asked"].format(asked=asked))
 
     # the steps, some after a false start
+    deriving = []
     for step in steps:
         if rng.random() < min(0.9, 0.35 * wordiness):
             equations = _equations(step)
             if equations:
-                lines.append(_false_start(rng, equations[0]))
-        lines.append(rng.choice(phrases["step"]).format(step=step))
-    lines.append(phrases["result"].format(answer=problem.answer))
+                deriving.append(_false_start(rng, equations[0]))
+        deriving.append(rng.choice(phrases["step"]).format(step=step))
+    deriving.append(phrases["result"].format(answer=problem.answer))
 
     # what is known already, checked again and again
+    checks = []
     for number in range(round(wordiness * rng.randint(4, 6))):
         opening = rng.choice(phrases["again"]) if number else phrases["doubt"]
-        lines.append(f"{opening} {_check(rng, problem.answer, asked, steps)}")
+        checks.append(f"{opening} {_check(rng, problem.answer, asked, steps)}")
+
+    # Late steps come after delays in place of checks. The generator is one of its own, so that
+    # early traces stay as they were.
+    place = random.Random(f"place {problem.id} {derives} {dead_ends} {seed}")
+    delays = {"early": 0, "late": len(checks), "spread": place.randint(0, len(checks))}[derives]
+    lines += _underived(place, phrases["dead_ends"], dead_ends, problem.question, steps)
+    lines += _underived(place, phrases["delays"], delays, problem.question, steps)
+    lines += deriving + checks[: len(checks) - delays]
     return "\n\n".join([*lines, phrases["end"].format(answer=problem.answer)])
+
+
+def _underived(
+    rng: random.Random, phrases: list[str], count: int, question: str, steps: list[str]
+) -> list[str]:
+    """Paragraphs that derive nothing and name no result; a phrase repeats only after all others."""
+    equations = [equation for step in steps for equation in _equations(step)]
+    if not equations:
+        phrases = [phrase for phrase in phrases if "{a}" not in phrase]
+    shuffled = rng.sample(phrases, len(phrases))
+    paragraphs = []
+    for number in range(count):
+        values = {"asked": question.split(". ")[-1], "question": question}
+        if equations:
+            equation = rng.choice(equations)
+            others = [operation for operation in "+-*" if operation != equation["op"]]
+            values = {**values, **equation, "other": rng.choice(others)}
+        paragraphs.append(shuffled[number % len(shuffled)].format(**values))
+    return paragraphs
 
 
 def _equations(step: str) -> list[dict[str, Any]]:

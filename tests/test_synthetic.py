@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from kit.core.config import Derives
 from kit.core.errors import KitError
 from kit.core.records import Problem
 from kit.grading.answers import last_box
@@ -88,6 +89,40 @@ def test_wandering_is_long_right_and_repeatable(problems: list[Problem]) -> None
     assert wander(problems[0], 0, 0) == problems[0].solution
     assert wander(problems[0], 1, 0) != wander(problems[0], 1, 1)
     assert 4 * sizes[0] < sizes[1] and 2 * sizes[1] < sizes[3]
+
+
+def test_the_deriving_steps_stand_where_the_config_says(problems: list[Problem]) -> None:
+    """The same lines derive the answer wherever they stand, and no result is named before them."""
+    places: dict[Derives, list[float]] = {"early": [], "late": [], "spread": []}
+    for problem in problems[:200]:
+        lengths = set()
+        for derives, shares in places.items():
+            parts = wander(problem, 1, 0, derives).split("\n\n")
+            lengths.add(len(parts))
+            known = next(i for i, part in enumerate(parts) if part.startswith("So the result is"))
+            shares.append((known + 1) / len(parts))
+            solution = (problem.solution or "").splitlines()[:-1]
+            assert all(line in "".join(parts[:known]) for line in solution)
+            # nothing but the steps themselves says what comes out
+            first = next(i for i, part in enumerate(parts) if solution[0] in part)
+            assert not any("=" in part for part in parts[:first])
+        assert len(lengths) == 1
+    early, late, spread = ([min(shares), max(shares)] for shares in places.values())
+    assert max(places["early"]) < 1 and min(places["late"]) > 0.7
+    assert spread[0] < 0.5 and spread[1] > 0.9
+    assert early[0] < 0.5 < late[0]
+
+
+def test_dead_ends_come_before_the_steps_and_derive_nothing(problems: list[Problem]) -> None:
+    for problem in problems[:100]:
+        straight = wander(problem, 1, 0)
+        lost = wander(problem, 1, 0, dead_ends=3)
+        added = [part for part in lost.split("\n\n") if part not in straight]
+        assert len(lost.split("\n\n")) == len(straight.split("\n\n")) + 3
+        assert added and not any("=" in part for part in added)
+        assert last_box(lost) == problem.answer
+    prose = Problem(id="p", question="Why?", answer="7", solution="It is seven.\n\\boxed{7}")
+    assert last_box(wander(prose, 2, 0, "spread", dead_ends=2)) == "7"
 
 
 def test_what_is_essential_comes_early(problems: list[Problem]) -> None:

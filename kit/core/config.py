@@ -37,6 +37,7 @@ from kit.core.stages import STAGES
 
 Dtype = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 TeacherBackend = Literal["hf", "gguf", "http", "scripted", "file", "reference"]
+Derives = Literal["early", "late", "spread"]
 Keep = Literal["first", "shortest", "all"]  # of the correct samples
 # What a row of data may hold.
 Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject", "verifier"]
@@ -134,6 +135,8 @@ class Teacher(ModelConfig):
     path: str | None = None  # file: JSONL with traces; None: data.train has them
     fields: dict[Role, str] = {}  # file: as data.train.fields
     wordiness: NonNegativeFloat = 1.0  # reference: how much a trace wanders; 0: the bare solution
+    derives: Derives = "early"  # reference: where the steps that derive the answer stand
+    dead_ends: NonNegativeInt = 0  # reference: abandoned approaches before those steps
     samples: PositiveInt = 1
     keep: Keep = "first"
     sampling: Sampling = Sampling()

@@ -65,7 +65,13 @@ def existing_traces(teacher: Sampler, problems: list[Problem]) -> Iterator[Sampl
     for problem in problems:
         text = problem.trace or ""
         if teacher.engine.backend == "reference":
-            text = wander(problem, config.teacher.wordiness, config.seed)
+            text = wander(
+                problem,
+                config.teacher.wordiness,
+                config.seed,
+                config.teacher.derives,
+                config.teacher.dead_ends,
+            )
         completion = Completion(text, (), "stop")
         samples = grade_samples(teacher.grader, [completion], problem)
         yield problem, samples, Generation(problem.id, (completion,))
