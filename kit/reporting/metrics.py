@@ -197,21 +197,11 @@ def _funnel(files: Files) -> Json:
     stages = files.manifest["stages"]
     kept = [row for row in files.aligned if not row.rejected]
     continued = [row for row in kept if row.continuation]
-    prefixes = [len(row.prefix) for row in kept]
-    continuations = [len(row.continuation) for row in continued]
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
-    # Training drops rows on its own; all others are in rejected.jsonl.
-    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
-    for reason, names in files.summary("train").get("dropped", {}).items():
-        lost["train", reason] = len(names)
-    rejections = []
-    for (stage, reason), rows in lost.items():
-        of = stages.get(stage, {}).get("rows_in")
-        rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
     return {
         "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],
-        "rejections": rejections,
+        "rejections": _rejections(files),
         "train_rows": len(files.train),
         "retention": {
             "rows": len(kept),
@@ -220,8 +210,8 @@ def _funnel(files: Files) -> Json:
             "paper": PAPER_RETENTION,
         },
         "lengths": {
-            "prefix_characters": percentiles(prefixes),
-            "continuation_characters": percentiles(continuations),
+            "prefix_characters": percentiles([len(row.prefix) for row in kept]),
+            "continuation_characters": percentiles([len(row.continuation) for row in continued]),
             "prefix_share": percentiles(shares),
         },
         "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
@@ -229,21 +219,47 @@ def _funnel(files: Files) -> Json:
     }
 
 
+def _rejections(files: Files) -> list[Json]:
+    """How many rows each stage lost for each reason, of how many that it took."""
+    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
+    # Training drops rows on its own; all others are in rejected.jsonl.
+    for reason, names in files.summary("train").get("dropped", {}).items():
+        lost["train", reason] = len(names)
+    rejections = []
+    for (stage, reason), rows in lost.items():
+        of = files.manifest["stages"].get(stage, {}).get("rows_in")
+        rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
+    return rejections
+
+
 def _judging(rows: Sequence[PrefixRow]) -> Json:
     """How much of each trace was kept, and what the verdicts were and cost."""
-    cut = [row for row in rows if not row.rejected]
-    ratios = percentiles([row.ratio for row in cut])
-    labels = Counter(verdict.label for row in cut for verdict in row.verdicts)
+    ratios = []
+    labels: Counter[str] = Counter()
+    totals = {
+        "prefill_tokens": 0,
+        "cached_tokens": 0,
+        "judged_traces": 0,
+        "insufficient_traces": 0,
+        "violating_traces": 0,
+    }
+    for row in rows:
+        if row.rejected:
+            continue
+        ratios.append(row.ratio)
+        labels.update(verdict.label for verdict in row.verdicts)
+        totals["prefill_tokens"] += row.prefill_tokens
+        totals["cached_tokens"] += row.cached_tokens
+        totals["judged_traces"] += bool(row.verdicts)
+        totals["insufficient_traces"] += not row.sufficient
+        totals["violating_traces"] += row.violations > 0
+    kept = percentiles(ratios)
     return {
-        "prefix_ratio": ratios,
-        "prefix_ratio_median": ratios["p50"],
+        "prefix_ratio": kept,
+        "prefix_ratio_median": kept["p50"],
         "verdicts_asked": labels.total(),
         "verdicts_unparsed": labels["UNPARSED"],
-        "prefill_tokens": sum(row.prefill_tokens for row in cut),
-        "cached_tokens": sum(row.cached_tokens for row in cut),
-        "judged_traces": sum(bool(row.verdicts) for row in cut),
-        "insufficient_traces": sum(not row.sufficient for row in cut),
-        "violating_traces": sum(row.violations > 0 for row in cut),
+        **totals,
     }
 
 
