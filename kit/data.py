@@ -1,20 +1,13 @@
 """Problems from the built-in generator, a file or the hub: read, checked, subsets and holdouts
 taken.
 
-What a row is shows in its keys, in any case: GSM8K, MATH, AIME, AMC and s1K are known by them.
-Other files of the field have a preset (kit/presets.yaml), and any file can be read by `fields:
-{question: KEY, answer: KEY, ...}`, where a key may be nested (`reward_model.ground_truth`) and
-a question be a template (`"{Body} {Question}"`, `"{question} {options}"`).
-
 A damaged file stops the run, with its line. A row that is missing something, or whose id or text
 came before, is set aside. Training and evaluation may share no question, up to case and white
-space; rewordings are only counted.
+space; rewordings are only counted. What the keys of a row mean is known in kit/formats.py.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import hashlib
 import os
 import random
@@ -25,31 +18,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import yaml
-
 from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
-from kit.core.records import Problem, Verifier, replace_surrogates
+from kit.core.records import Problem, Verifier
 from kit.core.run import Run
 from kit.core.storage import digest
-from kit.core.table import IS_FILE, Rows, keys_of, lookup, read_rows
+from kit.core.table import IS_FILE, Rows, numbered, read_rows
+from kit.formats import (
+    Keys,
+    fitting_preset,
+    keys_by_role,
+    missing_role,
+    unused_parts,
+    values_of,
+    with_preset,
+)
 
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
-S1K_TRACE = "deepseek_thinking_trajectory"
-# What a row may hold, and its keys, best first.
-ROLES = {
-    "id": ("id", "unique_id", "problem_id"),
-    "question": ("question", "problem"),
-    "answer": ("answer",),
-    "solution": ("solution",),
-    "trace": ("trace", "long_cot", S1K_TRACE),
-    "level": ("level",),
-    "subject": ("subject", "type"),
-    "verifier": ("verifier",),
-}
-# Keys that belong to a question: a row that has one which is not used has only half of it.
-PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Reading(NamedTuple):
@@ -60,7 +45,7 @@ class Reading(NamedTuple):
     name: str  # for tables and files
     problems: list[Problem]
     rejected: list[dict[str, str]]
-    warnings: tuple[str, ...] = ()
+    warnings: list[str]
 
 
 class Loaded(NamedTuple):
@@ -148,7 +133,7 @@ def _read_eval(
     if source.path == "holdout":
         taken = {normal(problem.question) for problem in train}
         rest = [problem for problem in everything.problems if normal(problem.question) not in taken]
-        reading = Reading(source.name or "holdout", rest, [])
+        reading = Reading(source.name or "holdout", rest, [], [])
     else:
         reading = read(source, seed, held_out=True)
     if not reading.problems:
@@ -165,14 +150,15 @@ def _refuse_overlap(
     train: list[Problem], problems: list[Problem], train_name: str, eval_name: str
 ) -> None:
     ids = {normal(problem.question): problem.id for problem in train}
-    both = [problem for problem in problems if normal(problem.question) in ids]
-    if not both:
+    twins = []
+    for problem in problems:
+        twin = ids.get(normal(problem.question))
+        if twin:
+            twins.append(f"{twin!r} in {train_name} is {problem.id!r} in {eval_name}")
+    if not twins:
         return
-    examples = "; ".join(
-        f"{ids[normal(problem.question)]!r} in {train_name} is {problem.id!r} in {eval_name}"
-        for problem in both[:3]
-    )
-    message = f"{len(both)} question(s) appear in both training and evaluation: {examples}."
+    examples = "; ".join(twins[:3])
+    message = f"{len(twins)} question(s) appear in both training and evaluation: {examples}."
     raise KitError(message, "Take them out of one of the two, or evaluate on `holdout`.")
 
 
@@ -190,66 +176,62 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
         KitError: no such file or dataset, damage (with its line), a key of `fields` that no row
             has, or not one usable row.
     """
-    preset = presets().get(source.preset or source.path, {})
     source = with_preset(source)
-    name = source.name or re.sub(
-        r"\.(?:jsonl?|csv|tsv|parquet)(?:\.gz)?$", "", Path(source.path).name
-    )
-    reading = Reading(re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data", [], [])
+    name = source.name or re.split(r"\.(?:jsonl?|csv|tsv|parquet)\b", Path(source.path).name)[0]
+    reading = Reading(re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data", [], [], [])
     if source.path == "builtin":
         return reading._replace(problems=_builtin(source, seed, held_out))
-    # the rows, and which key holds what
+
     is_file = os.path.exists(source.path) or IS_FILE.fullmatch(source.path)
     rows = read_rows(source.path) if is_file else _hub_rows(source, held_out)
-    keys = _keys(source, rows)
-    needed = ("question", "answer", "trace") if traces else ("question", "answer")
-
-    # every row becomes a problem, or is set aside with its reason
-    ids: dict[str, str] = {}  # where each is
-    questions: dict[str, Problem] = {}  # the first one with a text
-    for where, row in rows:
-        values = _values(row, keys)
-        question = normal(values["question"] or "")
-        text = f"{question}\0{values['trace'] if traces else ''}"
-        id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-        missing = [role for role in needed if not values[role]]
-        twin = questions.get(question)
-        if missing:
-            reason = _reason(row, keys, missing[0])
-            detail = reason
-        elif twin and twin.answer != values["answer"] and not traces:
-            reason = "same question, different answer"
-            detail = f"{reason}: already in {ids[twin.id]}"
-        elif id in ids:
-            reason = "duplicate id or text"
-            detail = f"{reason}: already in {ids[id]}"
-        else:
-            ids[id] = where
-            verifier = values.pop("verifier")
-            if verifier not in get_args(Verifier):
-                verifier = source.verifier
-            problem = Problem.model_validate({**values, "id": id, "verifier": verifier})
-            questions.setdefault(question, problem)
-            reading.problems.append(problem)
-            continue
-        detail = f"{source.path}, {where}: {detail}"
-        reading.rejected.append({"id": id, "reason": reason, "detail": detail})
+    keys = keys_by_role(source, rows)
+    _sort_out(reading, source, rows, keys, traces)
     if not reading.problems:
         first = reading.rejected[0]["detail"]
         message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
-        fitting = _fitting_preset(rows[0][1])
+        fitting = fitting_preset(rows[0][1])
         hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
         raise KitError(message, f"{hint} the keys: fields={{question: KEY, answer: KEY}}.")
-    warnings = _unused_parts(source, keys, rows) + _other_copy(source, preset, reading.problems)
-    return reading._replace(warnings=warnings)
+    warning = unused_parts(keys, rows)
+    if warning:
+        reading.warnings.append(f"{source.path} {warning}")
+    return reading
 
 
-def _reason(row: dict[str, Any], keys: dict[str, tuple[str, ...]], role: str) -> str:
-    """What is wrong with the keys that should hold a role."""
-    present = [key for key in row if key.lower() in [name.lower() for name in keys[role]]]
-    if present:
-        return f"no {role} in {keys_of({key: row[key] for key in present})}"
-    return f"no {role} in any key of {keys_of(row)}"
+def _sort_out(
+    reading: Reading, source: DatasetConfig, rows: Rows, keys: Keys, traces: bool
+) -> None:
+    """Add every row to the problems, or to the rejected ones with its reason."""
+    needed = ("question", "answer", "trace") if traces else ("question", "answer")
+    places: dict[str, str] = {}  # of each id
+    first: dict[str, Problem] = {}  # by question
+    for where, row in rows:
+        values = values_of(row, keys)
+        question = normal(values["question"] or "")
+        text = f"{question}\0{values['trace'] if traces else ''}"
+        id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        twin = first.get(question)
+        reason = missing_role(row, values, keys, needed)
+        place = None
+        if not reason and not traces and twin and twin.answer != values["answer"]:
+            reason = "same question, different answer"
+            place = places[twin.id]
+        elif not reason and id in places:
+            reason = "duplicate id or text"
+            place = places[id]
+        if reason:
+            detail = f"{source.path}, {where}: {reason}"
+            if place:
+                detail = f"{detail}: already in {place}"
+            reading.rejected.append({"id": id, "reason": reason, "detail": detail})
+            continue
+
+        if values["verifier"] not in get_args(Verifier):
+            values["verifier"] = source.verifier
+        problem = Problem.model_validate({**values, "id": id})
+        places[id] = where
+        first.setdefault(question, problem)
+        reading.problems.append(problem)
 
 
 def describe(source: DatasetConfig, everything: bool = False) -> dict[str, Any]:
@@ -273,141 +255,25 @@ def describe(source: DatasetConfig, everything: bool = False) -> dict[str, Any]:
     return description
 
 
-@functools.cache
-def presets() -> dict[str, dict[str, Any]]:
-    """The field's files by name, as kit/presets.yaml explains them."""
-    path = Path(__file__).with_name("presets.yaml")
-    loaded: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return loaded
-
-
-def with_preset(source: DatasetConfig) -> DatasetConfig:
-    """A source with the keys of its preset; what the config sets itself stays.
-
-    Raises:
-        KitError: no preset of that name, with the nearest one.
-    """
-    name = source.preset or source.path
-    preset = presets().get(name)
-    if preset is None or (source.preset is None and os.path.exists(name)):
-        if source.preset is None:
-            return source
-        nearest = ", ".join(difflib.get_close_matches(name, presets(), 1) or presets())
-        raise KitError(f"There is no preset {name!r}.", f"Did you mean {nearest}?", 2)
-    # what the config sets itself goes first
-    changes: dict[str, Any] = {}
-    for key in ("subset", "split", "verifier", "samples"):
-        if key in preset and key not in source.model_fields_set:
-            changes[key] = preset[key]
-    changes["fields"] = {**preset.get("fields", {}), **source.fields}
-    if source.preset is None:
-        changes.update(path=preset["path"], name=source.name or name)
-    return source.model_copy(update=changes)
-
-
-def _fitting_preset(row: dict[str, Any]) -> str | None:
-    """The preset whose keys a row has."""
-    for name, preset in presets().items():
-        keys = set(re.findall(r"[\w.]+", " ".join(preset.get("fields", {}).values())))
-        keys -= {"context", "passage"}
-        if keys and all(lookup(row, key) is not None for key in keys):
-            return name
-    return None
-
-
-def _keys(source: DatasetConfig, rows: Rows) -> dict[str, tuple[str, ...]]:
-    """The keys or the template of each role.
-
-    Raises:
-        KitError: a key that `fields` names and no row has.
-    """
-    # every key that the config names must be there
-    keys: dict[str, tuple[str, ...]] = dict(ROLES)
-    for role, named in source.fields.items():
-        keys[role] = (named,)
-        for key in _template_keys(named) or [named]:
-            if any(_has(row, key) for _, row in rows):
-                continue
-            nearest = difflib.get_close_matches(key, rows[0][1], 1, cutoff=0.3)
-            hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-            message = f"{source.path}: fields.{role} names {key!r}, a key that no row has."
-            raise KitError(message, f"{hint}The first row's keys are {keys_of(rows[0][1])}.", 2)
-    return keys
-
-
-def _has(row: dict[str, Any], path: str) -> bool:
-    """Whether a row has a key, empty or not."""
-    return any(key.lower() == path.lower() for key in row) or lookup(row, path) is not None
-
-
-def _template_keys(named: str) -> list[str]:
-    return re.findall(r"\{([^{}]+)\}", named)
-
-
-def _unused_parts(
-    source: DatasetConfig, keys: dict[str, tuple[str, ...]], rows: Rows
-) -> tuple[str, ...]:
-    """A warning for keys that belong to a question and are not used."""
-    used = re.findall(r"\w+", str(list(keys.values())).lower())
-    unused = []
-    for key in rows[0][1]:
-        is_part = key.lower() in PARTS_OF_QUESTIONS and key.lower() not in used
-        if is_part and any(row.get(key) for _, row in rows):
-            unused.append(key)
-    if not unused:
-        return ()
-    # contexts come before the question, options after it
-    question = next((key for key in rows[0][1] if key.lower() in keys["question"]), "KEY")
-    template = f"{{{question}}}"
-    for key in unused:
-        is_options = key.lower() in ("options", "choices")
-        template = f"{template}\\n{{{key}}}" if is_options else f"{{{key}}} {template}"
-    return (
-        f"{source.path}: not used, though part of the question: {', '.join(unused)}. "
-        f'Write fields={{question: "{template}"}}.',
-    )
-
-
-def _other_copy(
-    source: DatasetConfig, preset: dict[str, Any], problems: list[Problem]
-) -> tuple[str, ...]:
-    """A warning where a set that is known by its answers has others: copies of AIME differ."""
-    if "answers" not in preset:
-        return ()
-    expected = Counter(map(str, preset["answers"]))
-    answers = Counter(problem.answer.lstrip("0") or "0" for problem in problems)
-    missing = expected - answers
-    extra = answers - expected
-    if not missing and not extra:
-        return ()
-    return (
-        f"{source.path} is another copy of this set: of {expected.total()} answers "
-        f"{missing.total()} are missing and {extra.total()} are different "
-        f"({', '.join([*missing, *extra][:6])}).",
-    )
-
-
 def subset(problems: list[Problem], source: DatasetConfig, seed: int) -> list[Problem]:
     """The source's `limit` rows: the first, a seeded choice, or a stratified one (each stratum gets
     its share to within one row); in the order of the file.
     """
-    # each stratum's rows are together, and every n-th row is taken
     strata = [getattr(problem, source.stratify or "", None) or "" for problem in problems]
     if source.stratify and not any(strata):
-        raise KitError(
-            f"{source.path} has no {source.stratify} to stratify by.",
-            "Map level or subject by fields.",
-            2,
-        )
-    if source.limit is None or source.limit >= len(problems):
+        message = f"{source.path} has no {source.stratify} to stratify by."
+        raise KitError(message, "Map level or subject by fields.", 2)
+    limit = source.limit
+    if limit is None or limit >= len(problems):
         return problems
     order = list(range(len(problems)))
     if source.seed is not None or source.stratify:
         random.Random(f"subset {seed if source.seed is None else source.seed}").shuffle(order)
-    if source.stratify:  # at even distances along the strata
+    # each stratum's rows are together, and rows are taken at even distances
+    if source.stratify:
         order.sort(key=strata.__getitem__)
-        order = [order[(2 * i + 1) * len(order) // (2 * source.limit)] for i in range(source.limit)]
-    return [problems[i] for i in sorted(order[: source.limit])]
+        order = [order[(2 * i + 1) * len(order) // (2 * limit)] for i in range(limit)]
+    return [problems[i] for i in sorted(order[:limit])]
 
 
 def normal(question: str) -> str:
@@ -420,7 +286,8 @@ def near_duplicates(first: Sequence[Problem], second: Sequence[Problem]) -> list
     first.
     """
     # which questions hold a 5-gram
-    holders, ids = defaultdict(list), []
+    holders = defaultdict(list)
+    ids = []
     for problem in first:
         for gram in _grams(problem.question):
             holders[gram].append(problem.id)
@@ -460,10 +327,9 @@ def _hub_rows(source: DatasetConfig, held_out: bool) -> Rows:
     try:
         datasets.disable_progress_bars()
         rows = datasets.load_dataset(source.path, **options)
-        return [(f"row {number}", dict(row)) for number, row in enumerate(rows, 1)]
-    except (
-        Exception
-    ) as error:  # datasets, pyarrow and the HTTP client raise dozens of types, all the source's
+        return numbered(map(dict, rows))
+    # datasets, pyarrow and the HTTP client raise dozens of types, all of them about the source
+    except Exception as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         message = f"{source.path} (no such file; asked the hub): {cause}"
         hint = (
@@ -471,80 +337,3 @@ def _hub_rows(source: DatasetConfig, held_out: bool) -> Rows:
             "without a network give a downloaded file: data.train=FILE."
         )
         raise KitError(message, hint) from None
-
-
-def _values(row: dict[str, Any], keys: dict[str, tuple[str, ...]]) -> dict[str, str | None]:
-    """What a row holds, by role."""
-    values = {role: _first_text(row, names) for role, names in keys.items()}
-    answer = values["answer"]
-    solution = values["solution"]
-    if answer and "####" in answer:
-        # GSM8K: worked text with the value after ####
-        worked, _, last = re.sub("<<[^>]*>>", "", answer).rpartition("####")
-        values["answer"] = re.sub(r"(?<=\d),(?=\d{3})", "", last.strip())
-        values["solution"] = f"{worked.strip()}\nThe answer is \\boxed{{{values['answer']}}}."
-    elif not answer and solution:
-        from kit.grading.extract import last_box
-
-        values["answer"] = last_box(solution) or (solution if S1K_TRACE in row else None)
-    elif answer and answer.isdigit() and keys["question"][0].count("{") > 1:
-        values["answer"] = _letter_of_index(row, keys["question"][0], int(answer))
-    return values
-
-
-def _letter_of_index(row: dict[str, Any], template: str, index: int) -> str | None:
-    """The letter of an answer that is an index into the options of the question, from 0."""
-    for key in _template_keys(template):
-        options = lookup(row, key)
-        if isinstance(options, list):
-            return LETTERS[index] if index < min(len(options), len(LETTERS)) else None
-    return str(index)
-
-
-def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of the keys or templates, in any case, that gives text; None where none does."""
-    for name in names:
-        text = _fill(row, name) if _template_keys(name) else _text(lookup(row, name))
-        if text:
-            return text
-    return None
-
-
-def _fill(row: dict[str, Any], template: str) -> str | None:
-    """A template with the values of a row; None where a part other than a context is missing,
-    never half a question.
-    """
-    text = template
-    for key in _template_keys(template):
-        part = _options(lookup(row, key))
-        if part is None and key.lower() not in ("context", "passage"):
-            return None
-        if part and key.lower() in ("body", "context", "passage") and part[-1].isalnum():
-            part += "."
-        text = text.replace(f"{{{key}}}", part or "")
-    return text.strip()
-
-
-def _options(value: Any) -> str | None:
-    """Options as lettered lines; any other value as text."""
-    if isinstance(value, dict):
-        lines = [f"{letter}) {option}" for letter, option in value.items() if option is not None]
-    elif isinstance(value, list):
-        lettered = all(re.match(r"\(?[A-Z][).:]", str(option)) for option in value)
-        pairs = zip(LETTERS, value, strict=False)
-        lines = [str(option) if lettered else f"{letter}) {option}" for letter, option in pairs]
-    else:
-        return _text(value)
-    return replace_surrogates("\n".join(lines)) or None
-
-
-def _text(value: Any) -> str | None:
-    """Text, a finite number, or a list of these, as text; None for anything else."""
-    if isinstance(value, str) and value.strip():
-        return replace_surrogates(value)
-    if type(value) in (int, float) and abs(value) < float("inf"):  # neither True nor NaN
-        return str(value).removesuffix(".0")
-    if isinstance(value, list):
-        texts = [None if isinstance(item, list) else _text(item) for item in value]
-        return ", ".join(map(str, texts)) if texts and all(texts) else None
-    return None

@@ -247,12 +247,12 @@ def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str
     way = rng.randrange(5)
     if not equations and way != 3:
         way = 4
-    facts: dict[str, Any] = {"answer": answer, "asked": asked}
-    if way == 0:
-        facts["sums"] = " ".join("{a} {op} {b} = {c}, yes.".format(**one) for one in equations)
-    if way == 1:
-        undone = [f"{e['c']} {_UNDO[e['op']]} {e['b']} = {e['a']}" for e in reversed(equations)]
-        facts["undone"] = ", ".join(undone)
+    sums = []
+    undone: list[str] = []
+    for one in equations:
+        sums.append("{a} {op} {b} = {c}, yes.".format(**one))
+        undone.insert(0, f"{one['c']} {_UNDO[one['op']]} {one['b']} = {one['a']}")
+    facts = {"answer": answer, "asked": asked, "sums": " ".join(sums), "undone": ", ".join(undone)}
     if way == 2:
         facts.update(rng.choice(equations))
     if way == 4:

@@ -23,6 +23,7 @@ from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem, Sample, TraceRow
 from kit.core.storage import RowFile, line_of
+from kit.formats import ROLES
 from kit.grading.answers import find
 from kit.judging.sentences import ends, split
 
@@ -52,9 +53,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
     max_leaves=8,
 )
-KEYS = sorted(
-    {key for keys in data.ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"}
-)
+KEYS = sorted({key for keys in ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
 
 
 @fuzz
@@ -131,9 +130,7 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), JSON | MATHS, max_size=6)
 SOURCES = st.fixed_dictionaries(
     {},
     optional={
-        "fields": st.dictionaries(
-            st.sampled_from([*data.ROLES]), st.sampled_from(KEYS), max_size=3
-        ),
+        "fields": st.dictionaries(st.sampled_from([*ROLES]), st.sampled_from(KEYS), max_size=3),
         "limit": st.integers(1, 5),
         "seed": st.integers(),
         "stratify": st.sampled_from(["level", "subject", "id", "x"]),

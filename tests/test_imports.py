@@ -22,6 +22,7 @@ FLOORS = (
     ("kit.backends",),
     ("kit.prompts",),
     ("kit.grading",),
+    ("kit.formats",),
     ("kit.data",),
     ("kit.sampling",),
     ("kit.judging",),

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ def read_rows(name: str) -> Rows:
     if other:
         hint = f"Convert it to one of {', '.join(FORMATS)}; each may be gzipped."
         raise KitError(f"{path}: files of the format {other[0]} are not supported.", hint)
-    where = "its path"
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -54,7 +54,7 @@ def read_rows(name: str) -> Rows:
             f"{path} cannot be read: {error.strerror or error}.", "Fix the path."
         ) from None
     except (ValueError, EOFError) as error:
-        raise KitError(f"{path}, {where}: cannot be read ({error}).", "Check the file.") from None
+        raise KitError(f"{path} cannot be read ({error}).", "Check the file.") from None
     if not rows:
         raise KitError(
             f"{path} is empty.", "It should hold objects {key: value, ...}, one per line."
@@ -71,14 +71,19 @@ def _parse(content: bytes, name: str) -> Rows:
         from pyarrow import parquet
 
         table = parquet.read_table(io.BytesIO(content))
-        return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+        return numbered(table.to_pylist())
     content = content.removeprefix(codecs.BOM_UTF8)
     if name.endswith((".csv", ".tsv")):
         return _parse_csv(content, "\t" if name.endswith(".tsv") else ",")
     document = _whole(content)
     if document is None:
         return _parse_lines(content)
-    return [(f"row {number}", row) for number, row in enumerate(document, 1)]
+    return numbered(document)
+
+
+def numbered(rows: Iterable[dict[str, Any]]) -> Rows:
+    """Rows with their place in a table that has no lines."""
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _parse_csv(content: bytes, delimiter: str) -> Rows:
@@ -111,11 +116,9 @@ def _whole(content: bytes) -> list[dict[str, Any]] | None:
         # {"data": [...]} or {"0": {...}, "1": {...}}
         values = list(document.values())
         document = values[0] if len(values) == 1 else values
-    return document if _is_rows(document) else None
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    if isinstance(document, list) and document and all(isinstance(row, dict) for row in document):
+        return document
+    return None
 
 
 def _parse_lines(content: bytes) -> Rows:
@@ -145,9 +148,8 @@ def lookup(row: dict[str, Any], path: str) -> Any:
     if not rest:
         return None
     inner = lookup(row, head)
-    if isinstance(inner, list) and inner and rest.split(".")[0].isdigit():
-        inner = dict(enumerate(inner))
-        inner = {str(place): value for place, value in inner.items()}
+    if isinstance(inner, list):
+        inner = {str(place): item for place, item in enumerate(inner)}
     return lookup(inner, rest) if isinstance(inner, dict) else None
 
 

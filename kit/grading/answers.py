@@ -112,17 +112,12 @@ class Grader:
             return "unparsed", "unreadable"
 
         # times of day, then plain numbers
-        clocks = [read_clock(text) for text in (right, given)]
-        if any(clocks):
-            return _verdict(clocks[0] == clocks[1]), "string"
-        numbers = [read_quantity(text, words=verifier == "number") for text in (right, given)]
-        if numbers[0] and numbers[1]:
-            differ = different_units(numbers[0].unit, numbers[1].unit)
-            if numbers[0].value == numbers[1].value:
-                return _verdict(not differ), "decimal"
-            # 0.2 and 20% are left to the worker
-            if numbers[0].percent == numbers[1].percent:
-                return "wrong", "decimal"
+        clock = read_clock(right)
+        if clock or read_clock(given):
+            return _verdict(clock == read_clock(given)), "string"
+        equal = _equal_numbers(right, given, words=verifier == "number")
+        if equal is not None:
+            return _verdict(equal), "decimal"
 
         # the same string; a single letter in a file of mathematics
         if comparable(right) == comparable(given):
@@ -145,6 +140,19 @@ class Grader:
 
 def _verdict(right: bool) -> str:
     return "correct" if right else "wrong"
+
+
+def _equal_numbers(gold: str, answer: str, words: bool) -> bool | None:
+    """Whether two plain numbers are equal; None where one is none, and for 0.2 and 20%, which are
+    left to the worker.
+    """
+    right = read_quantity(gold, words)
+    given = read_quantity(answer, words)
+    if not right or not given:
+        return None
+    if right.value == given.value:
+        return not different_units(right.unit, given.unit)
+    return False if right.percent == given.percent else None
 
 
 def _quantity_text(verifier: str, text: str) -> str:

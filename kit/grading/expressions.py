@@ -33,7 +33,9 @@ _WORD = re.compile(
     rf"\\{FONTS}(?![a-zA-Z])"
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
+_SET = re.compile(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 _WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
+_INTERVALS = ("()", "(]", "[)", "[]")
 _OPERATORS = {"<": sympy.Lt, ">": sympy.Gt, "\\leq": sympy.Le, "\\geq": sympy.Ge, "\\neq": sympy.Ne}
 _SYNTAX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
@@ -103,17 +105,15 @@ def read(text: str) -> Any:
         return Group("matrix", tuple(_group("()", row, ("&",)) for row in rows))
     quantity = read_quantity(text)
     if quantity:
-        return Scalar(_rational(quantity), quantity.unit, quantity)
+        return Scalar(sympy.Rational(quantity.value), quantity.unit, quantity)
     text = text.replace("&", "")
 
     # several answers
-    words_in_sets = re.search(r"[<>]|\\(?:leq|geq|neq|cup|cap)(?![a-zA-Z])", text)
-    separators = (",", ";") if words_in_sets else (",", ";", "\\and", "\\or")
+    is_set = _SET.search(text)
+    separators = (",", ";") if is_set else (",", ";", "\\and", "\\or")
     if len(_split(text, separators)) > 1:
         return _group(",", text, separators)
-
-    # sets of numbers
-    if re.search(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])", text):
+    if is_set:
         return _read_range(text)
 
     # one pair of brackets around several answers
@@ -225,39 +225,38 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"(\frac{{{whole}{once}}}{{1{tail}}}+\frac{{{again}}}{{{nines}{tail}}})"
 
 
-def _rational(quantity: Quantity) -> Any:
-    return sympy.Rational(quantity.value.numerator, quantity.value.denominator)
-
-
 def _read_equation(text: str) -> Any:
     """`x = 5`, `2 + 3 = 5`, `1/3 \\approx 0.33`, `2x - y + 1 = 0`."""
     sides = [side.strip() for side in _split(text, ("=", "\\approx"))]
-    if len(sides) == 2 and _LABEL.fullmatch(sides[1]) and not _LABEL.fullmatch(sides[0]):
-        sides.reverse()
-    # a name on the left is set aside
-    label = sides[0] if _LABEL.fullmatch(sides[0]) else None
-    values = [read(side) for side in (sides[1:] if label else sides)]
-    if len(values) == 1:
-        return Labelled(str(label).replace(" ", "").casefold(), values[0])
-    if not all(isinstance(value, Scalar) for value in values):
-        raise UnreadableError(text)
-    # a chain: every part must be the same number, or near it after \\approx
-    constant = not any(value.expression.free_symbols for value in values)
-    tolerance = 0.05 if "\\approx" in text else 0
-    if constant or label:
-        for value in values[1:]:
-            distance = abs(sympy.N(value.expression - values[0].expression))
-            near = (
-                constant
-                and tolerance
-                and distance <= tolerance * abs(sympy.N(values[0].expression))
-            )
-            if not near and not _equal(values[0], value):
-                raise UnreadableError(text)
-        return Labelled(label.casefold(), values[0]) if label else values[0]
-    if len(values) == 2 and not tolerance:
-        return Relation("=", values[0].expression - values[1].expression)
-    raise UnreadableError(text)
+    # a name is set aside; of two sides it may be either
+    if len(sides) == 2:
+        sides.sort(key=lambda side: _LABEL.fullmatch(side) is None)
+    label = sides.pop(0) if _LABEL.fullmatch(sides[0]) else ""
+    values = [read(side) for side in sides]
+    value = values[0]
+    if len(values) > 1:
+        if not all(isinstance(part, Scalar) for part in values):
+            raise UnreadableError(text)
+        is_constant = not any(part.expression.free_symbols for part in values)
+        is_rounded = "\\approx" in text
+        if label or is_constant:
+            _check_chain(values, is_constant and is_rounded)
+        elif len(values) == 2 and not is_rounded:
+            value = Relation("=", value.expression - values[1].expression)
+        else:
+            raise UnreadableError(text)
+    return Labelled(label.replace(" ", "").casefold(), value) if label else value
+
+
+def _check_chain(values: list[Scalar], is_rounded: bool) -> None:
+    """Every part of `1/3 = 2/6 \\approx 0.33` must be the same number, or near it if rounded."""
+    first = values[0].expression
+    for value in values[1:]:
+        if _equal(values[0], value):
+            continue
+        distance = abs(sympy.N(value.expression - first)) if is_rounded else sympy.oo
+        if not distance <= 0.05 * abs(sympy.N(first)):
+            raise UnreadableError(str(value))
 
 
 def _read_range(text: str) -> Any:
@@ -265,7 +264,7 @@ def _read_range(text: str) -> Any:
     named = re.fullmatch(rf"({_LABEL.pattern}) ?(?:\\in|=) ?(.*)", text, re.DOTALL)
     if named:
         value = read(named[2])
-        if isinstance(value, Group) and value.kind in ("()", "[]", "(]", "[)"):
+        if isinstance(value, Group) and value.kind in _INTERVALS:
             value = Range(_interval(value))
         return Labelled(named[1].casefold(), value)
     # in one variable it is a set of numbers, in several it stays a relation
@@ -332,7 +331,8 @@ def _solve(text: str, variables: set[str]) -> sympy.Set:
     # each pair of neighbours is one inequality
     numbers: sympy.Set = sympy.S.Reals
     for place in range(1, len(sides), 2):
-        left, right = _parse(sides[place - 1]), _parse(sides[place + 1])
+        left = _parse(sides[place - 1])
+        right = _parse(sides[place + 1])
         relation = _OPERATORS[sides[place]](left, right)
         symbols = (left - right).free_symbols
         if len(symbols) > 1:
@@ -365,19 +365,19 @@ def _alike(value: Any, other: Any) -> Any:
     """A value in the form of the other, where it can be: a pair as an interval, a set of one as its
     element.
     """
-    if isinstance(other, Range) and isinstance(value, Group):
-        if value.kind == "{}" and not value.items:
+    if not isinstance(value, Group) or isinstance(other, Group):
+        return value
+    if isinstance(other, Range):
+        if value == Group("{}", ()):
             return Range(sympy.S.EmptySet)
-        if value.kind in ("()", "(]", "[)", "[]") and len(value.items) == 2:
+        if value.kind in _INTERVALS and len(value.items) == 2:
             return Range(_interval(value))
         if value.kind == "," and all(isinstance(item, Range) for item in value.items):
             sets = [item.numbers for item in value.items]
             both = sympy.Intersection(*sets)
             return Range(sympy.Union(*sets) if both == sympy.S.EmptySet else both)
-    is_single = isinstance(value, Group) and value.kind in (",", "{}") and len(value.items) == 1
-    if is_single and not isinstance(other, Group):
-        return value.items[0]
-    return value
+    is_single = value.kind in (",", "{}") and len(value.items) == 1
+    return value.items[0] if is_single else value
 
 
 def _equal_labelled(gold: Any, answer: Any) -> bool:
@@ -395,14 +395,18 @@ def _equal_labelled(gold: Any, answer: Any) -> bool:
 def _equal_scalars(gold: Scalar, answer: Scalar) -> bool:
     if different_units(gold.unit, answer.unit):
         return False
-    percents = [bool(scalar.written and scalar.written.percent) for scalar in (gold, answer)]
-    scales = (1,) if percents[0] == percents[1] else (1, sympy.Rational(1, 100))
-    for scale in scales:
-        first = gold.expression * (scale if percents[0] else 1)
-        second = answer.expression * (scale if percents[1] else 1)
-        if _equal_expressions(first, second):
+    if _equal_expressions(gold.expression, answer.expression):
+        return True
+    # 20% is also 0.2
+    if _in_percent(gold) != _in_percent(answer):
+        scale = 100 if _in_percent(gold) else sympy.Rational(1, 100)
+        if _equal_expressions(gold.expression, answer.expression * scale):
             return True
     return _rounded(gold, answer) or _rounded(answer, gold)
+
+
+def _in_percent(scalar: Scalar) -> bool:
+    return scalar.written is not None and scalar.written.percent
 
 
 def _rounded(decimal: Scalar, exact: Scalar) -> bool:
@@ -482,10 +486,8 @@ def _matched(golds: tuple[Any, ...], answers: tuple[Any, ...]) -> bool:
     """Whether every gold item has an answer of its own; both are of one length."""
     left = list(answers)
     for gold in golds:
-        for answer in left:
-            if _equal(gold, answer):
-                left.remove(answer)
-                break
-        else:
+        match = next((answer for answer in left if _equal(gold, answer)), None)
+        if match is None:
             return False
+        left.remove(match)
     return True

@@ -128,29 +128,35 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of the outermost boxes whose braces balance, in one pass over the
     text.
     """
-    boxes: list[tuple[int, int, str]] = []
-    # of the open braces: where a box begins and its content, None for any other brace
-    open_braces: list[tuple[int, int] | None] = []
     first = re.search(r"\\(?:boxed|fbox)", text)
-    for match in _BRACES.finditer(text, first.start()) if first else ():
-        if match[0] == "}":
-            begin = open_braces.pop() if open_braces else None
-            content = text[begin[1] : match.start()].strip() if begin else ""
-            if begin and content:
-                while boxes and boxes[-1][0] > begin[0]:
-                    boxes.pop()
-                boxes.append((begin[0], match.end(), content))
-        elif match[0][-1] == "{" and match[0] != "\\{":
-            is_box = len(match[0]) > 1
-            open_braces.append((match.start(), match.end()) if is_box else None)
-    # the text ends within its only box
-    unclosed = [begin for begin in open_braces if begin]
-    if unclosed and not boxes:
-        start, inside = unclosed[-1]
-        content = text[inside:].strip().rstrip("$").strip()
-        if content and "\n" not in content:
-            boxes.append((start, len(text), content))
-    return boxes
+    if first is None:
+        return []
+    boxes: list[tuple[int, int, str]] = []
+    open_braces: list[re.Match[str]] = []
+    for brace in _BRACES.finditer(text, first.start()):
+        if brace[0].endswith("{") and brace[0] != "\\{":
+            open_braces.append(brace)
+        elif brace[0] == "}" and open_braces:
+            begin = open_braces.pop()
+            content = text[begin.end() : brace.start()].strip()
+            if begin[0] == "{" or not content:
+                continue
+            # a box takes the place of those inside it
+            while boxes and boxes[-1][0] > begin.start():
+                boxes.pop()
+            boxes.append((begin.start(), brace.end(), content))
+    return boxes or _unclosed_box(text, open_braces)
+
+
+def _unclosed_box(text: str, open_braces: list[re.Match[str]]) -> list[tuple[int, int, str]]:
+    """The box within which the text ends."""
+    unclosed = [brace for brace in open_braces if brace[0] != "{"]
+    if not unclosed:
+        return []
+    content = text[unclosed[-1].end() :].strip().rstrip("$").strip()
+    if not content or "\n" in content:
+        return []
+    return [(unclosed[-1].start(), len(text), content)]
 
 
 def gold_of(gold: str) -> str:

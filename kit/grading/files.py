@@ -7,7 +7,8 @@ numbers can be reproduced. Labels are only compared with, never used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.table import keys_of, lookup, read_rows
 from kit.grading.answers import Grade, Grader, Item
-from kit.grading.outputs import ANSWERS, LABELS, OUTPUTS, Keys, OutputRow, read_output_row
+from kit.grading.outputs import Keys, OutputRow, first_value, formats, read_output_row
 from kit.grading.scores import score
 
 
@@ -26,9 +27,8 @@ class Source(NamedTuple):
     path: Path
     keys: Keys = Keys()
     gold: Path | None = None  # another file with the gold answers
-    on: str | None = (
-        None  # the key that both files share; OUTPUT_KEY=GOLD_KEY where the names differ
-    )
+    # the key that both files share; OUTPUT_KEY=GOLD_KEY where the names differ
+    on: str | None = None
     bare: bool = False  # the outputs are extracted answers
 
 
@@ -55,29 +55,26 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
     """
     if isinstance(source, Path):
         source = Source(source)
-    rows = _read(source)
     graded = []
+    rows = []
     with Grader() as grader:
-        for where, row in rows:
+        for where, row in _read(source):
             items = [Item(row.gold, output, row.verifier or verifier) for output in row.outputs]
             grades = grader.grade(items, source.bare)
-            graded.append(_Graded(where, row, grades, _published(grader, items, source.bare)))
-    # the same rows, once by our verdicts and once by the paper's
-    ours = [[grade.verdict for grade in problem.grades] for problem in graded]
-    theirs = [
-        ["correct" if right else "wrong" for right in problem.published] for problem in graded
-    ]
-    scores = _score(graded, ours)
-    published = _score(graded, theirs)
+            published = _published(grader, items, source.bare)
+            graded.append(_Graded(where, row, grades, published))
+            samples = tuple(Sample(text="", verdict=grade.verdict) for grade in grades)
+            fields = {"id": str(len(rows)), "question": "", "answer": row.gold}
+            rows.append(EvalRow(**fields, samples=samples, published=tuple(published)))
+    scores = asdict(score(rows))
     result = {
         "file": str(source.path),
         "problems": scores["n"],
         **{name: scores[name] for name in _FIGURES},
-        "agreement": _agreement(graded, ours),
+        "agreement": _agreement(graded, lambda problem: map(_is_correct, problem.grades)),
         "as_published": {
-            "accuracy": published["accuracy"],
-            "pass_at": published["pass_at"],
-            "agreement": _agreement(graded, theirs),
+            **(scores["as_published"] or {}),
+            "agreement": _agreement(graded, lambda problem: problem.published),
         },
         "differ": _differences(graded),
     }
@@ -98,18 +95,15 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
         try:
             gold = None
             if source.gold:
-                gold = golds.get(str(lookup(row, own_key)))
+                shared = lookup(row, own_key)
+                gold = golds.get(str(shared))
                 if gold is None:
-                    raise ValueError(
-                        f"{source.gold} has no row whose {source.on} is {lookup(row, own_key)!r}"
-                    )
+                    raise ValueError(f"{source.gold} has no row whose {source.on} is {shared!r}")
             rows.append((where, read_output_row(row, source.keys, gold)))
         except ValueError as error:
-            hint = (
-                "Name the keys by --answer, --outputs and --labels. Without them, the first of: "
-                f"answer: {' '.join(ANSWERS)}. outputs: {' '.join(OUTPUTS)}. "
-                f"labels: {' '.join(LABELS)}."
-            )
+            hint = "Name the keys by --answer, --outputs and --labels. Without them, the first of: "
+            for role in Keys._fields:
+                hint += f"{role}: {' '.join(formats()[-1][role])}. "
             message = f"{source.path}, {where}, cannot be graded: {error}."
             raise KitError(message, hint) from None
     return rows
@@ -118,10 +112,10 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
 def _read_golds(source: Source) -> dict[str, str]:
     """The gold answers of another file by the shared key."""
     key = (source.on or "").split("=")[-1]
-    names = (source.keys.answer,) if source.keys.answer else ANSWERS
+    names = [source.keys.answer] if source.keys.answer else formats()[-1]["answer"]
     golds = {}
     for where, row in read_rows(str(source.gold)):
-        answer = next((lookup(row, name) for name in names if lookup(row, name) is not None), None)
+        answer = first_value(row, names)
         if lookup(row, key) is None or answer is None:
             message = f"{source.gold}, {where}: no {key or 'shared key'} or no answer."
             raise KitError(message, f"Name them by --on and --answer. Its keys: {keys_of(row)}.", 2)
@@ -136,38 +130,29 @@ def _published(grader: Grader, items: Sequence[Item], bare: bool) -> list[bool]:
     return grader.as_published(items)
 
 
-def _score(graded: list[_Graded], verdicts: list[list[str]]) -> dict[str, Any]:
-    rows = []
-    for number, (problem, labels) in enumerate(zip(graded, verdicts, strict=True)):
-        samples = tuple(Sample(text="", verdict=label) for label in labels)
-        rows.append(EvalRow(id=str(number), question="", answer=problem.row.gold, samples=samples))
-    return asdict(score(rows))
+def _is_correct(grade: Grade) -> bool:
+    return grade.verdict == "correct"
 
 
-def _agreement(graded: list[_Graded], verdicts: list[list[str]]) -> dict[str, int] | None:
+def _agreement(
+    graded: list[_Graded], verdicts: Callable[[_Graded], Iterable[bool]]
+) -> dict[str, int] | None:
     """How many of the file's labels the verdicts agree with; None where it has none."""
-    agree = labelled = 0
-    for problem, row_verdicts in zip(graded, verdicts, strict=True):
-        for label, verdict in zip(problem.row.labels, row_verdicts, strict=True):
+    pairs: Counter[bool] = Counter()
+    for problem in graded:
+        for label, verdict in zip(problem.row.labels, verdicts(problem), strict=True):
             if label is not None:
-                labelled += 1
-                agree += label == (verdict == "correct")
-    return {"agree": agree, "of": labelled} if labelled else None
+                pairs[label == verdict] += 1
+    return {"agree": pairs[True], "of": pairs.total()} if pairs else None
 
 
 def _differences(graded: list[_Graded]) -> list[dict[str, Any]]:
     differences = []
     for problem in graded:
-        for number, label in enumerate(problem.row.labels):
-            grade = problem.grades[number]
-            if label is not None and label != (grade.verdict == "correct"):
-                differences.append(
-                    {
-                        "line": int(problem.where.split()[-1]),
-                        "sample": number,
-                        "label": label,
-                        "gold": problem.row.gold,
-                        **grade._asdict(),
-                    }
-                )
+        line = int(problem.where.split()[-1])
+        for number, grade in enumerate(problem.grades):
+            label = problem.row.labels[number]
+            if label is not None and label != _is_correct(grade):
+                about = {"line": line, "sample": number, "label": label, "gold": problem.row.gold}
+                differences.append({**about, **grade._asdict()})
     return differences

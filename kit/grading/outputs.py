@@ -11,25 +11,19 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from kit.core.records import Verifier
 from kit.core.table import keys_of, lookup
 
-# Keys that are looked for in any other file, in order of preference.
-ANSWERS = ("answer", "gold", "target", "expected_answer", "ground_truth", "gt", "gts")
-OUTPUTS = (
-    "samples", "outputs", "output", "responses", "response", "completions", "completion",
-    "predictions", "prediction", "generations", "generation", "text",
-)  # fmt: skip
-LABELS = ("labels", "label", "correct", "is_correct")
-VERIFIERS = ("math", "number", "choice", "text")
+VERDICTS = {"correct": True, "wrong": False, "unparsed": False, "timeout": False}  # our own labels
 
 
 @functools.cache
 def formats() -> list[dict[str, Any]]:
-    """The formats of kit/grading/outputs.yaml."""
+    """The formats of kit/grading/outputs.yaml; the last is any other file's."""
     path = Path(__file__).with_suffix(".yaml")
     loaded: list[dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return loaded
@@ -63,48 +57,45 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
         ValueError: no answer or no outputs, with the keys there are; as many labels as outputs are
             needed.
     """
-    known = _format(row)
-    answer_paths = (keys.answer,) if keys.answer else (known.get("answer", ""), *ANSWERS)
-    output_paths = (keys.outputs,) if keys.outputs else (known.get("outputs", ""), *OUTPUTS)
-    label_paths = (keys.labels,) if keys.labels else known.get("labels", LABELS)
-    # the gold answer and what was written
-    answer = gold if gold is not None else _gold(row, answer_paths)
-    outputs = _first(row, output_paths)
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    labels = _first(row, label_paths)
-    if outputs and all(isinstance(output, dict) and "text" in output for output in outputs):
-        # this kit's own rows, graded before
-        labels = [output.get("verdict") for output in outputs]
-        labels = [None if verdict is None else verdict == "correct" for verdict in labels]
-        outputs = [output["text"] for output in outputs]
-    texts = _flat(outputs)
-    has_outputs = any(_has(row, path) for path in output_paths)
+    paths = _paths(row, keys)
+    answer = _gold(row, paths["answer"]) if gold is None else gold
+    texts = _flat(first_value(row, paths["outputs"]))
+    has_outputs = any(_has(row, path) for path in paths["outputs"])
     if not has_outputs or not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"no outputs that are text; its keys are {keys_of(row)}")
     if not answer.strip():
         raise ValueError(f"no answer; its keys are {keys_of(row)}")
-    verdicts = [
-        _verdict(label) for label in _flat(labels if isinstance(labels, list) else [labels])
-    ]
-    if all(verdict is None for verdict in verdicts):
-        verdicts = [None] * len(texts)
-    if len(verdicts) != len(texts):
-        raise ValueError(f"it has {len(texts)} outputs and {len(verdicts)} labels")
-    verifier = row.get("verifier") if row.get("verifier") in VERIFIERS else None
-    return OutputRow(answer, [text or "" for text in texts], verdicts, verifier)
+
+    # one label for each output, or none at all
+    labels = list(map(_verdict, _flat(first_value(row, paths["labels"]))))
+    if not any(label is not None for label in labels):
+        labels = [None] * len(texts)
+    if len(labels) != len(texts):
+        raise ValueError(f"it has {len(texts)} outputs and {len(labels)} labels")
+    verifier = row.get("verifier")
+    if verifier not in get_args(Verifier):
+        verifier = None
+    return OutputRow(answer, [text or "" for text in texts], labels, verifier)
 
 
-def _format(row: dict[str, Any]) -> dict[str, Any]:
-    """The format whose keys a row has; {} for none."""
+def _paths(row: dict[str, Any], keys: Keys) -> dict[str, list[str]]:
+    """Where a row has its answer, outputs and labels: as the caller says, else by its format."""
     for known in formats():
-        if all(_pick(row, path) is not None for path in known["needs"]):
-            return known
-    return {}
+        if all(_is_there(_pick(row, path)) for path in known["needs"]):
+            break
+    paths = {}
+    for role, named in keys._asdict().items():
+        paths[role] = [named] if named else known[role]
+    return paths
 
 
-def _gold(row: dict[str, Any], paths: tuple[str, ...]) -> str:
+def _is_there(value: Any) -> bool:
+    return any(item is not None for item in _flat(value))
+
+
+def _gold(row: dict[str, Any], paths: list[str]) -> str:
     """The gold answer as text; of several choices the one that `gold_index` names; "" for none."""
-    value = _first(row, paths)
+    value = first_value(row, paths)
     if isinstance(value, list):
         index = lookup(row, "doc.gold_index")
         index = index[0] if isinstance(index, list) and index else index
@@ -113,10 +104,13 @@ def _gold(row: dict[str, Any], paths: tuple[str, ...]) -> str:
     return "" if value is None or isinstance(value, dict) else str(value)
 
 
-def _first(row: dict[str, Any], paths: tuple[str, ...]) -> Any:
+def first_value(row: dict[str, Any], paths: list[str]) -> Any:
     """The first value that there is."""
-    values = (_pick(row, path) for path in paths)
-    return next((value for value in values if value is not None), None)
+    for path in paths:
+        value = _pick(row, path)
+        if value is not None:
+            return value
+    return None
 
 
 def _pick(value: Any, path: str) -> Any:
@@ -138,14 +132,19 @@ def _has(row: dict[str, Any], path: str) -> bool:
     return any(key.lower() in (head, path.lower()) for key in row)
 
 
-def _flat(values: list[Any]) -> list[Any]:
-    flat: list[Any] = []
-    for value in values:
-        flat.extend(_flat(value) if isinstance(value, list) else [value])
+def _flat(value: Any) -> list[Any]:
+    """The items of a list, lists in it flattened; anything else alone."""
+    if not isinstance(value, list):
+        return [value]
+    flat = []
+    for item in value:
+        flat.extend(_flat(item))
     return flat
 
 
 def _verdict(label: Any) -> bool | None:
-    """A label that is a verdict: true or false, 1 or 0, 1 or -1; None for anything else."""
+    """A label that is a verdict: ours, true or false, 1 or 0, 1 or -1; None for anything else."""
+    if isinstance(label, str):
+        return VERDICTS.get(label)
     is_verdict = isinstance(label, (bool, int, float)) and label in (-1, 0, 1)
     return label > 0 if is_verdict else None

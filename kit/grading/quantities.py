@@ -70,6 +70,7 @@ _NUMBER = re.compile(
     r"(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?(?!\d))?(.*)",
     re.DOTALL,
 )
+_UNIT = re.compile(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?-?[23])+")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 
 
@@ -130,20 +131,23 @@ def read_unit(text: str, words: bool = False) -> str | None:
     if unit in ("", "%"):
         return unit
     # words, apart from those that make another number of it
-    names = re.findall(r"[^\W\d_]+", unit)
-    if not re.fullmatch(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?-?[23])+", unit) or not names:
-        return None
     unit = unit.lower()
-    if _NOT_UNITS.intersection(name.lower() for name in names) or len(names) > 8:
+    names = re.findall(r"[^\W\d_]+", unit)
+    if not _UNIT.fullmatch(unit) or not 1 <= len(names) <= 8 or _NOT_UNITS.intersection(names):
         return None
     # a letter or two may be variables: they need a font, or a place among the known units
-    known = re.split(r"\^", unit.replace(" ", ""))[0] in UNITS
     long_enough = any(len(name) >= 3 or not name.isascii() for name in names)
-    compound = "/" in unit and all(part.strip(" ^23") in UNITS for part in unit.split("/"))
-    spelled = known and (words or len(unit) > 1) and text[:1] in (" ", "-")
-    if in_font or long_enough or compound or spelled:
+    is_set_off = (words or len(unit) > 1) and text[:1] in (" ", "-")
+    if in_font or long_enough or _is_known(unit, is_set_off):
         return unit
     return None
+
+
+def _is_known(unit: str, is_set_off: bool) -> bool:
+    """Whether a unit is one of ours, or one for each of another: `km/h`."""
+    if is_set_off and unit.replace(" ", "").split("^")[0] in UNITS:
+        return True
+    return "/" in unit and all(part.strip(" ^23") in UNITS for part in unit.split("/"))
 
 
 def read_clock(text: str) -> tuple[int, int, str] | None:

@@ -48,7 +48,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         pairs [{dataset, a, b, words, and the `PairedTest` of b against a}]
         different [see `_disagreements`]; within {dataset: see `accuracy_within`}
         quality {dataset: {a, b, and a `ReasoningTest`}}; lesson: see `_lesson`
-        cuts [see `_shared_cuts`]; differs {config key: each run's value}
+        differs {config key: each run's value}
         budget (tokens of an answer), student and teacher: of the first run
 
     Raises:
@@ -79,9 +79,6 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         if judge and len(by_run) > 1:
             a, b, *_ = by_run
             quality[dataset] = {"a": a, "b": b, **asdict(judge(by_run[a][0], by_run[b][0]))}
-    cuts = []
-    for first, second in combinations(files, 2):
-        cuts += _shared_cuts(first, second)
     config = files[0].config
     result = {
         "runs": list(map(numbers, files)),
@@ -93,7 +90,6 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         "within": within,
         "quality": quality,
         "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
-        "cuts": cuts,
         "differs": _differing_keys(files),
         "budget": config["eval"]["sampling"]["max_new_tokens"],
         "student": config["student"]["model"],
@@ -233,8 +229,9 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
     learned = {}
     cuts: dict[Key, tuple[str, PrefixRow]] = {}
     for label, run in runs.items():
-        for key, row in _judged(run).items():
-            cuts.setdefault(key, (label, row))
+        for row in run.prefixes:
+            if row.verdicts:
+                cuts.setdefault((row.id, row.trace), (label, row))
         if run.train:
             learned[label] = _learned(run)
             targets.append(
@@ -252,11 +249,8 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
     if not shared:
         return lesson
 
-    # A typical problem: of the median cut where there was a judge, else of the median length.
-    def order(key: Key) -> tuple[float, int, Key]:
-        return cuts[key][1].ratio if key in cuts else 0, len(key[1]), key
-
-    candidates = sorted(shared & cuts.keys() or shared, key=order)
+    # A typical problem: of the median length, among those that a judge cut where there are any.
+    candidates = sorted(shared & cuts.keys() or shared, key=lambda key: (len(key[1]), key))
     key = candidates[len(candidates) // 2]
 
     # What each method makes of it, and how it was cut.
@@ -285,29 +279,6 @@ def _learned(run: Files) -> dict[Key, AlignedRow]:
             traces[whole.id] = whole.trace
     kept = [row for row in run.aligned if row.id in traces and not row.rejected]
     return {(row.id, traces[row.id]): row for row in kept}
-
-
-def _judged(run: Files) -> dict[Key, PrefixRow]:
-    """The cuts that a run's judge made, by trace."""
-    return {(row.id, row.trace): row for row in run.prefixes if row.verdicts}
-
-
-def _shared_cuts(a: Files, b: Files) -> list[Json]:
-    """How two different judges cut the same traces; empty without any."""
-    first = _judged(a)
-    second = _judged(b)
-    shared = first.keys() & second.keys()
-    if not shared or a.config["judge"] == b.config["judge"]:
-        return []
-    cuts = {
-        "a": a.config["name"],
-        "b": b.config["name"],
-        "traces": len(shared),
-        "median_a": median(first[key].ratio for key in shared),
-        "median_b": median(second[key].ratio for key in shared),
-        "same_cut": sum(first[key].end == second[key].end for key in shared),
-    }
-    return [cuts]
 
 
 def _differing_keys(files: list[Files]) -> dict[str, list[Any]]:

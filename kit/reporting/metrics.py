@@ -200,21 +200,11 @@ def _funnel(files: Files) -> Json:
     stages = files.manifest["stages"]
     kept = [row for row in files.aligned if not row.rejected]
     continued = [row for row in kept if row.continuation]
-    prefixes = [len(row.prefix) for row in kept]
-    continuations = [len(row.continuation) for row in continued]
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
-    # Training drops rows on its own; all others are in rejected.jsonl.
-    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
-    for reason, names in files.summary("train").get("dropped", {}).items():
-        lost["train", reason] = len(names)
-    rejections = []
-    for (stage, reason), rows in lost.items():
-        of = stages.get(stage, {}).get("rows_in")
-        rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
     return {
         "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],
-        "rejections": rejections,
+        "rejections": _rejections(files),
         "train_rows": len(files.train),
         "retention": {
             "rows": len(kept),
@@ -223,13 +213,26 @@ def _funnel(files: Files) -> Json:
             "paper": PAPER_RETENTION,
         },
         "lengths": {
-            "prefix_characters": percentiles(prefixes),
-            "continuation_characters": percentiles(continuations),
+            "prefix_characters": percentiles([len(row.prefix) for row in kept]),
+            "continuation_characters": percentiles([len(row.continuation) for row in continued]),
             "prefix_share": percentiles(shares),
         },
         "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
     }
+
+
+def _rejections(files: Files) -> list[Json]:
+    """How many rows each stage lost for each reason, of how many that it took."""
+    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
+    # Training drops rows on its own; all others are in rejected.jsonl.
+    for reason, names in files.summary("train").get("dropped", {}).items():
+        lost["train", reason] = len(names)
+    rejections = []
+    for (stage, reason), rows in lost.items():
+        of = files.manifest["stages"].get(stage, {}).get("rows_in")
+        rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
+    return rejections
 
 
 def _judging(rows: Sequence[PrefixRow]) -> Json:
