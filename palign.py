@@ -6,8 +6,8 @@ Nothing is computed here, and nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -17,8 +17,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+if __name__ == "__main__":
+    # Also where Python is told not to look beside the script (-P).
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from kit import __version__
-from kit.core.errors import KitError
+from kit.core.errors import KitError, machine_fault
 
 # Adds an argument to a command; argparse's own add_argument.
 Option = Callable[..., Any]
@@ -54,7 +58,7 @@ def parser() -> ArgumentParser:
     """The whole command line; nothing heavy is imported for it."""
     top = ArgumentParser(
         prog="palign.py",
-        description=f"{__doc__.split('.')[0]}.",
+        description="Reproduce, study and teach P-ALIGN on one GPU.",
         epilog="palign.py COMMAND --help shows more. Start with: palign.py run configs/smoke.yaml",
     )
     top.add_argument("--version", action="version", version=f"palign {__version__}")
@@ -76,7 +80,7 @@ def parser() -> ArgumentParser:
     for name, about in STAGE_COMMANDS.items():
         command(name, _stages, about, config=True)
     option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
-    option("file", type=Path, metavar="FILE", help="rows with an answer and one or more outputs")
+    option("file", type=_path, metavar="FILE", help="rows with an answer and one or more outputs")
     option("--verifier", choices=("math", "number", "choice", "text"), default="math")
     _grade_options(option)
     option = command("data", _data, "show what a file, a preset or a hub dataset becomes")
@@ -86,25 +90,30 @@ def parser() -> ArgumentParser:
     _judge_options(command("judge", _judge, "show the verdicts along the traces of a JSONL"))
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
-    option("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    option("--out", default="compare.html", type=Path, metavar="FILE", help="the page")
+    option("runs", nargs="+", type=_path, metavar="RUN", help="run folders")
+    option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
     option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
+    command("check", _check, "find what would stop a run, before it starts", config=True)
     command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
     command("doctor", _doctor, "check this machine; each finding with the command that fixes it")
     option = command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
-    option("folder", type=Path, metavar="RUN", help="run folder")
+    option("folder", type=_path, metavar="RUN", help="run folder")
     option("--to", choices=("merged", "gguf"), default="merged")
-    option("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    option("--out", type=_path, metavar="DIR", help="default: RUN/export")
     option = command("prompt", _prompt, "show a prompt as the model sees it", config=True)
     option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _grade_options(option: Option) -> None:
     option("--answer", metavar="KEY", help="key of the gold answer; a.b for a nested one")
     option("--outputs", metavar="KEY", help="key of one output or several")
     option("--labels", metavar="KEY", help="key of the file's own verdicts, to compare with")
-    option("--gold", type=Path, metavar="FILE", help="take the gold answers from this file")
+    option("--gold", type=_path, metavar="FILE", help="take the gold answers from this file")
     option("--on", metavar="KEY", help="the key that both files share, or KEY=KEY_OF_GOLD")
     option("--bare", action="store_true", help="the outputs are extracted answers")
 
@@ -119,7 +128,7 @@ def _judge_options(option: Option) -> None:
 
 def _bench_options(option: Option) -> None:
     option("subject", choices=("judge", "generate", "train", "grade"))
-    option("--traces", metavar="FILE", type=Path, help="judge: rows with traces")
+    option("--traces", metavar="FILE", type=_path, help="judge: rows with traces")
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
     option("--model", default="smollm2-135m")
@@ -152,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        message = error if isinstance(error, KitError) else _defect(error)
-        print(visible(f"palign: {message}"), file=sys.stderr)
-        return getattr(error, "code", 1)
+        known = error if isinstance(error, KitError) else machine_fault(error)
+        print(visible(f"palign: {known or _defect(error)}"), file=sys.stderr)
+        return known.code if known else 1
 
 
 def _parse(argv: list[str] | None) -> Namespace:
@@ -180,6 +189,7 @@ def _defect(error: Exception) -> str:
 
 def _stages(args: Namespace, progress: Any) -> int:
     """One stage; or all of them up to `stop_after`, and the report."""
+    from kit import preflight
     from kit.core.run import Run
     from kit.core.stages import STAGE_TABLE, STAGES
     from kit.data import problems_of
@@ -193,17 +203,19 @@ def _stages(args: Namespace, progress: Any) -> int:
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
     with Run(config, progress, args.command) as run:
         if whole:
-            # A mistake in the data is reported at once, not after hours.
-            problems_of(run)
+            # What can be known is reported at once, not after hours.
+            preflight.refuse(config, partial(problems_of, run))
         try:
             for name in names:
                 resolve_name(STAGE_TABLE[name].entry_point)(run)
-        except KitError:
-            # So does one that fails, where there is enough for it.
+        except Exception as error:
+            # So does one that fails; what keeps the page from being written hides no error.
             if whole:
-                with contextlib.suppress(KitError):
+                try:
                     report.report(run)
-            raise
+                except Exception as second:
+                    progress.warn(f"no report: {second}")
+            raise error
         if not run.is_main_process:
             return 0
         numbers = metrics.numbers(metrics.Files(run.folder))
@@ -271,6 +283,14 @@ def _plan(args: Namespace, progress: Any) -> int:
     return _print(args, plan.plan(_config(args)))
 
 
+def _check(args: Namespace, progress: Any) -> int:
+    from kit import preflight
+
+    result = preflight.check(args.config, args.overrides)
+    _print(args, result)
+    return 0 if result["ok"] else 2
+
+
 def _doctor(args: Namespace, progress: Any) -> int:
     from kit import doctor
 
@@ -300,7 +320,7 @@ def _config(args: Namespace) -> Any:
 def _print(args: Namespace, result: dict[str, Any], show: Any = None) -> int:
     """Print a result for programs, or with `show` for people."""
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
     else:
         (show or _show)(result)
     return 0
@@ -333,4 +353,6 @@ def _text(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    # A terminal without our characters shows their codes.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -66,7 +66,13 @@ def _examine(name: str) -> dict[str, Any]:
 def _run_alone(name: str) -> Finding:
     command = [sys.executable, "-m", "kit.doctor", name]
     child = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=ALONE_SECONDS, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=ALONE_SECONDS,
+        check=False,
     )
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))

@@ -6,8 +6,9 @@ The protocol that all four keep is in base.py.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
-from kit.backends.base import Backend
+from kit.backends.base import Backend, Tokenizer
 from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 
@@ -29,13 +30,31 @@ def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
     Raises:
         KitError: no such model, or a backend that takes no adapter.
     """
-    if adapter and engine.backend in ("gguf", "http"):
+    if adapter:
+        check_adapter(engine)
+    # imported here, so that one backend does not load the libraries of another
+    module = import_module(f"kit.backends.{engine.backend}")
+    backend_class = getattr(module, BACKENDS[engine.backend])
+    return backend_class(engine, adapter) if adapter else backend_class(engine)
+
+
+def check_adapter(engine: ModelConfig) -> None:
+    """KitError where a section's backend takes no adapter."""
+    if engine.backend in ("gguf", "http"):
         raise KitError(
             f"An adapter runs on backend hf, not {engine.backend}.",
             "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) "
             "and evaluate the exported file.",
         )
-    # imported here, so that one backend does not load the libraries of another
-    module = import_module(f"kit.backends.{engine.backend}")
-    backend_class = getattr(module, BACKENDS[engine.backend])
-    return backend_class(engine, adapter) if adapter else backend_class(engine)
+
+
+def tokenizer_alone(name: str) -> Tokenizer:
+    """A model's tokenizer without its weights; llama.cpp's for a GGUF, which is not converted."""
+    from kit.models import load_tokenizer, resolve
+
+    path = resolve(name)
+    if not isinstance(path, Path):
+        return load_tokenizer(name)
+    from kit.backends.gguf import GgufTokenizer, load
+
+    return GgufTokenizer(load(path, vocab_only=True))

@@ -6,24 +6,30 @@ generated token; its prompt's beginning comes from the server's prefix cache. Ca
 distinguished by token id, never by text. SGLang returns no log-probabilities by token id,
 so it generates and does not judge.
 
+A reply that comes byte by byte is given up at the time-out; no redirect is followed.
+
 Nothing here starts a server or streams: `stop_loops` only names a loop after its sample has ended.
 A key comes from the environment and appears in no message.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import math
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 
+from kit.backends import tokenizer_alone
 from kit.backends.base import (
     Completion,
     Generation,
@@ -39,10 +45,10 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
-from kit.models import load_tokenizer, resolve
 
 Json = dict[str, Any]
 
+REDIRECT_STATUSES = range(300, 400)
 REFUSED_STATUSES = (400, 413, 422)  # of one request: a retry changes nothing
 KEY_STATUSES = (401, 403)
 TOP_LOGPROBS = 20  # vLLM's default limit
@@ -53,6 +59,25 @@ SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
 
 class Refused(KitError):
     """A request that the server will never take."""
+
+
+class Deadline(httpx2.AsyncHTTPTransport):
+    """A transport that bounds a whole reply, where time-outs bound the wait for its next byte."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(limits=httpx2.Limits())
+        self.seconds = seconds
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request and read its whole reply."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                response = await super().handle_async_request(request)
+                await response.aread()
+                return response
+        except TimeoutError:
+            message = f"no whole reply within {self.seconds:g} seconds"
+            raise httpx2.ReadTimeout(message, request=request) from None
 
 
 class HttpBackend:
@@ -76,32 +101,39 @@ class HttpBackend:
         self._lock = threading.Lock()
         # without a key of its own, the client would look for one
         self._key = os.environ.get(engine.api_key_env or "") or "none"
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             api_key=self._key,
             base_url=self.root,
             timeout=openai.Timeout(engine.timeout_seconds, connect=10.0),
             max_retries=engine.retries,
+            http_client=httpx2.AsyncClient(transport=Deadline(engine.timeout_seconds)),
         )
+        # of another account, from the environment
+        self._client.organization = self._client.project = None
+        # requests wait in threads, and are sent by one loop, which can give them up
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._connect()
 
     def _connect(self) -> None:
         """Ask the server for its kind, its limits and its model's tokenizer, and check the ids."""
         engine = self.engine
-        models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
-        if engine.model not in models:
-            raise KitError(
-                f"{self.root}/v1 serves no model {engine.model!r}.",
-                f"Set model to {' or '.join(models)}.",
-            )
-        served = models[engine.model]
-        limit = served.get("max_model_len")
-        self.concurrent = engine.max_num_seqs
-        self.llama = served.get("owned_by") == "llamacpp"
-        if self.llama:
-            properties = self._call("/props")
-            limit = properties["default_generation_settings"]["n_ctx"]
-            self.concurrent = min(self.concurrent, properties["total_slots"])
-        self.context_tokens = min(filter(None, (limit, engine.context_tokens)), default=0)
+        with self.conforming():
+            models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
+            if engine.model not in models:
+                raise KitError(
+                    f"{self.root}/v1 serves no model {engine.model!r}.",
+                    f"Set model to {' or '.join(models)}.",
+                )
+            served = models[engine.model]
+            limit = served.get("max_model_len")
+            self.concurrent = engine.max_num_seqs
+            self.llama = served.get("owned_by") == "llamacpp"
+            if self.llama:
+                properties = self._call("/props")
+                limit = properties["default_generation_settings"]["n_ctx"]
+                self.concurrent = min(self.concurrent, properties["total_slots"])
+            self.context_tokens = min(filter(None, (limit, engine.context_tokens)), default=0)
         if not self.context_tokens:
             raise KitError(
                 f"{self.root} does not report the model's context.", "Set context_tokens."
@@ -113,7 +145,7 @@ class HttpBackend:
         """Load a tokenizer; a few generated tokens prove that the server's ids mean the same."""
         hint = "Set tokenizer to the served model's hub id, folder or .gguf file."
         try:
-            self.tokenizer = _load_tokenizer(name)
+            self.tokenizer = tokenizer_alone(name)
         except KitError as error:
             raise KitError(
                 f"The served model's tokenizer is not found as {name!r}: {error.args[0]}", hint
@@ -156,7 +188,8 @@ class HttpBackend:
     def close(self) -> None:
         """Close the connections."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        self._await(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def complete(self, prompt: Sequence[int], fields: Json, usage: TokenUsage) -> list[Json]:
         """The choices of a completion of token ids.
@@ -174,9 +207,12 @@ class HttpBackend:
         size = len(prompt)
         body = {"model": self.engine.model, "prompt": list(prompt), **fields}
         reply = self._call("/v1/completions", body)
-        choices = reply.get("choices") or []
-        reported = reply.get("usage") or {}
-        counted = reported.get("prompt_tokens", size)
+        with self.conforming():
+            choices = list(reply.get("choices") or ())
+            reported = reply.get("usage") or {}
+            counted = reported.get("prompt_tokens", size)
+            details = reported.get("prompt_tokens_details") or {}
+            cached_tokens = int(details.get("cached_tokens") or 0)
         wanted = fields.get("n", 1)
         if len(choices) != wanted or counted != size:
             raise KitError(
@@ -184,8 +220,6 @@ class HttpBackend:
                 f"tokens where {wanted} of {size} ids were asked for.",
                 "Use a server that takes ids as they are: vLLM, SGLang, llama-server.",
             )
-        details = reported.get("prompt_tokens_details") or {}
-        cached_tokens = details.get("cached_tokens") or 0
         spent = TokenUsage(size - cached_tokens, cached_tokens)
         with self._lock:
             usage.add(spent)
@@ -199,11 +233,13 @@ class HttpBackend:
         """POST a body, or GET without one, under the server's root; raises as `complete`."""
         try:
             if body:
-                reply = self._client.post(path, body=body, cast_to=object)
+                reply = self._await(self._client.post(path, body=body, cast_to=object))
             else:
-                reply = self._client.get(path, cast_to=object)
+                reply = self._await(self._client.get(path, cast_to=object))
         except openai.OpenAIError as error:
             raise self._explained(error) from None
+        except (ValueError, RecursionError):
+            reply = None
         if not isinstance(reply, dict):
             raise KitError(
                 f"{self.root}{path} does not answer in JSON.",
@@ -211,11 +247,30 @@ class HttpBackend:
             )
         return reply
 
+    def _await(self, request: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(request, self._loop).result()
+
+    @contextlib.contextmanager
+    def conforming(self) -> Iterator[None]:
+        """Name a reply whose JSON has another form; what is done within only reads replies."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise KitError(
+                f"{self.root} replies in another form than OpenAI's API: {error!r:.200}.",
+                "Use a server that keeps to it: vLLM, SGLang, llama-server.",
+            ) from None
+
     def _explained(self, error: Exception) -> KitError:
         """An error of the openai package as one for users."""
         # a server may repeat the key that it was sent
         text = " ".join(str(error).replace(self._key, "***").split())[:500]
         status = getattr(error, "status_code", None)
+        if status in REDIRECT_STATUSES:
+            return KitError(
+                f"{self.root} redirects to another address: {text}",
+                "Set url to the address that answers itself; prompts and key go nowhere else.",
+            )
         if status in REFUSED_STATUSES:
             return Refused(f"{self.root} refuses a prompt: {text}")
         if status in KEY_STATUSES:
@@ -248,9 +303,11 @@ class HttpBackend:
                 choices += self.complete(request.prompt, fields, usage)
         except Refused as refused:
             return Generation(request.id, prompt_tokens=len(request.prompt), error=str(refused))
+        with self.conforming():
+            completions = [self._completion(choice, request.sampling) for choice in choices]
         return Generation(
             request.id,
-            tuple(self._completion(choice, request.sampling) for choice in choices),
+            tuple(completions),
             len(request.prompt),
             usage.prefill_tokens,
             time.perf_counter() - begun,
@@ -286,8 +343,11 @@ class HttpBackend:
         if self.llama:
             content = (choice.get("logprobs") or {}).get("content") or ()
             ids = [entry["id"] for entry in content]
+        if not isinstance(choice["text"], str):
+            raise TypeError("a completion's text is no string")
         if ids is None:  # SGLang
             ids = self.tokenizer.encode(choice["text"], special=False)
+        ids = [int(token) for token in ids]
         finish_reason: Any = choice.get("finish_reason")
         if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
@@ -334,9 +394,11 @@ class HttpSession:
         # an unlikely candidate may not be among the top: llama-server then lists every token
         for count in (TOP_LOGPROBS, ALL_LOGPROBS) if backend.llama else (TOP_LOGPROBS,):
             fields["logprobs"] = count
-            known = logprobs(backend.complete(ids, fields, self.cost)[0])
-            if known.keys() >= set(candidates):
-                return [known[candidate] for candidate in candidates]
+            choice = backend.complete(ids, fields, self.cost)[0]
+            with backend.conforming():
+                known = logprobs(choice)
+                if known.keys() >= set(candidates):
+                    return [known[candidate] for candidate in candidates]
         raise KitError(
             f"{backend.root} returns no log-probabilities by token ID.",
             "Judge with llama-server, a vLLM with logprob_token_ids, or backend=hf or gguf.",
@@ -354,20 +416,16 @@ def logprobs(choice: Json) -> dict[int, float]:
     reply = choice.get("logprobs") or {}
     if reply.get("content"):
         first = reply["content"][0]
-        return {entry["id"]: entry["logprob"] for entry in (*first["top_logprobs"], first)}
+        return {entry["id"]: _number(entry["logprob"]) for entry in (*first["top_logprobs"], first)}
     by_name = (reply.get("top_logprobs") or [{}])[0]
     return {
-        int(name.removeprefix("token_id:")): value
+        int(name.removeprefix("token_id:")): _number(value)
         for name, value in by_name.items()
         if name.startswith("token_id:")
     }
 
 
-def _load_tokenizer(name: str) -> Any:
-    """llama.cpp's tokenizer for a GGUF, which takes no transformers and no weights."""
-    path = resolve(name)
-    if not isinstance(path, Path):
-        return load_tokenizer(name)
-    from kit.backends.gguf import GgufTokenizer, load
-
-    return GgufTokenizer(load(path, vocab_only=True))
+def _number(value: Any) -> float:
+    if math.isnan(value):
+        raise ValueError("a log-probability is not a number")
+    return float(value)

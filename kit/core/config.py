@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +32,7 @@ from pydantic import (
 )
 
 from kit.core import methods
-from kit.core.errors import KitError
+from kit.core.errors import ConfigError
 from kit.core.old_keys import upgrade
 from kit.core.records import Verifier
 from kit.core.stages import STAGES
@@ -44,6 +46,13 @@ Role = Literal["id", "question", "answer", "solution", "trace", "level", "subjec
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
+ENV_NAME = r"^[A-Z_][A-Z0-9_]*$"  # a key pasted in its place has other characters, or is refused
+MOST_VALUES = 10_000  # of a config, each alias counted in full
+# Keys whose refused value is shown nowhere, since it may hold credentials: what belongs there.
+SECRETS = {
+    "url": "write http://HOST:PORT/v1, and the key's environment variable under api_key_env",
+    "api_key_env": "name an environment variable, in capitals; never write the key itself",
+}
 # The placeholders that a prompt must hold.
 PLACEHOLDERS = {
     "judge": ("{question}", "{prefix}"),
@@ -53,9 +62,9 @@ PLACEHOLDERS = {
 
 
 class BaseConfig(BaseModel):
-    """A frozen group of keys; an unknown key is an error."""
+    """A frozen group of keys; an unknown key, an infinity and a NaN are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetConfig(BaseConfig):
@@ -119,9 +128,11 @@ class ModelConfig(BaseConfig):
     n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1: all, where it was built for a GPU
     flash_attention: bool = False  # llama.cpp: faster prefill; margins move by some tenths
     kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free
-    url: str | None = None  # http: the server's address, ending in /v1
+    # http: the server's address, ending in /v1, without credentials
+    url: str | None = Field(default=None, pattern=r"^https?://[^@?#\s]+$")
     tokenizer: str | None = None  # http: a hub id, folder or .gguf; None: as the server names it
-    api_key_env: str | None = None  # http: environment variable with the key; None: no key
+    # http: the name of the environment variable with the key, in capitals; None: no key
+    api_key_env: str | None = Field(default=None, pattern=ENV_NAME)
     timeout_seconds: PositiveFloat = 600.0
     retries: NonNegativeInt = 6
     system: str | None = None  # a system message
@@ -134,9 +145,10 @@ class Teacher(ModelConfig):
     backend: TeacherBackend = "gguf"  # type: ignore[assignment]
     path: str | None = None  # file: JSONL with traces; None: data.train has them
     fields: dict[Role, str] = {}  # file: as data.train.fields
-    wordiness: NonNegativeFloat = 1.0  # reference: how much a trace wanders; 0: the bare solution
+    # reference: how much a trace wanders; 0: the bare solution
+    wordiness: float = Field(default=1.0, ge=0, le=100)
     derives: Derives = "early"  # reference: where the steps that derive the answer stand
-    dead_ends: NonNegativeInt = 0  # reference: abandoned approaches before those steps
+    dead_ends: int = Field(default=0, ge=0, le=100)  # reference: abandoned approaches before them
     samples: PositiveInt = 1
     keep: Keep = "first"
     sampling: Sampling = Sampling()
@@ -254,7 +266,7 @@ class Prompts(BaseConfig):
         if text is None:
             return None
         if text.startswith("file:"):
-            path = Path(text.removeprefix("file:"))
+            path = expand(text.removeprefix("file:"))
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
@@ -270,7 +282,7 @@ class Config(BaseConfig):
 
     name: str = Field(default="run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     method: str = Field(default="palign", pattern=methods.PATTERN)
     stop_after: str = Field(default="report", pattern=f"^({'|'.join(STAGES)})$")
     data: Data = Data()
@@ -294,13 +306,43 @@ class Config(BaseConfig):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.out or f"runs/{self.name}")
+        return expand(self.out or f"runs/{self.name}")
 
     @property
     def ratio(self) -> float | None:
         """The fixed share of sentences kept, for the ratio-X baselines."""
         share = self.method.partition("ratio-")[2]
         return float(share) if share else None
+
+
+def expand(path: str | Path) -> Path:
+    """A path with `~` replaced by the home folder."""
+    # pathlib would raise for an unknown ~user
+    return Path(os.path.expanduser(path))
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML document's values.
+
+    Raises:
+        ValueError: a key that comes twice, or aliases that multiply into too many values.
+        yaml.YAMLError: it is not YAML.
+    """
+    # Nodes share what aliases repeat: they are walked, and counted, before any value is made.
+    nodes = [yaml.compose(text, yaml.SafeLoader)]
+    for count, node in enumerate(nodes):
+        if count == MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name, times in Counter(names).items():
+                if times > 1:
+                    raise ValueError(f"the key {name} comes {times} times")
+            for pair in node.value:
+                nodes += pair
+    return yaml.safe_load(text)
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -311,15 +353,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         overrides: `a.b.c=value` each, with a YAML value; a string over a dataset sets its path.
 
     Raises:
-        KitError: (exit 2) with every mistake and the nearest valid name of each unknown key.
+        ConfigError: with every mistake and the nearest valid name of each unknown key.
     """
     try:
-        raw = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
+        raw = (read_yaml(expand(path).read_text(encoding="utf-8")) if path else None) or {}
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         hint = "Fix it, or start from a bundled config like configs/smoke.yaml."
-        raise KitError(f"The config {path} cannot be read: {error}.", hint, 2) from None
+        raise ConfigError(str(path), [f"config: it cannot be read: {error}. {hint}"]) from None
     mistakes = []
     for text in overrides:
         try:
@@ -339,15 +381,14 @@ def resolve(raw: dict[str, Any], where: str, mistakes: Sequence[str] = ()) -> Co
         mistakes: found before, reported with the others.
 
     Raises:
-        KitError: (exit 2) with every mistake.
+        ConfigError: with every mistake.
     """
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         mistakes = [*mistakes, *map(_explain, error.errors())]
     if mistakes:
-        lines = [f"{where} has {len(mistakes)} problem(s):", *mistakes]
-        raise KitError("\n  - ".join(lines), code=2)
+        raise ConfigError(where, mistakes)
     return config
 
 
@@ -384,7 +425,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise ValueError(f"{key}: {section} is not a section")
     # What is not YAML is text.
     with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
-        value = yaml.safe_load(value)
+        value = read_yaml(value)
     replaced = node.get(last)
     if isinstance(value, str) and isinstance(replaced, dict) and "path" in replaced:
         replaced["path"] = value
@@ -395,6 +436,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
 def _explain(error: Any) -> str:
     """One of pydantic's errors in our words."""
     where = ".".join(map(str, error["loc"]))
+    if error["loc"][-1:] and error["loc"][-1] in SECRETS and error["type"] != "extra_forbidden":
+        return f"{where}: {SECRETS[error['loc'][-1]]}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
     # Find the section that does not have the key, for the names that it has.

@@ -1,6 +1,18 @@
-"""The one exception that users meet. Any other is a defect of ours and keeps its traceback."""
+"""The one exception that users meet. Any other is a defect of ours and keeps its traceback.
+
+Faults of the machine that libraries report in their own ways are told apart from defects here.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# How libraries without Python's own exceptions name them: safetensors, torch, CUDA.
+_DISK = re.compile(
+    r"No space left|Disk quota|Read-only file|os error \d+|failed (?:writing|finding)"
+)
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class KitError(Exception):
@@ -19,3 +31,31 @@ class KitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.args[0]} {self.hint}".rstrip()
+
+
+class ConfigError(KitError):
+    """A config that is refused (exit 2), with every mistake in it."""
+
+    def __init__(self, where: str, mistakes: Sequence[str]) -> None:
+        lines = [f"{where} has {len(mistakes)} problem(s):", *mistakes]
+        super().__init__("\n  - ".join(lines), code=2)
+        self.mistakes = mistakes
+
+
+def machine_fault(error: BaseException) -> KitError | None:
+    """A library's error as one for users where the machine is at fault: no room, file or memory.
+
+    Returns:
+        None: neither the error nor what it came from says so.
+    """
+    cause: BaseException | None = error
+    while cause:
+        text = " ".join(str(cause).split())[:400]
+        if isinstance(cause, MemoryError) or _MEMORY.search(text):
+            hint = "Close other programs, or set a smaller max_num_seqs or model."
+            return KitError(f"The memory is used up: {text or type(cause).__name__}.", hint)
+        if isinstance(cause, OSError) or _DISK.search(text):
+            hint = "Free some space or fix the path, then run the same command again."
+            return KitError(f"A file cannot be read or written: {text}.", hint)
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 import yaml
 
 from kit import __version__
-from kit.core.config import Config, dump, flat
+from kit.core.config import Config, dump, flat, read_yaml
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import Row
 from kit.core.stages import STAGE_TABLE, Stage
-from kit.core.storage import RowFile, write_atomic
+from kit.core.storage import RowFile, as_line, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
 # Those that affect numbers.
@@ -62,7 +62,6 @@ class Run:
             progress.log = self.folder / "run.log"
         # Not before the lock: another process may be writing it.
         self.manifest = {"stages": {}, "machine": {}, **read_manifest(self.folder)}
-        self._write("config.yaml", dump(config))
         self.record(
             format=FORMAT,
             palign=__version__,
@@ -71,6 +70,8 @@ class Run:
             seed=config.seed,
             versions=versions(),
         )
+        # After the manifest, which shows that the folder is a run's.
+        self._write("config.yaml", dump(config))
 
     def path(self, name: str) -> Path:
         """A file of this run. A folder inside the run's is created; the run's own is not."""
@@ -151,7 +152,7 @@ class Run:
             seconds=round(seconds, 3),
         )
         self.record(machine={**self.manifest["machine"], **machine()})
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected()]
+        lines = [as_line(json.dumps(row, ensure_ascii=False)) for row in self._rejected()]
         self._write("rejected.jsonl", "".join(lines))
 
     def record(self, **entries: Any) -> None:
@@ -213,18 +214,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A run folder's manifest, {} where there is none.
 
     Raises:
-        KitError: it is damaged, or of another format than this version's.
+        KitError: it is damaged, or of another format than this version's; the folder holds a
+            config.yaml or manifest.json that no run wrote.
     """
     path = folder / "manifest.json"
+    config = folder / "config.yaml"
     if not path.exists():
+        # Whose manifest was deleted; a person's own config has not every section.
+        if config.exists() and not _is_resolved(config):
+            hint = "Nothing was changed. Choose another folder: out=DIR."
+            raise KitError(f"{config} is no run's: running here would overwrite it.", hint, 2)
         return {}
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "Fix it, or delete it: the stages' files are then moved to stale/ and regenerated."
         raise KitError(f"{path} is not JSON ({error}).", hint) from None
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    if not isinstance(stages, dict) or not all(
+        isinstance(entry, dict) for entry in stages.values()
+    ):
+        hint = "Nothing was changed. Choose another folder: out=DIR."
+        raise KitError(f"{path} is no run's manifest.", hint, 2)
     check_format(folder, manifest)
     return manifest
+
+
+def _is_resolved(config: Path) -> bool:
+    """Whether a config has every section, as `dump` writes them."""
+    try:
+        keys = read_yaml(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(keys, dict) and keys.keys() == Config.model_fields.keys()
 
 
 def check_format(folder: Path, manifest: dict[str, Any]) -> None:
@@ -252,7 +274,7 @@ def check_format(folder: Path, manifest: dict[str, Any]) -> None:
 def _trained_nf4_on_cpu(folder: Path, manifest: dict[str, Any]) -> bool:
     trained = (folder / "adapter").exists() and "gpu" not in manifest.get("machine", {})
     config = folder / "config.yaml"
-    keys = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    keys = read_yaml(config.read_text(encoding="utf-8")) if config.exists() else None
     train = (keys or {}).get("train") or {}
     return trained and train.get("dtype", "nf4") == "nf4"
 

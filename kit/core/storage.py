@@ -20,6 +20,8 @@ from pydantic import ValidationError
 from kit.core.errors import KitError
 from kit.core.records import Row
 
+# Characters that some readers of lines take for a line's end; all others JSON escapes itself.
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 VOLATILE = {"seconds"}  # fields in which equal runs may differ
 R = TypeVar("R", bound=Row)
 
@@ -86,7 +88,12 @@ def line_of(row: Row) -> str:
     """A row as its JSON line, digest last."""
     raw = row.model_dump(mode="json")
     raw["sha"] = _digest(_canonical(raw))
-    return json.dumps(raw, ensure_ascii=False) + "\n"
+    return as_line(json.dumps(raw, ensure_ascii=False))
+
+
+def as_line(text: str) -> str:
+    """A JSON text as a line that every reader of lines sees as one."""
+    return text.translate(LINE_ENDS) + "\n"
 
 
 def digest(rows: Iterable[Row]) -> str:

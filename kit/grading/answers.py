@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from kit.grading.extract import find, gold_of, last_box
+from kit.grading.extract import LONGEST, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
 from kit.grading.quantities import different_units, read_clock, read_quantity
@@ -86,10 +86,15 @@ class Grader:
         grades = []
         for item in items:
             answer, place = (item.output, "given") if bare else find(item.output, item.verifier)
+            gold = gold_of(item.gold)
             if not answer:
                 grades.append(Grade("unparsed", None, "none" if bare else place))
                 continue
-            verdict, method = compare(item.verifier, gold_of(item.gold), answer)
+            # Comparing takes quadratic time, and exact numbers have a limit of digits.
+            if max(len(answer), len(gold)) > LONGEST:
+                grades.append(Grade("unparsed", None, "oversized"))
+                continue
+            verdict, method = compare(item.verifier, gold, answer)
             grades.append(Grade(verdict, answer, f"{place}:{method}"))
         return grades
 

@@ -27,7 +27,7 @@ _BETWEEN_BOXES = re.compile(
     r"(?:\b[a-zA-Z]\w?(?:_\{?\w+\}?)?|\\[a-z]+)(?:\([a-z]\))?\s*=)*",
     re.IGNORECASE,
 )
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*([^\s#][^\n]*)", re.MULTILINE)
 _HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
 

@@ -20,7 +20,7 @@ from kit.core.methods import method_of
 from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
-from kit.core.storage import digest, write_atomic
+from kit.core.storage import as_line, digest, write_atomic
 from kit.judging.judge import keep
 from kit.pipeline.truncate import whole_traces
 from kit.prompts import draft_turns, target, text_of
@@ -42,7 +42,7 @@ def align(run: Run) -> None:
         rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)
     # as LLaMA-Factory reads it: no digest in the lines
-    lines = [f"{row.model_dump_json()}\n" for row in train_rows]
+    lines = [as_line(row.model_dump_json()) for row in train_rows]
     write_atomic(run.path(TRAIN), "".join(lines))
     run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
 

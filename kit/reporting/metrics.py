@@ -17,9 +17,10 @@ import numpy as np
 import yaml
 from jinja2 import Environment
 
+from kit.core.config import load
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, PrefixRow, Row, TraceRow
-from kit.core.run import check_format
+from kit.core.run import read_manifest
 from kit.core.storage import RowFile
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
@@ -41,14 +42,10 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[str] = []
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise KitError(
-                f"{folder} holds no run that can be read ({error}).", "Name a folder under runs/."
-            ) from None
-        check_format(folder, self.manifest)
+        self.manifest = read_manifest(folder)
+        if not self.manifest:
+            raise KitError(f"{folder} holds no run.", "Name a folder under runs/.")
+        self.config = load(folder / "config.yaml").model_dump(mode="json")
         self.traces = self.rows("traces.jsonl", TraceRow)
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow)
         self.aligned = self.rows("aligned.jsonl", AlignedRow)

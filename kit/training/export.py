@@ -7,7 +7,6 @@ result is compared with the one before it; nothing is uploaded.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from kit.backends.base import Backend, Request, common_prefix_len
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.progress import Progress
-from kit.core.run import check_format
+from kit.core.run import read_manifest
 from kit.models import cache_folder, hf_folder
 from kit.prompts import render, solve_text
 from kit.training.sft_data import read_rows
@@ -45,13 +44,16 @@ def export(
         (the GGUF against merged).
 
     Raises:
-        KitError: a run of an older format, no adapter, a base stored in 4 bits, a converter that
-            cannot be installed or fails.
+        KitError: no run, one of an older format, an `out` that has a folder merged, no adapter, a
+            base stored in 4 bits, a converter that cannot be installed or fails.
     """
-    check_format(run_folder, json.loads((run_folder / "manifest.json").read_bytes()))
+    if not read_manifest(run_folder):
+        raise KitError(f"{run_folder} holds no run.", "Name a folder under runs/.", 2)
     config = configs.load(run_folder / "config.yaml")
     student = config.student
     adapter = run_folder / "adapter"
+    if out and (out / "merged").exists():
+        raise KitError(f"{out}/merged exists.", "Delete it, or choose another --out.", 2)
     out = out or run_folder / "export"
     merged = out / "merged"
     _check_exportable(student.model, adapter)

@@ -1,0 +1,251 @@
+"""Preflight: what would stop a run, found before it starts, by `check` and at the start of `run`.
+
+Most checks are the very functions in which a stage would fail later, and all problems are listed at
+once. No weights are loaded, no row is made, and nothing is asked for a stage that is done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kit.backends import check_adapter, open_backend, tokenizer_alone
+from kit.backends.base import Tokenizer
+from kit.core.config import Config, ModelConfig, flat, load
+from kit.core.errors import ConfigError, KitError
+from kit.core.run import read_manifest
+from kit.core.stages import STAGE_TABLE, STAGES, file_name
+from kit.data import Loaded, load_all
+from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
+from kit.prompts import render, template_hash
+
+SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
+SHORTEST_TOKENS = 64  # hardly a training row has fewer
+COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the disk
+LONGEST_NAME = 240  # bytes of a file's name; file systems end at 255
+
+Check = tuple[str, Callable[[], Any]]  # the config key or section that it is about, and what raises
+
+
+class Problem(NamedTuple):
+    """What would stop a run."""
+
+    key: str
+    message: str
+    fix: str
+
+
+def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Look at everything that a run of a config depends on.
+
+    Returns:
+        {ok, problems: [{key, message, fix}], warnings, seconds}.
+    """
+    began = time.perf_counter()
+    warnings: list[str] = []
+    try:
+        config = load(path, overrides)
+        problems = failures(
+            [
+                ("out", partial(_check_folder, config.folder)),
+                *_checks(config, partial(load_all, config), warnings),
+            ]
+        )
+    except ConfigError as error:
+        problems = [Problem("config", mistake, "") for mistake in error.mistakes]
+    return {
+        "ok": not problems,
+        "problems": [problem._asdict() for problem in problems],
+        "warnings": warnings,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def refuse(config: Config, load_data: Callable[[], Loaded]) -> None:
+    """The pass at the start of `run`; ConfigError: with every problem."""
+    problems = failures(_checks(config, load_data, []))
+    if problems:
+        raise ConfigError("This run", [f"{key}: {text} {fix}" for key, text, fix in problems])
+
+
+def failures(checks: Iterable[Check]) -> list[Problem]:
+    """The problems of all checks, each told once."""
+    problems: dict[str, Problem] = {}
+    for key, run_check in checks:
+        try:
+            run_check()
+        except KitError as error:
+            message = str(error.args[0])
+            problems.setdefault(message, Problem(key, message, error.hint))
+    return list(problems.values())
+
+
+def _checks(
+    config: Config, load_data: Callable[[], Loaded], warnings: list[str]
+) -> Iterator[Check]:
+    """The checks of the stages that are still to do; they add to `warnings`."""
+    from kit.pipeline.align import UNCONTINUED
+    from kit.pipeline.truncate import JUDGED
+
+    todo = _todo(config)
+    student = config.student
+    yield "data", partial(_check_data, config, load_data, todo, warnings)
+    if "teach" in todo and config.teacher.backend not in ("file", "reference"):
+        yield "teacher", partial(_open_tokenizer, config.teacher)
+    if "truncate" in todo and config.method in JUDGED:
+        yield "student", partial(_check_labels, config)
+    if "align" in todo and config.method not in UNCONTINUED:
+        yield "student", partial(_open_tokenizer, student)
+    if "train" in todo:
+        yield "train.micro_batch_size", partial(_check_batches, config)
+        yield "student.model", partial(_check_training, config)
+    if "eval" in todo:
+        yield "eval", partial(_check_eval, config, todo)
+
+
+def _todo(config: Config) -> list[str]:
+    """The stages of a run from the first that is not done under this config."""
+    entries = read_manifest(config.folder).get("stages", {})
+    stages = list(STAGES[: STAGES.index(config.stop_after) + 1])
+    while stages:
+        about = STAGE_TABLE[stages[0]]
+        entry = entries.get(stages[0], {})
+        now = about.dependencies(flat(config))
+        before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
+        if not entry.get("done") or any(before.get(key) != now[key] for key in now):
+            break
+        del stages[0]
+    if config.method == "zero-shot":
+        return [stage for stage in stages if stage == "eval"]
+    return stages
+
+
+def _check_folder(folder: Path) -> None:
+    """Whether a run's folder can be made or written; makes none."""
+    read_manifest(folder)
+    try:
+        tempfile.TemporaryFile(dir=_nearest(folder)).close()
+    except OSError as error:
+        message = f"The run folder {folder} cannot be written: {error.strerror}."
+        raise KitError(message, "Choose another with out=DIR, or fix its permissions.") from None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _check_data(
+    config: Config, load_data: Callable[[], Loaded], todo: list[str], warnings: list[str]
+) -> None:
+    loaded = load_data()
+    warnings += loaded.warnings
+    teacher = config.teacher
+    size = config.train.batch_size
+    if "train" in todo and len(loaded.train) < size and teacher.keep != "all":
+        warnings.append(f"{len(loaded.train)} problems do not fill one train.batch_size={size}.")
+    # Several traces of one problem are numbered: a.0, a.1.
+    ids = {problem.id for problem in loaded.train}
+    for id in ids if teacher.keep == "all" else ():
+        base, _, number = id.rpartition(".")
+        if base in ids and number.isdecimal() and int(number) < teacher.samples:
+            message = f"A trace of {base!r} and the problem {id!r} would have one id."
+            raise KitError(message, "Rename one of them in the data.")
+    if "teach" in todo and teacher.backend == "reference":
+        from kit.synthetic import wander
+
+        for problem in loaded.train:
+            wander(problem, 0, 0)
+    if "eval" in todo and not loaded.evals:
+        raise KitError("data.eval names nothing to evaluate on.", "Or set stop_after=train.")
+    for name in loaded.evals:
+        path = file_name(config.eval.model, "tuned", name)
+        if len(os.fsencode(path)) > LONGEST_NAME:
+            raise KitError(f"{path} is too long for a file's name.", "Shorten data.eval.name.")
+
+
+def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model that is there, after a chat was rendered with it."""
+    if engine.backend in ("http", "scripted"):
+        seconds = min(SERVER_SECONDS, engine.timeout_seconds)
+        once = engine.model_copy(update={"timeout_seconds": seconds, "retries": 0})
+        with closing(open_backend(once)) as backend:
+            tokenizer = backend.tokenizer
+    else:
+        if engine.backend == "gguf":
+            gguf_file(engine.model)
+        folder = Path(resolve(engine.model))
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise KitError(f"{folder} has no weights in safetensors.", "Complete the folder.")
+        tokenizer = tokenizer_alone(engine.model)
+    render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
+    return tokenizer
+
+
+def _check_labels(config: Config) -> None:
+    from kit.judging.judge import split_labels
+
+    tokenizer = _open_tokenizer(config.student)
+    first, second = config.judge.labels
+    split_labels(tokenizer.encode(first, special=False), tokenizer.encode(second, special=False))
+
+
+def _check_batches(config: Config) -> None:
+    size = config.train.batch_size
+    part = config.train.micro_batch_size
+    if size % part:
+        message = f"train.batch_size={size} is not a multiple of train.micro_batch_size={part}."
+        raise KitError(message, "Change one of them.")
+
+
+def _trained_tokenizer(config: Config) -> Tokenizer:
+    """The student's, which trains on backend hf whatever backend it judges on."""
+    return _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
+
+
+def _check_training(config: Config) -> None:
+    """The end of a turn, memory, and room for checkpoints."""
+    from kit.training import plan
+    from kit.training.sft_data import end_of_turn
+
+    tokenizer = _trained_tokenizer(config)
+    if isinstance(tokenizer, HfTokenizer):
+        end_of_turn(tokenizer)
+    # A GGUF of one's own would be converted for its plan, which takes minutes.
+    model = config.student.model
+    if isinstance(resolve(model), Path) and model not in ALIASES:
+        return
+    shortest = config.train.model_copy(update={"max_seq_tokens": SHORTEST_TOKENS})
+    least = plan.plan(config.model_copy(update={"train": shortest}))
+    need_gib = COPIES * least["train_gib"]["adapter"]
+    folder = _nearest(config.folder)
+    if shutil.disk_usage(folder).free < need_gib * (1 << 30):
+        message = f"Checkpoints take {need_gib:.1f} GiB, more than is free in {folder}."
+        raise KitError(message, "Free some space, or choose another out=DIR.")
+    if not least["fits"] and config.train.on_low_memory == "refuse":
+        need_gib = least["train_gib"]["total"]
+        message = f"Even rows of {SHORTEST_TOKENS} tokens need {need_gib:.1f} GiB to train on; "
+        raise KitError(f"{message}{least['free_gib']:.1f} are free.", f"Set {least['change']}.")
+
+
+def _check_eval(config: Config, todo: list[str]) -> None:
+    """The evaluated model takes the adapter, and is asked in the way of the training."""
+    asked = config.eval
+    if config.method != "zero-shot":
+        check_adapter(asked)
+    tokenizer = _open_tokenizer(asked)
+    if "train" not in todo or asked.backend == "scripted":
+        return
+    hashes = set()
+    for engine, its_tokenizer in (asked, tokenizer), (config.student, _trained_tokenizer(config)):
+        hashes.add(template_hash(its_tokenizer, config.prompts, engine.system, engine.thinking))
+    if len(hashes) > 1:
+        hint = "Match eval.system, eval.thinking and eval.model to the student's."
+        raise KitError("Evaluation would ask in another way than training.", hint)
