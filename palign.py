@@ -208,14 +208,14 @@ def _stages(args: Namespace, progress: Any) -> int:
         try:
             for name in names:
                 resolve_name(STAGE_TABLE[name].entry_point)(run)
-        except Exception as error:
+        except Exception:
             # So does one that fails; what keeps the page from being written hides no error.
             if whole:
                 try:
                     report.report(run)
                 except Exception as second:
                     progress.warn(f"no report: {second}")
-            raise error
+            raise
         if not run.is_main_process:
             return 0
         numbers = metrics.numbers(metrics.Files(run.folder))
@@ -287,7 +287,7 @@ def _check(args: Namespace, progress: Any) -> int:
     from kit import preflight
 
     result = preflight.check(args.config, args.overrides)
-    _print(args, result)
+    _print(args, result, preflight.show)
     return 0 if result["ok"] else 2
 
 

@@ -24,7 +24,7 @@ from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
 from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
-from kit.prompts import render, template_hash
+from kit.prompts import render
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
 SHORTEST_TOKENS = 64  # hardly a training row has fewer
@@ -66,6 +66,15 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "warnings": warnings,
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result of `check`, a line for each problem and warning."""
+    for problem in result["problems"]:
+        print("- {key}: {message} {fix}".format(**problem))
+    for warning in result["warnings"]:
+        print(f"note: {warning}")
+    print(f"{len(result['problems'])} problem(s) would stop this run.")
 
 
 def refuse(config: Config, load_data: Callable[[], Loaded]) -> None:
@@ -205,17 +214,13 @@ def _check_batches(config: Config) -> None:
         raise KitError(message, "Change one of them.")
 
 
-def _trained_tokenizer(config: Config) -> Tokenizer:
-    """The student's, which trains on backend hf whatever backend it judges on."""
-    return _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
-
-
 def _check_training(config: Config) -> None:
     """The end of a turn, memory, and room for checkpoints."""
     from kit.training import plan
     from kit.training.sft_data import end_of_turn
 
-    tokenizer = _trained_tokenizer(config)
+    # It trains on backend hf, whatever backend it judges on.
+    tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
     if isinstance(tokenizer, HfTokenizer):
         end_of_turn(tokenizer)
     # A GGUF of one's own would be converted for its plan, which takes minutes.
@@ -240,12 +245,8 @@ def _check_eval(config: Config, todo: list[str]) -> None:
     asked = config.eval
     if config.method != "zero-shot":
         check_adapter(asked)
-    tokenizer = _open_tokenizer(asked)
-    if "train" not in todo or asked.backend == "scripted":
-        return
-    hashes = set()
-    for engine, its_tokenizer in (asked, tokenizer), (config.student, _trained_tokenizer(config)):
-        hashes.add(template_hash(its_tokenizer, config.prompts, engine.system, engine.thinking))
-    if len(hashes) > 1:
-        hint = "Match eval.system, eval.thinking and eval.model to the student's."
+    _open_tokenizer(asked)
+    student = config.student
+    if (asked.system, asked.thinking) != (student.system, student.thinking) and "train" in todo:
+        hint = "Match eval.system and eval.thinking to the student's."
         raise KitError("Evaluation would ask in another way than training.", hint)

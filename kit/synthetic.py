@@ -23,6 +23,7 @@ from kit.core.errors import KitError
 from kit.core.records import Problem
 
 LARGEST = 5000  # of any number in a story
+MOST = 100_000  # problems: seconds to make
 _EQUATION = re.compile(
     r"(?<![\d.,])(\d{1,9}) ?([+*/-]) ?([1-9]\d{0,8}) ?= ?\$?(\d{1,9})(?![\d.,]*\d)"
 )
@@ -64,6 +65,8 @@ def generate(
         raise KitError(
             f"Built-in problems have 1 to 4 steps, not {low} to {high}.", "Choose within that.", 2
         )
+    if count > MOST:
+        raise KitError(f"Built-in problems are at most {MOST:,}, not {count:,}.", "Lower limit.", 2)
     # the two halves, training and held out, differ in the id's last digit
     rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     problems: dict[str, Problem] = {}

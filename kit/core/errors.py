@@ -55,7 +55,7 @@ def machine_fault(error: BaseException) -> KitError | None:
             hint = "Close other programs, or set a smaller max_num_seqs or model."
             return KitError(f"The memory is used up: {text or type(cause).__name__}.", hint)
         if isinstance(cause, OSError) or _DISK.search(text):
-            hint = "Free some space or fix the path, then run the same command again."
-            return KitError(f"A file cannot be read or written: {text}.", hint)
-        cause = cause.__cause__ or cause.__context__
+            hint = "Free some space or fix what it names, then run the same command again."
+            return KitError(f"A file or a connection failed: {text}.", hint)
+        cause = cause.__cause__
     return None

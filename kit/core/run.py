@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from kit import __version__
 from kit.core.config import Config, dump, flat, read_yaml
@@ -34,6 +35,21 @@ FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
 # Those that affect numbers.
 PACKAGES = "torch transformers peft bitsandbytes accelerate llama-cpp-python math-verify".split()
 R = TypeVar("R", bound=Row)
+
+
+class _Entry(BaseModel):
+    """What a manifest says of a stage, as far as its reading depends on it."""
+
+    done: bool = False
+    keys: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+
+
+class _Manifest(BaseModel):
+    """What makes a JSON file a run's manifest."""
+
+    format: int
+    stages: dict[str, _Entry]
 
 
 class Run:
@@ -230,12 +246,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         hint = "Fix it, or delete it: the stages' files are then moved to stale/ and regenerated."
         raise KitError(f"{path} is not JSON ({error}).", hint) from None
-    stages = manifest.get("stages") if isinstance(manifest, dict) else None
-    if not isinstance(stages, dict) or not all(
-        isinstance(entry, dict) for entry in stages.values()
-    ):
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError:
         hint = "Nothing was changed. Choose another folder: out=DIR."
-        raise KitError(f"{path} is no run's manifest.", hint, 2)
+        raise KitError(f"{path} is no run's manifest.", hint, 2) from None
     check_format(folder, manifest)
     return manifest
 

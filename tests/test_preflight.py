@@ -1,0 +1,168 @@
+"""Preflight: each broken thing is found by `check`, and `run` stops before a stage wrote a row."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import palign
+from kit import preflight
+from kit.models import hf_folder
+from tests.conftest import ROOT
+from tests.test_kills import write_config
+
+PROBLEMS = [
+    {"id": "a", "question": "What is 1 + 1?", "answer": "2"},
+    {"id": "a.1", "question": "What is 1 + 2?", "answer": "3"},
+]
+WHOLE = ["stop_after=report"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config that runs, and the files that the broken ones name."""
+    folder = tmp_path_factory.mktemp("preflight")
+    write_config(folder, "palign")
+    lines = [json.dumps(row) + "\n" for row in PROBLEMS]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    (folder / "torn.jsonl").write_text("".join(lines) + '{"id": "b", "quest')
+    (folder / "words.txt").write_text("Is it enough?")
+    for name, text in (("config.yaml", "name: mine"), ("manifest.json", '{"name": "a web page"}')):
+        (folder / f"has-{name}").mkdir()
+        (folder / f"has-{name}" / name).write_text(text)
+    (folder / "empty-model").mkdir()
+    (folder / "empty-model" / "config.json").write_text("{}")
+    return folder
+
+
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+DEAD = f"url=http://127.0.0.1:{closed_port()}/v1"
+# Overrides that break one thing ({base}: the folder), the key and the words that name it.
+BROKEN: list[tuple[list[str], str, str]] = [
+    (["prompts.judge=file:{base}/none.txt"], "config", "cannot be read"),
+    (["prompts.judge=file:{base}/words.txt"], "config", "{question} is missing"),
+    (["seed=-1"], "config", "seed"),
+    (["seed=4294967296"], "config", "seed"),
+    (["train.learning_rate=.inf"], "config", "finite"),
+    (["teacher.wordiness=1e9"], "config", "wordiness"),
+    (["student.api_key_env=sk-pasted"], "config", "environment variable"),
+    (["student.url=http://me:secret@host/v1"], "config", "environment variable"),
+    (["data.train={base}/none.jsonl"], "data", "cannot be read"),
+    (["data.train={base}/torn.jsonl"], "data", "line 3"),
+    (["data.train={base}/rows.jsonl", *WHOLE, "data.eval={base}/rows.jsonl"], "data", "both"),
+    (["data.train={base}/rows.jsonl", *WHOLE, "data.eval=holdout"], "data", "holdout"),
+    (["data.train={base}/rows.jsonl", "data.train.stratify=level"], "data", "stratify"),
+    (["data.train={base}/rows.jsonl", "teacher.keep=all"], "data", "'a.1' would have one id"),
+    (["data.train={base}/rows.jsonl", "teacher.backend=reference"], "data", "worked solution"),
+    (["data.train.limit=1000000000"], "data", "problems"),
+    (["teacher.backend=file", "teacher.path={base}/rows.jsonl"], "data", "no trace"),
+    ([*WHOLE, "data.eval=[]"], "data", "nothing to evaluate"),
+    ([*WHOLE, f"data.eval={{path: builtin, name: {'x' * 250}}}"], "data", "too long"),
+    ([*WHOLE, "data.eval=[builtin, {path: builtin}]"], "data", "Two sources"),
+    (["out={base}/rows.jsonl/run"], "out", "cannot be written"),
+    (["out={base}/has-config.yaml"], "out", "no run's"),
+    (["out={base}/has-manifest.json"], "out", "no run's"),
+    (["teacher.backend=http", f"teacher.{DEAD}"], "teacher", "does not answer"),
+    (["student.backend=http", f"student.{DEAD}"], "student", "does not answer"),
+    (["teacher.backend=gguf", "teacher.model={base}/none.gguf"], "teacher", "no model"),
+    (["student.backend=hf", "student.model={base}"], "student", "no model"),
+    (["student.backend=hf", "student.model={base}/empty-model"], "student", "no weights"),
+    (["judge.labels=[yes, yes]"], "student", "label"),
+    ([*WHOLE, "train.batch_size=5", "train.micro_batch_size=2"], "train.micro_batch_size", "5"),
+    ([*WHOLE, "eval.backend=gguf"], "eval", "An adapter runs on backend hf"),
+    ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "An adapter runs on backend hf"),
+    (WHOLE, "student.model", "not a GGUF file"),
+    ([*WHOLE, "eval.system=Be brief."], "eval", "in another way than training"),
+]
+
+
+def filled(base: Path, overrides: list[str]) -> list[str]:
+    return [text.replace("{base}", str(base)) for text in overrides]
+
+
+@pytest.mark.parametrize(("overrides", "key", "words"), BROKEN, ids=lambda value: str(value)[:50])
+def test_a_broken_thing_is_found_at_once_and_no_stage_starts(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    key: str,
+    words: str,
+) -> None:
+    keys = filled(base, [f"out={tmp_path}/run", *overrides])
+    assert palign.main(["check", str(base / "config.yaml"), *keys, "--json"]) == 2
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert not result["ok"] and "secret" not in printed.out + printed.err
+    assert [
+        problem
+        for problem in result["problems"]
+        if problem["key"] == key and words in problem["message"] + problem["fix"]
+    ], result
+    assert not (tmp_path / "run").exists(), "check writes nothing"
+
+    assert palign.main(["run", str(base / "config.yaml"), *keys]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error and "a defect" not in error and "Traceback" not in error
+    assert not list(base.rglob("traces.jsonl")) and not list(tmp_path.rglob("traces.jsonl"))
+
+
+def test_all_problems_are_listed_at_once(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [f"data.train={base}/none.jsonl", "teacher.backend=http", f"teacher.{DEAD}"]
+    keys += ["judge.labels=[yes, yes]", f"out={base}/rows.jsonl/run"]
+    assert palign.main(["check", str(base / "config.yaml"), *keys]) == 2
+    printed = capsys.readouterr().out
+    for words in ("none.jsonl", "does not answer", "label", "cannot be written"):
+        assert words in printed
+
+
+def test_a_run_that_is_done_asks_for_nothing_again(base: Path, tmp_path: Path) -> None:
+    config = str(base / "config.yaml")
+    assert palign.main(["run", config, f"out={tmp_path}/run", "--quiet"]) == 0
+    # The server of a finished stage may be gone; url and time-outs change no row.
+    assert preflight.check(config, [f"out={tmp_path}/run"])["ok"]
+    assert preflight._todo(preflight.load(config, [f"out={tmp_path}/run"])) == []
+    changed = preflight.load(config, [f"out={tmp_path}/run", "judge.search=scan"])
+    assert preflight._todo(changed) == ["truncate", "align"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_bundled_config_is_checked(path: Path, tmp_path: Path) -> None:
+    """What is on every machine passes; of the others each missing thing is named with its fix."""
+    result = preflight.check(str(path), [f"out={tmp_path}/run"])
+    bundled = path.name in ("smoke.yaml", "workshop.yaml")
+    assert result["ok"] == bundled or not bundled, result
+    for problem in result["problems"]:
+        assert problem["key"] in ("data", "student", "student.model", "eval", "teacher"), problem
+        assert problem["fix"] and "a defect" not in problem["message"]
+        absent = ("no such file", "No such file", "could not be fetched", "no model")
+        assert any(words in problem["message"] for words in absent), problem
+
+
+def test_a_template_that_fails_and_memory_that_cannot_do(tmp_path: Path) -> None:
+    folder = Path(hf_folder("smollm2-135m"))
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in folder.glob("*.json"):
+        shutil.copy(file, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no chat') }}")
+    keys: list[Any] = ["student.backend=hf", f"student.model={broken}", f"out={tmp_path}/run"]
+    config = write_config(tmp_path, "palign")
+    [problem] = preflight.check(str(config), keys)["problems"]
+    assert problem["key"] == "student" and "no chat" in problem["message"], problem
+    keys = [f"out={tmp_path}/run", "train.rank=16384"]
+    [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
+    assert problem["key"] == "student.model" and "Even rows of 64 tokens need" in problem["message"]
