@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +119,10 @@ def _checks(
 
 def _todo(config: Config) -> list[str]:
     """The stages of a run from the first that is not done under this config."""
-    entries = read_manifest(config.folder).get("stages", {})
+    entries = {}
+    # A folder that is no run's is a problem of its own.
+    with suppress(KitError):
+        entries = read_manifest(config.folder).get("stages", {})
     stages = list(STAGES[: STAGES.index(config.stop_after) + 1])
     while stages:
         about = STAGE_TABLE[stages[0]]
@@ -214,11 +217,12 @@ def _check_batches(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     """The end of a turn, memory, and room for checkpoints."""
+    # It trains on backend hf, whatever backend it judges on.
+    tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
+    # Only now: they load torch.
     from kit.training import plan
     from kit.training.sft_data import end_of_turn
 
-    # It trains on backend hf, whatever backend it judges on.
-    tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
     if isinstance(tokenizer, HfTokenizer):
         end_of_turn(tokenizer)
     # A GGUF of one's own would be converted for its plan, which takes minutes.

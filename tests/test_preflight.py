@@ -77,7 +77,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["teacher.backend=gguf", "teacher.model={base}/none.gguf"], "teacher", "no model"),
     (["student.backend=hf", "student.model={base}"], "student", "no model"),
     (["student.backend=hf", "student.model={base}/empty-model"], "student", "no weights"),
-    (["judge.labels=[yes, yes]"], "student", "label"),
+    (["judge.labels=[same, same]"], "student", "label"),
     ([*WHOLE, "train.batch_size=5", "train.micro_batch_size=2"], "train.micro_batch_size", "5"),
     ([*WHOLE, "eval.backend=gguf"], "eval", "An adapter runs on backend hf"),
     ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "An adapter runs on backend hf"),
@@ -119,7 +119,7 @@ def test_a_broken_thing_is_found_at_once_and_no_stage_starts(
 
 def test_all_problems_are_listed_at_once(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = [f"data.train={base}/none.jsonl", "teacher.backend=http", f"teacher.{DEAD}"]
-    keys += ["judge.labels=[yes, yes]", f"out={base}/rows.jsonl/run"]
+    keys += ["judge.labels=[same, same]", f"out={base}/rows.jsonl/run"]
     assert palign.main(["check", str(base / "config.yaml"), *keys]) == 2
     printed = capsys.readouterr().out
     for words in ("none.jsonl", "does not answer", "label", "cannot be written"):
