@@ -56,14 +56,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of whole real files; a test that needs all of their rows skips without it."""
-    if not SHARED.is_dir():
-        pytest.skip("needs the whole real files (../shared/data)")
-    return SHARED
-
-
-@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of whole real files where there is one, else of their first rows in tests/data."""
     return SHARED if SHARED.is_dir() else EXCERPTS

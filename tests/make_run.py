@@ -46,8 +46,8 @@ PLAIN = (
 )
 
 
-def problems(shared: Path | None, count: int) -> list[dict[str, str]]:
-    """Problems with traces: the hostile ones, and real ones where the shared data are."""
+def problems(data: Path | None, count: int) -> list[dict[str, str]]:
+    """Problems with traces: the hostile ones, the real ones of a folder of data, made-up ones."""
     items = []
     for number, text in enumerate(HOSTILE):
         items.append(
@@ -58,10 +58,9 @@ def problems(shared: Path | None, count: int) -> list[dict[str, str]]:
                 "long_cot": text if len(text) > 9999 else text * 3,
             }
         )
-    path = (shared or Path("/nowhere")) / "long_cot_aime24.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return items + [json.loads(line) for line in lines[: count - len(items)]]
+    if data is not None:
+        lines = (data / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()
+        items += [json.loads(line) for line in lines[: count - len(items)]]
     for number in range(count - len(items)):
         question = f"What is 3 + 4, {number}?"
         trace = PLAIN * (number + 2)
@@ -69,10 +68,11 @@ def problems(shared: Path | None, count: int) -> list[dict[str, str]]:
     return items
 
 
-def make(folder: Path, shared: Path | None = None, upto: str = "eval", **overrides: Any) -> Path:
+def make(folder: Path, data: Path | None = None, upto: str = "eval", **overrides: Any) -> Path:
     """Write a run's folder.
 
     Args:
+        data: the folder of real traces (`real_data`); without it all are made up.
         upto: the last stage that is done.
         overrides: config keys with __ for dots, e.g. judge__kind="answer".
     """
@@ -84,7 +84,7 @@ def make(folder: Path, shared: Path | None = None, upto: str = "eval", **overrid
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
     draw = random.Random(f"{config.seed} {config.method} {config.judge.kind}")
-    items = problems(shared, 24)
+    items = problems(data, 24)
     stages = {
         "teach": lambda: _teach(folder, items),
         "truncate": lambda: _truncate(folder, items, draw),

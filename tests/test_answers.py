@@ -22,10 +22,9 @@ from kit.grading.math_worker import GRACE_SECONDS
 from kit.grading.normalize import normalize
 from kit.grading.quantities import read_quantity
 from tests.answer_grammar import pair
-from tests.conftest import ROOT
+from tests.conftest import EXCERPTS, ROOT, SHARED
 from tests.grading_cases import PAIRS
 
-DATA = ROOT / "tests" / "data"
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 
@@ -297,9 +296,10 @@ def test_pairs_from_a_grammar_are_graded_as_constructed(warm):
     assert refused <= 0.02 * equals
 
 
-def test_shared_cases_accept_nothing_wrong_and_nearly_all_that_is_right(warm, shared):
-    lines = (shared / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()
-    cases = [json.loads(line) for line in lines]
+def test_pairs_accept_nothing_wrong_and_nearly_all_that_is_right(warm):
+    whole = SHARED / "grading_cases.jsonl"
+    path = whole if whole.exists() else EXCERPTS / "grading_pairs.jsonl"
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     grades = warm.grade([Item(case["gold"], case["output"], case["verifier"]) for case in cases])
     accepted = [grade.verdict == "correct" for grade in grades]
     wrong = [case for case, yes in zip(cases, accepted, strict=True) if yes and not case["right"]]
@@ -308,7 +308,7 @@ def test_shared_cases_accept_nothing_wrong_and_nearly_all_that_is_right(warm, sh
 
 
 KINDS = [
-    json.loads(line) for line in (DATA / "grading_cases.jsonl").read_text("utf-8").splitlines()
+    json.loads(line) for line in (EXCERPTS / "grading_cases.jsonl").read_text("utf-8").splitlines()
 ]
 
 

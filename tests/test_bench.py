@@ -11,6 +11,7 @@ from kit import bench
 from kit.bench import measure
 from kit.core.errors import KitError
 from kit.core.progress import Progress
+from tests.conftest import EXCERPTS, SHARED
 
 OPTIONS = {
     "traces": None,
@@ -52,7 +53,10 @@ def judged(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "traces.jsonl"
     row = {"id": "t", "question": "How many apples?", "answer": "7", "long_cot": TRACE}
     path.write_text(json.dumps(row) + "\n")
-    return run(subject="judge", traces=path, verdicts="middle")
+    with pytest.MonkeyPatch.context() as patch:
+        # The reference loops generate a few tokens in place of 256 and 16.
+        patch.setattr("kit.bench.judge.REFERENCES", {"reference-256": 3, "reference-16": 2})
+        return run(subject="judge", traces=path, verdicts="middle")
 
 
 def test_judging_has_a_row_per_way_with_ratios_to_the_prefill(judged):
@@ -83,7 +87,9 @@ def test_forced_verdicts_keep_what_they_say_and_cached_margins_equal_uncached(ju
     assert judged["max_margin_difference"] == trace["margin_difference"] < 1e-3
 
 
-def test_generation_counts_the_same_tokens_in_every_way():
+@pytest.mark.parametrize("longest", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_generation_counts_the_same_tokens_in_every_way(longest, monkeypatch):
+    monkeypatch.setattr("kit.bench.generate.LONGEST", longest)  # tokens of the longest prompt
     result = run(subject="generate", limit=2)
     assert [row["name"] for row in result["rows"]] == [
         "gguf-sequential",
@@ -108,8 +114,14 @@ def test_both_losses_of_a_training_step_are_equal():
     assert result["peak_ratio"] == chunked["peak_bytes"] / plain["peak_bytes"]
 
 
-def test_half_of_the_graded_answers_are_wrong(shared):
+@pytest.mark.parametrize("data", [EXCERPTS, pytest.param(SHARED, marks=pytest.mark.slow)])
+def test_half_of_the_graded_answers_are_wrong(data, monkeypatch):
+    """Every other one has the answer before it; of three, one or two are correct."""
+    if not data.is_dir():
+        pytest.skip("needs the whole real files (../shared/data)")
+    monkeypatch.setattr("kit.bench.grade.DATA", data)
+    sizes = {"gsm8k": 1000, "math": 500} if data == SHARED else {"gsm8k": 3, "math": 3}
     for row in run(subject="grade")["rows"]:
         verdicts = row["verdicts"]
-        assert sum(verdicts.values()) == row["answers"] == {"gsm8k": 1000, "math": 500}[row["name"]]
-        assert 0.4 < verdicts["correct"] / row["answers"] < 0.6
+        assert sum(verdicts.values()) == row["answers"] == sizes[row["name"]]
+        assert 0.3 < verdicts["correct"] / row["answers"] < 0.7

@@ -20,7 +20,8 @@ from kit.core.storage import VOLATILE
 from tests.conftest import ROOT
 
 STAGE_FILES = ("traces.jsonl", "prefixes.jsonl", "aligned.jsonl", "train.jsonl", "rejected.jsonl")
-KILLS = 180
+QUICK_KILLS = 24
+KILLS = 90
 
 
 def steady(folder: Path) -> dict[str, list[str]]:
@@ -86,9 +87,10 @@ def write_config(folder: Path, method: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("most_kills", [QUICK_KILLS, pytest.param(KILLS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "seconds_an_answer"), [("palign", 0.004), ("zero-shot", 0.015)])
 def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(
-    tmp_path, method, seconds_an_answer
+    tmp_path, method, seconds_an_answer, most_kills
 ):
     sys.path.insert(0, str(ROOT))
     config = write_config(tmp_path, method)
@@ -104,7 +106,7 @@ def test_a_run_killed_over_and_over_equals_an_uninterrupted_one(
         ended = os.waitstatus_to_exitcode(status) == 0
         kills += not ended
         assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
-        if kills >= KILLS // 2:
+        if kills >= most_kills:
             break
     _, status = os.waitpid(launch(["run", str(config), f"out={torn}", "--quiet"], 0.0), 0)
     assert os.waitstatus_to_exitcode(status) == 0

@@ -19,17 +19,16 @@ from kit.core.storage import RowFile
 from kit.reporting import compare, report
 from kit.reporting.metrics import Files, numbers
 from tests.browser import COMPARISON, REPORT, Opened, check
-from tests.conftest import SHARED
 from tests.make_run import HOSTILE, make
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("runs") / "whole", SHARED, seed=3)
+def folder(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "whole", real_data, seed=3)
 
 
 @pytest.fixture(scope="module")
-def pages(folder: Path) -> dict[str, Path]:
+def pages(folder: Path, real_data: Path) -> dict[str, Path]:
     """The pages of four kinds of run.
 
     One is whole, one stopped at once, one has only hostile traces, and one compares several.
@@ -52,8 +51,8 @@ def pages(folder: Path) -> dict[str, Path]:
         paths[name].write_text(report.page(files, numbers(files)), encoding="utf-8")
     folders = [
         folder,
-        make(root / "other", SHARED, seed=4),
-        make(root / "long", SHARED, seed=3, method="long-trace"),
+        make(root / "other", real_data, seed=4),
+        make(root / "long", real_data, seed=3, method="long-trace"),
         make(root / "bare", upto="truncate"),
     ]
     paths["compare"] = root / "compare.html"

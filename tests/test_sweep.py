@@ -218,7 +218,7 @@ def test_a_trace_whose_first_sentence_does_not_fit_has_its_own_reason() -> None:
 
 
 def test_real_traces_over_the_context_are_kept_where_a_prefix_within_suffices(
-    student: Any, shared: Any, real_traces: list[dict[str, str]]
+    student: Any, real_traces: list[dict[str, str]]
 ) -> None:
     """The longest of the file, at two thresholds; the last boundary that fits is asked."""
     longest = as_row(real_traces[-1])

@@ -56,7 +56,7 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
     if isinstance(source, Path):
         source = Source(source)
     graded = []
-    rows = []
+    rows: list[EvalRow] = []
     with Grader() as grader:
         for where, row in _read(source):
             items = [Item(row.gold, output, row.verifier or verifier) for output in row.outputs]
