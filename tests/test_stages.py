@@ -48,6 +48,29 @@ def test_changes_are_named_by_key_and_a_changed_input_in_words():
     assert stage.changes(before, before) == ""
 
 
+@pytest.mark.parametrize(
+    ("hashes", "reruns"),
+    [
+        ([{"weights": "a"}, {"weights": "a"}, {"weights": "b"}], [True, False, True]),
+        # not on this machine for a while
+        ([{"weights": "a"}, {}, {"weights": "a"}, {"weights": "b"}], [True, False, False, True]),
+        # a run of an older kit, or a model that was fetched meanwhile
+        ([{}, {"weights": "a"}, {"weights": "b"}], [True, False, True]),
+    ],
+)
+def test_a_model_of_other_content_reruns_a_stage_and_an_unknown_one_does_not(
+    tmp_path, hashes, reruns, capsys
+):
+    for known, rerun in zip(hashes, reruns, strict=True):
+        named = {f"{part} of student.model": value for part, value in known.items()}
+        with open_run(tmp_path) as run:
+            run.progress.quiet = False
+            assert run.begin("truncate", "rows", lambda: "out", lambda n=named: n) is rerun
+            if rerun:
+                run.finish("truncate", "out", 0, 0)
+    assert capsys.readouterr().err.count("the weights of student.model changed") == 1
+
+
 @pytest.mark.parametrize("upto", range(7))
 def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upto):
     calls: list[list[str]] = []

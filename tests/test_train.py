@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from kit.core.config import Config, dump, resolve
 from kit.core.errors import KitError
+from kit.core.fingerprints import file_hash
 from kit.core.progress import Progress
 from kit.core.records import TrainRow
 from kit.core.run import Run
@@ -282,7 +283,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(
     config = settings(tmp_path / "r", tiny, rank=4)
     write_rows(config.folder, rows())
     with Run(config, Progress(quiet=True)) as run:
-        run.begin("train", stage._hash(config.folder / "train.jsonl"), lambda: "")
+        run.begin("train", file_hash(config.folder / "train.jsonl")[:16], lambda: "")
         shutil.copytree(whole.folder / "checkpoints", config.folder / "checkpoints")
         with pytest.raises(
             KitError, match=r"checkpoint-6 holds an adapter of rank 16, .* the config's .* rank 4, "

@@ -65,6 +65,7 @@ def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     params.vocab_only = vocab_only
+    params.check_tensors = True  # NaN and infinity
     last_errors.clear()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if model:
@@ -83,8 +84,8 @@ def f16_copy(gguf: Path) -> Path:
 
     def write(path: Path) -> None:
         if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), params):
-            path.unlink(missing_ok=True)
             raise OSError(" ".join(last_errors))
+        llama_cpp.llama_model_free(load(path))  # KitError: it is not whole
 
     return cached_copy(gguf, ".f16.gguf", write)
 

@@ -1,8 +1,9 @@
 """A run's folder: its lock, its manifest, and which stages are done, resumed, or run again.
 
-A stage is known by the config keys it depends on and by a digest of its input. Equal: it is skipped
-or resumed. Different: the differing key is named, the old files are moved to `stale/`, and the
-stage runs again; rows made under two configs are never in one file. Nothing here reads data.
+A stage is known by the config keys it depends on, by a digest of its input and by fingerprints of
+the models and the adapter that it uses. Equal: it is skipped or resumed. Different: what differs is
+named, the old files are moved to `stale/`, and the stage runs again; rows made under two configs
+are never in one file. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -110,12 +111,20 @@ class Run:
             hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
             raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
 
-    def begin(self, stage: str, source: str, output: Callable[[], str]) -> bool:
+    def begin(
+        self,
+        stage: str,
+        source: str,
+        output: Callable[[], str],
+        fingerprints: Callable[[], dict[str, str]] = dict,
+    ) -> bool:
         """Open a stage.
 
         Args:
             source: the digest of its input.
             output: computes the digest of what it has written.
+            fingerprints: of the models and adapters that its rows depend on, as those of
+                kit.models; asked again at the end for a model that was fetched meanwhile.
 
         Returns:
             Whether there is work to do. False: it is done, and its output intact.
@@ -123,7 +132,8 @@ class Run:
         about = STAGE_TABLE[stage]
         entry = self.manifest["stages"].get(stage, {})
         # What the stage depends on now, and what it depended on when its files were written.
-        keys = {**about.dependencies(flat(self.config)), "input": source}
+        self._fingerprints = fingerprints
+        keys = {**about.dependencies(flat(self.config)), **fingerprints(), "input": source}
         # A key that an older kit did not know had its default.
         known = {**about.dependencies(flat(Config())), **entry.get("keys", keys)}
         changes = about.changes(known, keys)
@@ -133,6 +143,9 @@ class Run:
                 self.progress.say(f"{stage}: resuming")
             elif output() == entry["output"]:
                 self.progress.say(f"{stage}: already done, skipped")
+                # An older kit recorded no fingerprints: from now on a change is seen.
+                entry["keys"] = {**keys, **entry.get("keys", {})}
+                self.record()
                 return False
             else:
                 self.progress.warn(f"{stage}: output missing or modified; regenerating")
@@ -161,6 +174,7 @@ class Run:
         seconds = entry.get("seconds", 0.0) + time.perf_counter() - self.started
         entry.update(
             done=True,
+            keys={**self._fingerprints(), **entry["keys"]},
             output=output,
             rows_in=rows_in,
             rows_out=rows_out,

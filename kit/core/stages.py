@@ -1,7 +1,7 @@
 """The stages: their order, what each depends on and writes, and the loop that makes their rows.
 
-A stage is known by the config keys it depends on and by a digest of its input; kit/core/run.py
-compares both with the manifest. Nothing here loads a model.
+A stage is known by the config keys it depends on, a digest of its input and the fingerprints of its
+models; kit/core/run.py compares them with the manifest. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -64,9 +64,13 @@ class Stage:
         changes = []
         for key in sorted({*before, *now}):
             old, new = before.get(key), now.get(key)
-            if old == new:
+            # "weights of student.model": a fingerprint. None: the model was not on this machine.
+            is_fingerprint = " of " in key
+            if old == new or (is_fingerprint and None in (old, new)):
                 continue
-            if key == "input":
+            if is_fingerprint:
+                changes.append(f"the {key} changed")
+            elif key == "input":
                 changes.append(f"{self.input} changed")
             else:
                 changes.append(f"{key} changed from {old!s:.40} to {new!s:.40}")
@@ -131,7 +135,7 @@ STAGE_TABLE = {
     "eval": Stage(
         "kit.pipeline.evaluate:evaluate",
         keys=("method", "eval", "prompts.instruction", "seed"),
-        input="the evaluation problems or the adapter",
+        input="the evaluation problems",
         rows={"eval/*.jsonl": EvalRow},
     ),
     "report": Stage("kit.reporting.report:report"),

@@ -40,7 +40,15 @@ from kit.grading.answers import Grader, Item, gold_of
 from kit.judging.search import binary, choose, gallop, sweep, violations
 from kit.judging.sentences import ends
 from kit.judging.success import missing_draws, success_probability
-from kit.prompts import draft_turns, judge_text, render, solve_text, text_of
+from kit.prompts import (
+    draft_turns,
+    encode_after,
+    encode_answer,
+    judge_text,
+    render,
+    solve_text,
+    text_of,
+)
 from kit.sampling import PROBLEM_FIELDS, grade_samples
 
 # From this margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer: mean
@@ -87,10 +95,8 @@ class Judge(ExitStack):
         }[settings.kind]
 
         # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
-        encode = backend.tokenizer.encode
-        enough, not_enough = settings.labels
         self.shared_label_tokens, self.label_tokens = split_labels(
-            encode(enough, special=False), encode(not_enough, special=False)
+            *(encode_answer(backend.tokenizer, label) for label in settings.labels)
         )
 
         limit_tokens = settings.limit_tokens or backend.context_tokens
@@ -121,7 +127,7 @@ class Judge(ExitStack):
             ids += self.shared_label_tokens
             return ScoreRequest(ids, ((len(ids) - 1, self.label_tokens),))
         gold_text = gold_of(row.answer)
-        gold = tuple(self.backend.tokenizer.encode(gold_text, special=False))
+        gold = tuple(encode_after(self.backend.tokenizer, gold_text))
         reads = tuple((place, (token,)) for place, token in enumerate(gold, len(ids) - 1))
         return ScoreRequest(ids + gold[:-1], reads)
 

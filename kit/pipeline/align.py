@@ -22,6 +22,7 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import as_line, digest, write_atomic
 from kit.judging.judge import keep
+from kit.models import fingerprints
 from kit.pipeline.truncate import whole_traces
 from kit.prompts import draft_turns, target, text_of
 from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, rejection
@@ -32,12 +33,13 @@ TRAIN = "train.jsonl"
 
 def align(run: Run) -> None:
     """The stage: one `AlignedRow` per prefix, and train.jsonl from the kept ones."""
+    config = run.config
     prefixes = _prefixes(run)
-    if not run.begin("align", digest(prefixes), lambda: _output(run)):
+    work = extend if method_of(config.method).continued else take_over
+    model = partial(fingerprints, "student", config.student) if work is extend else dict
+    if not run.begin("align", digest(prefixes), lambda: _output(run), model):
         return
     prefixes = [row for row in prefixes if not row.rejected]
-    config = run.config
-    work = extend if method_of(config.method).continued else take_over
     with Sampler(run, config.student, config.align) as student:
         rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)

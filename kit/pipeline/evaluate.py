@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain, product
 
 from kit.core.errors import KitError
+from kit.core.fingerprints import ADAPTER, adapter_hash, check_adapter
 from kit.core.records import EvalRow, Problem
 from kit.core.run import Run
 from kit.core.stages import file_digest, file_name, tallies
@@ -20,6 +21,7 @@ from kit.core.storage import digest
 from kit.data import problems_of
 from kit.grading.answers import Item
 from kit.grading.scores import compare_rows, score
+from kit.models import check_base, fingerprints
 from kit.prompts import template_hash
 from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
 
@@ -46,27 +48,32 @@ def evaluate(run: Run) -> None:
         )
     # The tuned model goes first, so that an adapter that cannot be used costs no work on the base.
     sides = ["base"]
+    adapter = run.folder / "adapter"
     if run.config.method != "zero-shot":
         run.require("train")
+        check_base(adapter, config.model)
+        check_adapter(adapter, run.manifest["stages"]["train"]["output"])
         sides = ["tuned", "base"] if config.base else ["tuned"]
     files = [file_name(config.model, *side) for side in product(sides, datasets)]
 
-    # What the answers depend on: the problems, how many answers each gets, and the adapter.
+    # What the answers depend on: the problems, how many answers each gets, model and adapter.
     source = digest(chain.from_iterable(datasets.values()))
     samples = problems_of(run).samples
-    training = run.manifest["stages"]["train"]["output"] if "tuned" in sides else None
+
+    def content() -> dict[str, str]:
+        return {**fingerprints("eval", config), ADAPTER: adapter_hash(adapter)}
 
     def output() -> str:
         return " ".join(file_digest(run, file, EvalRow) for file in files)
 
-    if not run.begin("eval", f"{source} {samples} {training}", output):
+    if not run.begin("eval", f"{source} {samples}", output, content):
         return
 
     # One model at a time, over all datasets.
     rows: Rows = {dataset: {} for dataset in datasets}
     for which in sides:
-        adapter = str(run.folder / "adapter") if which == "tuned" else None
-        with Sampler(run, config, config, adapter) as student:
+        on_top = str(adapter) if which == "tuned" else None
+        with Sampler(run, config, config, on_top) as student:
             for dataset, problems in datasets.items():
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])

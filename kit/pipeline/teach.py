@@ -8,6 +8,7 @@ all go on. Nothing is cut here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from kit.backends.base import Completion, Generation
 from kit.core.records import Problem, TraceRow
@@ -15,6 +16,7 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest
 from kit.data import problems_of
+from kit.models import fingerprints
 from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, grade_samples, rejection
 from kit.synthetic import wander
 
@@ -25,7 +27,8 @@ def teach(run: Run) -> None:
     """The stage: one `TraceRow` per problem."""
     config = run.config.teacher
     problems = [] if run.config.method == "zero-shot" else problems_of(run).train
-    if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow)):
+    model = partial(fingerprints, "teacher", config)
+    if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow), model):
         return
     with Sampler(run, config, config) as teacher:
         rows = teacher.sweep(

@@ -5,15 +5,15 @@ Rows become token ids in kit/training/sft_data.py; the training itself is kit/tr
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from functools import partial
 
 from kit.core.errors import KitError
+from kit.core.fingerprints import adapter_hash, file_hash
 from kit.core.run import Run
-from kit.models import load_tokenizer
+from kit.models import fingerprints, load_tokenizer
 from kit.training.plan import check_fit
 from kit.training.sft_data import CUT, prepare, read_rows
-from kit.training.trainer import WEIGHTS, fit
+from kit.training.trainer import fit
 
 
 def train(run: Run) -> None:
@@ -29,10 +29,13 @@ def train(run: Run) -> None:
             run.finish("train", "", rows_in=0, rows_out=0)
         return
     path = run.folder / "train.jsonl"
-    weights = run.folder / "adapter" / WEIGHTS
+    adapter = run.folder / "adapter"
     if not path.exists():
         raise KitError(f"{path} does not exist.", "Run the stages before it: palign.py run CONFIG.")
-    if not run.begin("train", _hash(path), lambda: _hash(weights)):
+    # whatever asks the student, it is trained with transformers
+    model = run.config.student.model_copy(update={"backend": "hf"})
+    content = partial(fingerprints, "student", model)
+    if not run.begin("train", file_hash(path)[:16], lambda: adapter_hash(adapter), content):
         return
     # rows to examples, which must fit the memory
     rows = read_rows(path)
@@ -44,10 +47,9 @@ def train(run: Run) -> None:
     check_fit(run.config, run, max(len(example.ids) for example in examples))
     summary = fit(run, tokenizer, examples)
     cut = lost.pop(CUT, [])
-    output = _hash(weights)
     run.finish(
         "train",
-        output,
+        adapter_hash(adapter),
         len(rows),
         len(examples),
         **summary,
@@ -55,7 +57,3 @@ def train(run: Run) -> None:
         cut=cut,
         dropped=lost,
     )
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""

@@ -25,6 +25,7 @@ from kit.data import load_traces
 from kit.judging.calibration import share_threshold
 from kit.judging.judge import Judge, cut, cut_at_ratio, from_problem, open_judge
 from kit.judging.sentences import ends
+from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
 
 NAME = "prefixes.jsonl"
@@ -50,14 +51,16 @@ def truncate(run: Run) -> None:
     config = run.config
     rule = method_of(config.method).cut
     traces = whole_traces(run) if rule in ("judge", "ratio") else []
-    if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow)):
+    is_judged = bool(traces) and rule == "judge"
+    model = partial(fingerprints, "student", config.student) if is_judged else dict
+    if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow), model):
         return
 
     # 1. Cut. The student is opened only where there is something to judge.
     judge = None
     cut_one: Callable[[PrefixRow], PrefixRow] = partial(cut_at_ratio, ratio=config.ratio or 1.0)
     with ExitStack() as stack:
-        if traces and rule == "judge":
+        if is_judged:
             judge = stack.enter_context(open_judge(config))
             cut_one = partial(cut, judge)
             if config.judge.calibration == "share":

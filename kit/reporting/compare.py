@@ -17,6 +17,7 @@ from typing import Any
 
 from kit.core.config import flat
 from kit.core.errors import KitError
+from kit.core.fingerprints import ADAPTER, adapter_hash
 from kit.core.records import AlignedRow, EvalRow, PrefixRow
 from kit.core.stages import file_name
 from kit.core.storage import write_atomic
@@ -52,7 +53,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         budget (tokens of an answer), student and teacher: of the first run
 
     Raises:
-        KitError: fewer than two folders, or one without a run.
+        KitError: fewer than two folders, one without a run, or scores of another adapter than the
+            run's own.
     """
     if len(folders) < 2:
         raise KitError(
@@ -61,6 +63,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
             2,
         )
     files = [Files(Path(folder)) for folder in folders]
+    for run in files:
+        _check_adapter(run)
     groups = _groups(files)
     labels = []
     for label, runs in groups.items():
@@ -104,11 +108,28 @@ def show(result: Json) -> None:
     print(render("compare.txt.j2", result=result))
 
 
+def _check_adapter(run: Files) -> None:
+    """Refuse (KitError) a run whose scores are of another adapter than it holds now."""
+    scored = run.eval_keys.get(ADAPTER)
+    now = adapter_hash(run.folder / "adapter")
+    if scored and now and scored != now:
+        raise KitError(
+            f"The scores in {run.folder} are of another adapter than its adapter/ is now.",
+            f"Evaluate it again: palign.py run {run.folder}/config.yaml.",
+        )
+
+
+def _model(run: Files) -> dict[str, str]:
+    """Fingerprints of the model that was evaluated: equal names may stand for other weights."""
+    return {key: run.eval_keys[key] for key in run.eval_keys if key.endswith(" of eval.model")}
+
+
 def _groups(files: list[Files]) -> Groups:
     """Runs with equal configs, seed and names aside; labelled by method, and name if needed."""
     by_config = defaultdict(list)
     for run in files:
-        by_config[repr({**run.config, **dict.fromkeys((*NAMES, "seed"))})].append(run)
+        about = {**run.config, **dict.fromkeys((*NAMES, "seed")), **_model(run)}
+        by_config[repr(about)].append(run)
     methods = Counter(runs[0].config["method"] for runs in by_config.values())
     groups = {}
     for runs in by_config.values():
@@ -283,7 +304,7 @@ def _learned(run: Files) -> dict[Key, AlignedRow]:
 
 def _differing_keys(files: list[Files]) -> dict[str, list[Any]]:
     """Each run's value of every config key in which the runs differ."""
-    configs = [flat(run.config) for run in files]
+    configs = [{**flat(run.config), **_model(run)} for run in files]
     differing = {}
     for key in dict.fromkeys(chain(*configs)):
         values = [config.get(key) for config in configs]

@@ -65,6 +65,11 @@ class Files:
         return self.manifest["stages"].get(stage, {}).get("summary", {})
 
     @property
+    def eval_keys(self) -> Json:
+        """What the scores depend on: config keys and fingerprints; empty before."""
+        return self.manifest["stages"].get("eval", {}).get("keys", {})
+
+    @property
     def teacher(self) -> str:
         """What the traces come from: a file, a model, or `reference` (the problems' solutions)."""
         teacher = self.config["teacher"]

@@ -20,9 +20,10 @@ from kit.backends import open_backend
 from kit.backends.base import Backend, Request, common_prefix_len
 from kit.core import config as configs
 from kit.core.errors import KitError
+from kit.core.fingerprints import cache_folder, check_adapter
 from kit.core.progress import Progress
 from kit.core.run import read_manifest
-from kit.models import cache_folder, hf_folder
+from kit.models import hf_folder
 from kit.prompts import render, solve_text
 from kit.training.sft_data import read_rows
 
@@ -47,7 +48,8 @@ def export(
         KitError: no run, one of an older format, an `out` that has a folder merged, no adapter, a
             base stored in 4 bits, a converter that cannot be installed or fails.
     """
-    if not read_manifest(run_folder):
+    manifest = read_manifest(run_folder)
+    if not manifest:
         raise KitError(f"{run_folder} holds no run.", "Name a folder under runs/.", 2)
     config = configs.load(run_folder / "config.yaml")
     student = config.student
@@ -57,6 +59,7 @@ def export(
     out = out or run_folder / "export"
     merged = out / "merged"
     _check_exportable(student.model, adapter)
+    check_adapter(adapter, manifest["stages"]["train"]["output"])
     questions = dict.fromkeys(row.input for row in read_rows(run_folder / "train.jsonl"))
     texts = [solve_text(config.prompts, question) for question in questions][:PROMPTS]
     progress.say(f"export: merging; each result answers {len(texts)} training questions")

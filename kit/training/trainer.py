@@ -7,32 +7,34 @@ nothing is unpickled but what torch's `weights_only` admits: tensors, numbers an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 
 from kit.core.config import Config, Train
 from kit.core.errors import KitError
+from kit.core.fingerprints import BASE
 from kit.core.memory import peak_bytes, reset_peak
 from kit.core.run import Run
 from kit.core.storage import write_atomic
-from kit.models import load_model
+from kit.models import content_of, load_model
 from kit.prompts import template_hash
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
 from kit.training.loss import IGNORED, attach
 from kit.training.sft_data import Example, collate, order
 
-WEIGHTS = "adapter_model.safetensors"
 MARK = "complete"  # the file that a whole checkpoint has
 FIXED_ROWS = 4  # rows whose loss is read before and after
 CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
@@ -176,9 +178,10 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then mark as whole: without its mark a checkpoint counts as half-written."""
-        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with _writing(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (folder / "training_args.bin").unlink()  # pickled objects, which nobody needs
             # a power cut must not leave the mark alone
             for path in folder.iterdir():
@@ -217,7 +220,7 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     with model.disable_adapter():  # an untrained adapter adds exactly nothing
         before = _mean_loss(model, fixed)
     if run.is_main_process:
-        model.save_pretrained(run.folder / "adapter")
+        save_adapter(model, run.folder / "adapter", student.model)
     log = trainer.state.log_history
     tokens = sum(row["tokens"] for row in log)
     seconds = sum(row["seconds"] for row in log)
@@ -231,6 +234,29 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         "peak_bytes": max(row["peak_bytes"] for row in log),
         "tokens_per_second": round(tokens / seconds, 1),
     }
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder that could not be written: torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise KitError(
+            f"{folder} could not be written: {error}.",
+            "Free some space, then run the same command again: it goes on from the last "
+            "checkpoint.",
+        ) from error
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Save an adapter, and beside it what its base is by name and content."""
+    adapter = model.peft_config["default"]
+    # a set has another order in every process, and equal adapters have equal files
+    adapter.target_modules = sorted(adapter.target_modules)
+    with _writing(folder):
+        model.save_pretrained(folder)
+    write_atomic(folder / BASE, json.dumps({"model": base, **content_of(base)}, indent=1))
 
 
 def kernels(model: Any) -> dict[str, Any]:
