@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from kit.core.card import check_card
 from kit.core.errors import KitError
+from kit.core.memory import release
 from kit.core.run import Run
 from kit.models import load_tokenizer
 from kit.training.plan import check_fit
@@ -34,7 +36,8 @@ def train(run: Run) -> None:
         raise KitError(f"{path} does not exist.", "Run the stages before it: palign.py run CONFIG.")
     if not run.begin("train", _hash(path), lambda: _hash(weights)):
         return
-    # rows to examples, which must fit the memory
+    # rows to examples, which must fit the memory of this process's card
+    check_card()
     rows = read_rows(path)
     tokenizer = load_tokenizer(run.config.student.model)
     examples, lost = prepare(rows, tokenizer, run.config)
@@ -43,6 +46,7 @@ def train(run: Run) -> None:
         run.progress.warn(f"train: {len(names)} of {len(rows)} rows {reason}: {listed}")
     check_fit(run.config, run, max(len(example.ids) for example in examples))
     summary = fit(run, tokenizer, examples)
+    release()
     cut = lost.pop(CUT, [])
     output = _hash(weights)
     run.finish(
