@@ -163,12 +163,14 @@ def memory_returned() -> Finding:
         with closing(_open("nf4")) as backend:
             _generate(backend, backend.tokenizer.encode(TEXT), 1, 4)
 
-    gc.disable()  # what `release` leaves is not collected by chance
+    release()
     held = [_held()]
+    gc.disable()  # what `release` leaves is not collected by chance
     for use in (train, infer):
         use()
         release()
         held.append(_held())
+    gc.enable()
     unit = "bytes on the card" if _cuda() else "models in memory"
     return max(held) == held[0], f"{unit} at the start and after each of two: {held}"
 

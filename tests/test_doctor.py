@@ -229,7 +229,7 @@ def test_a_model_that_stays_in_memory_is_found(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(doctor, "ALONE", set())
     check = doctor._examine("memory returned")
-    assert check["ok"] and "[0, 0, 0]" in check["found"]
+    assert check["ok"] and "after each of two" in check["found"]
     kept: list[Any] = []
     real = trainer.make_model
     monkeypatch.setattr(trainer, "make_model", lambda config: kept.append(real(config)) or kept[0])
