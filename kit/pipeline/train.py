@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     for reason, names in lost.items():
         listed = "; ".join(names[:8])
         run.progress.warn(f"train: {len(names)} of {len(rows)} rows {reason}: {listed}")
-    check_fit(run.config, run, max(len(example.ids) for example in examples))
+    check_fit(run, max(len(example.ids) for example in examples))
     summary = fit(run, tokenizer, examples)
     release()
     cut = lost.pop(CUT, [])

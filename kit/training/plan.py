@@ -135,17 +135,23 @@ def preflight(run: Run) -> None:
     if stops_before or trained or config.method == "zero-shot":
         return
     context_tokens = shape_of(config.student.model).context_tokens
-    check_fit(config, run, min(config.train.max_seq_tokens, context_tokens))
+    _refuse(run, min(config.train.max_seq_tokens, context_tokens))
 
 
-def check_fit(config: Config, run: Run, tokens: int) -> None:
+def check_fit(run: Run, tokens: int) -> None:
     """Refuse rows of `tokens` that will not fit (KitError); warn with train.on_low_memory=warn."""
     cuda, limit = _limit()
-    need = _total(config, tokens, cuda)
+    without_checkpoints = _with(run.config, gradient_checkpointing=False)
     # malloc keeps about what checkpointing frees: faster, where there is room
-    without_checkpoints = _with(config, gradient_checkpointing=False)
     if not cuda and _total(without_checkpoints, tokens, cuda) > limit:
         return_at_once()
+    _refuse(run, tokens)
+
+
+def _refuse(run: Run, tokens: int) -> None:
+    config = run.config
+    cuda, limit = _limit()
+    need = _total(config, tokens, cuda)
     if need <= limit:
         return
     text = (
