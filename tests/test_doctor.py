@@ -224,6 +224,7 @@ def test_an_out_of_memory_that_is_not_recovered_is_found(monkeypatch: pytest.Mon
     assert check["ok"] is False and "not recovered" in check["found"] and check["fix"]
 
 
+@pytest.mark.slow
 def test_a_model_that_stays_in_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kit.training import trainer
 
