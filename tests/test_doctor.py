@@ -309,7 +309,7 @@ def test_a_run_stops_where_torch_does_not_see_the_card(driver: Path, tmp_path: P
     nvidia_smi(driver, "535.183.01, NVIDIA GeForce RTX 4090")
     command = [sys.executable, "palign.py", "run", "configs/smoke.yaml", f"out={tmp_path / 'r'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "driver 535.183.01" in done.stderr
+    assert done.returncode == 2 and "driver 535.183.01" in done.stderr
     assert not (tmp_path / "r" / "traces.jsonl").exists()
     found = doctor._examine("CUDA")
     assert found["ok"] is False and "535.183.01" in found["found"] and "cu126" in found["fix"]

@@ -20,7 +20,7 @@ from kit.core.run import Run
 from kit.core.storage import RowFile
 from kit.training import hours
 from kit.training import plan as planning
-from kit.training.plan import check_fit, longest, plan, preflight, training_bytes
+from kit.training.plan import check_fit, check_longest, longest, plan, training_bytes
 from kit.training.shape import GIB, RESERVE_BYTES, SHAPES, card_limit, shape_of
 from tests.conftest import ROOT
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
@@ -205,17 +205,12 @@ def test_a_run_is_refused_before_any_work_where_its_longest_rows_do_not_fit(
     called: list[int] = []
     monkeypatch.setattr(planning, "return_at_once", lambda: called.append(1))
     config = settings(tmp_path / "r", tiny, max_seq_tokens=2048)
-    with Run(config, Progress(quiet=True)) as run:
-        with pytest.raises(KitError, match="rows of 2048 tokens needs about"):
-            preflight(run)
-        # generation comes first, and malloc is faster as it is
-        assert not called
-        run.manifest["stages"]["train"] = {"done": True}
-        preflight(run)
-    for raw in ({"stop_after": "align"}, {"method": "zero-shot"}):
-        untrained = config.model_copy(update={"out": str(tmp_path / "s"), **raw})
-        with Run(untrained, Progress(quiet=True)) as run:
-            preflight(run)
+    with pytest.raises(KitError, match="rows of 2048 tokens needs about"):
+        check_longest(config)
+    # generation comes first, and malloc is faster as it is
+    assert not called
+    check_longest(settings(tmp_path / "r", tiny, max_seq_tokens=2048, on_low_memory="warn"))
+    check_longest(settings(tmp_path / "r", tiny, max_seq_tokens=8))
 
 
 def test_the_command_refuses_before_teaching(tmp_path: Path) -> None:
@@ -225,7 +220,7 @@ def test_the_command_refuses_before_teaching(tmp_path: Path) -> None:
     path.write_text(json.dumps({"out": str(tmp_path / "r"), **raw}), encoding="utf-8")
     command = [sys.executable, "palign.py", "run", str(path), "--quiet"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Training on rows of 32768 tokens needs about" in done.stderr
     assert "Set train.dtype=nf4" in done.stderr or "train.logits_bytes" in done.stderr
     assert not (tmp_path / "r" / "traces.jsonl").exists()

@@ -9,12 +9,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
-from kit.core.card import check_card
 from kit.core.config import Config, Train
 from kit.core.errors import KitError
 from kit.core.memory import limit_bytes, return_at_once
 from kit.core.run import Run
-from kit.core.stages import STAGES
 from kit.training.hours import THIS_RUN, assumptions, card_hours, in_hours, measured_times
 from kit.training.loss import LIVE_BYTES
 from kit.training.shape import GIB, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
@@ -119,23 +117,12 @@ def longest(config: Config, limit: float, cuda: bool = True) -> int:
     return bisect_right(lengths, limit, key=lambda tokens: _total(config, tokens, cuda))
 
 
-def preflight(run: Run) -> None:
-    """Before any model is loaded: what this machine cannot do with this config.
-
-    Raises:
-        KitError: torch cannot use the card; or rows as long as train.max_seq_tokens allows do not
-            fit, where this run is still to train.
-    """
-    card = check_card()
-    if card:
-        run.progress.say(f"card: {card}")
-    config = run.config
-    stops_before = STAGES.index(config.stop_after) < STAGES.index("train")
-    trained = run.manifest["stages"].get("train", {}).get("done")
-    if stops_before or trained or config.method == "zero-shot":
-        return
+def check_longest(config: Config) -> None:
+    """Refuse (KitError) rows as long as train.max_seq_tokens allows, where they will not fit."""
     context_tokens = shape_of(config.student.model).context_tokens
-    _refuse(run, min(config.train.max_seq_tokens, context_tokens))
+    lack = _lack(config, min(config.train.max_seq_tokens, context_tokens))
+    if lack and config.train.on_low_memory == "refuse":
+        raise lack
 
 
 def check_fit(run: Run, tokens: int) -> None:
@@ -145,23 +132,24 @@ def check_fit(run: Run, tokens: int) -> None:
     # malloc keeps about what checkpointing frees: faster, where there is room
     if not cuda and _total(without_checkpoints, tokens, cuda) > limit:
         return_at_once()
-    _refuse(run, tokens)
+    lack = _lack(run.config, tokens)
+    if lack and run.config.train.on_low_memory == "refuse":
+        raise lack
+    if lack:
+        run.progress.warn(f"{lack.args[0]} Trying anyway (train.on_low_memory=warn).")
 
 
-def _refuse(run: Run, tokens: int) -> None:
-    config = run.config
+def _lack(config: Config, tokens: int) -> KitError | None:
+    """What to say of rows of `tokens` that will not fit; None: they do."""
     cuda, limit = _limit()
     need = _total(config, tokens, cuda)
     if need <= limit:
-        return
-    text = (
+        return None
+    return KitError(
         f"Training on rows of {tokens} tokens needs about {need / GIB:.1f} GiB; "
-        f"{limit / GIB:.1f} GiB are free."
+        f"{limit / GIB:.1f} GiB are free.",
+        f"Set {_change(config, tokens, cuda, limit)}; or override with train.on_low_memory=warn.",
     )
-    if config.train.on_low_memory == "refuse":
-        change = _change(config, tokens, cuda, limit)
-        raise KitError(text, f"Set {change}; or override with train.on_low_memory=warn.")
-    run.progress.warn(f"{text} Trying anyway (train.on_low_memory=warn).")
 
 
 def _limit() -> tuple[bool, int]:
