@@ -12,13 +12,15 @@ FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 COPY --from=python /usr/local /usr/local
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-      g++ cmake git libffi8 libsqlite3-0 libbz2-1.0 liblzma5 libreadline8t64 \
+      ca-certificates g++ cmake git \
+      libbz2-1.0 libexpat1 libffi8 liblzma5 libreadline8t64 libsqlite3-0 libssl3t64 \
  && rm -rf /var/lib/apt/lists/* && ldconfig \
  && ln -s libcuda.so /usr/local/cuda/lib64/stubs/libcuda.so.1
 
 # Not the builder's own CPU and card, so that it builds on a machine without a GPU and runs on another:
-# Turing, Ampere, Ada, Hopper, Blackwell. While llama.cpp links, the stub stands in for the driver.
-ENV CMAKE_ARGS="-DGGML_CUDA=on -DGGML_NATIVE=off -DCMAKE_CUDA_ARCHITECTURES=75;80;86;89;90;120" \
+# Turing, Ampere, Ada, Hopper, Blackwell. While llama.cpp links, the stub stands in for the driver, and
+# programs that are linked on the way may leave the driver's symbols open.
+ENV CMAKE_ARGS="-DGGML_CUDA=on -DGGML_NATIVE=off -DCMAKE_CUDA_ARCHITECTURES=75;80;86;89;90;120 -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
     LIBRARY_PATH=/usr/local/cuda/lib64/stubs \
     PYTHONUNBUFFERED=1
 WORKDIR /palign

@@ -95,7 +95,9 @@ def parser() -> ArgumentParser:
     option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
     command("check", _check, "find what would stop a run, before it starts", config=True)
     command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
-    command("doctor", _doctor, "check this machine; each finding with the command that fixes it")
+    about = "check this machine; each finding with the command that fixes it"
+    option = command("doctor", _doctor, about)
+    option("--full", action="store_true", help="measure generation, judging and training too")
     option = command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
     option("folder", type=_path, metavar="RUN", help="run folder")
     option("--to", choices=("merged", "gguf"), default="merged")
@@ -278,9 +280,12 @@ def _compare(args: Namespace, progress: Any) -> int:
 
 
 def _plan(args: Namespace, progress: Any) -> int:
-    from kit.training import plan
+    from kit.training import hours, plan
 
-    return _print(args, plan.plan(_config(args)))
+    def show(result: dict[str, Any]) -> None:
+        _show({**result, "hours": hours.rows_of(result["hours"])})
+
+    return _print(args, plan.plan(_config(args)), show)
 
 
 def _check(args: Namespace, progress: Any) -> int:
@@ -294,7 +299,7 @@ def _check(args: Namespace, progress: Any) -> int:
 def _doctor(args: Namespace, progress: Any) -> int:
     from kit import doctor
 
-    result = doctor.examine()
+    result = doctor.examine(args.full)
     _print(args, result, doctor.show)
     return 0 if result["ok"] else 1
 

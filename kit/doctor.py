@@ -21,9 +21,11 @@ from typing import Any
 
 import psutil
 
+from kit.doctor_full import FULL_CHECKS
+
 ROOT = Path(__file__).resolve().parents[1]
 # in a process of their own, which they may kill or hang
-ALONE = {"CUDA", "gradient", "llama.cpp"}
+ALONE = {"CUDA", "gradient", "llama.cpp", *FULL_CHECKS}
 ALONE_SECONDS = 300
 LABELS = {True: "ok", False: "FAIL", None: "note"}
 
@@ -32,8 +34,11 @@ LABELS = {True: "ok", False: "FAIL", None: "note"}
 Finding = tuple[bool | None, str]
 
 
-def examine() -> dict[str, Any]:
+def examine(full: bool = False) -> dict[str, Any]:
     """Run all checks; about a minute, most of it for the gradients of the packaged model.
+
+    Args:
+        full: also those of doctor_full.py, one after the other, since they measure; some minutes.
 
     Returns:
         {ok: nothing that every run needs is broken, checks: [{name, ok, found, fix: a command, or
@@ -41,6 +46,8 @@ def examine() -> dict[str, Any]:
     """
     with ThreadPoolExecutor(4) as pool:
         checks = list(pool.map(_examine, CHECKS))
+    if full:
+        checks += map(_examine, FULL_CHECKS)
     return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
@@ -54,7 +61,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _examine(name: str) -> dict[str, Any]:
-    check, fix = CHECKS[name]
+    check, fix = {**CHECKS, **FULL_CHECKS}[name]
     try:
         ok, found = _run_alone(name) if name in ALONE else check()
     except Exception as error:  # whatever a broken installation raises is the finding
@@ -77,7 +84,7 @@ def _run_alone(name: str) -> Finding:
     if child.returncode == 0:
         return tuple(json.loads(child.stdout.splitlines()[-1]))
     last_words = child.stderr.strip().splitlines()
-    return False, last_words[-1][:400] if last_words else f"died with code {child.returncode}"
+    return False, last_words[-1][:600] if last_words else f"died with code {child.returncode}"
 
 
 def _python() -> Finding:
@@ -117,9 +124,12 @@ def _disk() -> Finding:
 def _cuda() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
+    from kit.core.card import check_card
+
+    card = check_card()
+    if not card:
         return None, f"no card that torch {torch.__version__} sees; runs use the CPU"
-    return True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return True, card
 
 
 def _gradient() -> Finding:
@@ -143,6 +153,7 @@ def _check_gradient(dtype: str) -> tuple[float, float]:
     """A loss, and how far its gradient is from its slope; KitError: too far to train."""
     import torch
 
+    from kit.core.card import half_dtype
     from kit.core.config import resolve
     from kit.models import load_tokenizer
     from kit.training.gradient_check import check_gradient
@@ -151,7 +162,7 @@ def _check_gradient(dtype: str) -> tuple[float, float]:
     model = make_model(resolve({"train": {"dtype": dtype}}, "doctor")).train()
     text = "Tom has 3 apples and buys 4. He then has 3 + 4 = 7 apples."
     ids = torch.tensor([load_tokenizer("smollm2-135m").encode(text)], device=model.device)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda and dtype != "fp32")
+    autocast = torch.autocast("cuda", half_dtype(), enabled=ids.is_cuda and dtype != "fp32")
 
     def loss() -> torch.Tensor:
         with autocast:
@@ -171,7 +182,7 @@ def _llama() -> Finding:
     if llama_cpp.llama_supports_gpu_offload():
         return True, f"{loads}, GPU offload"
     if shutil.which("nvidia-smi"):
-        return None, f"{loads}, no GPU offload, though there is a card"
+        return None, f"{loads}, built without CUDA though there is a card; see the README"
     return True, f"{loads}, no GPU offload"
 
 
@@ -197,12 +208,16 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "C++ compiler": (_compiler, "apt-get install g++"),
     "CUDA": (
         _cuda,
-        "nvidia-smi && python -m pip install --force-reinstall -c requirements.txt torch",
+        "nvidia-smi; driver 580 or newer: python -m pip install --force-reinstall -c "
+        "requirements.txt torch; older: the same with --index-url "
+        "https://download.pytorch.org/whl/cu126",
     ),
     "gradient": (_gradient, f"{REINSTALL} torch bitsandbytes peft"),
     "llama.cpp": (
         _llama,
-        f'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" {REINSTALL} llama-cpp-python',
+        # without --no-cache-dir pip takes the wheel that it built before, whatever CMAKE_ARGS says
+        'CMAKE_ARGS="$(command -v nvcc >&2 && echo -DGGML_CUDA=on)" '
+        f"{REINSTALL} --no-cache-dir llama-cpp-python",
     ),
     "memory": (
         _memory,
@@ -213,4 +228,4 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps(CHECKS[sys.argv[1]][0]()))
+    print(json.dumps({**CHECKS, **FULL_CHECKS}[sys.argv[1]][0]()))

@@ -315,21 +315,30 @@ def load_model(
 
     Args:
         name: as for `resolve`.
-        dtype: auto (bf16 with CUDA, fp32 without), fp32, bf16, int8 or nf4 (double quantization).
+        dtype: auto (16 bits with CUDA, see core/card.py; fp32 without), fp32, bf16, int8 or nf4
+            (double quantization).
         adapter: folder of a PEFT adapter in safetensors.
         for_training: training mode, no KV cache; else evaluation mode, nothing trainable.
 
     Raises:
-        KitError: no such model or adapter, not in an offline machine's cache, gated, damaged, or
-            too large for the memory; an adapter of another base, or without effect.
+        KitError: a card that torch cannot use; no such model or adapter, not in an offline
+            machine's cache, gated, damaged, or too large for the memory; an adapter of another
+            base, or without effect.
     """
     import torch
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import sdpa_attention
 
+    from kit.core.card import check_card, half_dtype
+
+    check_card()
     cuda = torch.cuda.is_available()
     use_fp32 = dtype == "fp32" or (dtype != "bf16" and not cuda)
-    compute_dtype = torch.float32 if use_fp32 else torch.bfloat16
+    compute_dtype = torch.float32 if use_fp32 else half_dtype(dtype)
+    if compute_dtype == torch.float16:
+        # these cards' fused attention takes no grouped heads: torch would build (T, T) matrices
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     quantization = None
     if dtype in ("nf4", "int8"):
         quantization = BitsAndBytesConfig(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from kit.backends import check_adapter, open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
+from kit.core.card import check_card
 from kit.core.config import Config, ModelConfig, flat, load
 from kit.core.errors import ConfigError, KitError
 from kit.core.methods import method_of
@@ -28,7 +29,6 @@ from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
 from kit.prompts import render
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
-SHORTEST_TOKENS = 64  # hardly a training row has fewer
 COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the disk
 LONGEST_NAME = 240  # bytes of a file's name; file systems end at 255
 
@@ -103,6 +103,7 @@ def _checks(
     """The checks of the stages that are still to do; they add to `warnings`."""
     todo = _todo(config)
     method = method_of(config.method)
+    yield "CUDA_VISIBLE_DEVICES", check_card
     yield "data", partial(_check_data, config, load_data, todo, warnings)
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
@@ -113,6 +114,7 @@ def _checks(
     if "train" in todo:
         yield "train.micro_batch_size", partial(_check_batches, config)
         yield "student.model", partial(_check_training, config)
+        yield "train.max_seq_tokens", partial(_check_memory, config)
     if "eval" in todo:
         yield "eval", partial(_check_eval, config, todo)
 
@@ -216,30 +218,29 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    """The end of a turn, memory, and room for checkpoints."""
+    """The end of a turn."""
     # It trains on backend hf, whatever backend it judges on.
     tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
-    # Only now: they load torch.
-    from kit.training import plan
     from kit.training.sft_data import end_of_turn
 
     if isinstance(tokenizer, HfTokenizer):
         end_of_turn(tokenizer)
+
+
+def _check_memory(config: Config) -> None:
+    """Memory for the longest row, and room for checkpoints."""
+    from kit.training import plan
+
     # A GGUF of one's own would be converted for its plan, which takes minutes.
     model = config.student.model
     if isinstance(resolve(model), Path) and model not in ALIASES:
         return
-    shortest = config.train.model_copy(update={"max_seq_tokens": SHORTEST_TOKENS})
-    least = plan.plan(config.model_copy(update={"train": shortest}))
-    need_gib = COPIES * least["train_gib"]["adapter"]
+    need = COPIES * plan.training_bytes(config, 1, cuda=False).adapter
     folder = _nearest(config.folder)
-    if shutil.disk_usage(folder).free < need_gib * (1 << 30):
-        message = f"Checkpoints take {need_gib:.1f} GiB, more than is free in {folder}."
+    if shutil.disk_usage(folder).free < need:
+        message = f"Checkpoints take {need / plan.GIB:.1f} GiB, more than is free in {folder}."
         raise KitError(message, "Free some space, or choose another out=DIR.")
-    if not least["fits"] and config.train.on_low_memory == "refuse":
-        need_gib = least["train_gib"]["total"]
-        message = f"Even rows of {SHORTEST_TOKENS} tokens need {need_gib:.1f} GiB to train on; "
-        raise KitError(f"{message}{least['free_gib']:.1f} are free.", f"Set {least['change']}.")
+    plan.check_longest(config)
 
 
 def _check_eval(config: Config, todo: list[str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kit import doctor
+from kit import doctor, doctor_full
+from tests.conftest import ROOT
 
 NAMES = {
     "Python",
@@ -152,3 +153,228 @@ def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(constants, "ENDPOINT", address)
         ok, found = doctor._hub()
         assert ok is None and address in found
+
+
+FULL_NAMES = ["cache", "generation", "out of memory", "training peak", "memory returned"]
+
+
+@pytest.mark.slow
+def test_all_full_checks_pass_on_this_machine() -> None:
+    command = [sys.executable, "palign.py", "doctor", "--full", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout)
+    checks = {check["name"]: check for check in result["checks"]}
+    assert list(checks)[-len(FULL_NAMES) :] == FULL_NAMES and set(checks) > NAMES
+    for name in FULL_NAMES:
+        assert checks[name]["ok"], checks[name]
+        assert checks[name].keys() == {"name", "ok", "found", "fix"}
+
+
+def test_full_checks_run_one_after_the_other_and_after_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(doctor, "_examine", lambda name: ran.append(name) or {"ok": True})
+    doctor.examine(full=True)
+    assert ran[-len(FULL_NAMES) :] == FULL_NAMES and len(ran) == len(NAMES) + len(FULL_NAMES)
+    ran.clear()
+    doctor.examine()
+    assert not set(FULL_NAMES) & set(ran)
+
+
+def test_a_cache_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    margins = iter(([0.1, 0.2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.9]))
+    monkeypatch.setattr(doctor_full, "_margins", lambda *_: next(margins))
+    monkeypatch.setattr(doctor_full, "_open", lambda *_: FakeBackend())
+    ok, found = doctor_full.cache()
+    assert not ok and "nf4 (none) 0.700" in found
+
+
+class FakeBackend:
+    """A tokenizer and nothing to compute with, where the numbers are given."""
+
+    tokenizer: Any = None
+    cache_kind = "none"
+
+    def __init__(self) -> None:
+        from kit.models import load_tokenizer
+
+        self.tokenizer = load_tokenizer("smollm2-135m")
+
+    def session(self, uncached: bool = False) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_out_of_memory_that_is_not_recovered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kit.backends import hf_generate
+
+    monkeypatch.setattr(doctor, "ALONE", set())
+    check = doctor._examine("out of memory")
+    assert check["ok"], check
+    assert "6 of 6 answers as before; " in check["found"]
+
+    def give_up(scheduler: Any) -> None:
+        raise RuntimeError("not recovered")
+
+    monkeypatch.setattr(hf_generate.Scheduler, "_shrink", give_up)
+    check = doctor._examine("out of memory")
+    assert check["ok"] is False and "not recovered" in check["found"] and check["fix"]
+
+
+@pytest.mark.slow
+def test_a_model_that_stays_in_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kit.training import trainer
+
+    monkeypatch.setattr(doctor, "ALONE", set())
+    check = doctor._examine("memory returned")
+    assert check["ok"] and "after each of two" in check["found"]
+    kept: list[Any] = []
+    real = trainer.make_model
+    monkeypatch.setattr(trainer, "make_model", lambda config: kept.append(real(config)) or kept[0])
+    check = doctor._examine("memory returned")
+    assert check["ok"] is False, check
+
+
+# --- the driver, through a real program named nvidia-smi ---
+
+
+def nvidia_smi(folder: Path, output: str, code: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
+    program.chmod(0o755)
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder first on the path, for a nvidia-smi; no card is hidden from torch."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wheel", "driver_version", "said"),
+    [
+        (None, "580.65", "is built for CPUs alone"),
+        ("13.0", "535.183.01", "is built for CUDA 13.0, driver 580 on"),
+        ("12.6", "470.2", "driver 525 on"),
+        ("13.0", "580.65", "which sees no device"),
+    ],
+)
+def test_a_card_that_torch_does_not_see_is_an_error(
+    wheel: str | None,
+    driver_version: str,
+    said: str,
+    driver: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from kit.core.card import check_card
+    from kit.core.errors import KitError
+
+    nvidia_smi(driver, f"{driver_version}, NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    with pytest.raises(KitError, match=said) as caught:
+        check_card()
+    for part in (driver_version, "RTX 4090", torch.__version__, "export CUDA_VISIBLE_DEVICES="):
+        assert part in str(caught.value)
+    if "built" in said or "on" in said:
+        assert "pip install --force-reinstall torch==" in caught.value.hint or wheel == "13.0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check_card() == ""
+
+
+@pytest.mark.parametrize(("output", "code"), [("No devices were found", 6), ("", 0)])
+def test_a_driver_without_a_card_is_no_error(output: str, code: int, driver: Path) -> None:
+    from kit.core.card import check_card
+
+    nvidia_smi(driver, output, code)
+    assert check_card() == ""
+
+
+def test_a_driver_that_does_not_answer_is_an_error(driver: Path) -> None:
+    from kit.core.card import check_card
+    from kit.core.errors import KitError
+
+    nvidia_smi(driver, "NVIDIA-SMI has failed because it could not reach the driver.", 9)
+    with pytest.raises(KitError, match="nvidia-smi fails: NVIDIA-SMI has failed"):
+        check_card()
+
+
+def test_a_run_stops_where_torch_does_not_see_the_card(driver: Path, tmp_path: Path) -> None:
+    nvidia_smi(driver, "535.183.01, NVIDIA GeForce RTX 4090")
+    command = [sys.executable, "palign.py", "run", "configs/smoke.yaml", f"out={tmp_path / 'r'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "driver 535.183.01" in done.stderr
+    assert not (tmp_path / "r" / "traces.jsonl").exists()
+    found = doctor._examine("CUDA")
+    assert found["ok"] is False and "535.183.01" in found["found"] and "cu126" in found["fix"]
+
+
+# --- the card, by what torch says of it ---
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch's answers on a machine with a T4; nothing is computed there."""
+    import torch
+
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_100"])
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (14 << 30, 15 << 30))
+    monkeypatch.setattr(cuda, "set_device", lambda number: None)
+    return monkeypatch
+
+
+def test_a_card_is_named_with_its_capability_and_free_memory(card: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from kit.core.card import check_card
+
+    said = check_card()
+    assert said.startswith("Tesla T4, compute capability 7.5") and "14.0 of 15.0 GiB free" in said
+    ranks: list[int] = []
+    card.setattr(torch.cuda, "set_device", ranks.append)
+    card.setenv("LOCAL_RANK", "1")
+    check_card()
+    assert ranks == [1]
+
+
+def test_a_card_older_than_torchs_kernels_is_refused(card: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from kit.core.card import check_card
+    from kit.core.errors import KitError
+
+    card.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    with pytest.raises(KitError, match=r"compute capability 6\.1; .* kernels from 7\.5 on"):
+        check_card()
+
+
+def test_a_card_without_bf16_computes_in_fp16(card: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from kit.core.card import half_dtype
+    from kit.core.errors import KitError
+
+    assert half_dtype() == torch.float16
+    with pytest.raises(KitError, match="Tesla T4 only emulates bf16"):
+        half_dtype("bf16")
+    card.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert half_dtype() == half_dtype("bf16") == torch.bfloat16
+
+
+def test_the_command_for_llama_cpp_does_not_take_the_cached_wheel() -> None:
+    """pip keys its cache by the source alone: CMAKE_ARGS would change nothing."""
+    _, fix = doctor.CHECKS["llama.cpp"]
+    for part in ("CMAKE_ARGS=", "-DGGML_CUDA=on", "--no-cache-dir", "--force-reinstall"):
+        assert part in fix
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fix.split("pip install ")[1] in readme

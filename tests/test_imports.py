@@ -29,7 +29,14 @@ FLOORS = (
     ("kit.training",),
     ("kit.reporting",),
     ("kit.pipeline",),
-    ("kit.interactive", "kit.doctor", "kit.walkthrough", "kit.bench", "kit.preflight"),
+    (
+        "kit.interactive",
+        "kit.doctor",
+        "kit.doctor_full",
+        "kit.walkthrough",
+        "kit.bench",
+        "kit.preflight",
+    ),
     ("palign",),
 )
 # Type-only or lazy imports that close a circle inside one package, each with its reason.

@@ -247,3 +247,35 @@ def test_an_adapter_loads_on_its_base(tmp_path: Path) -> None:
         assert not torch.allclose(plain, wanted, atol=1e-2)
     assert not any(p.requires_grad for p in loaded.parameters())
     shutil.rmtree(tmp_path)
+
+
+def test_fp16_repeats_grouped_heads_and_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without bf16, whose fused attention takes no grouped heads."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.integrations import sdpa_attention
+
+    from kit.core import card
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    expected = models.load_model(str(tmp_path), "fp32")(ids).logits
+    grouped = sdpa_attention.use_gqa_in_sdpa
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", grouped)
+    monkeypatch.setattr(card, "half_dtype", lambda wanted: torch.float16)
+    model = models.load_model(str(tmp_path), "bf16")
+    assert model.dtype == torch.float16
+    heads = torch.zeros(1, 2, 12, 8)
+    assert grouped(None, heads, heads) and not sdpa_attention.use_gqa_in_sdpa(None, heads, heads)
+    assert torch.allclose(model(ids).logits.float(), expected, atol=2e-2)

@@ -54,7 +54,7 @@ data:
 teacher: {backend: file, path: TRACES}
 student: {model: smollm2-135m, max_num_seqs: 2}
 align: {samples: 3, extend_rounds: 1, sampling: {temperature: 0.6, max_new_tokens: 40}}
-train: {batch_size: 1, max_steps: 3, learning_rate: 1.0e-3, warmup_ratio: 0, save_steps: 1}
+train: {batch_size: 1, max_steps: 3, learning_rate: 1.0e-3, warmup_ratio: 0, save_minutes: 0}
 eval: {sampling: {temperature: 0, max_new_tokens: 24}}
 prompts:
   instruction: 'Solve the problem and end with the answer in a box, like \\boxed{7}.'

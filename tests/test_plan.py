@@ -1,32 +1,170 @@
-"""kit.training.plan: counts equal a real model's, the longest row fits, refusals name the key."""
+"""kit.training.plan, shape, hours: counts equal a real model's, the longest row fits, refusals name
+the key, estimates agree with the audit's arithmetic and with the bundled configs.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kit.core.config import load, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
+from kit.core.records import PrefixRow
 from kit.core.run import Run
+from kit.core.storage import RowFile
+from kit.training import hours
 from kit.training import plan as planning
-from kit.training.plan import GIB, RESERVE_BYTES, _shape, check_fit, longest, plan, training_bytes
+from kit.training.plan import check_fit, check_longest, longest, plan, training_bytes
+from kit.training.shape import GIB, RESERVE_BYTES, SHAPES, card_limit, shape_of
+from tests.conftest import ROOT
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
+
+# config: the card that it is for, in GB, and the named card of its first lines
+CARD_CONFIGS = {
+    "qwen2.5-7b-24gb": (24, "4090"),
+    "qwen2.5-7b-16gb": (16, "4060 Ti 16 GB"),
+    "qwen2.5-7b-12gb": (12, "3060 12 GB"),
+    "qwen2.5-1.5b-8gb": (8, "3060 12 GB"),
+}
 
 
 def test_counts_equal_the_real_models(tiny: str, tmp_path: Path) -> None:  # noqa: F811
     from kit.training.trainer import make_model
 
     model = make_model(settings(tmp_path, tiny, rank=4))
-    shape = _shape(tiny, 4, 4)
+    shape = shape_of(tiny)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert shape.adapter == trainable and shape.linear + shape.other == frozen
+    assert 4 * shape.adapter == trainable and shape.linear + shape.other == frozen
     parts = training_bytes(settings(tmp_path, tiny, rank=4), 64, cuda=False)
     assert parts.weights == 4 * frozen and parts.adapter == parts.optimizer == 8 * trainable
+
+
+def test_a_row_of_the_table_is_what_the_models_config_says(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen3Config
+
+    # as the models' own config.json has them
+    kinds = {
+        "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+        ),
+        "Qwen/Qwen3-8B": Qwen3Config(
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+        ),
+    }
+    for name, kind in kinds.items():
+        folder = tmp_path / name.split("/")[1]
+        kind.save_pretrained(folder)
+        assert shape_of(str(folder)) == SHAPES[name]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gib"), [(7168, 9.8), (12288, 12.6), (16384, 14.9), (32768, 24.1)]
+)
+def test_memory_on_a_card_is_within_a_twentieth_of_the_audits(tokens: int, gib: float) -> None:
+    """Qwen2.5-7B in NF4 with checkpoints, added up by hand from the libraries' sources."""
+    config = resolve({"student": {"model": "Qwen/Qwen2.5-7B-Instruct"}}, "test")
+    estimated = sum(training_bytes(config, tokens, cuda=True)) / GIB
+    print(f"{tokens} tokens: {estimated:.2f} GiB, by hand {gib}")
+    assert estimated == pytest.approx(gib, rel=0.05)
+
+
+def test_a_cards_row_length_is_known_without_a_card() -> None:
+    result = plan(load(ROOT / "configs" / "qwen2.5-7b-24gb.yaml"))
+    lengths = result["longest_tokens"]
+    assert list(lengths) == ["8 GB", "12 GB", "16 GB", "24 GB"]
+    assert lengths["8 GB"] < lengths["12 GB"] < lengths["16 GB"] < lengths["24 GB"]
+    # 32,768 tokens need 24.1 GiB
+    assert lengths["24 GB"] < 32768
+
+
+@pytest.mark.parametrize("name", CARD_CONFIGS)
+def test_a_cards_config_agrees_with_its_plan(name: str) -> None:
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    size, card = CARD_CONFIGS[name]
+    row_tokens = config.train.max_seq_tokens
+    # a tenth of the card stays for the desktop
+    assert row_tokens <= longest(config, 0.9 * card_limit(size))
+    assert row_tokens > longest(config, 0.9 * card_limit(size)) / 2
+    for section in (config.student, config.eval):
+        assert section.max_num_seqs >= 32
+    for sampling in (config.align.sampling, config.eval.sampling):
+        assert sampling.stop_loops
+    # what its first lines say
+    said = re.search(r"not run by us: ([\d.]+) GiB to train, ([\d.]+) hours on a (.*)\. For", text)
+    assert said and said[3] == card
+    estimated = sum(training_bytes(config, row_tokens, cuda=True)) / GIB
+    assert float(said[1]) == pytest.approx(estimated, abs=0.06)
+    by_backend = hours.card_hours(config, shape_of(config.student.model))[card]
+    assert float(said[2]) == pytest.approx(by_backend["hf"]["total"], abs=0.06)
+
+
+def test_every_card_has_hours_for_every_backend_and_stage() -> None:
+    config = load(ROOT / "configs" / "qwen2.5-7b-24gb.yaml")
+    by_card = hours.card_hours(config, shape_of(config.student.model))
+    assert list(by_card) == ["T4", "3060 12 GB", "4060 Ti 16 GB", "3090", "4090", "A100", "H100"]
+    for by_backend in by_card.values():
+        assert list(by_backend) == ["hf", "gguf", "http"]
+        for stages in by_backend.values():
+            assert list(stages) == ["teach", "truncate", "align", "train", "eval", "total"]
+            assert stages["total"] == pytest.approx(sum(stages.values()) - stages["total"])
+            assert stages["teach"] == 0 and min(list(stages.values())[1:]) > 0
+        assert by_backend["http"]["eval"] < by_backend["hf"]["eval"]
+    for backend in ("hf", "gguf", "http"):
+        totals = [
+            by_card[card][backend]["total"] for card in ("3060 12 GB", "3090", "4090", "H100")
+        ]
+        assert totals == sorted(totals, reverse=True)
+    rows = hours.rows_of(by_card)
+    assert len(rows) == 21 and rows[0]["card"] == "T4"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora_seconds", "by_hand"),
+    [
+        ("nf4", 0.0, (160, 310, 590, 980)),
+        ("bf16", 0.0, (210, 410, 780, 1400)),
+        ("nf4", hours.LORA_SECONDS, (100, 200, 370, 620)),
+    ],
+)
+def test_tokens_a_second_are_near_the_audits(
+    dtype: str, lora_seconds: float, by_hand: tuple[int, ...]
+) -> None:
+    """A 7B on a 4090 at 4, 8, 16 and 32 rows."""
+    config = resolve({"student": {"model": "Qwen/Qwen2.5-7B-Instruct", "dtype": dtype}}, "test")
+    shape, card = shape_of(config.student.model), hours.CARDS["4090"]
+    on_hf = hours.speeds(config, shape, card)["hf"]
+    for rows, expected in zip((4, 8, 16, 32), by_hand, strict=True):
+        speed = rows / on_hf.step(rows, 3000, lora_seconds)
+        assert speed == pytest.approx(expected, rel=0.15)
+
+
+def test_a_model_that_fits_no_card_has_no_hours() -> None:
+    shape = SHAPES["Qwen/Qwen2.5-7B-Instruct"]._replace(layers=280)
+    by_card = hours.card_hours(resolve({}, "test"), shape)
+    assert by_card["3060 12 GB"]["hf"]["total"] is None
 
 
 def test_the_longest_row_fits_and_one_token_more_does_not(tiny: str, tmp_path: Path) -> None:  # noqa: F811
@@ -47,19 +185,51 @@ def test_what_does_not_fit_is_refused_with_the_key_to_change(
     assert not result["fits"] and "train.gradient_checkpointing=true" in result["change"]
     with Run(config, Progress(quiet=True)) as run:
         with pytest.raises(KitError, match="Training on rows of 1024 tokens needs about") as caught:
-            check_fit(config, run, 1024)
+            check_fit(run, 1024)
         assert "train.gradient_checkpointing=true" in caught.value.hint
         ignoring = config.model_copy(
             update={"train": config.train.model_copy(update={"on_low_memory": "warn"})}
         )
-        check_fit(ignoring, run, 1024)
-        check_fit(config, run, 8)
+        check_fit(run, 8)
+        run.config = ignoring
+        check_fit(run, 1024)
     assert "Trying anyway" in (tmp_path / "r" / "run.log").read_text()
+
+
+def test_a_run_is_refused_before_any_work_where_its_longest_rows_do_not_fit(
+    tiny: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "limit_bytes", lambda: (False, RESERVE_BYTES + int(0.02 * GIB)))
+    called: list[int] = []
+    monkeypatch.setattr(planning, "return_at_once", lambda: called.append(1))
+    config = settings(tmp_path / "r", tiny, max_seq_tokens=2048)
+    with pytest.raises(KitError, match="rows of 2048 tokens needs about"):
+        check_longest(config)
+    # generation comes first, and malloc is faster as it is
+    assert not called
+    check_longest(settings(tmp_path / "r", tiny, max_seq_tokens=2048, on_low_memory="warn"))
+    check_longest(settings(tmp_path / "r", tiny, max_seq_tokens=8))
+
+
+def test_the_command_refuses_before_teaching(tmp_path: Path) -> None:
+    """A 7B's rows of 32,768 tokens on this machine: known from its shape, nothing is loaded."""
+    raw = {"student": {"model": "Qwen/Qwen2.5-7B-Instruct"}, "train": {"dtype": "fp32"}}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"out": str(tmp_path / "r"), **raw}), encoding="utf-8")
+    command = [sys.executable, "palign.py", "run", str(path), "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Training on rows of 32768 tokens needs about" in done.stderr
+    assert "Set train.dtype=nf4" in done.stderr or "train.logits_bytes" in done.stderr
+    assert not (tmp_path / "r" / "traces.jsonl").exists()
 
 
 def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path: Path) -> None:  # noqa: F811
     config = settings(tmp_path, tiny)
     assert plan(config)["times"] == []
+    assert hours.THIS_RUN not in plan(config)["hours"]
     stages = {
         "teach": {"done": True, "rows_in": 4, "seconds": 10.0},
         "align": {"done": False, "rows_in": 4},
@@ -67,33 +237,34 @@ def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path:
     (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
     source = config.data.train.model_copy(update={"limit": 40})
     larger = config.model_copy(update={"data": config.data.model_copy(update={"train": source})})
-    assert plan(larger)["times"] == [{"stage": "teach", "rows": 40, "seconds": 100.0}]
+    result = plan(larger)
+    assert result["times"] == [{"stage": "teach", "rows": 40, "seconds": 100.0}]
+    assert result["hours"][hours.THIS_RUN]["hf"] == {"teach": 0.03, "total": 0.03}
+
+
+def test_a_stage_that_is_running_counts_with_the_rows_that_it_has(
+    tiny: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = settings(tmp_path, tiny)
+    rows = RowFile(tmp_path / "prefixes.jsonl", PrefixRow)
+    for number, seconds in enumerate((2.0, 4.0)):
+        common = {"id": str(number), "question": "q", "answer": "1", "trace": "t", "end": 1}
+        cut = {"sentences": 1, "sentences_total": 1, "ratio": 1.0, "sufficient": True}
+        rows.append(PrefixRow(**common, **cut, seconds=seconds))
+    stages = {
+        "teach": {"done": True, "rows_in": 10, "rows_out": 10, "seconds": 1.0},
+        "truncate": {},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
+    assert hours.measured_times(config)[1] == {"stage": "truncate", "rows": 10, "seconds": 30.0}
 
 
 STEP = """
-import gc, json, sys
-from kit.core import memory
-from kit.core.config import resolve
-from kit.training.plan import torch, training_bytes
-from kit.training.trainer import make_model
+import json, sys
+from kit.doctor_full import step_peak
 
-tokens, keys = int(sys.argv[1]), json.loads(sys.argv[2])
-memory.return_at_once()
-memory.reset_peak()
-before = memory.peak_bytes()
-config = resolve({"student": {"model": "smollm2-135m"}, "train": keys}, "test")
-model = make_model(config).train()
-# off the mapped file, whose pages are the system's to take back
-for parameter in model.parameters():
-    parameter.data = parameter.data.clone()
-gc.collect()
-memory.reset_peak()
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-ids = torch.randint(0, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
-model(input_ids=ids, labels=ids)["loss"].backward()
-optimizer.step()
-estimated = sum(training_bytes(config, tokens, False))
-print(json.dumps([memory.peak_bytes() - before, estimated]))
+print(json.dumps(step_peak(int(sys.argv[1]), json.loads(sys.argv[2]))))
 """
 
 
@@ -138,45 +309,5 @@ def test_where_memory_is_short_freed_blocks_go_back_at_once(
             monkeypatch.setattr(
                 planning, "limit_bytes", lambda room=room: (False, RESERVE_BYTES + room)
             )
-            check_fit(config, run, 512)
+            check_fit(run, 512)
             assert len(called) == times
-
-
-GPU_SHAPES = {  # shape, tokens a row, card
-    "7b-24": (3584, 18944, 28, 4, 152064, 32768, 24),
-    "7b-12": (3584, 18944, 28, 4, 152064, 8192, 12),
-    "1.5b-8": (1536, 8960, 12, 2, 151936, 8192, 8),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_SHAPES)
-def test_a_step_on_random_weights_fits_the_card(name: str, tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from kit.training.trainer import make_model
-
-    hidden, inner, heads, shared_heads, vocabulary, tokens, card = GPU_SHAPES[name]
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=28,
-        num_attention_heads=heads,
-        num_key_value_heads=shared_heads,
-        max_position_embeddings=32768,
-        tie_word_embeddings=hidden == 1536,
-        dtype="bfloat16",
-    )
-    with torch.device("cuda"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(
-        card * GIB / torch.cuda.get_device_properties(0).total_memory
-    )
-    model = make_model(settings(tmp_path, str(tmp_path), dtype="nf4", logits_bytes=1 << 26)).train()
-    ids = torch.randint(5, 1000, (1, tokens), device="cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        model(input_ids=ids, labels=ids)["loss"].backward()
-    assert torch.cuda.max_memory_reserved() <= card * GIB

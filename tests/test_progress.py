@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -45,3 +46,16 @@ def test_without_a_terminal_lines_come_every_few_seconds(capsys, monkeypatch):
         bar.advance()
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"teach: 1/2 traces, \d+ s left", first) and second.startswith("teach: 2/2")
+
+
+def test_the_cards_allocator_is_told_before_torch_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for users in (None, "max_split_size_mb:128"):
+        # set first, so that both are as before afterwards
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        if users:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", users)
+        progress.tame_libraries(verbose=True)
+        expected = None if users else "expandable_segments:True"
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -13,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainingArguments
 
 from kit.core.config import Config, dump, resolve
 from kit.core.errors import KitError
 from kit.core.fingerprints import file_hash
 from kit.core.progress import Progress
 from kit.core.records import TrainRow
-from kit.core.run import Run
+from kit.core.run import Run, read_manifest
 from kit.models import hf_folder, load_tokenizer
 from kit.pipeline import train as stage
 from kit.prompts import render, solve_text, template_hash, words
@@ -59,7 +61,7 @@ def settings(out: Path, model: str, **train) -> Config:
         "batch_size": 4,
         "epochs": 3,
         "learning_rate": 5e-3,
-        "save_steps": 2,
+        "save_minutes": 0,
         "dropout": 0.1,
     }
     return resolve(
@@ -114,7 +116,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Config:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> tuple[Config, dict]:
     """One of twelve steps, and its manifest."""
-    config = settings(tmp_path_factory.mktemp("learned") / "r", tiny, epochs=6, save_steps=6)
+    config = settings(tmp_path_factory.mktemp("learned") / "r", tiny, epochs=6)
     return config, run_stage(config)
 
 
@@ -164,13 +166,11 @@ def test_labels_shifted_by_one_do_not_teach_the_fixed_batch(
     right = learned[1]["stages"]["train"]["summary"]
     monkeypatch.setattr(training.AdapterTrainer, "compute_loss", shifted)
     with pytest.raises(KitError, match="The gradient is not the slope of the loss: layers 0-0"):
-        run_stage(settings(tmp_path / "refused", tiny, epochs=6, save_steps=6))
+        run_stage(settings(tmp_path / "refused", tiny, epochs=6))
     assert not (tmp_path / "refused" / "adapter").exists()
     assert losses_or_none(tmp_path / "refused") == []
     monkeypatch.setattr(training, "check_gradient", lambda *_: [])
-    wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6, save_steps=6))["stages"][
-        "train"
-    ]["summary"]
+    wrong = run_stage(settings(tmp_path / "wrong", tiny, epochs=6))["stages"]["train"]["summary"]
     gain = right["fixed_batch_before"] - right["fixed_batch_after"]
     assert gain > 0.1
     assert wrong["fixed_batch_before"] - wrong["fixed_batch_after"] < gain / 2
@@ -226,7 +226,7 @@ def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
 def test_kill_and_resume_equals_an_uninterrupted_training(
     tmp_path: Path, tiny: str, whole: Config
 ) -> None:
-    broken = settings(tmp_path / "broken", tiny, save_steps=3)
+    broken = settings(tmp_path / "broken", tiny)
     write_rows(broken.folder, rows())
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -261,11 +261,183 @@ def test_kill_and_resume_equals_an_uninterrupted_training(
     assert ours == theirs
 
 
+def test_checkpoints_are_saved_by_time(
+    tmp_path: Path, tiny: str, whole: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    real = training.AdapterTrainer._save_checkpoint
+
+    def spy(trainer, *more):
+        saved.append(trainer.state.global_step)
+        return real(trainer, *more)
+
+    monkeypatch.setattr(training.AdapterTrainer, "_save_checkpoint", spy)
+    # only at the end, and in between where the steps since the last one took long enough
+    for minutes in (60.0, 0.003):
+        saved.clear()
+        config = settings(tmp_path / str(minutes), tiny, save_minutes=minutes)
+        run_stage(config)
+        seconds, expected = 0.0, []
+        for row in logged(config.folder):
+            seconds += row["seconds"]
+            if seconds >= 60 * minutes or row["step"] == 6:
+                expected.append(row["step"])
+                seconds = 0.0
+        assert saved == expected
+        # when it is saved changes nothing
+        assert losses(config.folder) == losses(whole.folder)
+
+
+def with_scaler(monkeypatch: pytest.MonkeyPatch, first_scale: float) -> None:
+    """Let the next training compute as on a card without bf16: fp16 and a gradient scaler."""
+    real = training.Trainer.__init__
+
+    def init(trainer, *more, **options):
+        real(trainer, *more, **options)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale)
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.state._mixed_precision = "fp16"
+
+    monkeypatch.setattr(training.Trainer, "__init__", init)
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda *_, init_scale: real_scaler("cpu", init_scale=first_scale),
+    )
+
+
+@pytest.fixture
+def fp32_again():
+    """accelerate's state is the process's."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+def test_fp16_with_a_gradient_scaler_learns_the_same_and_passes_the_gradient_check(
+    tmp_path: Path,
+    tiny: str,
+    whole: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    fp32_again: None,
+) -> None:
+    with_scaler(monkeypatch, training.FIRST_SCALE)
+    config = settings(tmp_path / "r", tiny)
+    manifest = run_stage(config)
+    assert losses(config.folder) == pytest.approx(losses(whole.folder), rel=0.01)
+    in_fp32 = read_manifest(whole.folder)["gradient_check"]
+    for one, other in zip(manifest["gradient_check"], in_fp32, strict=True):
+        assert one["gradient"] == pytest.approx(other["gradient"], rel=0.05)
+
+
+def test_an_overflow_under_a_gradient_scaler_is_skipped_not_refused(
+    tmp_path: Path,
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+    fp32_again: None,
+) -> None:
+    with_scaler(monkeypatch, 2.0**127)
+    monkeypatch.setattr(training, "check_gradient", lambda *_: [])
+    config = settings(tmp_path / "r", tiny)
+    run_stage(config)
+    norms = [row["grad_norm"] for row in logged(config.folder)]
+    assert not math.isfinite(norms[0]) and len(norms) == 6
+    assert all(map(math.isfinite, losses(config.folder)))
+    saved = load_file(config.folder / "adapter" / "adapter_model.safetensors")
+    assert all(weight.norm() == 0 for name, weight in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"),
+    ],
+)
+def test_running_out_of_memory_names_the_keys_to_change(
+    error: Exception, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.AdapterTrainer.compute_loss
+
+    def failing(trainer, *more, **options):
+        if trainer.state.global_step == 1:
+            raise error
+        return real(trainer, *more, **options)
+
+    monkeypatch.setattr(training.AdapterTrainer, "compute_loss", failing)
+    config = settings(tmp_path / "r", tiny, gradient_checkpointing=False)
+    with pytest.raises(
+        KitError, match=r"ran out of memory in step 2; its rows have up to"
+    ) as caught:
+        run_stage(config)
+    hint = caught.value.hint
+    for key in ("gradient_checkpointing=true", "logits_bytes=67108864", "max_seq_tokens="):
+        assert f"train.{key}" in hint
+    assert "micro_batch_size" not in hint
+    # what it had is kept, and the training goes on where there is room again
+    monkeypatch.setattr(training.AdapterTrainer, "compute_loss", real)
+    run_stage(config)
+    assert len(logged(config.folder)) == 6
+
+
+def test_another_error_in_a_training_stays_what_it_is(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(training.AdapterTrainer, "compute_loss", failing)
+    monkeypatch.setattr(training, "check_gradient", lambda *_: [])
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_stage(settings(tmp_path / "r", tiny))
+
+
+def models_alive() -> int:
+    return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+
+
+def test_no_model_is_alive_after_training_nor_when_the_next_is_loaded(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any collection but the stages' own."""
+    from kit import models
+    from kit.pipeline.evaluate import evaluate
+
+    raw = settings(tmp_path / "r", tiny).model_dump()
+    raw["eval"]["sampling"]["max_new_tokens"] = 4
+    raw["data"]["eval"] = [{"path": "builtin", "limit": 1, "seed": 3}]
+    config = resolve(raw, "test")
+    gc.collect()
+    before = models_alive()
+    counted: list[int] = []
+    real = models.load_model
+
+    def spy(*more, **options):
+        counted.append(models_alive() - before)
+        return real(*more, **options)
+
+    monkeypatch.setattr(models, "load_model", spy)
+    gc.disable()
+    try:
+        run_stage(config)
+        counted.append(models_alive() - before)
+        with Run(config, Progress(quiet=True)) as run:
+            evaluate(run)
+        counted.append(models_alive() - before)
+    finally:
+        gc.enable()
+    # after training, before the tuned and the base model, after both
+    assert counted == [0, 0, 0, 0]
+
+
 def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str, whole: Config) -> None:
     shutil.copytree(whole.folder, tmp_path / "r")
     whole = settings(tmp_path / "r", tiny)
     checkpoints = sorted((whole.folder / "checkpoints").iterdir())
-    assert [p.name for p in checkpoints] == ["checkpoint-4", "checkpoint-6"]
+    assert [p.name for p in checkpoints] == ["checkpoint-5", "checkpoint-6"]
     before = losses(whole.folder)
     (whole.folder / "adapter" / "adapter_model.safetensors").unlink()
     torn = checkpoints[1] / "optimizer.pt"

@@ -121,7 +121,7 @@ class ModelConfig(BaseConfig):
 
     backend: Literal["hf", "gguf", "http", "scripted"] = "hf"
     model: str = "smollm2-135m"  # an alias, a .gguf file, a folder or a hub id; http: served name
-    dtype: Dtype = "auto"  # auto: bf16 with CUDA, fp32 without
+    dtype: Dtype = "auto"  # auto: bf16 with CUDA (fp16 on cards without it), fp32 without
     context_tokens: PositiveInt | None = None  # None: what the model was trained for
     max_num_seqs: PositiveInt = 8  # llama.cpp sequences, HF batch rows, HTTP requests at once
     n_threads: PositiveInt | None = None
@@ -233,7 +233,7 @@ class Train(BaseConfig):
     gradient_checkpointing: bool = True
     logits_bytes: PositiveInt = 256 << 20  # largest slice of logits in memory at once
     max_grad_norm: PositiveFloat = 1.0
-    save_steps: PositiveInt = 50
+    save_minutes: NonNegativeFloat = 10.0  # between checkpoints; 0: one after every step
     on_low_memory: Literal["warn", "refuse"] = "refuse"  # rows that will not fit the card
 
 

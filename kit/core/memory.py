@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import resource
 from pathlib import Path
 
 import psutil
 import torch
+
+# CUDA's allocator and libraries, torch's allocator on the CPU, Python, C++, and llama.cpp.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|bad_alloc|_ALLOC_FAILED|cublasCreate"
+    r"|(failed|unable) to allocate|(cannot|can't) allocate memory|not enough memory|no memory for",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: Exception | str) -> bool:
+    """Whether an exception, or what a library logged, means that there is too little memory."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return bool(OUT_OF_MEMORY.search(text))
 
 
 def reset_peak() -> None:
@@ -48,3 +62,10 @@ def return_at_once() -> None:
     mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h; setting it keeps it from moving
     with contextlib.suppress(OSError, AttributeError):  # no glibc, no such bound
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 18)
+
+
+def release() -> None:
+    """Return the memory of models that nothing names any more: cycles hold them until collected."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ NEUTRAL = {
     "url",
     "api_key_env",
     "kv_cache_gib",
-    "save_steps",
+    "save_minutes",
     "on_low_memory",
 }
 

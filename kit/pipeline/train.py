@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from kit.core.card import check_card
 from kit.core.errors import KitError
 from kit.core.fingerprints import adapter_hash, file_hash
+from kit.core.memory import release
 from kit.core.run import Run
 from kit.models import fingerprints, load_tokenizer
 from kit.training.plan import check_fit
@@ -37,15 +39,17 @@ def train(run: Run) -> None:
     content = partial(fingerprints, "student", model)
     if not run.begin("train", file_hash(path)[:16], lambda: adapter_hash(adapter), content):
         return
-    # rows to examples, which must fit the memory
+    # rows to examples, which must fit the memory of this process's card
+    check_card()
     rows = read_rows(path)
     tokenizer = load_tokenizer(run.config.student.model)
     examples, lost = prepare(rows, tokenizer, run.config)
     for reason, names in lost.items():
         listed = "; ".join(names[:8])
         run.progress.warn(f"train: {len(names)} of {len(rows)} rows {reason}: {listed}")
-    check_fit(run.config, run, max(len(example.ids) for example in examples))
+    check_fit(run, max(len(example.ids) for example in examples))
     summary = fit(run, tokenizer, examples)
+    release()
     cut = lost.pop(CUT, [])
     run.finish(
         "train",

@@ -41,6 +41,7 @@ from kit.core.run import versions
 # predicted change of the loss, as a share of it
 STEP = 0.003
 BF16_STEP = 0.03
+HALVES = (torch.bfloat16, torch.float16)
 NOISE = 0.02  # standard deviation, compared with an A of about sqrt(1 / 3 in)
 TOLERANCE = 0.35  # of slope / gradient from 1
 Weights = dict[str, Any]  # parameters by name; A (rank, in), B (out, rank)
@@ -106,8 +107,8 @@ def check_gradient(
             for name, weight in outer.items():
                 weight.copy_(original[name] + NOISE * torch.randn_like(weight))
             compute_gradient()
-            in_bf16 = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
-            step = (BF16_STEP if in_bf16 else STEP) * read_loss()
+            in_16_bits = any(weight.dtype in HALVES for weight in model.parameters())
+            step = (BF16_STEP if in_16_bits else STEP) * read_loss()
             moving = [item for item in weights.items() if _has_gradient(item[1])]
             third = math.ceil(len(moving) / 3)
             for start in range(0, len(moving), third):

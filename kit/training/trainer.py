@@ -23,21 +23,25 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, set_seed
 
+from kit.core.card import half_dtype
 from kit.core.config import Config, Train
 from kit.core.errors import KitError
 from kit.core.fingerprints import BASE
-from kit.core.memory import peak_bytes, reset_peak
+from kit.core.memory import is_out_of_memory, peak_bytes, reset_peak
 from kit.core.run import Run
 from kit.core.storage import write_atomic
 from kit.models import content_of, load_model
 from kit.prompts import template_hash
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
 from kit.training.loss import IGNORED, attach
+from kit.training.plan import uses_8_bit_optimizer
 from kit.training.sft_data import Example, collate, order
 
 MARK = "complete"  # the file that a whole checkpoint has
 FIXED_ROWS = 4  # rows whose loss is read before and after
 CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
+LEAST_LOGITS = 1 << 26  # bytes of a slice; smaller ones reread the head too often
+FIRST_SCALE = 2.0**10  # of the loss in fp16; torch's own, 2^16, overflows in the gradient check
 
 
 def lora_config(settings: Train) -> LoraConfig:
@@ -49,11 +53,6 @@ def lora_config(settings: Train) -> LoraConfig:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-
-
-def uses_8_bit_optimizer(settings: Train, cuda: bool) -> bool:
-    """Whether the optimizer's states are paged and in 8 bits (train.optimizer)."""
-    return settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and cuda)
 
 
 def make_model(config: Config) -> Any:
@@ -84,8 +83,11 @@ class AdapterTrainer(Trainer):
         self.run = run
         self.bar: Any = None
         self.step_began = time.perf_counter()
+        self.saved_seconds = 0.0  # of training since the last checkpoint, over all processes
         self.step_examples: list[Example] = []
         self.is_checked = False  # the gradient, by this process
+        if self.accelerator.scaler:
+            self.accelerator.scaler = torch.amp.GradScaler(init_scale=FIRST_SCALE)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch=None) -> Any:
         """A micro-batch's forward and backward pass; before the first, the gradient is checked."""
@@ -119,6 +121,10 @@ class AdapterTrainer(Trainer):
             # every process has this row, and the denominator counts the tokens of all of them
             total = tokens * self.accelerator.num_processes
             super(AdapterTrainer, self).training_step(model, dict(batch), total)
+            if self.accelerator.scaler:
+                for weight in model.parameters():
+                    if weight.grad is not None:
+                        weight.grad /= self.accelerator.scaler.get_scale()
 
         def loss() -> torch.Tensor:
             return model(input_ids=ids, labels=labels, denominator=tokens)["loss"]
@@ -134,7 +140,10 @@ class AdapterTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; the last moment before the update, so this is where a bad gradient is found."""
         norm = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
+        scaler = self.accelerator.scaler
+        # in fp16 an overflow is expected: the scaler skips this update and halves its scale
+        overflow_is_expected = scaler and scaler.get_scale() > 1
+        if not math.isfinite(norm) and not overflow_is_expected:
             raise self._not_finite("gradient", self.step_examples)
         return norm
 
@@ -149,23 +158,27 @@ class AdapterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line of train_log.jsonl per step; a checkpoint's state has them all."""
-        tokens = torch.tensor(
-            sum(len(example.ids) for example in self.step_examples), device=self.args.device
-        )
-        self.step_examples = []
-        all_tokens = int(self.accelerator.reduce(tokens))  # of all processes
-        if "loss" not in logs:  # the Trainer's own summary
-            return
         now = time.perf_counter()
         seconds = now - self.step_began
         self.step_began = now
+        tokens = sum(len(example.ids) for example in self.step_examples)
+        self.step_examples = []
+        # sums over all processes, so that they agree on when to save
+        sums = torch.tensor([tokens, seconds], device=self.args.device)
+        all_tokens, all_seconds = self.accelerator.reduce(sums).tolist()
+        if "loss" not in logs:  # the Trainer's own summary
+            return
+        self.saved_seconds += all_seconds / self.accelerator.num_processes
+        if self.saved_seconds >= 60 * self.run.config.train.save_minutes:
+            self.control.should_save = True
+            self.saved_seconds = 0.0
         self.state.log_history.append(
             {
                 "step": self.state.global_step,
                 "loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
                 "grad_norm": logs["grad_norm"],
-                "tokens": all_tokens,
+                "tokens": int(all_tokens),
                 "tokens_per_second": round(all_tokens / seconds, 1),
                 "seconds": round(seconds, 3),
                 "peak_bytes": peak_bytes(),
@@ -174,7 +187,7 @@ class AdapterTrainer(Trainer):
         if self.run.is_main_process:
             lines = [json.dumps(row, sort_keys=True) + "\n" for row in self.state.log_history]
             write_atomic(self.run.folder / "train_log.jsonl", "".join(lines))
-            self.bar.advance(tokens=all_tokens)
+            self.bar.advance(tokens=int(all_tokens))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then mark as whole: without its mark a checkpoint counts as half-written."""
@@ -212,7 +225,12 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         run.progress.bar("train", steps, "steps", done=done) as trainer.bar,
     ):
         trainer.step_began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(config.train, trainer) from error
 
     # what it did to the loss of some of its rows
     fixed = examples[:FIXED_ROWS]
@@ -221,6 +239,7 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
         before = _mean_loss(model, fixed)
     if run.is_main_process:
         save_adapter(model, run.folder / "adapter", student.model)
+    trainer.accelerator.free_memory()
     log = trainer.state.log_history
     tokens = sum(row["tokens"] for row in log)
     seconds = sum(row["seconds"] for row in log)
@@ -257,6 +276,24 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     with _writing(folder):
         model.save_pretrained(folder)
     write_atomic(folder / BASE, json.dumps({"model": base, **content_of(base)}, indent=1))
+
+
+def _out_of_memory(settings: Train, trainer: AdapterTrainer) -> KitError:
+    longest = max(len(example.ids) for example in trainer.rows)
+    changes = []
+    if not settings.gradient_checkpointing:
+        changes.append("train.gradient_checkpointing=true")
+    if settings.micro_batch_size > 1:
+        changes.append("train.micro_batch_size=1")
+    if settings.logits_bytes > LEAST_LOGITS:
+        changes.append(f"train.logits_bytes={LEAST_LOGITS}")
+    changes.append(f"train.max_seq_tokens={longest * 3 // 4}")
+    return KitError(
+        f"Training ran out of memory in step {trainer.state.global_step + 1}; its rows have up to "
+        f"{longest} tokens, its peak was {peak_bytes() / 2**30:.1f} GiB.",
+        f"Set {', then '.join(changes)}; `palign.py plan CONFIG` estimates each. Or close what "
+        "else uses the memory and go on from the last checkpoint.",
+    )
 
 
 def kernels(model: Any) -> dict[str, Any]:
@@ -335,7 +372,9 @@ def _arguments(run: Run) -> TrainingArguments:
             "Change one of them.",
             2,
         )
-    same = {"learning_rate", "weight_decay", "max_grad_norm", "save_steps"}
+    same = {"learning_rate", "weight_decay", "max_grad_norm"}
+    autocasts = cuda and settings.dtype != "fp32"
+    half = half_dtype(settings.dtype)
     return OneDevice(
         str(run.folder / "checkpoints"),
         **settings.model_dump(include=same),
@@ -347,10 +386,12 @@ def _arguments(run: Run) -> TrainingArguments:
         num_train_epochs=1,  # `order` lays all epochs out in one
         train_sampling_strategy="sequential",
         seed=run.config.seed,
-        bf16=cuda and settings.dtype != "fp32",
+        bf16=autocasts and half == torch.bfloat16,
+        fp16=autocasts and half == torch.float16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         logging_steps=1,
+        save_steps=1 << 30,  # `log` says when; the last step is always saved
         report_to="none",
         disable_tqdm=True,
         save_total_limit=2,

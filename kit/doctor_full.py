@@ -1,0 +1,250 @@
+"""doctor --full: the parts of a run on the packaged model, on this card or, smaller, on this CPU.
+
+Each check runs in a process of its own and measures what reading alone cannot prove: memory, speed,
+and that two ways of computing the same agree. What people paste into a bug report.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import closing
+from typing import Any
+
+MODEL = "smollm2-135m"
+TEXT = "Tom has 3 apples and buys 4. Then he eats 2 of them. " * 6
+ROWS = (1, 8, 32)  # side by side
+# nats that a cached margin may be from a fresh one: 16 bits and NF4 round by the pass's shape
+MARGIN = 0.5
+SLOWEST = 0.5  # of transformers' own tokens a second
+PEAK_RATIO = 0.25  # that a measured peak may be off from plan's
+Finding = tuple[bool | None, str]
+
+
+def cache() -> Finding:
+    """Cached verdicts against fresh ones, in 16 bits and in NF4."""
+    from kit.backends.base import ScoreRequest
+
+    worst = {}
+    half = "auto" if _cuda() else "bf16"
+    for dtype in (half, "nf4"):
+        with closing(_open(dtype)) as backend:
+            ids = tuple(backend.tokenizer.encode(TEXT))[:96]
+            enough, not_enough = (backend.tokenizer.encode(text)[0] for text in (" yes", " no"))
+            requests = []
+            for end in (48, 96, 30, 71):
+                reads = ((end - 1, (enough, not_enough)),)
+                requests.append(ScoreRequest(ids[:end], reads))
+            fresh = _margins(backend.session(uncached=True), requests)
+            cached = _margins(backend.session(), requests)
+            kind = backend.cache_kind
+        differences = [abs(one - other) for one, other in zip(fresh, cached, strict=True)]
+        worst[f"{dtype} ({kind})"] = max(differences)
+    said = ", ".join(f"{name} {value:.3f}" for name, value in worst.items())
+    return max(worst.values()) <= MARGIN, f"cached margins are off from fresh ones by {said} nats"
+
+
+def generation() -> Finding:
+    """Tokens a second of a batch beside those of transformers' own `generate`."""
+    import torch
+
+    new_tokens = 128 if _cuda() else 12
+    said = []
+    slowest = 1.0
+    with closing(_open()) as backend:
+        prompt = backend.tokenizer.encode(TEXT)
+        _generate(backend, prompt, 1, 2)  # the first call allocates
+        for rows in ROWS:
+            started = time.perf_counter()
+            answers = _generate(backend, prompt, rows, new_tokens)
+            speed = sum(map(len, answers)) / (time.perf_counter() - started)
+
+            ids = torch.tensor([prompt] * rows, device=backend.device)
+            started = time.perf_counter()
+            with torch.inference_mode():
+                output = backend.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=new_tokens,
+                    pad_token_id=0,
+                    use_cache=True,
+                )
+            count = rows * (output.shape[1] - len(prompt))
+            theirs = count / (time.perf_counter() - started)
+            slowest = min(slowest, speed / theirs)
+            said.append(f"{rows} rows {speed:.0f} (transformers {theirs:.0f})")
+    return slowest >= SLOWEST, f"tokens/s: {', '.join(said)}"
+
+
+def out_of_memory() -> Finding:
+    """A batch that does not fit: it must go on with fewer rows and end with the same answers.
+
+    On a card its memory is limited; on a CPU a forward pass of more than two rows raises.
+    """
+    import torch
+
+    with closing(_open()) as backend:
+        prompt = backend.tokenizer.encode(TEXT * 8 if _cuda() else TEXT)
+        rows = 32 if _cuda() else 6
+        expected = _generate(backend, prompt, rows, 12)
+
+        def refuse(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+            if len(inputs["input_ids"]) > 2:
+                raise torch.OutOfMemoryError("imitated: more than two rows")
+
+        if _cuda():
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(0).total_memory
+            limit = torch.cuda.memory_allocated() + (256 << 20)
+            torch.cuda.set_per_process_memory_fraction(limit / total)
+        else:
+            backend.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        answers = _generate(backend, prompt, rows, 12)
+        notes = [note for note in backend.notes if "memory" in note.lower()]
+    equal = sum(one == other for one, other in zip(expected, answers, strict=True))
+    # another batch shape may turn a near-tie, on a card
+    ok = bool(notes) and (equal == rows or _cuda())
+    return ok, f"{equal} of {rows} answers as before; {'; '.join(notes) or 'nothing ran out'}"
+
+
+def training_peak() -> Finding:
+    """The peak of a training step beside plan's."""
+    measured, estimated = step_peak(4096 if _cuda() else 512, {})
+    off = estimated / measured - 1
+    gib = 1 << 30
+    found = f"{measured / gib:.2f} GiB, plan says {estimated / gib:.2f} ({off:+.0%})"
+    return abs(off) <= PEAK_RATIO, found
+
+
+def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
+    """Bytes that a training step of the packaged model takes, and what plan estimates.
+
+    Args:
+        tokens: of the row.
+        keys: of the config's section train.
+    """
+    import torch
+
+    from kit.core import memory
+    from kit.core.config import resolve
+    from kit.training.plan import training_bytes
+    from kit.training.trainer import make_model
+
+    memory.return_at_once()
+    memory.reset_peak()
+    before = memory.peak_bytes()
+    config = resolve({"student": {"model": MODEL}, "train": keys}, "doctor")
+    model = make_model(config).train()
+    # off the mapped file, whose pages are the system's to take back
+    for parameter in model.parameters() if not _cuda() else ():
+        parameter.data = parameter.data.clone()
+    memory.release()
+    memory.reset_peak()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    _step(model, tokens)
+    optimizer.step()
+    estimated = sum(training_bytes(config, tokens, _cuda()))
+    return memory.peak_bytes() - before, estimated
+
+
+def memory_returned() -> Finding:
+    """A model that trained and one that generated, in turn, each gone before the next."""
+    from kit.core.config import resolve
+    from kit.core.memory import release
+    from kit.training.trainer import make_model
+
+    def train() -> None:
+        config = resolve({"student": {"model": MODEL}}, "doctor")
+        _step(make_model(config).train(), 64)
+
+    def infer() -> None:
+        with closing(_open("nf4")) as backend:
+            _generate(backend, backend.tokenizer.encode(TEXT), 1, 4)
+
+    release()
+    held = [_held()]
+    gc.disable()  # what `release` leaves is not collected by chance
+    for use in (train, infer):
+        use()
+        release()
+        held.append(_held())
+    gc.enable()
+    unit = "bytes on the card" if _cuda() else "models in memory"
+    return max(held) == held[0], f"{unit} at the start and after each of two: {held}"
+
+
+def _held() -> int:
+    """What is held now: bytes on a card, live models on a CPU."""
+    import torch
+    from transformers import PreTrainedModel
+
+    if _cuda():
+        return torch.cuda.memory_allocated()
+    return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _open(dtype: str = "auto") -> Any:
+    from kit.backends import open_backend
+    from kit.core.config import resolve
+
+    student = {"model": MODEL, "dtype": dtype, "max_num_seqs": max(ROWS)}
+    return open_backend(resolve({"student": student}, "doctor").student)
+
+
+def _margins(session: Any, requests: list[Any]) -> list[float]:
+    margins = []
+    with closing(session):
+        for request in requests:
+            [logprobs] = session.score([request])
+            enough, not_enough = logprobs[0]
+            margins.append(enough - not_enough)
+    return margins
+
+
+def _generate(backend: Any, prompt: list[int], rows: int, new_tokens: int) -> list[tuple[int, ...]]:
+    """Greedy answers of so many equal requests; KitError where one has none."""
+    from kit.backends.base import Request
+    from kit.core.config import Sampling
+    from kit.core.errors import KitError
+
+    sampling = Sampling(temperature=0, max_new_tokens=new_tokens)
+    requests = [Request(f"{row:02}", tuple(prompt), sampling) for row in range(rows)]
+    answers = {}
+    for generation in backend.generate(requests):
+        if generation.error:
+            raise KitError(generation.error)
+        answers[generation.id] = generation.completions[0].ids
+    return [answers[request.id] for request in requests]
+
+
+def _step(model: Any, tokens: int) -> float:
+    """Forward and backward of a row of random tokens; its loss."""
+    import torch
+
+    from kit.core.card import half_dtype
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49_000, (1, tokens), generator=generator).to(model.device)
+    with torch.autocast("cuda", half_dtype(), enabled=ids.is_cuda):
+        loss = model(input_ids=ids, labels=ids)["loss"]
+    loss.backward()
+    return loss.item()
+
+
+PINS = "python -m pip install --force-reinstall --no-deps -c requirements.txt"
+# name: (check, what to do where it fails)
+FULL_CHECKS = {
+    "cache": (cache, "judge with judge.search=uncached, and report this table"),
+    "generation": (generation, f"close what else is busy; then {PINS} transformers torch"),
+    "out of memory": (out_of_memory, "run with a smaller student.max_num_seqs, and report this"),
+    "training peak": (training_peak, "leave room: a smaller train.max_seq_tokens than plan's"),
+    "memory returned": (memory_returned, "run the stages one command at a time, and report this"),
+}

@@ -1,0 +1,237 @@
+"""How long a run takes on named cards, from their bandwidth and arithmetic; and as measured.
+
+A decoding step of B sequences reads every weight once and every sequence's cache; a prefill and a
+training step are bound by arithmetic. The constants are readings of the pinned libraries and of the
+makers' data sheets; none was measured on a card by us. Memory is in plan.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from kit.core.config import Config
+from kit.core.stages import STAGE_TABLE
+from kit.core.storage import RowFile
+from kit.training.shape import NF4_BYTES, ModelShape, card_limit
+
+# Tokens and counts of the paper's data (s1K-1.1, and a 7B student on it), where the config and the
+# run say nothing.
+PROBLEMS = 1000
+EVAL_PROBLEMS = {"math500": 500, "aime24": 30, "aime25": 30, "amc12": 83}
+QUESTION_TOKENS = 200
+TRACE_TOKENS = 10_000
+PREFIX_TOKENS = 800
+CONTINUATION_TOKENS = 2900  # with those that run into the limit
+BASE_TOKENS = 1100  # of an answer
+TUNED_TOKENS = 3400
+TARGET_TOKENS = 2600  # of a training row
+VERDICTS = 8  # of a binary search
+TAIL_TOKENS = 300  # evaluated for a verdict, past the shared prefix
+JUDGED_RATIO = 0.58  # of a trace, that a binary search prefills
+# Shares of the data sheet's figures that are reached.
+BANDWIDTH_RATIO = 0.85
+ARITHMETIC_RATIO = 0.5
+# Launching a layer's kernels in a step of the hf backend, and those of an unmerged adapter.
+LAYER_SECONDS = 0.0006
+LORA_SECONDS = 0.00056
+CARD_ROWS = 32  # side by side, where the config does not say
+SERVED_ROWS = 8  # that must fit beside 16-bit weights, or a server takes 4-bit ones
+THIS_RUN = "this run"  # where the hours of named cards are listed
+
+
+class Card(NamedTuple):
+    """A card's data sheet."""
+
+    bandwidth: float  # bytes a second
+    arithmetic: float  # 16-bit matrix operations a second, summed in fp32
+    memory_gib: float
+
+
+CARDS = {
+    "T4": Card(320e9, 65e12, 15),
+    "3060 12 GB": Card(360e9, 25e12, 12),
+    "4060 Ti 16 GB": Card(288e9, 44e12, 16),
+    "3090": Card(936e9, 71e12, 24),
+    "4090": Card(1008e9, 165e12, 24),
+    "A100": Card(2039e9, 312e12, 80),
+    "H100": Card(3350e9, 989e12, 80),
+}
+
+
+class Weights(NamedTuple):
+    """What a weight costs: bytes that it takes, and bytes that a step moves for it."""
+
+    held: float
+    moved: float
+
+
+SIXTEEN_BITS = Weights(2.0, 2.0)
+FOUR_BITS = Weights(0.6, 0.6)  # Q4_K_M, AWQ
+# transformers dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache
+NF4 = Weights(NF4_BYTES, 3.0)
+
+
+class Speed(NamedTuple):
+    """A model on a card."""
+
+    shape: ModelShape
+    card: Card
+    weights: Weights
+    layer_seconds: float = 0.0  # launching a layer in a step
+    row_seconds: float = 0.0  # on the CPU, per token drawn
+
+    def prefill(self, tokens: float) -> float:
+        """Seconds to evaluate so many tokens of a prompt."""
+        return 2 * self.shape.linear * tokens / (ARITHMETIC_RATIO * self.card.arithmetic)
+
+    def rows(self, context_tokens: float, most: int) -> int:
+        """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
+        held = self.shape.linear * self.weights.held + self.shape.other * 2
+        room = 0.9 * (card_limit(self.card.memory_gib) - held)
+        return max(0, min(most, int(room / (2 * self.shape.cached * context_tokens))))
+
+    def step(self, rows: int, context_tokens: float, lora_seconds: float = 0.0) -> float:
+        """Seconds of a step that draws a token for every row; per layer an adapter adds some."""
+        shape = self.shape
+        head = 2 * shape.hidden * shape.vocabulary
+        weights = shape.linear * self.weights.moved + head
+        cache = 2 * shape.cached * rows * context_tokens
+        bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
+        launching = shape.layers * self.layer_seconds
+        bound = max(weights / bandwidth, launching, self.prefill(rows))
+        added = shape.layers * lora_seconds + rows * self.row_seconds
+        return bound + cache / bandwidth + added
+
+    def answer(self, prompt: float, tokens: float, most: int, lora_seconds: float = 0.0) -> float:
+        """Seconds per answer of so many tokens, when as many as fit run side by side."""
+        context_tokens = prompt + tokens / 2
+        rows = self.rows(context_tokens, most)
+        return self.prefill(prompt) + tokens * self.step(rows, context_tokens, lora_seconds) / rows
+
+
+def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
+    """The student on a card, by backend; a server takes 4 bits where 16 leave too little room."""
+    served = Speed(shape, card, SIXTEEN_BITS)
+    if served.rows(TRACE_TOKENS, SERVED_ROWS) < SERVED_ROWS:
+        served = Speed(shape, card, FOUR_BITS)
+    held = NF4 if config.student.dtype == "nf4" else SIXTEEN_BITS
+    return {
+        "hf": Speed(shape, card, held, LAYER_SECONDS),
+        "gguf": Speed(shape, card, FOUR_BITS, row_seconds=0.0005),
+        "http": served,
+    }
+
+
+def card_hours(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
+    """Estimate every stage on every card with every backend.
+
+    Returns:
+        {card: {backend: {stage: hours, total}}}; {total: None} where no sequence fits.
+    """
+    hours: dict[str, dict[str, Any]] = {}
+    for name, card in CARDS.items():
+        hours[name] = {}
+        for backend, speed in speeds(config, shape, card).items():
+            lora_seconds = LORA_SECONDS if backend == "hf" else 0.0
+            hours[name][backend] = _hours(config, speed, lora_seconds)
+    return hours
+
+
+def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
+    """Hours of each stage and in total."""
+    most = config.student.max_num_seqs or CARD_ROWS
+    if not speed.rows(TRACE_TOKENS, most):
+        return {"total": None}
+    problems = config.data.train.limit or PROBLEMS
+    teaching = problems * config.teacher.samples
+    if config.teacher.backend in ("file", "reference"):
+        teaching = 0
+    verdict = speed.prefill(TAIL_TOKENS) + speed.step(1, TRACE_TOKENS)
+    draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
+    answer = speed.answer(QUESTION_TOKENS, TUNED_TOKENS, most, lora_seconds)
+    if config.eval.base:
+        answer += speed.answer(QUESTION_TOKENS, BASE_TOKENS, most)
+    seconds = {
+        "teach": teaching * speed.answer(QUESTION_TOKENS, TRACE_TOKENS, most),
+        "truncate": problems * (speed.prefill(JUDGED_RATIO * TRACE_TOKENS) + VERDICTS * verdict),
+        "align": problems
+        * config.align.samples
+        * speed.answer(draft_tokens, CONTINUATION_TOKENS, most),
+        # forward, again for the checkpoints, and back through frozen weights
+        "train": problems * config.train.epochs * 3 * speed.prefill(TARGET_TOKENS),
+        "eval": _eval_answers(config) * answer,
+    }
+    return in_hours(seconds)
+
+
+def in_hours(seconds: dict[str, float]) -> dict[str, Any]:
+    """Seconds by stage as hours, with their total."""
+    hours = {stage: round(each / 3600, 2) for stage, each in seconds.items()}
+    return {**hours, "total": round(sum(hours.values()), 2)}
+
+
+def assumptions(config: Config) -> str:
+    """What `card_hours` assumes, a line each."""
+    return (
+        f"{config.data.train.limit or PROBLEMS} problems, traces of {TRACE_TOKENS} tokens, "
+        f"{VERDICTS} verdicts each\n"
+        f"continuations of {CONTINUATION_TOKENS} tokens, training rows of {TARGET_TOKENS}\n"
+        f"{_eval_answers(config)} answers of {BASE_TOKENS} tokens before training, of "
+        f"{TUNED_TOKENS} after it\n"
+        f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic\n"
+        "gguf in 4 bits; http: vLLM in 16 bits, in 4 where those do not fit; train runs on hf\n"
+        "teach: as if the teacher had the student's size"
+    )
+
+
+def _eval_answers(config: Config) -> int:
+    answers = 0
+    for dataset in config.data.eval:
+        problems = dataset.limit or EVAL_PROBLEMS.get(str(dataset.name), PROBLEMS)
+        answers += problems * (dataset.samples or config.eval.samples)
+    return answers
+
+
+def rows_of(hours: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The hours as rows of a table."""
+    rows = []
+    for card, by_backend in hours.items():
+        for backend, stages in by_backend.items():
+            rows.append({"card": card, "backend": backend, **stages})
+    return rows
+
+
+def measured_times(config: Config) -> list[dict[str, Any]]:
+    """Each stage's rows and seconds for this config, at the speed of the run in its folder.
+
+    A stage that is not done counts with the rows that it has: generated ones ran side by side.
+    """
+    path = config.folder / "manifest.json"
+    if not path.exists():
+        return []
+    times = []
+    rows = config.data.train.limit or PROBLEMS
+    for stage, entry in json.loads(path.read_text(encoding="utf-8")).get("stages", {}).items():
+        if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
+            if stage != "teach" or not config.data.train.limit:
+                rows = entry["rows_in"]
+            seconds = entry["seconds"] * rows / entry["rows_in"]
+        else:
+            seconds = rows * _row_seconds(config, stage)
+        if seconds:
+            times.append({"stage": stage, "rows": rows, "seconds": seconds})
+        rows = entry.get("rows_out", rows)
+    return times
+
+
+def _row_seconds(config: Config, stage: str) -> float:
+    """Mean seconds of the rows that a stage has written so far; 0: none."""
+    rows = []
+    for pattern, kind in STAGE_TABLE[stage].rows.items():
+        for path in config.folder.glob(pattern):
+            rows += RowFile(path, kind).read(repair=False)
+    if not rows:
+        return 0.0
+    seconds = sum(row.seconds for row in rows) / len(rows)
+    return seconds if stage == "truncate" else seconds / (config.student.max_num_seqs or CARD_ROWS)

@@ -1,0 +1,127 @@
+"""A model's sizes, from its config.json, and what its layers keep for a backward pass.
+
+Arithmetic over a dense decoder with grouped attention and a gated MLP. Other blocks (mixtures of
+experts, recurrent layers) are counted as if they were dense.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from kit.core.errors import KitError
+from kit.models import hf_folder
+
+GIB = 1 << 30
+# Of a card whose free memory is not known: CUDA's context, which `mem_get_info` has taken off.
+CONTEXT_BYTES = int(0.4 * GIB)
+# the allocator's rounding; on a CPU the libraries and their threads
+RESERVE_BYTES = int(0.2 * GIB)
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with the scales of double quantization
+
+
+class ModelShape(NamedTuple):
+    """The sizes in a model's config.json; widths are numbers per token."""
+
+    layers: int
+    hidden: int
+    inner: int  # width of the MLP
+    heads: int
+    query: int  # width of all query heads
+    key: int  # width of all key heads, and of all value heads
+    vocabulary: int
+    context_tokens: int
+    tied: bool  # the head is the embeddings
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers but the head: those that are quantized."""
+        attention = 2 * self.hidden * (self.query + self.key)
+        return self.layers * (attention + 3 * self.hidden * self.inner)
+
+    @property
+    def other(self) -> int:
+        """All other weights: embeddings, head and norms."""
+        matrices = 1 if self.tied else 2
+        return self.hidden * (matrices * self.vocabulary + 2 * self.layers + 1)
+
+    @property
+    def adapter(self) -> int:
+        """Weights of an adapter of rank 1: both sides of every linear layer."""
+        attention = 4 * self.hidden + 2 * (self.query + self.key)
+        return self.layers * (attention + 3 * (self.hidden + self.inner))
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a token puts into the KV cache."""
+        return 2 * self.layers * self.key
+
+    def saved_bytes(self, number: int, mask: int, rank: int) -> int:
+        """Bytes that one layer keeps for its backward pass, per token.
+
+        Args:
+            number: bytes of a number that is computed with.
+            mask: bytes of a number of a dropout mask.
+            rank: of the adapter.
+        """
+        # both norms keep their input in fp32
+        norms = 2 * 4 * self.hidden
+        # the adapters of q, k, v, gate, up and of o, down keep their input after dropout, the mask
+        # and what lies between A and B
+        adapters = (number + mask) * (5 * self.hidden + self.query + self.inner) + number * 7 * rank
+        gated = 3 * number * self.inner  # gate, its SiLU, up
+        # q, k, v, the output, and in fp32 the log-sum of every head
+        attention = number * (2 * self.query + 2 * self.key) + 4 * self.heads
+        return norms + adapters + gated + attention
+
+
+# Those of the bundled configs, so that a plan needs no network.
+SHAPES = {
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(
+        28, 1536, 8960, 12, 1536, 256, 151936, 32768, tied=True
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": ModelShape(
+        28, 3584, 18944, 28, 3584, 512, 152064, 32768, tied=False
+    ),
+    "Qwen/Qwen3-8B": ModelShape(36, 4096, 12288, 32, 4096, 1024, 151936, 40960, tied=False),
+}
+
+
+def card_limit(size_gib: float) -> int:
+    """Bytes that an otherwise idle card of that size has for one process."""
+    return int(size_gib * GIB) - CONTEXT_BYTES - RESERVE_BYTES
+
+
+@lru_cache(maxsize=4)
+def shape_of(name: str) -> ModelShape:
+    """A model's shape, from the table above or its config.json.
+
+    Raises:
+        KitError: no such model, or its config.json does not say it.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    from transformers import AutoConfig
+
+    try:
+        model_config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
+        text = model_config.get_text_config()
+        heads = text.num_attention_heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return ModelShape(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            heads=heads,
+            query=heads * head_width,
+            key=key_heads * head_width,
+            vocabulary=text.vocab_size,
+            context_tokens=text.max_position_embeddings,
+            tied=bool(getattr(text, "tie_word_embeddings", False)),
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise KitError(
+            f"The config of {name} cannot be read: {str(error).splitlines()[0]}",
+            "It is read from the hub or the model's folder: offline, set student.model=FOLDER.",
+        ) from error

@@ -1,0 +1,183 @@
+"""On a card, and the same bodies on the CPU: generation, judging, a training step, memory limits.
+
+Each body runs in a process of its own, which sees the card or does not. With a card:
+`CUDA_VISIBLE_DEVICES=0 python -m pytest tests -m gpu -n0`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+GIB = 1 << 30
+
+
+def run(device: str, body: str, *arguments: Any) -> Any:
+    """What a function of this module returns in a process that has the device."""
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    code = (
+        "import json, sys; from tests import test_gpu; "
+        "print(json.dumps(getattr(test_gpu, sys.argv[1])(*json.loads(sys.argv[2]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, body, json.dumps(arguments)],
+        cwd=ROOT,
+        env={**os.environ, **hidden},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- Bodies ---
+
+
+def generated(dtype: str) -> dict[str, Any]:
+    """Greedy answers one at a time and six side by side, and where they were computed."""
+    from contextlib import closing
+
+    from kit import doctor_full
+
+    with closing(doctor_full._open(dtype)) as backend:
+        prompt = backend.tokenizer.encode(doctor_full.TEXT)
+        alone = doctor_full._generate(backend, prompt, 1, 8)
+        together = doctor_full._generate(backend, prompt, 6, 8)
+        return {"device": backend.device.type, "alone": alone, "together": together}
+
+
+def checked(name: str) -> list[Any]:
+    """One of doctor's full checks."""
+    from kit import doctor_full
+
+    return list(doctor_full.FULL_CHECKS[name][0]())
+
+
+def trained(folder: str) -> dict[str, Any]:
+    """A training of two steps, as `palign.py train` does it, and its log."""
+    from kit.core.config import resolve
+    from kit.core.progress import Progress
+    from kit.core.run import Run
+    from kit.pipeline.train import train
+    from tests.test_train import rows, write_rows
+
+    keys = {"dtype": "nf4", "batch_size": 2, "max_steps": 2, "dropout": 0.0, "optimizer": "adamw"}
+    config = resolve({"out": folder, "train": {**keys, "group_by_length": False}}, "test")
+    write_rows(Path(folder), rows(4))
+    with Run(config, Progress(quiet=True)) as run:
+        train(run)
+    log = (Path(folder) / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"losses": [json.loads(line)["loss"] for line in log]}
+
+
+def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) -> dict[str, Any]:
+    """A training step in NF4 on random weights of a model's shape, on a card of that size."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from kit.core.config import resolve
+    from kit.doctor_full import _step
+    from kit.training.plan import training_bytes
+    from kit.training.trainer import make_model
+
+    hidden, inner, layers, heads, key_heads, vocabulary = shape
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=hidden == 1536,
+        dtype="bfloat16",
+    )
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        total = torch.cuda.get_device_properties(0).total_memory
+        # the context is not torch's
+        torch.cuda.set_per_process_memory_fraction((card_gib * GIB - 0.4 * GIB) / total)
+    settings = {"student": {"model": folder}, "train": {"logits_bytes": 1 << 26}}
+    run_config = resolve(settings, "test")
+    loss = _step(make_model(run_config).train(), tokens)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return {
+        "loss": loss,
+        "peak": peak,
+        "estimated": sum(training_bytes(run_config, tokens, cuda)),
+    }
+
+
+# --- Tests ---
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["auto", "nf4"])
+def test_rows_side_by_side_answer_as_one_alone(device: str, dtype: str) -> None:
+    answers = run(device, "generated", dtype)
+    assert answers["device"] == device
+    assert len(answers["alone"][0]) == 8
+    first = [answer[:2] for answer in answers["together"]]
+    assert first == [answers["alone"][0][:2]] * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["cache", "generation", "out of memory", "training peak", "memory returned"]
+)
+def test_a_full_check_of_the_doctor_passes_on_a_card(name: str) -> None:
+    ok, found = run("cuda", "checked", name)
+    print(f"{name}: {found}")
+    assert ok, found
+
+
+@pytest.mark.gpu
+def test_a_training_on_a_card_has_the_losses_of_one_on_the_cpu(tmp_path: Path) -> None:
+    on_card = run("cuda", "trained", str(tmp_path / "cuda"))["losses"]
+    on_cpu = run("cpu", "trained", str(tmp_path / "cpu"))["losses"]
+    # bf16 on the card, fp32 on the CPU
+    assert on_card == pytest.approx(on_cpu, rel=0.03)
+
+
+def test_the_body_of_the_training_test_runs_on_the_cpu(tmp_path: Path) -> None:
+    losses = run("cpu", "trained", str(tmp_path / "cpu"))["losses"]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+
+
+# shape: hidden, inner, layers, heads, key heads, vocabulary
+SEVEN = [3584, 18944, 28, 28, 4, 152064]
+SMALL = [1536, 8960, 28, 12, 2, 151936]
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "tokens", "card_gib"),
+    [
+        pytest.param("cuda", SEVEN, 16384, 24, marks=pytest.mark.gpu),
+        pytest.param("cuda", SEVEN, 8192, 16, marks=pytest.mark.gpu),
+        pytest.param("cuda", SEVEN, 4096, 12, marks=pytest.mark.gpu),
+        pytest.param("cuda", SMALL, 8192, 8, marks=pytest.mark.gpu),
+        ("cpu", [64, 128, 2, 4, 2, 49152], 64, 1),
+    ],
+)
+def test_a_step_on_random_weights_fits_a_card_of_that_size(
+    device: str, shape: list[int], tokens: int, card_gib: float, tmp_path: Path
+) -> None:
+    step = run(device, "peak_of_a_step", str(tmp_path / "model"), shape, tokens, card_gib)
+    print(f"{tokens} tokens: peak {step['peak'] / GIB:.2f}, plan {step['estimated'] / GIB:.2f} GiB")
+    assert step["loss"] > 0
+    if device == "cuda":
+        assert step["peak"] == pytest.approx(step["estimated"], rel=0.1)
