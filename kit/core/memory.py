@@ -1,4 +1,7 @@
-"""Memory of this process and its machine: the card's where there is one, else the resident set."""
+"""Memory of this process and its machine: the card's where there is one, else the resident set.
+
+And how libraries say that there is not enough of it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,25 @@ import resource
 from pathlib import Path
 
 import psutil
-import torch
+
+# CUDA's allocator and libraries, torch's allocator on the CPU, Python, C++, and llama.cpp.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|bad_alloc|_ALLOC_FAILED|cublasCreate"
+    r"|(failed|unable) to allocate|(cannot|can't) allocate memory|not enough memory|no memory for",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: Exception | str) -> bool:
+    """Whether an exception, or what a library logged, means that there is too little memory."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return bool(OUT_OF_MEMORY.search(text))
 
 
 def reset_peak() -> None:
     """Restart the high-water mark. Where the system cannot (not Linux), it stays the process's."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -22,6 +39,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Most bytes that CUDA's allocator, or else this process, has held since the reset."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -33,6 +52,8 @@ def peak_bytes() -> int:
 
 def limit_bytes() -> tuple[bool, int]:
     """(Whether there is a card, bytes that can still be had on it, or else on the machine)."""
+    import torch
+
     if torch.cuda.is_available():
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return True, torch.cuda.mem_get_info()[0] + unused

@@ -109,6 +109,8 @@ def visible(text: str) -> str:
 def tame_libraries(verbose: bool = False) -> None:
     """Silence the libraries' own messages; called before any of them is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Rows of many lengths would otherwise leave a card's memory in pieces.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -31,6 +31,7 @@ from kit.backends.base import (
 )
 from kit.core.config import Config, Sampling
 from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
 from kit.grading.answers import Grader, Item, gold_of
 from kit.judging.search import SEARCHES, choose, violations
@@ -255,7 +256,7 @@ def cut(
 
     Returns:
         A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
-        where the trace is empty or its prompt is longer than the judge reads.
+        where the trace is empty, or its prompt longer than the judge reads or the memory holds.
     """
     begun = time.perf_counter()
     search = search or judge.settings.search
@@ -269,13 +270,18 @@ def cut(
         return cut_at_ratio(row)
 
     # 2. Ask, each question from the cache of the ones before.
-    with closing(judge.backend.session(uncached=search == "uncached")) as session:
-        trace = TraceJudge(judge, row, session, steer)
-        if search == "scan":
-            enough = trace.ask_many(range(1, row.sentences_total + 1))
-            boundary = choose(enough, judge.settings.scan_rule)
-        else:
-            boundary = SEARCHES[search](row.sentences_total, trace.ask)
+    try:
+        with closing(judge.backend.session(uncached=search == "uncached")) as session:
+            trace = TraceJudge(judge, row, session, steer)
+            if search == "scan":
+                enough = trace.ask_many(range(1, row.sentences_total + 1))
+                boundary = choose(enough, judge.settings.scan_rule)
+            else:
+                boundary = SEARCHES[search](row.sentences_total, trace.ask)
+    except (RuntimeError, MemoryError, KitError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _reject(row, "out of memory", f"{whole_tokens} tokens to judge: {error}")
 
     # 3. Keep what suffices; an insufficient trace is kept whole.
     judged = {k: verdict.label == "ENOUGH" for k, verdict in trace.verdicts.items()}
