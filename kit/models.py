@@ -36,6 +36,7 @@ from kit.core.fingerprints import (
     is_complete,
     model_hashes,
 )
+from kit.core.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from kit.core.config import ModelConfig
@@ -579,15 +580,13 @@ def _explained(
     name: str, hint: str = "Its folder must be complete, its weights safetensors."
 ) -> Iterator[None]:
     """Turn a library's error into one that says why a model or an adapter does not load."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise KitError(
-            f"{name} does not fit the card: {error}", "Try dtype=nf4 or a smaller model."
-        ) from error
-    except FILE_ERRORS as error:
+    except (*FILE_ERRORS, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise KitError(
+                f"{name} does not fit the memory: {error}", "Try dtype=nf4 or a smaller model."
+            ) from error
         is_hub_id = "/" in name and not Path(name).expanduser().exists()
         if isinstance(error, OSError) and is_hub_id:
             raise KitError(

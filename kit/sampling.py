@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from kit.backends import open_backend
 from kit.backends.base import Backend, Completion, Generation, Request
+from kit.backends.hf import HfBackend
 from kit.core.config import Align, Eval, ModelConfig, Teacher
+from kit.core.memory import limit_bytes
 from kit.core.records import Outcome, Row, Sample
 from kit.core.run import Run
 from kit.core.stages import work_through
@@ -22,6 +24,7 @@ from kit.core.storage import RowFile
 from kit.grading.answers import Grader, Item
 from kit.prompts import render, solve_text
 
+BATCHES = 4  # items of a batch, over the sequences at a time
 PROBLEM_FIELDS = set(Row.model_fields)  # what every row says about its problem
 
 Result = TypeVar("Result", bound=Outcome)
@@ -56,7 +59,10 @@ class Sampler(ExitStack):
     @cached_property
     def backend(self) -> Backend:
         """The model."""
-        return self.enter_context(closing(open_backend(self.engine, adapter=self.adapter)))
+        backend = self.enter_context(closing(open_backend(self.engine, adapter=self.adapter)))
+        if self.adapter and isinstance(backend, HfBackend):
+            backend.merge_adapter()
+        return backend
 
     def sweep(
         self,
@@ -68,11 +74,14 @@ class Sampler(ExitStack):
     ) -> list[Result]:
         """Write one row of `kind` per item to the run's file `name`, resuming where it ends.
 
-        `work` gives the rows of a batch; batches are large enough to keep the model busy.
+        `work` gives the rows of a batch. A batch ends with few sequences running, so that a card
+        or a server, where no row is repeatable bit for bit, gets everything in one. A CPU gets
+        batches of the same items after a resume.
         """
         units = [(item.id, item) for item in items]
         file = RowFile(self.run.path(name), kind)
-        batch_items = 4 * self.engine.max_num_seqs
+        repeatable = self.engine.backend != "http" and not limit_bytes()[0]
+        batch_items = BATCHES * self.engine.rows() if repeatable else None
         return work_through(self.run, stage, file, units, batch_items, work)
 
     def sample(

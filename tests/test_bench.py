@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from kit import bench
@@ -22,6 +24,7 @@ OPTIONS = {
     "repeats": 1,
     "tokens": 32,
     "new_tokens": 2,
+    "neighbour": False,
 }
 TRACE = (
     "Tom starts with 3 apples. He buys 4 more. So he has 3 + 4 = 7 apples. "
@@ -102,6 +105,32 @@ def test_generation_counts_the_same_tokens_in_every_way(longest, monkeypatch):
     speed = {row["name"]: row["tokens_per_second"] for row in result["rows"]}
     assert result["hf_ratio"] == speed["hf-batched"] / speed["hf-sequential"]
     assert result["gguf_ratio"] == speed["gguf-parallel"] / speed["gguf-sequential"]
+
+
+def test_overheads_are_measured_and_one_work_list_drains_once():
+    result = run(subject="overhead")
+    names = [row["name"] for row in result["rows"]]
+    both = ["transformers", "step", "transformers-adapter", "step-adapter"]
+    assert names == [*both, "draw-exact", "draw"]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+    assert result["drained_ratio"][1000] < 0.05 < 0.25 < result["drained_ratio"][128]
+
+
+def test_a_neighbour_computes_while_the_rows_are_measured_again(monkeypatch):
+    shares = []
+
+    def subject(options, progress):
+        before = psutil.cpu_percent(0.5, percpu=True)
+        shares.append(max(before))
+        return {"rows": [{"name": "way", "seconds": len(shares)}]}
+
+    monkeypatch.setattr("kit.bench.grade.bench", subject)
+    [row] = run(subject="grade", neighbour=True)["rows"]
+    assert row == {"name": "way", "seconds": 1, "busy_seconds": 2, "busy_speed_ratio": 0.5}
+    assert shares[1] > 50
+    time.sleep(0.2)
+    children = psutil.Process().children()
+    assert not [child for child in children if "while True" in " ".join(child.cmdline())]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Cached equals fresh, and parallel equals sequential up to near-ties.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from kit import prompts
-from kit.backends import open_backend
+from kit.backends import gguf_generate, open_backend
 from kit.backends.base import Completion, Generation, Request, ScoreRequest, looping
 from kit.backends.gguf import GgufBackend
 from kit.backends.gguf_generate import draw
@@ -26,6 +27,7 @@ from kit.core.config import ModelConfig, Prompts, Sampling
 from kit.core.errors import KitError
 from kit.judging.sentences import ends
 from kit.models import gguf_file
+from tests.conftest import ROOT
 
 # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
 NEAR_TIE = 0.05
@@ -186,9 +188,9 @@ def test_a_cache_that_refuses_to_be_cut_is_recomputed(
 def test_parallel_equals_sequential_up_to_near_ties(backend: GgufBackend) -> None:
     requests = addition_requests(backend, 8, Sampling(temperature=0, max_new_tokens=24))
     many = by_id(backend.generate(requests))
-    backend.engine = ENGINE.model_copy(update={"max_num_seqs": 1})
+    backend.max_rows = 1
     one = by_id(backend.generate(requests))
-    backend.engine = ENGINE
+    backend.max_rows = ENGINE.rows()
     ties = 0
     for request in requests:
         first, second = many[request.id].completions[0].ids, one[request.id].completions[0].ids
@@ -328,6 +330,118 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(KitError, match=f"cannot load .*{name}"):
             open_backend(ModelConfig(backend="gguf", model=str(tmp_path / name)))
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from kit.backends import open_backend
+from kit.backends.base import Request
+from kit.core.config import ModelConfig, Sampling
+
+mebibytes = int(sys.argv[1])
+engine = ModelConfig(backend="gguf", n_threads=1, max_num_seqs=64)
+
+def limit():
+    pages = int(open("/proc/self/statm").read().split()[0])
+    most = pages * resource.getpagesize() + mebibytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+if sys.argv[2] == "load":
+    import kit.backends.gguf
+    limit()
+    open_backend(engine)
+backend = open_backend(engine)
+limit()
+room = Sampling(temperature=0, max_new_tokens=4000, stop=(".", "\\n", " "))
+prompt = tuple(backend.tokenizer.encode("One two three four"))
+short = room.model_copy(update={"max_new_tokens": 20})
+requests = [Request(f"r{i}", prompt, room) for i in range(4)]
+requests.append(Request("short", prompt, short))
+for result in backend.generate(requests):
+    print(result.id, bool(result.completions), result.error)
+print(backend.max_rows, backend.notes)
+"""
+
+
+def with_little_memory(mebibytes: int, what: str) -> subprocess.CompletedProcess[str]:
+    """A process that may take so much more memory once it has the library, or the model."""
+    return subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(mebibytes), what],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_slots_without_memory_are_halved() -> None:
+    """A sequence of 4,096 tokens takes 90 MiB."""
+    process = with_little_memory(600, "generate")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert all(" True None" in line for line in lines[:5]), process.stdout
+    assert lines[-1] == "2 ['Out of memory: going on with 2 rows at a time.']"
+
+
+def test_requests_without_memory_are_errors_and_shorter_ones_go_on() -> None:
+    process = with_little_memory(250, "generate")
+    lines = process.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    outcomes = {line.split()[0]: line for line in lines[:5]}
+    assert "True None" in outcomes.pop("short")
+    assert all("no memory" in line for line in outcomes.values()), outcomes
+
+
+def test_a_file_without_memory_names_memory_and_not_the_download() -> None:
+    process = with_little_memory(30, "load")
+    assert process.returncode != 0
+    assert "There is no memory for" in process.stderr, process.stderr
+    assert "download" not in process.stderr
+
+
+def exactly(
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: np.ndarray
+) -> int:
+    """One draw with every weight in fp64, step by step."""
+    logits = logits.copy()
+    penalty = sampling.repetition_penalty
+    factors = np.where(logits > 0, np.float32(1 / penalty), np.float32(penalty))
+    logits[seen] *= factors[seen]
+    weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
+    order = np.argsort(-weights, kind="stable")
+    order = order[weights[order] > weights.sum() * (1 - sampling.top_p) / len(weights)]
+    before = np.cumsum(weights[order]) - weights[order]
+    kept = weights[order] * (before < sampling.top_p * weights.sum())
+    cumulative = np.cumsum(kept)
+    return int(order[np.searchsorted(cumulative, random.random() * cumulative[-1], "right")])
+
+
+def test_draws_in_fp32_are_those_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaked and flat logits, and equal ones, where a token ends exactly at the nucleus' edge."""
+    exact_draws = 0
+    whole = gguf_generate.choose
+
+    def count(*args: Any) -> int | None:
+        nonlocal exact_draws
+        exact_draws += args[-1] == 0
+        return whole(*args)
+
+    monkeypatch.setattr(gguf_generate, "choose", count)
+    numbers = np.random.default_rng(5)
+    draws = 0
+    for scale in (0.0, 0.3, 1.0, 3.0):
+        for size in (10, 1000, 20000):
+            for top_p in (0.5, 0.9, 0.95):
+                sampling = Sampling(temperature=0.6, top_p=top_p, repetition_penalty=1.05)
+                logits = numbers.normal(0, scale, size).astype(np.float32)
+                seen = numbers.random(size) < (0.05 if scale else 0)
+                ours, theirs = (np.random.default_rng(draws) for _ in range(2))
+                for _ in range(3):
+                    assert draw(logits, sampling, ours, seen) == exactly(
+                        logits, sampling, theirs, seen
+                    )
+                    draws += 1
+    assert 0 < exact_draws < draws / 2
 
 
 def test_a_copy_that_cannot_be_cached_is_an_error(

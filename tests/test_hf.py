@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,8 +12,15 @@ import transformers
 from kit import prompts
 from kit.backends import hf_generate
 from kit.backends.base import Generation, Request
-from kit.backends.hf import HfBackend
-from kit.backends.hf_batch import Part, assemble, draw, prefill, supports_continuous_batching
+from kit.backends.hf import HfBackend, lean_adapter
+from kit.backends.hf_batch import (
+    Part,
+    assemble,
+    draw,
+    few_tokens,
+    prefill,
+    supports_continuous_batching,
+)
 from kit.core.config import ModelConfig, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -57,6 +65,7 @@ def limited(
     other.__dict__.update(backend.__dict__)
     other.engine = ModelConfig(max_num_seqs=max_num_seqs, **limits)
     other.notes = []
+    other.max_rows = max_num_seqs
     other.model = model or backend.model
     other.context_tokens = other.engine.context_tokens or backend.context_tokens
     return other
@@ -249,30 +258,60 @@ def test_a_small_budget_sends_rows_back_and_loses_nothing(
         assert results[name].completions == result.completions
 
 
-class SmallCard:
-    """A model on a card that holds so many rows."""
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("too many rows"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError("too many rows"),
+)
 
-    def __init__(self, max_rows: int) -> None:
+
+class SmallCard:
+    """A model on a card that holds so many rows, of so many tokens in one pass."""
+
+    def __init__(
+        self, max_rows: int, max_tokens: int = 10**6, error: Exception = OUT_OF_MEMORY[0]
+    ) -> None:
         self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self.error = error
         self.inner = tiny()
         self.config = self.inner.config
         self.device = self.inner.device
         self.dtype = self.inner.dtype
 
     def __call__(self, input_ids: torch.Tensor, **options: object) -> object:
-        if len(input_ids) > self.max_rows:
-            raise torch.OutOfMemoryError("too many rows")
+        if len(input_ids) > self.max_rows or input_ids.shape[1] > self.max_tokens:
+            raise self.error
         return self.inner(input_ids=input_ids, **options)
 
 
-def test_out_of_memory_halves_the_batch(backend: HfBackend) -> None:
-    small = limited(backend, 4, SmallCard(2))
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_batch_and_is_remembered(
+    backend: HfBackend, error: Exception
+) -> None:
+    small = limited(backend, 4, SmallCard(2, error=error))
     requests = ask(backend, GREEDY, n=2)
-    results = run(small, requests)
     expected = run(limited(backend, 4, tiny()), requests)
-    assert small.notes == ["Out of memory: going on with 2 rows at a time."]
-    for name, result in expected.items():
-        assert results[name].completions == result.completions
+    for _ in range(2):
+        results = run(small, requests)
+        assert small.notes == ["Out of memory: going on with 2 rows at a time."]
+        for name, result in expected.items():
+            assert results[name].completions == result.completions
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(backend: HfBackend) -> None:
+    broken = limited(backend, 4, SmallCard(2, error=RuntimeError("shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(broken, ask(backend, GREEDY, n=2))
+
+
+def test_a_row_that_fits_nowhere_does_not_narrow_the_others(backend: HfBackend) -> None:
+    small = limited(backend, 4, SmallCard(4, max_tokens=150))
+    giant = Request("giant", tuple(range(300, 500)), GREEDY)
+    results = run(small, [*ask(backend, GREEDY), giant])
+    assert "memory" in results.pop("giant").error
+    assert all(result.completions for result in results.values())
+    assert small.max_rows == 4
 
 
 def test_out_of_memory_with_one_row_is_its_requests_error(backend: HfBackend) -> None:
@@ -300,6 +339,66 @@ def test_caches_that_keep_less_than_everything(backend: HfBackend, kind: str) ->
     for name, alone in run(limited(batched, 1, batched.model), requests).items():
         pairs = zip(alone.completions, results[name].completions, strict=True)
         assert all(one.ids == many.ids for one, many in pairs)
+
+
+def with_adapter(model: torch.nn.Module, scale: float) -> peft.PeftModel:
+    """The model with a random adapter whose update has about this size."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1, target_modules="all-linear")
+    adapted = peft.get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=scale)
+    return adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lean_adapter_computes_what_pefts_does(dtype: torch.dtype) -> None:
+    adapted = with_adapter(tiny().to(dtype), 0.1)
+    ids = torch.arange(300, 340).reshape(4, 10)
+    with torch.inference_mode():
+        expected = adapted(ids).logits
+        with adapted.disable_adapter():
+            assert not torch.equal(adapted(ids).logits, expected)
+        lean_adapter(adapted)
+        assert torch.equal(adapted(ids).logits, expected)
+
+
+def test_an_adapter_is_merged_where_rounding_loses_little(backend: HfBackend) -> None:
+    ids = torch.arange(300, 340).reshape(4, 10)
+    for dtype, scale, stays in (
+        (torch.float32, 1e-3, False),
+        (torch.bfloat16, 3.0, False),
+        (torch.bfloat16, 1e-3, True),
+    ):
+        own = limited(backend, 4, with_adapter(tiny().to(dtype), scale))
+        lean_adapter(own.model)
+        with torch.inference_mode():
+            expected = own.model(ids).logits
+            own.merge_adapter()
+            moved = (own.model(ids).logits - expected).abs().max()
+        assert isinstance(own.model, peft.PeftModel) == stays == bool(own.notes)
+        assert moved <= (1e-5 if dtype == torch.float32 else 0.1 * expected.abs().max())
+    assert "% of the adapter" in own.notes[0]
+
+
+def test_few_tokens_change_no_linear_layer_for_good() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 48)
+    inputs = torch.randn(2, 4, 64)
+    original = torch.nn.functional.linear
+    with torch.inference_mode():
+        expected = layer(inputs)
+        with few_tokens(8, inputs.device):
+            assert torch.nn.functional.linear is not original
+            assert (layer(inputs) - expected).abs().max() < 1e-5
+            assert layer(inputs).shape == expected.shape
+        for tokens in (3, 65):
+            with few_tokens(tokens, inputs.device):
+                assert torch.nn.functional.linear is original
+    with pytest.raises(ValueError, match="stop"), few_tokens(8, inputs.device):
+        raise ValueError("stop")
+    assert torch.nn.functional.linear is original
 
 
 FILTERS = (

@@ -207,6 +207,33 @@ def test_running_out_of_memory_is_not_taken_for_an_unsupported_model(
     assert backend.cache_kind is None
 
 
+def test_out_of_memory_makes_the_passes_smaller_and_changes_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = tiny_backend("llama")
+    expected = np.asarray(open_session(backend).score(questions(CUTS)))
+    forward = backend.model.forward
+    passes = []
+
+    def small(input_ids: torch.Tensor, **options: Any) -> Any:
+        passes.append(input_ids.shape[1])
+        if passes[-1] > 160:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasGemm`")
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(backend.model, "forward", small)
+    scores = np.asarray(open_session(backend).score(questions(CUTS)))
+    assert max(passes) > 160 and passes[-1] <= 128
+    assert np.abs(scores - expected).max() < 1e-3
+
+    def full(**options: Any) -> Any:
+        raise MemoryError("nothing is left")
+
+    monkeypatch.setattr(backend.model, "forward", full)
+    with pytest.raises(MemoryError):
+        open_session(backend).score(questions(CUTS))
+
+
 def test_bf16_stays_a_tree() -> None:
     backend = tiny_backend("llama")
     backend.model.to(torch.bfloat16)

@@ -40,6 +40,25 @@ def traces(shared: Path) -> list[PrefixRow]:
     return rows
 
 
+def test_a_trace_without_memory_is_an_outcome_and_other_errors_are_raised(
+    student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(configs.Config(), student)
+    row = whole_row()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(student, "session", fail)
+    error: Exception = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    rejected = cut(judge, row)
+    assert rejected.rejected == "out of memory" and "2 GiB" in rejected.detail
+    assert rejected.sufficient is False and not rejected.verdicts
+    error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        cut(judge, row)
+
+
 def short(judge: Judge, traces: list[PrefixRow], count: int) -> list[PrefixRow]:
     """The first traces whose whole prompt has under 1,500 tokens, shortest first."""
     sized = sorted(

@@ -34,8 +34,8 @@ PROBLEMS = [Problem(id=f"p{i}", question=f"q{i}", answer=str(i)) for i in range(
 UNITS = [(p.id, p) for p in PROBLEMS]
 
 
-def sweep(run, calls, upto=None):
-    """A stage of batches of 3; `upto` rows then a crash."""
+def sweep(run, calls, upto=None, size=3):
+    """A stage of batches of `size`; `upto` rows then a crash."""
     done = 0
 
     def work(batch):
@@ -47,7 +47,8 @@ def sweep(run, calls, upto=None):
             done += 1
             yield trace_row(problem)
 
-    return work_through(run, "teach", RowFile(run.path("traces.jsonl"), TraceRow), UNITS, 3, work)
+    file = RowFile(run.path("traces.jsonl"), TraceRow)
+    return work_through(run, "teach", file, UNITS, size, work)
 
 
 def test_a_done_stage_is_skipped_and_a_changed_key_is_named_and_reruns_it(tmp_path, capsys):

@@ -35,7 +35,8 @@ def test_every_key_that_a_stage_depends_on_exists(name):
 def test_a_stage_depends_on_its_sections_but_not_on_keys_that_change_no_row():
     keys = STAGE_TABLE["truncate"].dependencies(flat(Config()))
     assert {"student.model", "judge.search", "method"} <= keys.keys()
-    assert not {"student.n_threads", "student.url", "train.rank", "name", "seed"} & keys.keys()
+    neutral = {"student.n_threads", "student.url", "student.max_num_seqs", "student.kv_cache_gib"}
+    assert not {*neutral, "train.rank", "name", "seed"} & keys.keys()
 
 
 def test_changes_are_named_by_key_and_a_changed_input_in_words():
@@ -85,6 +86,18 @@ def test_a_killed_sweep_resumes_with_the_batches_it_would_have_had(tmp_path, upt
     ).read_bytes()
     planned = [["p0", "p1", "p2"], ["p3", "p4", "p5"], ["p6"]]
     assert calls == planned[upto // 3 :]
+
+
+def test_without_a_size_one_batch_has_every_unit_that_has_no_row(tmp_path):
+    calls: list[list[str]] = []
+    with open_run(tmp_path) as run:
+        with pytest.raises(RuntimeError):
+            sweep(run, calls, upto=2, size=None)
+        rows = sweep(run, calls, size=None)
+        assert sweep(run, calls, size=None) == rows
+    every = [problem.id for problem in PROBLEMS]
+    assert calls == [every, every[2:]]
+    assert [row.id for row in rows] == every
 
 
 def test_two_rows_of_one_name_are_refused(tmp_path):

@@ -94,6 +94,11 @@ class ActiveRequest:
     logits: Any = None  # (V,) after the prompt; set where they serve all samples
     done: dict[int, Completion] = field(default_factory=dict)  # by sample, filled by `finish`
 
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a sample and its prompt."""
+        return len(self.request.prompt) + self.limit_tokens
+
     def finish(self, sample: int, completion: Completion) -> Generation | None:
         """Record a finished sample; returns the request's result after the last one."""
         self.done[sample] = completion

@@ -7,7 +7,6 @@ the low-level API of llama-cpp-python. No server, no adapter.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
@@ -27,6 +26,8 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig
 from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
+from kit.core.threads import Threads
 from kit.models import cached_copy, gguf_file
 
 # nothing imports this module before a GGUF is opened
@@ -39,6 +40,7 @@ except (ImportError, OSError, RuntimeError) as error:
     ) from None
 
 BATCH_TOKENS = 256  # of one llama_decode; Ctrl-C takes effect between two of them
+CARD_BATCH_TOKENS = 2048  # where layers are offloaded, and a pass is quick
 MIN_COPY_TOKENS = 8  # a shared beginning is copied when it saves this many
 MIN_ROOM_TOKENS = 8192  # of a judging context, where the model has them: growing loses the cache
 SLOW_FILE_TYPES = {3, 9}  # Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
@@ -70,8 +72,14 @@ def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if model:
         return model
+    reason = " ".join(last_errors)
+    if is_out_of_memory(reason):
+        raise KitError(
+            f"There is no memory for {path}: {reason}",
+            "Close other programs, set n_gpu_layers lower, or name a smaller quantization.",
+        )
     raise KitError(
-        f"llama.cpp cannot load {path}: {' '.join(last_errors)}",
+        f"llama.cpp cannot load {path}: {reason}",
         "Is the download complete? Compare its size with the source's, or name another GGUF.",
     )
 
@@ -154,14 +162,16 @@ class Context:
         self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool
     ) -> None:
         self._backend = backend
+        self.batch_tokens = CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS
+        self.n_threads = backend.threads.now()
         self.tokens = -(-tokens // 256) * 256
         self.cached: list[list[int]] = [[] for _ in range(sequences)]  # token ids by sequence
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.tokens * sequences
         params.n_seq_max = sequences
         params.kv_unified = False
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_threads = params.n_threads_batch = backend.n_threads
+        params.n_batch = params.n_ubatch = self.batch_tokens
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.flash_attn_type = int(flash_attention)
         self._context = llama_cpp.llama_init_from_model(backend.model, params)
         if not self._context:
@@ -171,7 +181,7 @@ class Context:
                 "Set a smaller context_tokens, max_num_seqs or max_new_tokens.",
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
 
     def reuse(self, sequence: int, ids: Sequence[int]) -> int:
         """Make a sequence hold the longest beginning of `ids` that any sequence has cached.
@@ -214,7 +224,7 @@ class Context:
         """
         start = len(self.cached[sequence])
         while start < len(ids):
-            end = min(start + BATCH_TOKENS, len(ids))
+            end = min(start + self.batch_tokens, len(ids))
             # no single token is left over: see GgufSession
             if end == len(ids) - 1:
                 end -= 1
@@ -223,7 +233,11 @@ class Context:
             start = end
 
     def decode(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
-        """Append tokens, at most BATCH_TOKENS, in one pass; yields as `prefill`."""
+        """Append tokens, at most `batch_tokens`, in one pass; yields as `prefill`."""
+        n_threads = self._backend.threads.now()
+        if n_threads != self.n_threads:
+            self.n_threads = n_threads
+            llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (sequence, token, wanted) in enumerate(tokens):
@@ -263,14 +277,16 @@ class GgufBackend:
         self.engine = engine
         self.name = slug(engine.model)
         self.notes: list[str] = []
-        self.n_threads = engine.n_threads or len(os.sched_getaffinity(0))
+        self.threads = Threads(engine.n_threads)
         self.model = load(path, engine.n_gpu_layers)
-        on_gpu = engine.n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        self.on_card = bool(engine.n_gpu_layers) and llama_cpp.llama_supports_gpu_offload()
+        self.max_rows = engine.rows(self.on_card)  # at a time; fewer once memory ran out
         is_slow = llama_cpp.llama_model_ftype(self.model) in SLOW_FILE_TYPES
         is_small = llama_cpp.llama_model_n_params(self.model) <= MAX_COPY_PARAMETERS
-        if is_slow and is_small and not on_gpu:
+        if is_slow and is_small and not self.on_card:
             self.close()
             self.model = load(f16_copy(path))
+        self.flash_attention = engine.flash_attention or self.on_card
         self.tokenizer = GgufTokenizer(self.model)
         trained_tokens = llama_cpp.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
@@ -342,5 +358,5 @@ class GgufSession:
             backend = self.backend
             room = min(max(2 * tokens, MIN_ROOM_TOKENS), backend.context_tokens)
             sequences = 1 if self.uncached else 2
-            self._context = Context(backend, room, sequences, backend.engine.flash_attention)
+            self._context = Context(backend, room, sequences, backend.flash_attention)
         return self._context

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from kit.backends.base import (
 )
 from kit.backends.gguf import BatchToken, Context, GgufBackend
 from kit.core.config import Sampling
+from kit.core.errors import KitError
+
+ROUNDING = 1e-5  # more than the relative error of a sum of fp32 exponentials
 
 
 @dataclass(eq=False)
@@ -66,7 +70,8 @@ class Sample:
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
     """Yield each request's result as it finishes; the plan follows from the requests alone.
 
-    A trunk keeps the context for the next call. Its last sequence holds the longest prompt.
+    A trunk keeps the context for the next call. Its last sequence holds the longest prompt. A
+    request that has no memory even alone is an error; the others go on.
     """
     # 1. Refuse prompts that are too long; queue the samples of the others.
     limit = backend.context_tokens
@@ -79,14 +84,13 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
             continue
         size = len(request.prompt)
         active = ActiveRequest(request, min(request.sampling.max_new_tokens, limit - size))
-        longest = max(longest, size + active.limit_tokens)
+        longest = max(longest, active.tokens)
         for number in range(request.n):
             seed = sample_seed(request.seed, request.id, number)
             waiting.append(Sample(active, number, np.random.default_rng(seed)))
     if not waiting:
         return
     # 2. Give samples one token after the other; those that end free their slots.
-    slots = min(backend.engine.max_num_seqs, len(waiting))
     running: dict[int, Sample] = {}  # by slot
     kept = requests[0].trunk
     with Trunk() as own:
@@ -95,11 +99,14 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
         if context is None or context.tokens < longest:
             trunk.close()
             tokens = max(longest, min(trunk.room_tokens, limit))
-            context = Context(backend, tokens, slots + bool(kept), flash_attention=True)
+            try:
+                context = open_context(backend, tokens, len(waiting), spare=int(bool(kept)))
+            except KitError as error:
+                yield from _without_largest(backend, waiting, str(error))
+                return
             trunk.callback(context.close)
             trunk.state = context
-        if kept:
-            slots = len(context.cached) - 1
+        slots = len(context.cached) - int(bool(kept))
         while waiting or running:
             for slot, logits in next_logits(context, slots, running, waiting):
                 sample = running[slot]
@@ -109,6 +116,44 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
                     result = sample.active.finish(sample.number, completion)
                     if result:
                         yield result
+
+
+def _without_largest(
+    backend: GgufBackend, waiting: Sequence[Sample], error: str
+) -> Iterator[Generation]:
+    """Give up the request that needs the most memory, and go on with the others."""
+    actives = [sample.active for sample in waiting]
+    largest = max(actives, key=lambda active: active.tokens).request
+    yield Generation(largest.id, prompt_tokens=len(largest.prompt), error=error)
+    others = {active.request.id: active.request for active in actives}
+    del others[largest.id]
+    if others:
+        yield from generate(backend, list(others.values()))
+
+
+def open_context(backend: GgufBackend, tokens: int, samples: int, spare: int = 0) -> Context:
+    """A context of as many slots as there are samples, `max_num_seqs` and memory allow.
+
+    Args:
+        tokens: room of each sequence.
+        spare: further sequences, which no sample takes.
+
+    Raises:
+        KitError: no memory for one.
+    """
+    slots = wanted = min(backend.max_rows, samples)
+    while True:
+        try:
+            context = Context(backend, tokens, slots + spare, flash_attention=True)
+            break
+        except KitError:
+            if slots == 1:
+                raise
+        slots //= 2
+    if slots < wanted:
+        backend.max_rows = slots
+        backend.notes.append(f"Out of memory: going on with {slots} rows at a time.")
+    return context
 
 
 def next_logits(
@@ -145,27 +190,68 @@ def draw(
         random: gives one number, none at temperature 0.
         seen: (V,) bool, the tokens that the penalty applies to: of prompt and sample.
     """
+    scaled, rough = _workspace(len(logits))
+    np.copyto(scaled, logits)
     if sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
         ids = np.flatnonzero(seen)
         factors = np.where(logits[ids] > 0, np.float32(1 / penalty), np.float32(penalty))
-        logits = logits.copy()
-        logits[ids] *= factors
+        scaled[ids] *= factors
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / sampling.temperature, dtype=np.float64)
-    total = weights.sum()
+        return int(scaled.argmax())
+    scaled -= scaled.max()
+    scaled /= sampling.temperature
+    uniform = random.random()
+    token = None
+    # In fp32 first, which takes a fifth of the time, and decides unless rounding could.
+    if sampling.top_p < 1 and not sampling.top_k:
+        token = choose(scaled, np.exp(scaled, out=rough), sampling, uniform, ROUNDING)
+    if token is None:
+        weights = np.exp(scaled, dtype=np.float64)
+        token = choose(scaled, weights, sampling, uniform, 0.0)
+    assert token is not None
+    return token
+
+
+@cache
+def _workspace(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays (size,) of fp32 that every draw overwrites: new ones cost page faults."""
+    return np.empty(size, np.float32), np.empty(size, np.float32)
+
+
+def choose(
+    scaled: np.ndarray,
+    weights: np.ndarray,
+    sampling: Sampling,
+    uniform: float,
+    rounding: float,
+) -> int | None:
+    """The token that a number in [0, 1) picks among those that the filters leave.
+
+    Args:
+        scaled: (V,) logits over temperature, the largest 0.
+        weights: (V,) their exponentials; only their sum and which are tiny is taken from them.
+        rounding: how far the sum may be off, relative. None is returned where that could matter.
+    """
+    total = weights.sum(dtype=np.float64)
     # Tokens under this floor weigh less than 1 - top_p together, so the nucleus is above it, and
     # few tokens need sorting.
-    ids = np.flatnonzero(weights > total * max((1 - sampling.top_p) / len(weights), 1e-12))
-    ids = ids[np.argsort(-weights[ids], kind="stable")]
+    floor = total * max((1 - sampling.top_p) / len(weights), 1e-12)
+    ids = np.flatnonzero(weights > floor * (1 - rounding))
+    weights = np.exp(scaled[ids], dtype=np.float64)
+    order = np.argsort(-weights, kind="stable")
+    ids = ids[order]
+    weights = weights[order]
     if sampling.top_k:
         ids = ids[: sampling.top_k]
-        total = weights[ids].sum()
-    weights = weights[ids]
+        weights = weights[: sampling.top_k]
+        total = weights.sum()
     # a token stays if those before it are less than top_p, and if it is not too unlikely itself
     before = np.cumsum(weights) - weights
-    kept = (before < sampling.top_p * total) & (weights >= sampling.min_p * weights[0])
+    nucleus = sampling.top_p * total
+    if (np.abs(before - nucleus) < rounding * nucleus).any():
+        return None
+    kept = (before < nucleus) & (weights >= sampling.min_p * weights[0])
     cumulative = np.cumsum(weights * kept)
-    chosen = np.searchsorted(cumulative, random.random() * cumulative[-1], "right")
+    chosen = np.searchsorted(cumulative, uniform * cumulative[-1], "right")
     return int(ids[chosen])

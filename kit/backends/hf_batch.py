@@ -7,15 +7,15 @@ and for whom, is in hf_generate.py. Serves every stage that generates (sections 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn import functional
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -23,7 +23,10 @@ from kit.core.config import Sampling
 
 ROOM_TOKENS = 64  # free columns that a growing cache gets at a time
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations
+SMALL_WEIGHT = 1 << 16  # numbers: a matrix up to this size is copied faster than it is turned
 HEAD_TOKENS = 256  # likeliest tokens looked at before the whole vocabulary is sorted
+
+_linear = functional.linear
 
 
 class GrowingLayer(DynamicLayer):
@@ -53,10 +56,10 @@ class GrowingLayer(DynamicLayer):
             values = torch.cat([old.values, pad(value_states, room)], 2)
             self.buffers = (keys, values)
         keys, values = self.buffers
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self.keys = keys[:, :, :end]
-        self.values = values[:, :, :end]
+        keys.narrow(2, start, end - start).copy_(key_states)
+        values.narrow(2, start, end - start).copy_(value_states)
+        self.keys = keys.narrow(2, 0, end)
+        self.values = values.narrow(2, 0, end)
         return self.keys, self.values
 
 
@@ -69,6 +72,9 @@ class DecodeBatch:
     columns: int = 0
     logits: Any = None  # tensor (B, V), after each row; set by prefill and step
 
+    def __post_init__(self) -> None:
+        self.is_padded = bool(self.starts.any())
+
     def step(self, model: Any, tokens: Sequence[int]) -> None:
         """Append one token to every row and compute the logits after it."""
         ids = torch.tensor(tokens, device=model.device)
@@ -79,10 +85,16 @@ class DecodeBatch:
         width = self.columns + ids.shape[1]
         column = torch.arange(width, device=ids.device)[None]
         position_ids = (column - self.starts).clamp(min=0)
+        mask: torch.Tensor | None = column >= self.starts
+        takes_any_mask = getattr(model, "_supports_attention_backend", False)
+        is_growing = isinstance(self.cache.layers[0], GrowingLayer)
+        if ids.shape[1] == 1 and takes_any_mask and is_growing:
+            # As transformers would make it, at every step and with a wait for the card.
+            mask = mask[:, None, None] if self.is_padded else None
         with few_tokens(ids.numel(), ids.device):
             output = model(
                 input_ids=ids,
-                attention_mask=column >= self.starts,
+                attention_mask=mask,
                 position_ids=position_ids[:, self.columns :],
                 past_key_values=self.cache,
                 use_cache=True,
@@ -172,31 +184,32 @@ def _gather(parts: Sequence[Part], index: int, name: str, columns: int) -> torch
     return torch.cat(padded)
 
 
-class _TransposedLinear(TorchFunctionMode):
-    """Computes linear layers as (W x^T)^T."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is not linear or kwargs:
-            return function(*args, **(kwargs or {}))
-        inputs, weight, *bias = args
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        outputs = (weight @ flat.T).T.contiguous().reshape(*inputs.shape[:-1], len(weight))
-        if not bias or bias[0] is None:
-            return outputs
-        return outputs + bias[0]
+def _transposed_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A linear layer of inputs (..., I), computed as (W x^T)^T if the weights are not small."""
+    if weight.numel() < SMALL_WEIGHT:
+        return _linear(inputs, weight, bias)
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    outputs = torch.mm(weight, flat.t()).t().contiguous()
+    if bias is not None:
+        outputs += bias
+    return outputs.view(*inputs.shape[:-1], weight.shape[0])
 
 
-def few_tokens(tokens: int, device: torch.device) -> AbstractContextManager:
+@contextmanager
+def few_tokens(tokens: int, device: torch.device) -> Iterator[None]:
     """For a forward pass of 4 to 64 tokens on a CPU: linear layers as (W x^T)^T.
 
     MKL's x W^T copies W at every call, which takes two to three times as long at 16 to 48 tokens
-    (torch 2.13).
+    (torch 2.13). A TorchFunctionMode would do the same, and cost as much as small layers do.
     """
     if device.type == "cpu" and 4 <= tokens <= 64:
-        return _TransposedLinear()
-    return nullcontext()
+        functional.linear = _transposed_linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.linear = _linear
 
 
 def draw(

@@ -36,6 +36,7 @@ from kit.backends.hf_batch import (
     supports_continuous_batching,
 )
 from kit.core.config import Sampling
+from kit.core.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
@@ -78,7 +79,7 @@ class Scheduler:
     def __init__(self, backend: HfBackend, requests: Sequence[Request]) -> None:
         self.backend = backend
         self.model = backend.model
-        self.max_rows = backend.engine.max_num_seqs
+        self.max_rows = backend.max_rows
         self.budget_tokens = backend.cache_tokens()
         self.continuous = supports_continuous_batching(self.model)
         self.finished: deque[Generation] = deque()
@@ -116,10 +117,13 @@ class Scheduler:
             with torch.inference_mode():
                 self._admit()
                 self._decode()
+            # So many fit; the next call of generate begins with them.
+            self.backend.max_rows = self.max_rows
             return
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             # Handled after this block, where the traceback no longer holds the tensors.
-            pass
         self._shrink()
 
     def _admit(self) -> None:
@@ -259,11 +263,13 @@ class Scheduler:
             trunk.ids = ()
             trunk.state = None
         torch.cuda.empty_cache()
-        if self.max_rows > 1:
-            self.max_rows = max(1, min(self.max_rows, running) // 2)
+        if running > 1:
+            self.max_rows = running // 2
             note = f"Out of memory: going on with {self.max_rows} rows at a time."
             self.backend.notes.append(note)
             return
+        # What does not fit alone says nothing about how many others do.
+        self.max_rows = self.backend.max_rows
         failed = self.queue[0].active
         self.queue = deque(row for row in self.queue if row.active is not failed)
         size = len(failed.request.prompt)

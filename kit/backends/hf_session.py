@@ -21,11 +21,13 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from kit.backends.base import Logprobs, ScoreRequest, TokenUsage, common_prefix_len
 from kit.backends.hf_batch import GrowingLayer, few_tokens
 from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what a tree mask can express
+SMALLEST_CHUNK_TOKENS = 64  # less saves no memory beside the trunk's
 CHECK_CHUNK_TOKENS = 40  # of the self-check: several passes for trunk and tails
 # How far cached log-probabilities may be from uncached ones, as a share of their spread: rounding
 # in fp32; in 16 bits and quantized, the shape of a pass moves more.
@@ -62,11 +64,20 @@ class UncachedSession:
             )
         # All tokens count as cached, until a forward pass evaluates them.
         self.cost.cached_tokens += sum(len(request.ids) for request in requests)
-        with torch.inference_mode():
-            return self._score(requests)
+        while True:
+            try:
+                with torch.inference_mode():
+                    return self._score(requests)
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) and self._shrink()):
+                    raise
 
     def close(self) -> None:
         """Nothing to release: the cache is dropped with the session."""
+
+    def _shrink(self) -> bool:
+        """After running out of memory, take less at a time; whether there is less to take."""
+        return False
 
     def _score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         results = []
@@ -117,6 +128,9 @@ class TreeSession(UncachedSession):
         super().__init__(backend)
         self.chunk_tokens = chunk_tokens
         self.config = self.model.config.get_text_config()
+        self._clear()
+
+    def _clear(self) -> None:
         self.trunk = np.empty(0, np.int64)  # token ids (T,)
         self.cache = DynamicCache()
         # Layers with a sliding window keep all keys too: a tail may branch off before it.
@@ -139,6 +153,11 @@ class TreeSession(UncachedSession):
         for group in _groups(tails, self.chunk_tokens):
             results += self._score_tails(group)
         return results
+
+    def _shrink(self) -> bool:
+        self._clear()
+        self.chunk_tokens //= 2
+        return self.chunk_tokens >= SMALLEST_CHUNK_TOKENS
 
     def _extend_trunk(self, ids: tuple[int, ...]) -> None:
         """Cache ids (n,), if they are longer than the trunk or branch off for over one pass."""
@@ -249,9 +268,9 @@ def _tree_problem(backend: HfBackend) -> str:
     try:
         # A question first, then longer and shorter ones: the trunk grows, and tails leave it.
         cached = session.score(requests[:1]) + session.score(requests[1:])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # A model's own code may raise anything on a cache or a mask that it does not know.
         return f"{type(error).__name__}: {str(error)[:120]}"
 

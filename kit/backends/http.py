@@ -127,7 +127,7 @@ class HttpBackend:
                 )
             served = models[engine.model]
             limit = served.get("max_model_len")
-            self.concurrent = engine.max_num_seqs
+            self.concurrent = engine.rows()
             self.llama = served.get("owned_by") == "llamacpp"
             if self.llama:
                 properties = self._call("/props")

@@ -5,6 +5,8 @@ Numbers of different runs or machines are not compared here; tests assert nothin
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -34,10 +36,22 @@ def run(options: Namespace, progress: Progress) -> dict[str, Any]:
         options: of palign.py bench: subject, traces, limit, backend, model, verdicts, repeats, ...
 
     Returns:
-        {subject, rows: [...], ...}, rows as each module of kit.bench documents them.
+        {subject, rows: [...], ...}, rows as each module of kit.bench documents them. With
+        `neighbour`, each also has busy_seconds, beside a process that keeps a core busy, and
+        busy_speed_ratio: the speed there over the quiet one.
     """
     bench = resolve_name(f"kit.bench.{options.subject}:bench")
-    return {"subject": options.subject, **bench(options, progress)}
+    result = {"subject": options.subject, **bench(options, progress)}
+    if options.neighbour:
+        neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            beside = bench(options, progress)["rows"]
+        finally:
+            neighbour.kill()
+        for row, busy in zip(result["rows"], beside, strict=True):
+            row["busy_seconds"] = busy["seconds"]
+            row["busy_speed_ratio"] = row["seconds"] / busy["seconds"]
+    return result
 
 
 def measure(

@@ -45,7 +45,7 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     if isinstance(resolve(options.model), Path):
         gguf = _open("gguf", options.model)
         context_tokens = max(map(len, prompts)) + options.new_tokens
-        llama = _open_llama(options.model, gguf.n_threads, context_tokens)
+        llama = _open_llama(options.model, gguf.threads.most, context_tokens)
         ways["gguf-sequential"] = partial(_llama, llama, prompts)
         ways["gguf-parallel"] = partial(_backend, gguf, prompts)
     ways["hf-sequential"] = partial(transformers_generate, hf, prompts)

@@ -123,10 +123,13 @@ class ModelConfig(BaseConfig):
     model: str = "smollm2-135m"  # an alias, a .gguf file, a folder or a hub id; http: served name
     dtype: Dtype = "auto"  # auto: bf16 with CUDA (fp16 on cards without it), fp32 without
     context_tokens: PositiveInt | None = None  # None: what the model was trained for
-    max_num_seqs: PositiveInt = 8  # llama.cpp sequences, HF batch rows, HTTP requests at once
+    # Most llama.cpp sequences, HF batch rows (fewer where the KV cache has no room for them), or
+    # HTTP requests at once. None: 32 on a card, else 8.
+    max_num_seqs: PositiveInt | None = None
     n_threads: PositiveInt | None = None
     n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1: all, where it was built for a GPU
-    flash_attention: bool = False  # llama.cpp: faster prefill; margins move by some tenths
+    # llama.cpp: faster prefill; a CPU's margins move by some tenths; always on a card
+    flash_attention: bool = False
     kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free
     # http: the server's address, ending in /v1, without credentials
     url: str | None = Field(default=None, pattern=r"^https?://[^@?#\s]+$")
@@ -137,6 +140,10 @@ class ModelConfig(BaseConfig):
     retries: NonNegativeInt = 6
     system: str | None = None  # a system message
     thinking: bool = False  # for models whose template has the switch
+
+    def rows(self, on_card: bool = False) -> int:
+        """Most sequences at a time."""
+        return self.max_num_seqs or (32 if on_card else 8)
 
 
 class Teacher(ModelConfig):

@@ -1,4 +1,7 @@
-"""Memory of this process and its machine: the card's where there is one, else the resident set."""
+"""Memory of this process and its machine: the card's where there is one, else the resident set.
+
+And how libraries say that there is not enough of it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import ctypes
 import gc
 import re
 import resource
+import sys
 from pathlib import Path
 
 import psutil
-import torch
 
 # CUDA's allocator and libraries, torch's allocator on the CPU, Python, C++, and llama.cpp.
 OUT_OF_MEMORY = re.compile(
@@ -28,6 +31,8 @@ def is_out_of_memory(error: Exception | str) -> bool:
 
 def reset_peak() -> None:
     """Restart the high-water mark. Where the system cannot (not Linux), it stays the process's."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -36,6 +41,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Most bytes that CUDA's allocator, or else this process, has held since the reset."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -47,6 +54,8 @@ def peak_bytes() -> int:
 
 def limit_bytes() -> tuple[bool, int]:
     """(Whether there is a card, bytes that can still be had on it, or else on the machine)."""
+    import torch
+
     if torch.cuda.is_available():
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return True, torch.cuda.mem_get_info()[0] + unused
@@ -67,5 +76,6 @@ def return_at_once() -> None:
 def release() -> None:
     """Return the memory of models that nothing names any more: cycles hold them until collected."""
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -109,7 +109,7 @@ def visible(text: str) -> str:
 def tame_libraries(verbose: bool = False) -> None:
     """Silence the libraries' own messages; called before any of them is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Rows of ever other lengths would leave the card's memory in pieces.
+    # Rows of many lengths would otherwise leave a card's memory in pieces.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if verbose:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 R = TypeVar("R", bound=Outcome)
 
-# Config keys that change no row: only where, how fast or how safely it is made.
+# Config keys that change no row: only where, how fast or how safely it is made. Another
+# max_num_seqs may decide a near-tie of two tokens in the rows that are still to come.
 NEUTRAL = {
     "n_threads",
     "timeout_seconds",
@@ -32,6 +33,7 @@ NEUTRAL = {
     "api_key_env",
     "kv_cache_gib",
     "save_minutes",
+    "max_num_seqs",
     "on_low_memory",
 }
 
@@ -148,7 +150,7 @@ def work_through(
     stage: str,
     file: RowFile[R],
     units: Sequence[tuple[str, Item]],
-    size: int,
+    size: int | None,
     work: Callable[[list[Item]], Iterator[R]],
 ) -> list[R]:
     """Make one row for every unit, resuming where the file ends.
@@ -159,7 +161,7 @@ def work_through(
     Args:
         file: where each row is appended as soon as it is finished.
         units: (row id, item) pairs.
-        size: units per batch.
+        size: units per batch; None: one batch of all units without a row.
         work: yields the rows of a batch's items in any order, their ids among the batch's.
 
     Returns:
@@ -177,9 +179,11 @@ def work_through(
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
     done = sum(id in rows for id, _ in units)
+    planned = units if size else [unit for unit in units if unit[0] not in rows]
+    size = size or max(1, len(planned))
     with run.progress.bar(stage, len(units), done=done) as bar:
-        for start in range(0, len(units), size):
-            batch = dict(units[start : start + size])
+        for start in range(0, len(planned), size):
+            batch = dict(planned[start : start + size])
             # Complete batches are skipped, others run whole.
             if batch.keys() <= rows.keys():
                 continue

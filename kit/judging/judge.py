@@ -35,6 +35,7 @@ from kit.backends.base import (
 )
 from kit.core.config import Config, Sampling
 from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
 from kit.grading.answers import Grader, Item, gold_of
 from kit.judging.search import binary, choose, gallop, sweep, violations
@@ -371,10 +372,7 @@ def cut(
         A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
         with the reason. A trace that is longer than the judge reads is searched as far as it fits.
     """
-    begun = time.perf_counter()
-    search = search or judge.settings.search
-
-    # 1. Traces that cannot be judged, and those that leave nothing to decide.
+    # Traces that cannot be judged, and those that leave nothing to decide.
     if not row.trace.strip():
         return cut_at_ratio(row)
     if judge.settings.kind != "verbal" and not row.answer.strip():
@@ -387,7 +385,25 @@ def cut(
     if row.sentences_total == 1:
         return cut_at_ratio(row)
 
-    # 2. Ask, each question from the cache of the ones before.
+    try:
+        return _search(judge, row, steer, search or judge.settings.search, searched)
+    except (RuntimeError, MemoryError, KitError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _reject(row, "out of memory", str(error))
+
+
+def _search(
+    judge: Judge,
+    row: PrefixRow,
+    steer: Callable[[int], bool] | None,
+    search: str,
+    searched: int,
+) -> PrefixRow:
+    """Judge and cut a trace of which the first `searched` sentences fit the judge."""
+    begun = time.perf_counter()
+
+    # 1. Ask, each question from the cache of the ones before.
     uncached = search == "uncached"
     with ExitStack() as stack:
         session = stack.enter_context(closing(judge.backend.session(uncached=uncached)))
@@ -401,7 +417,7 @@ def cut(
         if boundary and not steer:
             isolated = trace.is_isolated(boundary, searched, search)
 
-    # 3. Keep what suffices; an insufficient trace is kept whole, if all of it was searched.
+    # 2. Keep what suffices; an insufficient trace is kept whole, if all of it was searched.
     kept = boundary or row.sentences_total
     judged = {k: verdict.label == "ENOUGH" for k, verdict in trace.verdicts.items()}
     cut_row = keep(

@@ -66,7 +66,7 @@ def truncate(run: Run) -> None:
             if config.judge.calibration == "share":
                 judge.threshold = _share_threshold(run, judge, traces)
         # a server judges several traces at once; in this process one after the other is as fast
-        batch_traces = config.student.max_num_seqs if config.student.backend == "http" else 1
+        batch_traces = config.student.rows() if config.student.backend == "http" else 1
         file = RowFile(run.path(NAME), PrefixRow)
         units = [(trace.id, trace) for trace in traces]
         work = partial(cut_batch, cut_one)

@@ -30,6 +30,7 @@ from kit.core.fingerprints import BASE
 from kit.core.memory import is_out_of_memory, peak_bytes, reset_peak
 from kit.core.run import Run
 from kit.core.storage import write_atomic
+from kit.core.threads import watch
 from kit.models import content_of, load_model
 from kit.prompts import template_hash
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
@@ -66,7 +67,9 @@ def make_model(config: Config) -> Any:
         base.enable_input_require_grads()
     attach(base, settings.logits_bytes)
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
-    return get_peft_model(base, lora_config(settings))
+    model = get_peft_model(base, lora_config(settings))
+    watch(model)
+    return model
 
 
 class AdapterTrainer(Trainer):

@@ -1,0 +1,89 @@
+"""How many threads compute: as many as there are cores that other processes leave free.
+
+Every parallel region ends when its last thread does. Beside one busy process on one of two cores,
+that thread has to wait for its turn in every region, and speed falls to a tenth instead of a half.
+With one thread fewer, nothing waits. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LOOK_SECONDS = 0.3  # between two looks at the machine, which take some 0.1 ms
+SPARE_CORES = 0.4  # that other processes may use before a thread is taken away
+
+
+class Threads:
+    """The number of threads to compute with, by what is free.
+
+    Args:
+        fixed: keeps this number; else OMP_NUM_THREADS does, where it is set.
+        most: where nothing is fixed; None: all cores that this process may use.
+    """
+
+    def __init__(self, fixed: int | None = None, most: int | None = None) -> None:
+        self.fixed = fixed or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        self.most = self.fixed or min(most or cores(), cores())
+        self.count = self.most
+        self.last = _clocks()
+
+    def now(self) -> int:
+        """How many to use from here on: all at first, later what other processes leave free."""
+        if self.fixed or time.monotonic() - self.last[0] < LOOK_SECONDS:
+            return self.count
+        clocks = _clocks()
+        seconds, idle, own = (new - old for new, old in zip(clocks, self.last, strict=True))
+        self.last = clocks
+        free_cores = (idle + own) / seconds
+        self.count = max(1, min(self.most, int(free_cores + SPARE_CORES)))
+        return self.count
+
+
+def watch(model: Any, fixed: int | None = None) -> None:
+    """Let every forward pass of a torch model, and the backward after it, use the free cores."""
+    import torch
+
+    threads = Threads(fixed, _torch_threads())
+
+    def before_forward(*_: Any) -> None:
+        count = threads.now()
+        if count != torch.get_num_threads():
+            torch.set_num_threads(count)
+
+    model.register_forward_pre_hook(before_forward)
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity, and by its container's limit."""
+    count = len(os.sched_getaffinity(0))
+    # Two numbers, microseconds of computing in a period of so many; or max, which is no limit.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return count
+
+
+@cache
+def _torch_threads() -> int:
+    """What torch takes by itself, asked before anything has changed it."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Seconds: of the clock, idle on this process's cores, and computed by this process."""
+    ours = os.sched_getaffinity(0)
+    idle = 0.0
+    for core, times in enumerate(psutil.cpu_times(percpu=True)):
+        if core in ours:
+            idle += times.idle + times.iowait
+    return time.monotonic(), idle, time.process_time()
