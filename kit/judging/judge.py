@@ -58,6 +58,7 @@ DEFAULT_THRESHOLDS = {"verbal": 0.0, "answer": -1.0}
 LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
 LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
 STRETCH_CHARACTERS = 2048  # of a trace, that a sweep reads in one pass: about 512 tokens
+STRETCH_DRAWS = 8  # generated in one batch, at most, where a stretch is drawn
 READ_AHEAD_RATIO = 6  # reading ahead makes a pass longer by at most a sixth
 
 # The text up to the brace that closes the box which `prompts.answer_cue` opened.
@@ -218,7 +219,7 @@ class TraceJudge:
     def _stretch_end(self, m: int, first: int) -> int:
         """The last boundary of a sweep's stretch: what one pass evaluates, or one batch draws."""
         if self.judge.generates_verdicts:
-            at_once = self.judge.config.student.max_num_seqs
+            at_once = STRETCH_DRAWS
             if self.judge.settings.kind == "success":
                 at_once //= self.judge.settings.samples
             return min(first + max(at_once, 1) - 1, m)

@@ -35,7 +35,6 @@ ARITHMETIC_RATIO = 0.5
 # Launching a layer's kernels in a step of the hf backend, and those of an unmerged adapter.
 LAYER_SECONDS = 0.0006
 LORA_SECONDS = 0.00056
-CARD_ROWS = 32  # side by side, where the config does not say
 SERVED_ROWS = 8  # that must fit beside 16-bit weights, or a server takes 4-bit ones
 THIS_RUN = "this run"  # where the hours of named cards are listed
 
@@ -140,7 +139,7 @@ def card_hours(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
 
 def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
     """Hours of each stage and in total."""
-    most = config.student.max_num_seqs or CARD_ROWS
+    most = config.student.rows(on_card=True)
     if not speed.rows(TRACE_TOKENS, most):
         return {"total": None}
     problems = config.data.train.limit or PROBLEMS
@@ -234,4 +233,4 @@ def _row_seconds(config: Config, stage: str) -> float:
     if not rows:
         return 0.0
     seconds = sum(row.seconds for row in rows) / len(rows)
-    return seconds if stage == "truncate" else seconds / (config.student.max_num_seqs or CARD_ROWS)
+    return seconds if stage == "truncate" else seconds / (config.student.rows(on_card=True))
