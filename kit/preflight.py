@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from kit.backends import check_adapter, open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
-from kit.core.card import check_card
 from kit.core.config import Config, ModelConfig, flat, load
 from kit.core.errors import ConfigError, KitError
 from kit.core.methods import method_of
@@ -102,9 +101,13 @@ def _checks(
 ) -> Iterator[Check]:
     """The checks of the stages that are still to do; they add to `warnings`."""
     todo = _todo(config)
+    yield "data", partial(_check_data, config, load_data, todo, warnings)
+    if not todo:
+        return
+    from kit.core.card import check_card
+
     method = method_of(config.method)
     yield "CUDA_VISIBLE_DEVICES", check_card
-    yield "data", partial(_check_data, config, load_data, todo, warnings)
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
     if "truncate" in todo and method.cut == "judge":
