@@ -20,11 +20,12 @@ from kit.backends import check_adapter, open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
 from kit.core.config import Config, ModelConfig, flat, load
 from kit.core.errors import ConfigError, KitError
+from kit.core.methods import method_of
 from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
 from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
-from kit.prompts import render, template_hash
+from kit.prompts import encode_answer, render, template_hash
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
 SHORTEST_TOKENS = 64  # hardly a training row has fewer
@@ -91,17 +92,14 @@ def _checks(
     config: Config, load_data: Callable[[], Loaded], warnings: list[str]
 ) -> Iterator[Check]:
     """The checks of the stages that are still to do; they add to `warnings`."""
-    from kit.pipeline.align import UNCONTINUED
-    from kit.pipeline.truncate import JUDGED
-
     todo = _todo(config)
     student = config.student
     yield "data", partial(_check_data, config, load_data, todo, warnings)
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
-    if "truncate" in todo and config.method in JUDGED:
+    if "truncate" in todo and method_of(config.method).cut == "judge":
         yield "student", partial(_check_labels, config)
-    if "align" in todo and config.method not in UNCONTINUED:
+    if "align" in todo and method_of(config.method).continued:
         yield "student", partial(_open_tokenizer, student)
     if "train" in todo:
         yield "train.micro_batch_size", partial(_check_batches, config)
@@ -194,7 +192,7 @@ def _check_labels(config: Config) -> None:
 
     tokenizer = _open_tokenizer(config.student)
     first, second = config.judge.labels
-    split_labels(tokenizer.encode(first, special=False), tokenizer.encode(second, special=False))
+    split_labels(encode_answer(tokenizer, first), encode_answer(tokenizer, second))
 
 
 def _check_batches(config: Config) -> None:
