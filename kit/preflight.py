@@ -25,7 +25,7 @@ from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
 from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
-from kit.prompts import render
+from kit.prompts import encode_answer, render
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
 COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the disk
@@ -209,7 +209,7 @@ def _check_labels(config: Config) -> None:
 
     tokenizer = _open_tokenizer(config.student)
     first, second = config.judge.labels
-    split_labels(tokenizer.encode(first, special=False), tokenizer.encode(second, special=False))
+    split_labels(encode_answer(tokenizer, first), encode_answer(tokenizer, second))
 
 
 def _check_batches(config: Config) -> None:

@@ -21,7 +21,7 @@ import palign
 from kit import models, prompts
 from kit.core import config as configs
 from kit.core.errors import KitError
-from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_adapter, model_hashes
+from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_trained, model_hashes
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
 from kit.judging.judge import Judge
@@ -313,7 +313,7 @@ def test_a_damaged_adapter_is_refused_by_name(finished: Path, tmp_path: Path, da
         models.load_model(str(finished / "model"), "fp32", str(adapter))
     assert str(adapter) in str(caught.value)
     with pytest.raises(KitError, match="changed, damaged or replaced"):
-        check_adapter(adapter, trained)
+        check_trained(adapter, trained)
 
 
 # --- Damaged models ---

@@ -110,7 +110,7 @@ def model_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def check_adapter(folder: Path, trained: str) -> None:
+def check_trained(folder: Path, trained: str) -> None:
     """Refuse (KitError) an adapter that is not the one a run's training wrote.
 
     Args:

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain, product
 
 from kit.core.errors import KitError
-from kit.core.fingerprints import ADAPTER, adapter_hash, check_adapter
+from kit.core.fingerprints import ADAPTER, adapter_hash, check_trained
 from kit.core.memory import release
 from kit.core.records import EvalRow, Problem
 from kit.core.run import Run
@@ -53,7 +53,7 @@ def evaluate(run: Run) -> None:
     if run.config.method != "zero-shot":
         run.require("train")
         check_base(adapter, config.model)
-        check_adapter(adapter, run.manifest["stages"]["train"]["output"])
+        check_trained(adapter, run.manifest["stages"]["train"]["output"])
         sides = ["tuned", "base"] if config.base else ["tuned"]
     files = [file_name(config.model, *side) for side in product(sides, datasets)]
 

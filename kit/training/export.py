@@ -20,7 +20,7 @@ from kit.backends import open_backend
 from kit.backends.base import Backend, Request, common_prefix_len
 from kit.core import config as configs
 from kit.core.errors import KitError
-from kit.core.fingerprints import cache_folder, check_adapter
+from kit.core.fingerprints import cache_folder, check_trained
 from kit.core.progress import Progress
 from kit.core.run import read_manifest
 from kit.models import hf_folder
@@ -59,7 +59,7 @@ def export(
     out = out or run_folder / "export"
     merged = out / "merged"
     _check_exportable(student.model, adapter)
-    check_adapter(adapter, manifest["stages"]["train"]["output"])
+    check_trained(adapter, manifest["stages"]["train"]["output"])
     questions = dict.fromkeys(row.input for row in read_rows(run_folder / "train.jsonl"))
     texts = [solve_text(config.prompts, question) for question in questions][:PROMPTS]
     progress.say(f"export: merging; each result answers {len(texts)} training questions")
