@@ -29,20 +29,31 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def examined() -> dict[str, Any]:
-    return doctor.examine()
+    """Everything but the gradients, which take most of a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(doctor.CHECKS, "gradient")
+        return doctor.examine()
 
 
 def test_everything_is_examined(examined: dict[str, Any]) -> None:
     found = {check["name"]: check for check in examined["checks"]}
-    assert set(found) == NAMES
+    assert set(found) == NAMES - {"gradient"}
+    assert set(doctor.CHECKS) == NAMES
     for check in found.values():
         assert check["found"] and (check["ok"] or check["fix"])
-    for name in ("Python", "gradient", "llama.cpp"):
+    for name in ("Python", "llama.cpp"):
         assert found[name]["ok"], found[name]
     hub = found["model hub"]
-    for dtype in ("fp32", "int8", "nf4"):
-        assert re.search(rf"{dtype} off by 0\.\d%, loss \d", found["gradient"]["found"])
     assert hub["ok"] is None and "HF_HUB_OFFLINE" in hub["found"]
+
+
+@pytest.mark.slow
+def test_the_gradients_of_the_packaged_model_are_sound_in_every_dtype() -> None:
+    """The default suite trains it in NF4 (tests/test_pipeline.py), which makes the same check."""
+    check = doctor._examine("gradient")
+    assert check["ok"], check
+    for dtype in ("fp32", "int8", "nf4"):
+        assert re.search(rf"{dtype} off by 0\.\d%, loss \d", check["found"])
 
 
 def test_result_is_json_and_shown(
@@ -51,7 +62,7 @@ def test_result_is_json_and_shown(
     assert json.loads(json.dumps(examined)) == examined
     doctor.show(examined)
     shown = capsys.readouterr().out
-    assert all(name in shown for name in NAMES)
+    assert all(check["name"] in shown for check in examined["checks"])
     monkeypatch.setattr(doctor, "CHECKS", {"thing": (lambda: (False, "broken"), "fix it")})
     result = doctor.examine()
     assert result["ok"] is False

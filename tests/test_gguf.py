@@ -5,7 +5,6 @@ Cached equals fresh, and parallel equals sequential up to near-ties.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from tests.conftest import ROOT
 
 # nats between the two best tokens; batch shape moves 16-bit logits by some thousandths
 NEAR_TIE = 0.05
+Traces = list[dict[str, str]]
 ENGINE = ModelConfig(backend="gguf", context_tokens=2048, max_num_seqs=6, n_threads=1)
 
 
@@ -64,18 +64,14 @@ def margins(readings: list) -> np.ndarray:
 
 
 def judging_requests(
-    backend: GgufBackend, shared: Path, count: int, every: int
+    backend: GgufBackend, real_traces: Traces, count: int, every: int
 ) -> list[list[ScoreRequest]]:
     """Of the shortest real traces, at every so many sentences and at the end."""
-    rows = [
-        json.loads(line)
-        for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     encode = backend.tokenizer.encode
     labels = encode("[ENOUGH]", False), encode("[NOT_ENOUGH]", False)
     same = next(i for i, (a, b) in enumerate(zip(*labels, strict=False)) if a != b)
     traces = []
-    for row in sorted(rows, key=lambda row: len(row["long_cot"]))[:count]:
+    for row in real_traces[:count]:
         cuts = ends(row["long_cot"])
         probes = []
         for cut in sorted({*cuts[every - 1 :: every], cuts[-1]}):
@@ -88,9 +84,9 @@ def judging_requests(
     return traces
 
 
-def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) -> None:
+def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, real_traces: Traces) -> None:
     worst = 0.0
-    for probes in judging_requests(backend, shared, count=1, every=8):
+    for probes in judging_requests(backend, real_traces, count=1, every=8):
         fresh = margins(score(backend, probes, uncached=True))
         with closing(backend.session()) as scan:
             worst = max(worst, np.abs(margins(scan.score(probes)) - fresh).max())
@@ -107,9 +103,9 @@ def test_cached_verdicts_equal_fresh_ones(backend: GgufBackend, shared: Path) ->
 
 
 def test_nothing_past_the_furthest_boundary_is_evaluated(
-    backend: GgufBackend, shared: Path
+    backend: GgufBackend, real_traces: Traces
 ) -> None:
-    [probes] = judging_requests(backend, shared, count=1, every=6)
+    [probes] = judging_requests(backend, real_traces, count=1, every=6)
     session = backend.session()
     session.score([probes[2]])
     session.score([probes[0]])
@@ -136,10 +132,10 @@ def test_reads_along_one_request_equal_separate_ones(backend: GgufBackend) -> No
     session.close()
 
 
-def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> None:
+def test_labels_agree_with_transformers(backend: GgufBackend, real_traces: Traces) -> None:
     """Of the same weights, dequantized: labels differ only at near-ties of the threshold."""
     hf = open_backend(ModelConfig(backend="hf", model=ENGINE.model))
-    [probes] = judging_requests(backend, shared, count=1, every=2)
+    [probes] = judging_requests(backend, real_traces, count=1, every=2)
     ours, theirs = margins(score(backend, probes)), margins(score(hf, probes))
     hf.close()
     threshold, worst = np.median(theirs), np.abs(ours - theirs).max()
@@ -150,16 +146,16 @@ def test_labels_agree_with_transformers(backend: GgufBackend, shared: Path) -> N
 
 
 @pytest.mark.slow
-def test_more_traces_cached_equal_fresh(backend: GgufBackend, shared: Path) -> None:
-    for probes in judging_requests(backend, shared, count=4, every=3):
+def test_more_traces_cached_equal_fresh(backend: GgufBackend, real_traces: Traces) -> None:
+    for probes in judging_requests(backend, real_traces, count=4, every=3):
         fresh = margins(score(backend, probes, uncached=True))
         assert np.abs(margins(score(backend, probes)) - fresh).max() < 1e-3
 
 
 @pytest.mark.slow
-def test_flash_attention_keeps_labels(shared: Path) -> None:
+def test_flash_attention_keeps_labels(real_traces: Traces) -> None:
     flash = open_backend(ENGINE.model_copy(update={"flash_attention": True}))
-    for probes in judging_requests(flash, shared, count=3, every=4):
+    for probes in judging_requests(flash, real_traces, count=3, every=4):
         fresh = margins(score(flash, probes, uncached=True))
         cached = margins(score(flash, probes))
         print(f"with flash attention, cached margins move by {np.abs(cached - fresh).max():.2g}")
@@ -168,9 +164,9 @@ def test_flash_attention_keeps_labels(shared: Path) -> None:
 
 
 def test_a_cache_that_refuses_to_be_cut_is_recomputed(
-    backend: GgufBackend, shared: Path, monkeypatch: pytest.MonkeyPatch
+    backend: GgufBackend, real_traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probes = judging_requests(backend, shared, count=1, every=8)[0][:2]
+    probes = judging_requests(backend, real_traces, count=1, every=8)[0][:2]
     expected = margins(score(backend, probes))
     remove = llama_cpp.llama_memory_seq_rm
 

@@ -107,6 +107,8 @@ def inconspicuous(run: dict[str, Any]) -> dict[str, Any]:
         damaged=[],
         notes=[],
         insufficient_traces=0,
+        isolated_traces={"rows": 0, "of": 20},
+        over_limit_traces=0,
         retention={"rows": 900, "of": 920, "ratio": 0.978, "paper": 0.966},
     )
     result["samples"]["align"].update(
@@ -128,6 +130,8 @@ TROUBLES = [
     ({"degenerate": "23 of 24 prefixes are one sentence"}, "hardly distinguishes"),
     ({"insufficient_traces": 20}, "never judged sufficient"),
     ({"violating_traces": 10}, "comes after an ENOUGH"),
+    ({"isolated_traces": {"rows": 5, "of": 20}}, "5 of 20 (25%) cuts are at an isolated ENOUGH"),
+    ({"over_limit_traces": 3}, "3 traces are longer than the judge reads"),
     ({"verdicts_unparsed": 3}, "could not be parsed"),
     ({"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]}, "27 of 200 (14%) problems of"),
     ({"notes": ["the cache cannot be cut"]}, "the cache cannot be cut"),

@@ -194,31 +194,23 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
 
 def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
     """As accelerate launch starts them: the same steps, tokens and losses, and one writer."""
-    logs = []
-    for name, launch in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"]),
-    ):
-        config = settings(tmp_path / name, tiny, dropout=0)
-        write_rows(config.folder, rows())
-        (tmp_path / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
-        command = [
-            sys.executable,
-            *launch,
-            "palign.py",
-            "train",
-            str(tmp_path / f"{name}.yaml"),
-            "--json",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        summary = json.loads(done.stdout)["train"]
-        assert (summary["rows"], summary["processes"]) == (8, 1 + bool(launch))
-        logs.append(logged(config.folder))
-    assert [[(row["step"], row["tokens"]) for row in log] for log in logs] == [
-        [(r["step"], r["tokens"]) for r in logs[0]]
-    ] * 2
-    for one, two in zip(*logs, strict=True):
+    alone = settings(tmp_path / "one", tiny, dropout=0)
+    summary = run_stage(alone)["stages"]["train"]["summary"]
+    assert (summary["rows"], summary["processes"]) == (8, 1)
+
+    together = settings(tmp_path / "two", tiny, dropout=0)
+    write_rows(together.folder, rows())
+    path = tmp_path / "two.yaml"
+    path.write_text(dump(together), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*launch, "palign.py", "train", str(path), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)["train"]
+    assert (summary["rows"], summary["processes"]) == (8, 2)
+
+    for one, two in zip(logged(alone.folder), logged(together.folder), strict=True):
+        assert (one["step"], one["tokens"]) == (two["step"], two["tokens"])
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
 
