@@ -151,7 +151,7 @@ def test_every_bundled_config_is_checked(path: Path, tmp_path: Path) -> None:
         assert any(words in problem["message"] for words in absent), problem
 
 
-def test_a_template_that_fails_and_memory_that_cannot_do(tmp_path: Path) -> None:
+def test_a_template_that_fails_and_a_disk_and_a_memory_that_are_too_small(tmp_path: Path) -> None:
     folder = Path(hf_folder("smollm2-135m"))
     broken = tmp_path / "model"
     broken.mkdir()
@@ -163,6 +163,10 @@ def test_a_template_that_fails_and_memory_that_cannot_do(tmp_path: Path) -> None
     config = write_config(tmp_path, "palign")
     [problem] = preflight.check(str(config), keys)["problems"]
     assert problem["key"] == "student" and "no chat" in problem["message"], problem
-    keys = [f"out={tmp_path}/run", "train.rank=16384"]
-    [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
-    assert problem["key"] == "student.model" and "Even rows of 64 tokens need" in problem["message"]
+    for key, words in (
+        ("train.rank=16384", "Checkpoints take"),
+        ("train.micro_batch_size=4096", "Training on rows of 1024 tokens needs about"),
+    ):
+        keys = [f"out={tmp_path}/run", "train.batch_size=4096", key]
+        [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
+        assert words in problem["message"] and problem["fix"], problem
