@@ -85,13 +85,13 @@ class DecodeBatch:
         width = self.columns + ids.shape[1]
         column = torch.arange(width, device=ids.device)[None]
         position_ids = (column - self.starts).clamp(min=0)
-        is_text = column >= self.starts
-        mask: torch.Tensor | None = is_text
+        seen = column >= self.starts
+        mask: torch.Tensor | None = seen
         takes_any_mask = getattr(model, "_supports_attention_backend", False)
         is_growing = isinstance(self.cache.layers[0], GrowingLayer)
         if ids.shape[1] == 1 and takes_any_mask and is_growing:
             # As transformers would make it, at every step and with a wait for the card.
-            mask = is_text[:, None, None] if self.is_padded else None
+            mask = seen[:, None, None] if self.is_padded else None
         with few_tokens(ids.numel(), ids.device):
             output = model(
                 input_ids=ids,
