@@ -11,6 +11,7 @@ import pytest
 
 from kit import bench
 from kit.bench import measure
+from kit.bench.judge import SEARCHES
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from tests.conftest import EXCERPTS, SHARED
@@ -26,6 +27,7 @@ OPTIONS = {
     "new_tokens": 2,
     "neighbour": False,
 }
+ROW = {"name", "seconds", "ratio", "token_ratio", "price", "worst", "traces"}
 TRACE = (
     "Tom starts with 3 apples. He buys 4 more. So he has 3 + 4 = 7 apples. "
     "Let me check: 7 - 4 = 3. The answer is 7."
@@ -67,14 +69,14 @@ def test_judging_has_a_row_per_way_with_ratios_to_the_prefill(judged):
         "prefill",
         "reference-256",
         "reference-16",
-        "uncached",
-        "binary",
-        "gallop",
-        "scan",
+        *SEARCHES,
     ]
+    # the first one's margins are those to compare with
+    assert SEARCHES[0] == "uncached" and {"binary", "gallop", "scan"} < {*SEARCHES}
     [trace] = judged["traces"]
     for row in judged["rows"]:
-        assert row.keys() == {"name", "seconds", "ratio", "worst", "traces"}
+        assert row.keys() == ROW
+        assert row["price"] == pytest.approx(row["ratio"] / row["token_ratio"])
         assert (
             row["ratio"]
             == row["worst"]

@@ -3,20 +3,22 @@
 Names: prefill (one uncached forward pass over the whole trace's prompt), reference-256 and
 reference-16 (the paper's loop: every question of the binary search prefilled again and answered by
 greedy generation of up to that many tokens, ended by the end token), uncached (the same questions,
-uncached, labels constrained), binary, gallop, scan.
+uncached, labels constrained), and every other value of `judge.search`.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import closing
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from kit.backends import open_backend
 from kit.backends.base import Request
 from kit.bench import Timing, measure
 from kit.bench.generate import transformers_generate
+from kit.core import config as configs
 from kit.core.config import Sampling, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
@@ -25,7 +27,9 @@ from kit.data import load_traces
 from kit.judging.judge import Judge, cut, from_problem
 from kit.judging.sentences import ends
 
-SEARCHES = ("uncached", "binary", "gallop", "scan")
+NAMES = get_args(configs.Judge.model_fields["search"].annotation)
+# Uncached comes first: its margins are the ones to compare with.
+SEARCHES = ["uncached", *(name for name in NAMES if name != "uncached")]
 REFERENCES = {"reference-256": 256, "reference-16": 16}  # new tokens per question
 
 
@@ -36,10 +40,11 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     the model's work is done all the same.
 
     Returns:
-        {rows: [{name, seconds, ratio, worst, traces}], max_margin_difference, verdicts, skipped,
-        traces: [{id, tokens, sentences, kept, seconds: {name: s}, ratio: {name: r},
-        margin_difference}], notes}; ratios are a trace's own, to its prefill; a row's figures are
-        medians over traces.
+        {rows: [{name, seconds, ratio, token_ratio, price, worst, traces}], max_margin_difference,
+        verdicts, skipped, traces: [{id, tokens, sentences, kept, seconds: {name: s}, ratio: {name:
+        r}, token_ratio: {name: r}, margin_difference}], notes}; ratios (of seconds, and of tokens
+        evaluated) are a trace's own, to its prefill; a price is the first over the second; a row's
+        figures are medians over traces, `worst` its largest ratio.
 
     Raises:
         KitError: no traces are named, or none fits the model.
@@ -90,27 +95,31 @@ def _measure(
     return timings
 
 
-def _prefill(judge: Judge, row: PrefixRow) -> None:
-    session = judge.backend.session(uncached=True)
-    session.score([judge.request(row, row.trace)])
-    session.close()
+def _prefill(judge: Judge, row: PrefixRow) -> int:
+    """Evaluate the whole prompt; returns its tokens."""
+    with closing(judge.backend.session(uncached=True)) as session:
+        session.score([judge.request(row, row.trace)])
+    return session.cost.prefill_tokens
 
 
-def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> None:
-    """The paper's loop over the questions that a search asked."""
+def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> int:
+    """The paper's loop over the questions that a search asked; returns the tokens evaluated."""
+    tokens = 0
     for verdict in judged.verdicts:
         prefix = judged.trace[: ends(judged.trace)[verdict.sentences - 1]]
         prompt = judge.prompt(judged, prefix)
+        tokens += len(prompt)
         if judge.config.student.backend == "hf":
-            transformers_generate(judge.backend, [prompt], new_tokens)
+            tokens += transformers_generate(judge.backend, [prompt], new_tokens)
         else:
             greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
-            list(judge.backend.generate([Request("reference", prompt, greedy)]))
+            [generation] = judge.backend.generate([Request("reference", prompt, greedy)])
+            tokens += len(generation.completions[0].ids)
+    return tokens
 
 
 def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
     """One trace's measurements, and the largest distance of a cached margin from the uncached."""
-    # SEARCHES begins with uncached, so its margins are the ones to compare with.
     uncached: dict[int, float] = {}
     differences = []
     for name in SEARCHES:
@@ -118,6 +127,10 @@ def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str
             margin = uncached.setdefault(verdict.sentences, verdict.margin)
             differences.append(abs(verdict.margin - margin))
     prefill = timings["prefill"].seconds
+    tokens = {}
+    for name, timing in timings.items():
+        result = timing.results[0]
+        tokens[name] = result.prefill_tokens if isinstance(result, PrefixRow) else result
     return {
         "id": row.id,
         "tokens": len(judge.request(row, row.trace).ids),
@@ -125,6 +138,7 @@ def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str
         "kept": timings["binary"].results[0].sentences,
         "seconds": {name: timing.seconds for name, timing in timings.items()},
         "ratio": {name: timing.seconds / prefill for name, timing in timings.items()},
+        "token_ratio": {name: count / tokens["prefill"] for name, count in tokens.items()},
         "margin_difference": max(differences, default=0.0),
     }
 
@@ -132,10 +146,14 @@ def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str
 def _row(name: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
     measured = [trace for trace in traces if name in trace["seconds"]]
     ratios = [trace["ratio"][name] for trace in measured]
+    token_ratios = [trace["token_ratio"][name] for trace in measured]
+    prices = [ratio / tokens for ratio, tokens in zip(ratios, token_ratios, strict=True)]
     return {
         "name": name,
         "seconds": median(trace["seconds"][name] for trace in measured),
         "ratio": median(ratios),
+        "token_ratio": median(token_ratios),
+        "price": median(prices),
         "worst": max(ratios),
         "traces": len(measured),
     }
