@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -26,6 +29,11 @@ from kit.models import FILE_ERRORS
 BEGIN = "<Begin_of_Prefix>"
 END = "<End_of_Prefix>"
 MARK = "\ue000"  # of Unicode's private use area; see `render`
+# Where texts are cut for `PrefixEncoder`: at a single space between words, every so many
+# characters. Two texts must be equal for some characters past a cut to be cut there alike.
+SPLIT = re.compile(r"(?<=\S) (?=\S)")
+SPLIT_CHARACTERS = 200
+PAST_SPLIT_CHARACTERS = 16
 
 
 @cache
@@ -68,12 +76,76 @@ def judge_text(prompts: Prompts, question: str, prefix: str) -> str:
     return fill(text_of(prompts, "judge"), question=question, prefix=prefix)
 
 
+class EncodedText(NamedTuple):
+    """A text that can be encoded in stretches."""
+
+    text: str
+    ids: list[int]
+    splits: list[tuple[int, int]]  # (characters, ids) before each split
+
+
+class PrefixEncoder:
+    """Encodes texts that begin alike, like the prompts of one trace: of each only what is new.
+
+    A text is encoded whole the first time, and once more in stretches. If both give the same ids,
+    a later text takes them over up to the last split before it differs. That is exact for BPE, with
+    or without a pre-tokenizer: ids are the encoding of their text if every two neighbours are, and
+    the two at the split are neighbours in the first text too (checked). Where stretches give other
+    ids (a tokenizer that puts a space before every text), every text is encoded whole.
+
+    Args:
+        encode: ids of a whole text.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        self.encode_whole = encode
+        self.encoded: list[EncodedText] = []
+        self.is_exact = True  # until stretches of a text give other ids
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, equal to `encode_whole`'s."""
+        for known in self.encoded:
+            count = bisect_left(known.splits, True, key=lambda split: _parts(known, split, text))
+            if count:
+                characters, tokens = known.splits[count - 1]
+                rest = self.encode_whole(text[characters:])
+                if rest[0] == known.ids[tokens]:
+                    return known.ids[:tokens] + rest
+        ids = self.encode_whole(text)
+        if self.is_exact:
+            self._remember(text, ids)
+        return ids
+
+    def _remember(self, text: str, ids: list[int]) -> None:
+        """Cut a text into stretches, and keep it if they give its ids."""
+        splits = []
+        joined: list[int] = []
+        begin = 0
+        for match in SPLIT.finditer(text):
+            if match.start() - begin >= SPLIT_CHARACTERS:
+                joined += self.encode_whole(text[begin : match.start()])
+                begin = match.start()
+                splits.append((begin, len(joined)))
+        if not splits:
+            return
+        joined += self.encode_whole(text[begin:])
+        self.is_exact = joined == ids
+        if self.is_exact:
+            self.encoded.append(EncodedText(text, ids, splits))
+
+
+def _parts(known: EncodedText, split: tuple[int, int], text: str) -> bool:
+    """Whether a text differs from a known one before a split, or soon after it."""
+    return not text.startswith(known.text[: split[0] + PAST_SPLIT_CHARACTERS])
+
+
 def render(
     tokenizer: Tokenizer,
     user: str,
     system: str | None = None,
     answer: str = "",
     thinking: bool = False,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[int, ...]:
     r"""Render a chat to token ids (T,), up to where the assistant goes on writing.
 
@@ -93,7 +165,9 @@ def render(
         system: a system message; folded into the user's turn where the template refuses the role.
         answer: the beginning of the assistant's answer, kept to the last space.
         thinking: the template's switch, where it has one.
+        encode: encodes what is not a name, if not the tokenizer: see `PrefixEncoder`.
     """
+    encode = encode or tokenizer.encode
     # A mark that occurs in the data is a name as well, so that it comes back as data.
     names = [name for name in (*tokenizer.special, MARK) if name]
     longest_first = sorted(names, key=len, reverse=True)
@@ -109,7 +183,7 @@ def render(
         if position % 2:
             ids += encode_after(tokenizer, names[int(piece)])
         else:
-            ids += tokenizer.encode(piece)
+            ids += encode(piece)
     return tuple(ids)
 
 
