@@ -61,7 +61,9 @@ class LengthBackend(ScriptedBackend):
                 for request in requests
             ]
 
-        return SimpleNamespace(score=score, cost=TokenUsage(1, 0), close=lambda: None)
+        return SimpleNamespace(
+            score=score, cost=TokenUsage(1, 0), uncached=uncached, close=lambda: None
+        )
 
     def generate(self, requests: Any) -> Any:
         for request in requests:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from kit.backends import hf_session
+from kit.backends import base, hf_session
 from kit.backends.base import ScoreRequest
 from kit.backends.hf_session import cache_kind, open_session
 from kit.core.errors import KitError
@@ -107,12 +107,12 @@ def test_cached_equals_uncached(name: str) -> None:
     assert fresh.std() > 0.4  # differences of a broken cache would be large
 
     # One question at a time, as a binary search asks.
-    one_by_one = open_session(backend, chunk_tokens=64)
+    one_by_one = open_session(backend, piece_tokens=64)
     scores = [one_by_one.score([request])[0] for request in requests]
     assert np.abs(np.asarray(scores) - fresh).max() < 5e-4
 
     # All together, after a question and after a long branch that becomes the trunk.
-    scan = open_session(backend, chunk_tokens=150)
+    scan = open_session(backend, piece_tokens=150)
     scan.score(requests[:1])
     branch = (*requests[1].ids[:80], *requests[2].ids[90:280])
     scan.score([ScoreRequest(branch, ((150, EVERY_TOKEN),))])
@@ -122,7 +122,7 @@ def test_cached_equals_uncached(name: str) -> None:
 @pytest.mark.parametrize("name", TREES)
 def test_a_trace_is_evaluated_once_and_its_closing_turns(name: str) -> None:
     backend = tiny_backend(name)
-    session = open_session(backend, chunk_tokens=64)
+    session = open_session(backend, piece_tokens=64)
     requests = questions(CUTS)
     for request in requests:
         session.score([request])
@@ -156,9 +156,7 @@ def test_never_past_the_furthest_boundary() -> None:
 
 def _branches_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another request wrote is taken for this one's."""
-    monkeypatch.setattr(
-        hf_session, "common_prefix_len", lambda trunk, ids: min(len(trunk), len(ids))
-    )
+    monkeypatch.setattr(base, "common_prefix_len", lambda trunk, ids: min(len(trunk), len(ids)))
 
 
 def _windows_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,39 +212,9 @@ def test_a_label_inside_the_other_is_the_other() -> None:
     assert first_label("it is INSUFFICIENT", ("SUFFICIENT", "INSUFFICIENT")) == "NOT_ENOUGH"
 
 
-@pytest.mark.parametrize("turn", [1, 2, 40, 64, 65, 100, 126, 127, 128])
-def test_reading_ahead_saves_passes_changes_no_verdict_and_stays_near(turn: int) -> None:
-    """The bound: a sixth of the furthest question, or 64 tokens, past it."""
-    row = whole_row("It is a step ok. " * 128)
-    passes: dict[int, list[list[int]]] = {0: [], 64: []}
-    rows = {}
-    for ahead_tokens, seen in passes.items():
-        judge = Judge(judge_config(), LengthBackend())
-        session = judge.backend.session()
-        score = session.score
-
-        def counting(requests: Any, score: Any = score, seen: Any = seen) -> Any:
-            seen.append([len(request.ids) for request in requests])
-            return score(requests)
-
-        session.ahead_tokens = ahead_tokens
-        session.score = counting
-        trace = TraceJudge(judge, row, session, lambda k: k >= turn)
-        assert search.binary(128, trace.ask) == turn
-        rows[ahead_tokens] = [*trace.verdicts.values()]
-    assert rows[0] == rows[64] and len(passes[0]) == len(rows[0])
-    assert len(passes[64]) < len(passes[0]) - 1
-    furthest = 0
-    for asked, *ahead in passes[64]:
-        reach = asked + max(64, asked // 6)
-        assert max([0, *ahead]) <= max(reach if asked >= furthest else 0, furthest, asked)
-        furthest = max(furthest, asked, *ahead)
-
-
 def test_without_a_cache_only_what_is_asked_is_evaluated(
     student: Any, traces: list[PrefixRow]
 ) -> None:
-    """Every question read ahead would be a prefill of its own."""
     judge = Judge(judge_config(search="uncached"), student)
     row = cut(judge, short(judge, traces, 1)[0])
     tokens = 0

@@ -14,7 +14,7 @@ class Asked:
     def __init__(self, enough: list[bool]) -> None:
         self.enough, self.asked = enough, []
 
-    def __call__(self, k: int, *ahead: int) -> bool:
+    def __call__(self, k: int) -> bool:
         self.asked.append(k)
         return self.enough[k - 1]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from kit.core.config import Sampling
 Ids = tuple[int, ...]  # token ids
 FinishReason = Literal["stop", "length", "loop", "error"]
 Logprobs = list[list[float]]  # of one ScoreRequest: natural logarithms, [read][candidate]
+MAX_TAILS = 31  # of one pass: sequences that a llama.cpp context has room for
 LOOP_EVERY_TOKENS = 8  # how often a running sample is searched for a loop
 
 
@@ -165,6 +167,7 @@ class ScoringSession(Protocol):
     """
 
     cost: TokenUsage  # of everything scored so far
+    uncached: bool  # every request is evaluated from its first token
 
     def score(self, requests: Sequence[ScoreRequest], /) -> list[Logprobs]:
         """Read log-probabilities, in the order of the requests."""
@@ -180,6 +183,9 @@ class Backend(Protocol):
     tokenizer: Tokenizer
     context_tokens: int  # prompt and new tokens together
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-checks
+    # nats by which a cached margin may be off an uncached one: verdicts that are nearer to the
+    # threshold are asked again without a cache
+    cache_move: float
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's result as it finishes; a prompt that is too long is an error."""
@@ -189,6 +195,130 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+@dataclass(frozen=True)
+class Tail(ScoreRequest):
+    """A stretch of a request: its tokens from `cut` on. Those before are the trunk's."""
+
+    cut: int = 0
+    number: int = 0  # of the request, among those scored together
+
+
+def stretch(request: ScoreRequest, start: int, end: int | None = None, number: int = 0) -> Tail:
+    """Tokens [start, end) of a request, with the reads that lie there."""
+    ids = request.ids[start:end]
+    reads = []
+    for position, candidates in request.reads:
+        if start <= position < start + len(ids):
+            reads.append((position - start, candidates))
+    return Tail(ids, tuple(reads), start, number)
+
+
+class TrunkSession(ABC):
+    """Scores requests by a trunk and the tails that branch off it (hf, gguf).
+
+    The trunk is the longest request so far, and stays in the cache. It grows piece by piece. After
+    each piece come the tails that branch off by then, many in one pass: so a tail attends to little
+    more of the trunk than it sees, and no pass is so short that reading the weights takes longest.
+    A backend says how tokens are evaluated.
+
+    Args:
+        piece_tokens: of one pass.
+    """
+
+    uncached = False
+
+    def __init__(self, piece_tokens: int) -> None:
+        self.piece_tokens = piece_tokens
+        self.cost = TokenUsage()
+        self.trunk = np.empty(0, np.int64)  # token ids (T,)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        """Read log-probabilities; see ScoringSession."""
+        # 1. The longest request becomes the trunk, if it is longer or leaves it for over a pass.
+        results: dict[int, Logprobs] = {}
+        longest = int(np.argmax([len(request.ids) for request in requests]))
+        request = requests[longest]
+        shared = self._shared(request)
+        start = len(self.trunk)
+        if len(request.ids) > start or len(request.ids) - shared > self.piece_tokens:
+            self._keep(shared)
+            start = shared
+            self.trunk = np.asarray(request.ids)
+            results[longest] = []
+            self.cost.add(TokenUsage(len(request.ids) - start, start))
+
+        # 2. Every other request is a tail, or leaves the trunk so early that it follows alone.
+        waiting = []
+        apart = []
+        for number, other in enumerate(requests):
+            if number in results:
+                continue
+            tail = stretch(other, self._shared(other), None, number)
+            if len(tail.ids) > self.piece_tokens:
+                apart.append(number)
+            else:
+                waiting.append(tail)
+                self.cost.add(TokenUsage(len(tail.ids), tail.cut))
+        waiting.sort(key=lambda tail: tail.cut)
+
+        # 3. From left to right: a piece of the trunk, then the tails that branch off by its end.
+        for end in self._stops(start):
+            if end > start:
+                results[longest] += self._extend(stretch(request, start, end))
+                start = end
+            ready = [tail for tail in waiting if tail.cut <= end]
+            waiting = waiting[len(ready) :]
+            for group in self._groups(ready):
+                for tail, logprobs in zip(group, self._score_tails(group), strict=True):
+                    results[tail.number] = logprobs
+        for number in apart:
+            [results[number]] = self.score([requests[number]])
+        return [results[number] for number in range(len(requests))]
+
+    @abstractmethod
+    def _keep(self, tokens: int) -> None:
+        """Drop the cache's tokens from this one on."""
+
+    @abstractmethod
+    def _extend(self, piece: Tail) -> Logprobs:
+        """Evaluate a piece that follows the cache's tokens, and keep it there."""
+
+    @abstractmethod
+    def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
+        """Evaluate tails after the trunk's tokens up to their cuts, and drop them again."""
+
+    def _shared(self, request: ScoreRequest) -> int:
+        """How many of a request's tokens are the trunk's.
+
+        Never those whose logits are read, nor the last two: a single token is evaluated by other
+        kernels, which moved logits by up to 0.4 in llama.cpp.
+        """
+        reads = [position for position, _ in request.reads]
+        evaluated = max(0, min([*reads, len(request.ids) - 2]))
+        return min(common_prefix_len(self.trunk, request.ids), evaluated)
+
+    def _stops(self, start: int) -> list[int]:
+        """Where the pieces end that evaluate the trunk from `start` on."""
+        end = len(self.trunk)
+        stops = list(range(start + self.piece_tokens, end - 1, self.piece_tokens))
+        return [*stops, end]
+
+    def _groups(self, tails: Sequence[Tail]) -> Iterator[list[Tail]]:
+        """Tails in order, in groups of one pass."""
+        group: list[Tail] = []
+        tokens = 0
+        for tail in tails:
+            is_full = len(group) == MAX_TAILS or tokens + len(tail.ids) > self.piece_tokens
+            if group and is_full:
+                yield group
+                group = []
+                tokens = 0
+            group.append(tail)
+            tokens += len(tail.ids)
+        if group:
+            yield group
 
 
 # --- Shared by the backends ---
@@ -246,6 +376,25 @@ def _finish_reason(
     if len(ids) >= limit_tokens:
         return "length"
     return None
+
+
+def check_requests(vocabulary: int, length: int) -> list[ScoreRequest]:
+    """Random tokens cut at six places, each with a closing turn: cached and uncached scores of
+    them are compared when a model's first session opens.
+
+    Args:
+        vocabulary: token ids in the upper half of it are drawn.
+        length: tokens of the longest request, its closing turn of 4 to 6 apart.
+    """
+    rng = np.random.default_rng(0)
+    ids = rng.integers(vocabulary // 2, size=length + 6).tolist()
+    candidates = tuple(range(min(vocabulary, 512)))
+    requests = []
+    for number, ratio in enumerate((1 / 2, 1, 3 / 4, 1 / 3, 5 / 9, 7 / 8)):
+        prompt = (*ids[: int(length * ratio)], *ids[length + number % 3 :])
+        last = len(prompt) - 1
+        requests.append(ScoreRequest(prompt, ((last - 1, candidates), (last, candidates))))
+    return requests
 
 
 def looping(ids: Sequence[int], longest: int = 64) -> bool:

@@ -9,18 +9,25 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
+from contextlib import closing
+from dataclasses import replace
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kit.backends.base import (
+    MAX_TAILS,
     Generation,
+    Ids,
     Logprobs,
     Request,
     ScoreRequest,
-    TokenUsage,
+    Tail,
+    TrunkSession,
+    check_requests,
     common_prefix_len,
     slug,
 )
@@ -44,6 +51,9 @@ CARD_BATCH_TOKENS = 2048  # where layers are offloaded, and a pass is quick
 MIN_COPY_TOKENS = 8  # a shared beginning is copied when it saves this many
 MIN_ROOM_TOKENS = 8192  # of a judging context, where the model has them: growing loses the cache
 SLOW_FILE_TYPES = {3, 9}  # Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
+WHOLE_FILE_TYPES = {0, 1}  # F32 and F16: only rounding moves a cached margin
+ROUNDING_NATS = 0.005
+CHECK_TOKENS = 96  # of the prompts that measure what a cache moves
 MAX_COPY_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
 SPECIAL_TOKEN = 8 | 1  # token attributes: control or unknown
 UNCUTTABLE = (
@@ -142,24 +152,30 @@ class BatchToken(NamedTuple):
 
 
 class Context:
-    """Several sequences with caches of their own.
+    """Several sequences, with caches of their own or (unified) in the cells of one.
 
-    Their caches are apart (not llama.cpp's unified one). So a token lies in the cell that it would
-    have had alone, sums run in the same order, and a copied beginning gives the logits of a fresh
-    prompt. Attention is cheaper, too.
+    Apart, a token lies in the cell that it would have had alone, sums run in the same order, and
+    attention is cheaper: for generation. Unified, sequences share the cells of a beginning, and
+    those that branch off it go through the model in one pass: for judging.
 
     Args:
         backend: the model.
-        tokens: room of each sequence.
+        tokens: room of each sequence; of all together where they are unified.
         sequences: how many.
         flash_attention: faster; moves judging margins by up to some tenths.
+        unified: one cache for all sequences.
 
     Raises:
         KitError: no memory for it.
     """
 
     def __init__(
-        self, backend: GgufBackend, tokens: int, sequences: int, flash_attention: bool
+        self,
+        backend: GgufBackend,
+        tokens: int,
+        sequences: int,
+        flash_attention: bool,
+        unified: bool = False,
     ) -> None:
         self._backend = backend
         self.batch_tokens = CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS
@@ -167,9 +183,9 @@ class Context:
         self.tokens = -(-tokens // 256) * 256
         self.cached: list[list[int]] = [[] for _ in range(sequences)]  # token ids by sequence
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.tokens * sequences
+        params.n_ctx = self.tokens if unified else self.tokens * sequences
         params.n_seq_max = sequences
-        params.kv_unified = False
+        params.kv_unified = unified
         params.n_batch = params.n_ubatch = self.batch_tokens
         params.n_threads = params.n_threads_batch = self.n_threads
         params.flash_attn_type = int(flash_attention)
@@ -197,23 +213,38 @@ class Context:
         length = lengths[sequence]
         if lengths[source] >= length + MIN_COPY_TOKENS:
             length = lengths[source]
-            self._cut(sequence, 0)
+            self.cut(sequence, 0)
             llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, -1, -1)
             self.cached[sequence] = self.cached[source].copy()
-        if length < len(self.cached[sequence]) and not self._cut(sequence, length):
-            self._cut(sequence, 0)
-            if UNCUTTABLE not in self._backend.notes:
-                self._backend.notes.append(UNCUTTABLE)
+        if length < len(self.cached[sequence]) and not self.cut(sequence, length):
+            self.cut(sequence, 0)
         return len(self.cached[sequence])
 
-    def _cut(self, sequence: int, length: int) -> bool:
+    def cut(self, sequence: int, length: int) -> bool:
         """Drop a sequence's tokens from `length` on; whether exactly the others are left."""
         del self.cached[sequence][length:]
-        removed = llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        return self._holds(sequence, length)
+
+    def branch(self, sequence: int, length: int) -> bool:
+        """Make an empty sequence share the first tokens of sequence 0; whether it holds just these.
+
+        For a unified cache only: it copies nothing.
+        """
+        self.cached[sequence] = self.cached[0][:length]
+        llama_cpp.llama_memory_seq_cp(self._memory, 0, sequence, 0, length)
+        return self._holds(sequence, length)
+
+    def _holds(self, sequence: int, length: int) -> bool:
+        """Whether llama.cpp has a sequence's first tokens, and no others; a note says where not."""
         first = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
         last = llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)
         # both are -1 in an empty sequence
-        return removed and last == length - 1 and first == min(last, 0)
+        if last == length - 1 and first == min(last, 0):
+            return True
+        if UNCUTTABLE not in self._backend.notes:
+            self._backend.notes.append(UNCUTTABLE)
+        return False
 
     def prefill(
         self, sequence: int, ids: Sequence[int], wanted: Collection[int]
@@ -301,6 +332,31 @@ class GgufBackend:
         """Open a judging session; uncached=True evaluates every prompt from its first token."""
         return GgufSession(self, uncached)
 
+    @cached_property
+    def cache_move(self) -> float:
+        """See kit.backends.base.Backend; measured once, by random prompts that branch.
+
+        Weights in 16 bits give the same logits, up to rounding, whatever is evaluated together.
+        Quantized ones do not: llama.cpp takes other kernels for another number of tokens.
+        """
+        is_whole = llama_cpp.llama_model_ftype(self.model) in WHOLE_FILE_TYPES
+        if is_whole and not self.flash_attention:
+            return ROUNDING_NATS
+        length = min(CHECK_TOKENS, self.context_tokens - 6)
+        requests = check_requests(self.tokenizer.size, length)
+        scores = []
+        for uncached in (True, False):
+            with closing(self.session(uncached)) as session:
+                scores.append(np.asarray(session.score(requests)))
+        moves = scores[1] - scores[0]
+        # of a log-odds: between any two candidates
+        move = float((moves.max(-1) - moves.min(-1)).max())
+        self.notes.append(
+            f"judging cache: it moves margins by up to {move:.2g}; verdicts nearer to the "
+            "threshold are asked again without it"
+        )
+        return move
+
     def close(self) -> None:
         """Free the weights; a second call does nothing."""
         if self.model is not None:
@@ -308,55 +364,99 @@ class GgufBackend:
             self.model = None
 
 
-class GgufSession:
-    """See kit.backends.base.ScoringSession.
+class UncuttableError(Exception):
+    """Recurrent states refuse to be cut; sliding windows have lost the tokens before."""
 
-    Sequence 0 holds the longest prompt so far, the trunk. Shorter ones are scored in sequence 1,
-    which copies the trunk's beginning. Many requests go longest first: one copy serves them all.
+
+class GgufSession(TrunkSession):
+    """Sequence 0 holds the trunk; each tail has a sequence that shares the trunk's beginning.
+
+    A tail's cells lie after the trunk's, not where they would lie alone: sums run in another order,
+    which moves margins by some thousandths with weights in 16 bits. `cache_move` has more.
+
+    Args:
+        backend: the model.
+        uncached: evaluate every prompt from its first token. It becomes true, and a note says so,
+            where the cache cannot be cut.
     """
 
     def __init__(self, backend: GgufBackend, uncached: bool = False) -> None:
+        super().__init__((CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS) - 1)
         self.backend = backend
         self.uncached = uncached
-        self.cost = TokenUsage()
-        self._context: Context | None = None
+        self._context: Any = None
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Read log-probabilities; KitError: a prompt is longer than the model's context."""
-        longest_first = sorted(requests, key=lambda request: len(request.ids), reverse=True)
-        logprobs = {request: self._score(request) for request in longest_first}
-        return [logprobs[request] for request in requests]
+        self._make_room(max(len(request.ids) for request in requests))
+        before = replace(self.cost)
+        try:
+            if not self.uncached:
+                return super().score(requests)
+        except UncuttableError:
+            self.cost = before
+            self.uncached = True
+        return list(map(self._score_uncached, requests))
 
     def close(self) -> None:
         """Free the context."""
         if self._context is not None:
             self._context.close()
             self._context = None
+            self.trunk = self.trunk[:0]
 
-    def _score(self, request: ScoreRequest) -> Logprobs:
-        ids = request.ids
-        candidates = dict(request.reads)
-        context = self._context_for(len(ids))
-        is_trunk = self.uncached or len(ids) >= len(context.cached[0])
-        sequence = 0 if is_trunk else 1
-        # Never taken from the cache: tokens whose logits are read, and the last two. llama.cpp
-        # evaluates a single token with other kernels, which moved logits by up to 0.4.
-        reusable = 0 if self.uncached else min([*candidates, len(ids) - 2])
-        cached_tokens = context.reuse(sequence, ids[:reusable])
-        self.cost.add(TokenUsage(len(ids) - cached_tokens, cached_tokens))
-        logprobs = []
-        rows = context.prefill(sequence, ids, candidates)
-        for logits, tokens in zip(rows, candidates.values(), strict=True):
-            shifted = logits - logits.max().astype(np.float64)
-            logprobs.append((shifted[list(tokens)] - np.log(np.exp(shifted).sum())).tolist())
-        return logprobs
+    def _score_uncached(self, request: ScoreRequest) -> Logprobs:
+        self.cost.prefill_tokens += len(request.ids)
+        self._context.cut(0, 0)
+        rows = self._context.prefill(0, request.ids, dict(request.reads))
+        return [_logprobs(*row) for row in zip(rows, request.reads, strict=True)]
 
-    def _context_for(self, tokens: int) -> Context:
-        """The session's context, replaced by a larger one where it has too few tokens."""
+    def _keep(self, tokens: int) -> None:
+        if not self._context.cut(0, tokens):
+            raise UncuttableError
+
+    def _extend(self, piece: Tail) -> Logprobs:
+        return self._decode([piece], [0])[0]
+
+    def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
+        sequences = range(1, len(tails) + 1)
+        for sequence, tail in zip(sequences, tails, strict=True):
+            if not self._context.branch(sequence, tail.cut):
+                raise UncuttableError
+        results = self._decode(tails, sequences)
+        for sequence in sequences:
+            self._context.cut(sequence, 0)
+        return results
+
+    def _decode(self, tails: Sequence[Tail], sequences: Sequence[int]) -> list[Logprobs]:
+        """Evaluate tails in one pass, each after what its sequence holds."""
+        tokens = []
+        for sequence, tail in zip(sequences, tails, strict=True):
+            wanted = dict(tail.reads)
+            tokens += [BatchToken(sequence, id, i in wanted) for i, id in enumerate(tail.ids)]
+        reads = [read for tail in tails for read in tail.reads]
+        # decode comes first: it evaluates tokens also where nothing is read
+        rows = iter(
+            [_logprobs(*row) for row in zip(self._context.decode(tokens), reads, strict=True)]
+        )
+        return [list(islice(rows, len(tail.reads))) for tail in tails]
+
+    def _make_room(self, tokens: int) -> None:
+        """Have a context of so many tokens and one pass of tails; a larger one begins empty."""
+        tokens += self.piece_tokens + 1
         if self._context is None or self._context.tokens < tokens:
             self.close()
             backend = self.backend
-            room = min(max(2 * tokens, MIN_ROOM_TOKENS), backend.context_tokens)
-            sequences = 1 if self.uncached else 2
-            self._context = Context(backend, room, sequences, backend.flash_attention)
-        return self._context
+            room = min(
+                max(2 * tokens, MIN_ROOM_TOKENS), backend.context_tokens + self.piece_tokens + 1
+            )
+            sequences = 1 + MAX_TAILS
+            flash = backend.flash_attention
+            self._context = Context(backend, room, sequences, flash, unified=True)
+
+
+def _logprobs(logits: np.ndarray, read: tuple[int, Ids]) -> list[float]:
+    """Log-probabilities of a read's candidates from logits (V,)."""
+    _, candidates = read
+    shifted = logits - logits.max().astype(np.float64)
+    return (shifted[list(candidates)] - np.log(np.exp(shifted).sum())).tolist()

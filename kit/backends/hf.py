@@ -32,6 +32,8 @@ class HfBackend:
         KitError: the model or the adapter does not load; see kit.models.
     """
 
+    cache_move = 0.0
+
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         from kit.models import load_model, load_tokenizer
 

@@ -9,8 +9,8 @@ request. What a verdict is, and which boundaries to ask, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,14 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from kit.backends.base import Logprobs, ScoreRequest, TokenUsage, common_prefix_len
+from kit.backends.base import (
+    Logprobs,
+    ScoreRequest,
+    Tail,
+    TokenUsage,
+    TrunkSession,
+    check_requests,
+)
 from kit.backends.hf_batch import GrowingLayer, few_tokens
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
@@ -27,8 +34,8 @@ if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what a tree mask can express
-SMALLEST_CHUNK_TOKENS = 64  # less saves no memory beside the trunk's
-CHECK_CHUNK_TOKENS = 40  # of the self-check: several passes for trunk and tails
+SMALLEST_PIECE_TOKENS = 64  # less saves no memory beside the trunk's
+CHECK_PIECE_TOKENS = 40  # of the self-check: several passes for trunk and tails
 # How far cached log-probabilities may be from uncached ones, as a share of their spread: rounding
 # in fp32; in 16 bits and quantized, the shape of a pass moves more.
 EXACT_TOLERANCE = 1e-3
@@ -42,150 +49,113 @@ class UncachedSession:
         backend: the model; its context limits a request.
     """
 
-    ahead_tokens = 0  # tokens past a question that cost little compared with their own pass
+    uncached = True
 
     def __init__(self, backend: HfBackend) -> None:
-        self.model = backend.model
-        self.context_tokens = backend.context_tokens
+        self.backend = backend
         self.cost = TokenUsage()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Score requests; see base.ScoringSession.
+        """Score requests one by one; see base.ScoringSession. Raises as `check_length`."""
+        check_length(requests, self.backend.context_tokens)
+        results = []
+        for request in requests:
+            self.cost.prefill_tokens += len(request.ids)
+            results += forward(self.backend.model, [request], use_cache=False)
+        return results
 
-        Raises:
-            KitError: a request is longer than the model's context.
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class TreeSession(TrunkSession):
+    """The trunk's keys and values stay in the cache; tails are appended to it and removed."""
+
+    def __init__(self, backend: HfBackend, piece_tokens: int) -> None:
+        super().__init__(piece_tokens)
+        self.backend = backend
+        self.model = backend.model
+        self._clear()
+
+    def _clear(self) -> None:
+        self.trunk = self.trunk[:0]
+        self.cache = DynamicCache()
+        # Layers with a sliding window keep all keys too: a tail may branch off before it.
+        layers = self.model.config.get_text_config().num_hidden_layers
+        self.cache.layers = [GrowingLayer() for _ in range(layers)]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        """Score requests; see base.ScoringSession. Raises as `check_length`.
+
+        Running out of memory drops the cache and halves the passes.
         """
-        longest = max(len(request.ids) for request in requests)
-        if longest > self.context_tokens:
-            raise KitError(
-                f"A judging prompt has {longest} tokens, "
-                f"the model's context {self.context_tokens}.",
-                "Set judge.limit_tokens, or judge with a model of longer context.",
-            )
-        # All tokens count as cached, until a forward pass evaluates them.
-        self.cost.cached_tokens += sum(len(request.ids) for request in requests)
+        check_length(requests, self.backend.context_tokens)
+        before = replace(self.cost)
         while True:
             try:
-                with torch.inference_mode():
-                    return self._score(requests)
+                return super().score(requests)
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and self._shrink()):
+                self._clear()
+                self.cost = replace(before)
+                self.piece_tokens //= 2
+                if not is_out_of_memory(error) or self.piece_tokens < SMALLEST_PIECE_TOKENS:
                     raise
 
     def close(self) -> None:
         """Nothing to release: the cache is dropped with the session."""
 
-    def _shrink(self) -> bool:
-        """After running out of memory, take less at a time; whether there is less to take."""
-        return False
+    def _keep(self, tokens: int) -> None:
+        # DynamicCache.crop takes minus the tokens to remove.
+        self.cache.crop(tokens - self.cache.get_seq_length())
 
-    def _score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        results = []
-        for request in requests:
-            results += self._forward([request], use_cache=False)
-        return results
-
-    def _forward(self, requests: Sequence[ScoreRequest], **options: Any) -> list[Logprobs]:
-        """Evaluate the tokens of requests, one after the other, in one pass."""
-        ids: list[int] = []
-        positions: list[int] = []
-        for request in requests:
-            positions += [len(ids) + position for position, _ in request.reads]
-            ids += request.ids
-        self.cost.add(TokenUsage(len(ids), -len(ids)))
-
-        device = self.model.device
-        with few_tokens(len(ids), device):
-            output = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                logits_to_keep=torch.tensor(positions, dtype=torch.long, device=device),
-                **options,
-            )
-        rows = iter(output.logits[0])
-        results = []
-        for request in requests:
-            logprobs = []
-            for _, candidates in request.reads:
-                row = next(rows).float().log_softmax(-1)
-                logprobs.append(row[list(candidates)].tolist())
-            results.append(logprobs)
-        return results
-
-
-@dataclass(frozen=True)
-class Tail(ScoreRequest):
-    """The end of a request: its tokens from `cut` on. Those before are the trunk's."""
-
-    cut: int = 0
-
-
-class TreeSession(UncachedSession):
-    """The trunk's keys and values stay in the cache; tails are appended to it and removed."""
-
-    ahead_tokens = 64  # a pass of few tokens costs as much as one with dozens more
-
-    def __init__(self, backend: HfBackend, chunk_tokens: int = 1024) -> None:
-        super().__init__(backend)
-        self.chunk_tokens = chunk_tokens
-        self.config = self.model.config.get_text_config()
-        self._clear()
-
-    def _clear(self) -> None:
-        self.trunk = np.empty(0, np.int64)  # token ids (T,)
-        self.cache = DynamicCache()
-        # Layers with a sliding window keep all keys too: a tail may branch off before it.
-        self.cache.layers = [GrowingLayer() for _ in range(self.config.num_hidden_layers)]
-
-    def _score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        # 1. The longest request becomes the trunk, up to where its logits are read.
-        longest = max(requests, key=_first_read)
-        self._extend_trunk(longest.ids[: _first_read(longest)])
-
-        # 2. Every request branches off the trunk with at least its first read.
-        tails = []
-        for request in requests:
-            cut = min(common_prefix_len(self.trunk, request.ids), _first_read(request))
-            reads = tuple((position - cut, candidates) for position, candidates in request.reads)
-            tails.append(Tail(request.ids[cut:], reads, cut))
-
-        # 3. Groups of tails go through the model together.
-        results = []
-        for group in _groups(tails, self.chunk_tokens):
-            results += self._score_tails(group)
-        return results
-
-    def _shrink(self) -> bool:
-        self._clear()
-        self.chunk_tokens //= 2
-        return self.chunk_tokens >= SMALLEST_CHUNK_TOKENS
-
-    def _extend_trunk(self, ids: tuple[int, ...]) -> None:
-        """Cache ids (n,), if they are longer than the trunk or branch off for over one pass."""
-        shared = common_prefix_len(self.trunk, ids)
-        if len(ids) <= len(self.trunk) and len(ids) - shared <= self.chunk_tokens:
-            return
-        self._crop(shared)
-        self.trunk = np.asarray(ids)
+    def _extend(self, piece: Tail) -> Logprobs:
         # Without a mask of ours, transformers takes its fastest attention.
-        for start in range(shared, len(ids), self.chunk_tokens):
-            chunk = ScoreRequest(ids[start : start + self.chunk_tokens], ())
-            self._forward([chunk], past_key_values=self.cache, use_cache=True)
+        return self._forward([piece])[0]
 
     def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
-        mask, position_ids = tree_mask(self.model, len(self.trunk), tails)
-        results = self._forward(
-            tails,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self._crop(len(self.trunk))
+        trunk_tokens = self.cache.get_seq_length()
+        mask, position_ids = tree_mask(self.model, trunk_tokens, tails)
+        results = self._forward(tails, attention_mask=mask, position_ids=position_ids)
+        self._keep(trunk_tokens)
         return results
 
-    def _crop(self, tokens: int) -> None:
-        """Keep the first tokens of the cache. DynamicCache.crop takes minus those to remove."""
-        self.cache.crop(tokens - self.cache.get_seq_length())
+    def _forward(self, tails: Sequence[Tail], **options: Any) -> list[Logprobs]:
+        return forward(self.model, tails, past_key_values=self.cache, use_cache=True, **options)
+
+
+def check_length(requests: Sequence[ScoreRequest], context_tokens: int) -> None:
+    """Refuse requests that are longer than the model's context, as a KitError."""
+    longest = max(len(request.ids) for request in requests)
+    if longest > context_tokens:
+        raise KitError(
+            f"A judging prompt has {longest} tokens, the model's context {context_tokens}.",
+            "Set judge.limit_tokens, or judge with a model of longer context.",
+        )
+
+
+@torch.inference_mode()
+def forward(model: Any, requests: Sequence[ScoreRequest], **options: Any) -> list[Logprobs]:
+    """Evaluate the tokens of requests, one after the other, in one pass; reads their logits."""
+    ids: list[int] = []
+    positions: list[int] = []
+    for request in requests:
+        positions += [len(ids) + position for position, _ in request.reads]
+        ids += request.ids
+    with few_tokens(len(ids), model.device):
+        output = model(
+            input_ids=torch.tensor([ids], device=model.device),
+            logits_to_keep=torch.tensor(positions, dtype=torch.long, device=model.device),
+            **options,
+        )
+    rows = iter(output.logits[0])
+    results = []
+    for request in requests:
+        logprobs = []
+        for _, candidates in request.reads:
+            row = next(rows).float().log_softmax(-1)
+            logprobs.append(row[list(candidates)].tolist())
+        results.append(logprobs)
+    return results
 
 
 def tree_mask(model: Any, trunk_tokens: int, tails: Sequence[Tail]) -> tuple[Any, torch.Tensor]:
@@ -227,17 +197,17 @@ def tree_mask(model: Any, trunk_tokens: int, tails: Sequence[Tail]) -> tuple[Any
 
 
 def open_session(
-    backend: HfBackend, uncached: bool = False, chunk_tokens: int = 1024
-) -> UncachedSession:
+    backend: HfBackend, uncached: bool = False, piece_tokens: int = 256
+) -> UncachedSession | TreeSession:
     """Open a session on a model.
 
     Args:
         uncached: evaluate every request from its first token, without a cache.
-        chunk_tokens: tokens of one forward pass with a cache; bounds memory.
+        piece_tokens: of one forward pass with a cache; bounds memory.
     """
     if uncached or cache_kind(backend) == "uncached":
         return UncachedSession(backend)
-    return TreeSession(backend, chunk_tokens)
+    return TreeSession(backend, piece_tokens)
 
 
 def cache_kind(backend: HfBackend) -> str:
@@ -257,14 +227,18 @@ def _tree_problem(backend: HfBackend) -> str:
     Compares cached with uncached log-probabilities of requests that share beginnings and branch.
     """
     # Chunked attention would pass a check that is shorter than a chunk: types come first.
-    layer_types, _ = get_layer_types_and_kwargs(backend.model.config.get_text_config())
+    config = backend.model.config.get_text_config()
+    layer_types, _ = get_layer_types_and_kwargs(config)
     other_types = set(layer_types) - TREE_LAYERS
     if other_types:
         return f"it has layers of type {', '.join(sorted(other_types))}"
 
-    requests = _check_requests(backend)
+    # longer than a short window
+    window = getattr(config, "sliding_window", None) or 0
+    length = window + 64 if 32 <= window <= 2048 else 96
+    requests = check_requests(config.vocab_size, min(length, backend.context_tokens - 6))
     uncached = np.asarray(UncachedSession(backend).score(requests))
-    session = TreeSession(backend, CHECK_CHUNK_TOKENS)
+    session = TreeSession(backend, CHECK_PIECE_TOKENS)
     try:
         # A question first, then longer and shorter ones: the trunk grows, and tails leave it.
         cached = session.score(requests[:1]) + session.score(requests[1:])
@@ -281,39 +255,3 @@ def _tree_problem(backend: HfBackend) -> str:
     if difference <= tolerance * uncached.std():
         return ""
     return f"log-probabilities moved by {difference:.2g}"
-
-
-def _check_requests(backend: HfBackend) -> list[ScoreRequest]:
-    """Random tokens cut at six places, each with a closing turn; longer than a short window."""
-    config = backend.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    length = window + 64 if 32 <= window <= 2048 else 96
-    length = min(length, backend.context_tokens - 6)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(config.vocab_size // 2, size=length + 6).tolist()
-    candidates = tuple(range(min(config.vocab_size, 512)))
-    requests = []
-    for number, ratio in enumerate((1 / 2, 1, 3 / 4, 1 / 3, 5 / 9, 7 / 8)):
-        prompt = (*ids[: int(length * ratio)], *ids[length + number % 3 :])
-        last = len(prompt) - 1
-        requests.append(ScoreRequest(prompt, ((last - 1, candidates), (last, candidates))))
-    return requests
-
-
-def _first_read(request: ScoreRequest) -> int:
-    """Position of a request's first read: from there on, its tokens must be evaluated."""
-    return request.reads[0][0] if request.reads else len(request.ids) - 1
-
-
-def _groups(tails: Sequence[Tail], limit_tokens: int) -> Iterator[list[Tail]]:
-    """Tails in order, in groups of at most so many tokens; a longer tail is a group of its own."""
-    group: list[Tail] = []
-    tokens = 0
-    for tail in tails:
-        if group and tokens + len(tail.ids) > limit_tokens:
-            yield group
-            group = []
-            tokens = 0
-        group.append(tail)
-        tokens += len(tail.ids)
-    yield group

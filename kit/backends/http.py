@@ -88,6 +88,8 @@ class HttpBackend:
             ids are not those of the tokenizer.
     """
 
+    cache_move = 0.0
+
     def __init__(self, engine: ModelConfig) -> None:
         if not engine.url:
             raise KitError(

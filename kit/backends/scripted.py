@@ -51,6 +51,7 @@ class ScriptedBackend:
 
     name = "scripted"
     tokenizer = ByteTokenizer()
+    cache_move = 0.0
 
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         self.context_tokens = engine.context_tokens or 1 << 20
@@ -87,6 +88,8 @@ class ScriptedBackend:
 
 class ScriptedSession:
     """Log-probabilities by a hash of the prompt."""
+
+    uncached = False
 
     def __init__(self, seconds: float) -> None:
         self.cost = TokenUsage()

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from kit.backends import open_backend
@@ -42,6 +42,7 @@ from kit.judging.search import binary, choose, gallop, sweep, violations
 from kit.judging.sentences import ends
 from kit.judging.success import missing_draws, success_probability
 from kit.prompts import (
+    PrefixEncoder,
     draft_turns,
     encode_after,
     encode_answer,
@@ -59,7 +60,6 @@ LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
 LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
 STRETCH_CHARACTERS = 2048  # of a trace, that a sweep reads in one pass: about 512 tokens
 STRETCH_DRAWS = 8  # generated in one batch, at most, where a stretch is drawn
-READ_AHEAD_RATIO = 6  # reading ahead makes a pass longer by at most a sixth
 
 # The text up to the brace that closes the box which `prompts.answer_cue` opened.
 _BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")
@@ -96,6 +96,10 @@ class Judge(ExitStack):
             "success": True,
         }[settings.kind]
 
+        # The prompts of a trace begin alike; a server judges several traces at once.
+        encode = backend.tokenizer.encode
+        self._encoder = lru_cache(maxsize=64)(lambda _id: PrefixEncoder(encode))
+
         # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
         self.shared_label_tokens, self.label_tokens = split_labels(
             *(encode_answer(backend.tokenizer, label) for label in settings.labels)
@@ -118,7 +122,9 @@ class Judge(ExitStack):
         else:
             user = solve_text(prompts, row.question)
             answer = prefix + text_of(prompts, "answer_cue")
-        return render(self.backend.tokenizer, user, student.system, answer, student.thinking)
+        encode = self._encoder(row.id).encode
+        tokenizer = self.backend.tokenizer
+        return render(tokenizer, user, student.system, answer, student.thinking, encode)
 
     def request(self, row: PrefixRow, prefix: str) -> ScoreRequest:
         """The question with the places where its verdict is read; none where it is generated."""
@@ -186,7 +192,7 @@ class TraceJudge:
     session: ScoringSession
     steer: Callable[[int], bool] | None = None
     trunk: Trunk | None = None
-    known: dict[int, Verdict] = field(default_factory=dict)  # by boundary: asked, or read ahead
+    known: dict[int, Verdict] = field(default_factory=dict)  # by boundary
     verdicts: dict[int, Verdict] = field(default_factory=dict)  # those asked, in that order
     samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)  # kind success
     generated_tokens: int = 0
@@ -196,6 +202,9 @@ class TraceJudge:
     def __post_init__(self) -> None:
         self.ends = ends(self.row.trace)
         judge = self.judge
+        # in nats; known once a session is open, and grows where a verdict that is read twice shows
+        is_cached = not (self.session.uncached or judge.generates_verdicts)
+        self.cache_move = judge.backend.cache_move if is_cached else 0.0
         if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
             [logprobs] = self.session.score([judge.request(self.row, "")])
             self.calibration_offset = judge.margin(logprobs)
@@ -203,7 +212,7 @@ class TraceJudge:
     @property
     def _no_cache(self) -> bool:
         """Whether every question is a whole prefill: the model's cache cannot branch."""
-        return getattr(self.session, "ahead_tokens", None) == 0
+        return self.session.uncached
 
     def search(self, name: str, m: int) -> int | None:
         """The boundary that a search keeps, of the first m; None: none is ENOUGH."""
@@ -243,11 +252,11 @@ class TraceJudge:
             self._score({after: self._request(after)})
         return self.known[after].label != "ENOUGH"
 
-    def ask(self, k: int, *ahead: int) -> bool:
-        """Whether the first k sentences suffice; `ahead` may be asked next."""
-        return self.ask_many([k], ahead)[0]
+    def ask(self, k: int) -> bool:
+        """Whether the first k sentences suffice."""
+        return self.ask_many([k])[0]
 
-    def ask_many(self, boundaries: Sequence[int], ahead: Sequence[int] = ()) -> list[bool]:
+    def ask_many(self, boundaries: Sequence[int]) -> list[bool]:
         """Ask several boundaries together."""
         requests = {k: self._request(k) for k in boundaries}
         longest_tokens = max(len(request.ids) for request in requests.values())
@@ -258,7 +267,7 @@ class TraceJudge:
         elif self.judge.generates_verdicts:
             self._generate(unknown)
         elif unknown:
-            self._score({**unknown, **self._read_ahead(ahead, longest_tokens)})
+            self._score(unknown)
         for k in boundaries:
             self.verdicts[k] = self.known[k]
         if self.steer:
@@ -270,36 +279,30 @@ class TraceJudge:
         return self.judge.request(self.row, self.row.trace[:end])
 
     def _score(self, requests: dict[int, ScoreRequest]) -> None:
-        """Read verdicts from log-probabilities, all in one call."""
+        """Read verdicts from log-probabilities, all in one call.
+
+        Where a cache moves margins by more than rounding, verdicts nearer to the threshold than
+        the largest move are read again without it, the nearest first.
+        """
         scores = self.session.score(list(requests.values()))
+        margins = {}
         for k, logprobs in zip(requests, scores, strict=True):
-            margin = self.judge.margin(logprobs) - self.calibration_offset
+            margins[k] = self.judge.margin(logprobs) - self.calibration_offset
+
+        threshold = self.judge.threshold
+        for k in sorted(margins, key=lambda k: abs(margins[k] - threshold)):
+            margin = margins[k]
+            if abs(margin - threshold) < self.cache_move:
+                margin = self._uncached_margin(requests[k])
+                self.cache_move = max(self.cache_move, abs(margin - margins[k]))
             label = self.judge.label(margin)
             self.known[k] = Verdict(sentences=k, label=label, margin=round(margin, 6))
 
-    def _read_ahead(self, ahead: Sequence[int], longest_tokens: int) -> dict[int, ScoreRequest]:
-        """Which of the boundaries that may be asked next are worth reading in the same pass.
-
-        Args:
-            ahead: boundaries, the next ones first.
-            longest_tokens: of the questions that the pass reads anyway.
-        """
-        # only sessions with a cache have this; without one, each question is a prefill of its own
-        near_tokens = getattr(self.session, "ahead_tokens", 0)
-        if not near_tokens:
-            return {}
-        requests = {k: self._request(k) for k in ahead if k not in self.known}
-        limit_tokens = longest_tokens + max(near_tokens, longest_tokens // READ_AHEAD_RATIO)
-        goes_back = longest_tokens < self.prompt_tokens
-        if goes_back or any(len(request.ids) > limit_tokens for request in requests.values()):
-            # one step only, and only where the text is cached already
-            ahead = ahead[:2]
-            limit_tokens = self.prompt_tokens
-        return {
-            k: request
-            for k, request in requests.items()
-            if k in ahead and len(request.ids) <= limit_tokens
-        }
+    def _uncached_margin(self, request: ScoreRequest) -> float:
+        with closing(self.judge.backend.session(uncached=True)) as session:
+            [logprobs] = session.score([request])
+        self.session.cost.add(session.cost)
+        return self.judge.margin(logprobs) - self.calibration_offset
 
     def _generate(self, boundaries: Iterable[int]) -> None:
         """Generate verdicts greedily, as the paper does; UNPARSED ones count as not enough."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-# ask(k, *ahead): whether the first k sentences suffice; `ahead` is what may be asked next.
-Ask = Callable[..., bool]
+Ask = Callable[[int], bool]  # ask(k): whether the first k sentences suffice
 
 
 def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | None:
@@ -29,25 +28,12 @@ def binary(m: int, ask: Ask, low: int = 1, kept: int | None = None) -> int | Non
     high = m
     while low <= high:
         middle = (low + high) // 2
-        # one step to the left lies within the text just read; to the right, three steps are named
-        left = upcoming(low, middle - 1, 1)
-        right = upcoming(middle + 1, high, 3)
-        if ask(middle, *left, *right):
+        if ask(middle):
             kept = middle
             high = middle - 1
         else:
             low = middle + 1
     return kept
-
-
-def upcoming(low: int, high: int, steps: int) -> list[int]:
-    """What `binary` may ask in its next steps over [low, high], the next boundary first."""
-    if low > high or steps == 0:
-        return []
-    middle = (low + high) // 2
-    left = upcoming(low, middle - 1, steps - 1)
-    right = upcoming(middle + 1, high, steps - 1)
-    return [middle, *left, *right]
 
 
 def gallop(m: int, ask: Ask) -> int | None:
@@ -119,7 +105,7 @@ def choose(enough: Sequence[bool], rule: str, confirm: int = 1) -> int | None:
         The boundary; None where there is none.
     """
     if rule == "binary":
-        return binary(len(enough), lambda k, *_: enough[k - 1])
+        return binary(len(enough), lambda k: enough[k - 1])
     # stable: a run that only the end confirms
     return first_run(enough, confirm if rule == "first" else len(enough))
 
