@@ -66,7 +66,7 @@ last_errors: deque[str] = deque(maxlen=3)  # that llama.cpp logged
 @llama_cpp.llama_log_callback
 def keep_errors(level: int, text: bytes, _: Any) -> None:
     """Take llama.cpp's log, so that it stays out of the terminal."""
-    if level == 3:
+    if level in (3, 4):  # warnings and errors
         last_errors.append(text.decode("utf-8", "replace").strip())
 
 

@@ -137,6 +137,8 @@ def _groups(files: list[Files]) -> Groups:
         label = config["method"]
         if methods[label] > 1:
             label = f"{label} ({config['name']})"
+        if label in groups:
+            label = f"{label} in {runs[0].folder}"
         groups[label] = runs
     return groups
 
