@@ -245,7 +245,7 @@ def test_searches_draw_what_the_uncached_way_draws(student: Any) -> None:
         assert uncached.generated_tokens > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "lfm2", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "lfm2", "qwen3-next"])
 def test_every_architecture_draws_the_same_and_names_its_fallback(name: str) -> None:
     from tests.tiny_backend import tiny_backend
 

@@ -10,8 +10,6 @@ from kit.backends.scripted import ByteTokenizer
 from kit.core.config import ModelConfig
 from tests.test_hf_session import CONFIGS
 
-EVERY_KIND = ("llama", "mistral", "lfm2", "mamba")  # full, sliding window, hybrid, recurrent
-
 
 def tiny_backend(name: str, context_tokens: int = 2048) -> HfBackend:
     """A real backend around one of test_hf_session's models; it ends no text by itself."""
