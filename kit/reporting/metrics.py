@@ -25,6 +25,15 @@ from kit.core.storage import RowFile
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
 STAGE_KEYS = ("rows_in", "rows_out", "seconds", "done")
+JUDGING_TOTALS = (
+    "prefill_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "over_limit_traces",
+    "judged_traces",
+    "insufficient_traces",
+    "violating_traces",
+)
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
 MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
@@ -239,23 +248,33 @@ def _rejections(files: Files) -> list[Json]:
 
 def _judging(rows: Sequence[PrefixRow]) -> Json:
     """How much of each trace was kept, and what the verdicts were and cost."""
-    cut = [row for row in rows if not row.rejected]
-    neighbours = [row.isolated for row in cut if row.isolated is not None]
-    ratios = percentiles([row.ratio for row in cut])
-    labels = Counter(verdict.label for row in rows for verdict in row.verdicts)
+    ratios = []
+    neighbours = []
+    labels: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for row in rows:
+        labels.update(verdict.label for verdict in row.verdicts)
+        totals["prefill_tokens"] += row.prefill_tokens
+        totals["cached_tokens"] += row.cached_tokens
+        totals["generated_tokens"] += row.generated_tokens
+        totals["over_limit_traces"] += 0 < row.searched_sentences < row.sentences_total
+        if row.rejected:
+            continue
+        ratios.append(row.ratio)
+        totals["judged_traces"] += bool(row.verdicts)
+        totals["insufficient_traces"] += not row.sufficient
+        totals["violating_traces"] += row.violations > 0
+        if row.isolated is not None:
+            neighbours.append(row.isolated)
+    kept = percentiles(ratios)
     return {
-        "prefix_ratio": ratios,
-        "prefix_ratio_median": ratios["p50"],
+        "prefix_ratio": kept,
+        "prefix_ratio_median": kept["p50"],
         "verdicts_asked": labels.total(),
         "verdicts_unparsed": labels["UNPARSED"],
-        "prefill_tokens": sum(row.prefill_tokens for row in rows),
-        "cached_tokens": sum(row.cached_tokens for row in rows),
-        "generated_tokens": sum(row.generated_tokens for row in rows),
-        "judged_traces": sum(bool(row.verdicts) for row in cut),
         "isolated_traces": {"rows": sum(neighbours), "of": len(neighbours)},
-        "over_limit_traces": sum(0 < row.searched_sentences < row.sentences_total for row in rows),
-        "insufficient_traces": sum(not row.sufficient for row in cut),
-        "violating_traces": sum(row.violations > 0 for row in cut),
+        **dict.fromkeys(JUDGING_TOTALS, 0),
+        **totals,
     }
 
 
