@@ -338,7 +338,8 @@ class Server:
             def log_message(self, *_: Any) -> None: ...
 
             def do_GET(self) -> None:
-                outer.asked.append((self.path, dict(self.headers)))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                outer.asked.append((self.path, headers))
                 self.reply(models if self.path.endswith("/models") else other)
 
             def do_POST(self) -> None:
@@ -418,7 +419,7 @@ def test_a_hostile_server(
         assert "named-secret" not in printed and server.asked
         for _, headers in server.asked:
             assert "of-another-account" not in str(headers)
-            assert headers.get("Authorization") == "Bearer named-secret"
+            assert headers["authorization"] == "Bearer named-secret"
     for file in (tmp_path / "runs").rglob("*"):
         assert file.is_dir() or b"named-secret" not in file.read_bytes()
     assert not list(tmp_path.rglob("traces.jsonl"))

@@ -135,7 +135,8 @@ class HttpBackend:
                 properties = self._call("/props")
                 limit = properties["default_generation_settings"]["n_ctx"]
                 self.concurrent = min(self.concurrent, properties["total_slots"])
-            self.context_tokens = min(filter(None, (limit, engine.context_tokens)), default=0)
+            limits = filter(None, (limit, engine.context_tokens))
+            self.context_tokens = int(min(limits, default=0))
         if not self.context_tokens:
             raise KitError(
                 f"{self.root} does not report the model's context.", "Set context_tokens."
