@@ -320,6 +320,7 @@ SERVERS: dict[str, tuple[Any, Any]] = {
     "ids are null": (MODELS, completion(token_ids=[None])),
     "ids are huge": (MODELS, completion(token_ids=[10**30])),
     "ids are negative": (MODELS, completion(token_ids=[-5])),
+    "ids past the vocabulary": (MODELS, completion(token_ids=[10**9])),
     "redirect": (302, 302),
     "drips": ("drip", {}),
     "drips headers": ("headers", {}),

@@ -136,7 +136,8 @@ class GgufTokenizer:
         return b"".join(map(self._piece, ids)).decode("utf-8", "replace")
 
     def _read_piece(self, token: int) -> bytes:
-        if token < 0:  # the BOS or EOS of a model that has none
+        # the BOS or EOS of a model that has none; a server's id that llama.cpp would abort on
+        if not 0 <= token < llama_cpp.llama_vocab_n_tokens(self._vocab):
             return b""
         buffer = ctypes.create_string_buffer(1024)
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)

@@ -351,6 +351,8 @@ class HttpBackend:
         if ids is None:  # SGLang
             ids = self.tokenizer.encode(choice["text"], special=False)
         ids = [int(token) for token in ids]
+        if not all(0 <= token < 1 << 31 for token in ids):
+            raise ValueError("a token id out of range")
         finish_reason: Any = choice.get("finish_reason")
         if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
