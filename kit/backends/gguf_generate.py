@@ -98,6 +98,7 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
         context = trunk.state
         if context is None or context.tokens < longest:
             trunk.close()
+            trunk.state = None
             tokens = max(longest, min(trunk.room_tokens, limit))
             try:
                 context = open_context(backend, tokens, len(waiting), spare=int(bool(kept)))
