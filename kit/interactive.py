@@ -1,15 +1,13 @@
 """Looking closely: one trace walked through interactively, and a prompt as the model sees it.
 
 The steps are those of sections 3.2 and 3.3: the problem, each question of the search, the cut, the
-continuation and its grade. On a terminal keys go forward and back; elsewhere every step is
-printed as plain text. Nothing is written.
+continuation and its grade, as plain text. On a terminal each step waits for a key. Nothing is
+written.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
-import textwrap
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
@@ -31,44 +29,16 @@ MAX_TOKENS = 512  # of the continuation: a person waits for it
 
 def walk(config: Config) -> int:
     """Show the steps of the first trace that `config.teacher` names. Returns the exit code."""
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with closing(_steps(config)) as steps:
-        titled = (f"--- {number}. {visible(step)}\n" for number, step in enumerate(steps, 1))
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            _page(titled)
-        else:
-            for step in titled:
-                print(step, flush=True)
+        for number, step in enumerate(steps, 1):
+            print(f"--- {number}. {visible(step)}\n", flush=True)
+            # A step is made only when it is wanted.
+            if on_terminal:
+                print("[enter: next, q: quit] ", end="", flush=True)
+                if sys.stdin.readline().strip() == "q":
+                    break
     return 0
-
-
-def _page(steps: Iterator[str]) -> None:
-    """Show steps screen by screen until q is pressed; a step is made when it is first wanted."""
-    coming = (screen for step in steps for screen in _screens(step))
-    screens: list[str] = []
-    position = 0
-    key = ""
-    while key != "q":
-        if position == len(screens):
-            screens.extend(next(coming, []))
-        # past the last screen it stays where it is
-        position = min(position, len(screens) - 1)
-        keys = "[enter: next, b: back, q: quit] "
-        print(f"\033[2J\033[H{screens[position]}\n{keys}", end="", flush=True)
-        # the end of the input is a q
-        key = (sys.stdin.readline() or "q").strip().lower()
-        position = max(0, position - 1) if key == "b" else position + 1
-
-
-def _screens(step: str) -> Iterator[list[str]]:
-    """A step's lines, wrapped and cut to the terminal's size; each screen alone in a list."""
-    width, height = shutil.get_terminal_size()
-    height -= 3
-    lines: list[str] = []
-    for line in step.splitlines():
-        lines += textwrap.wrap(line, width) or [""]
-    for start in range(0, len(lines), height):
-        more = "\n(more)" if start + height < len(lines) else ""
-        yield ["\n".join(lines[start : start + height]) + more]
 
 
 def _steps(config: Config) -> Generator[str, None, None]:

@@ -80,22 +80,7 @@ def main() -> None:
     # 3. The student, untrained, judges prefixes. Binary search for the shortest sufficient one:
     #    ENOUGH moves left, NOT_ENOUGH moves right. (kit/judging/search.py, judge.py)
     print("\n=== 3. Verdicts ===\n")
-    low = 1
-    high = len(sentences)
-    kept = high
-    while low <= high:
-        k = (low + high) // 2
-        prefix = "".join(sentences[:k])
-        prompt = JUDGE.format(question=problem.question, prefix=prefix)
-        margin = log_odds(student, tokenizer, prompt)
-        if margin >= THRESHOLD:
-            label = "ENOUGH"
-            kept = k
-            high = k - 1
-        else:
-            label = "NOT_ENOUGH"
-            low = k + 1
-        print(f"first {k} of {len(sentences)} sentences: log-odds {margin:+.4f} -> {label}")
+    kept = search(student, tokenizer, problem.question, sentences)
 
     # 4. The cut. Had no prefix been sufficient, the whole trace would stay.
     prefix = "".join(sentences[:kept])
@@ -111,12 +96,7 @@ def main() -> None:
     # 6. Only a right continuation becomes training data (Eq. 9): it must box an answer, and
     #    math-verify must find it equal to the gold answer. (kit/grading/answers.py)
     print("\n=== 6. Its continuations, graded ===\n")
-    right = []
-    for text in sample(student, tokenizer, draft):
-        is_right = "\\boxed" in text and verify(parse(problem.answer), parse(text))
-        print("correct:" if is_right else "wrong:  ", repr(text))
-        if is_right:
-            right.append(text)
+    right = grade(sample(student, tokenizer, draft), problem.answer)
     if not right:
         print("None is correct: the problem is dropped from the training data.")
         return
@@ -129,14 +109,27 @@ def main() -> None:
 
     # 8. One LoRA step on that row. (kit/training)
     print("\n=== 8. One step of LoRA ===\n")
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(student, lora)
-    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3, weight_decay=0)
-    before = target_loss(adapted, tokenizer, row)
-    before.backward()
-    optimizer.step()
-    after = target_loss(adapted, tokenizer, row)
-    print(f"loss before {before:.4f}, after {after:.4f}")
+    train(student, tokenizer, row)
+
+
+def search(student: Any, tokenizer: Any, question: str, sentences: list[str]) -> int:
+    """How many sentences the shortest prefix has that a binary search finds sufficient."""
+    low = 1
+    high = len(sentences)
+    kept = high
+    while low <= high:
+        k = (low + high) // 2
+        prompt = JUDGE.format(question=question, prefix="".join(sentences[:k]))
+        margin = log_odds(student, tokenizer, prompt)
+        if margin >= THRESHOLD:
+            label = "ENOUGH"
+            kept = k
+            high = k - 1
+        else:
+            label = "NOT_ENOUGH"
+            low = k + 1
+        print(f"first {k} of {len(sentences)} sentences: log-odds {margin:+.4f} -> {label}")
+    return kept
 
 
 def prompt_ids(tokenizer: Any, user: str) -> list[int]:
@@ -177,6 +170,29 @@ def sample(student: Any, tokenizer: Any, prompt: str) -> list[str]:
         max_new_tokens=64,
     )
     return tokenizer.batch_decode(sequences[:, len(ids) :], skip_special_tokens=True)
+
+
+def grade(texts: list[str], gold: str) -> list[str]:
+    """The texts whose boxed answer is the gold answer."""
+    right = []
+    for text in texts:
+        is_right = "\\boxed" in text and verify(parse(gold), parse(text))
+        print("correct:" if is_right else "wrong:  ", repr(text))
+        if is_right:
+            right.append(text)
+    return right
+
+
+def train(student: Any, tokenizer: Any, row: dict[str, str]) -> None:
+    """One optimizer step on one row, with its loss before and after."""
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(student, lora)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3, weight_decay=0)
+    before = target_loss(adapted, tokenizer, row)
+    before.backward()
+    optimizer.step()
+    after = target_loss(adapted, tokenizer, row)
+    print(f"loss before {before:.4f}, after {after:.4f}")
 
 
 def target_loss(model: Any, tokenizer: Any, row: dict[str, str]) -> torch.Tensor:

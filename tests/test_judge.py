@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,42 +28,16 @@ def student() -> Any:
     backend.close()
 
 
+def row_of(raw: dict[str, str], copies: int = 1) -> PrefixRow:
+    """A real trace, or several copies of it in a row, as `cut` takes it."""
+    fields = {name: raw[name] for name in ("id", "question", "answer")}
+    return from_problem(Problem(**fields, trace=raw["long_cot"] * copies))
+
+
 @pytest.fixture(scope="module")
-def traces(shared: Path) -> list[PrefixRow]:
-    rows = []
-    for line in (shared / "long_cot_aime24.jsonl").read_text(encoding="utf-8").splitlines():
-        raw = json.loads(line)
-        fields = {name: raw[name] for name in ("id", "question", "answer")}
-        rows.append(from_problem(Problem(**fields, trace=raw["long_cot"])))
-    return rows
-
-
-def test_a_trace_without_memory_is_an_outcome_and_other_errors_are_raised(
-    student: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge = Judge(configs.Config(), student)
-    row = whole_row()
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(student, "session", fail)
-    error: Exception = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-    rejected = cut(judge, row)
-    assert rejected.rejected == "out of memory" and "2 GiB" in rejected.detail
-    assert rejected.sufficient is False and not rejected.verdicts
-    error = RuntimeError("a defect")
-    with pytest.raises(RuntimeError, match="a defect"):
-        cut(judge, row)
-
-
-def short(judge: Judge, traces: list[PrefixRow], count: int) -> list[PrefixRow]:
-    """The first traces whose whole prompt has under 1,500 tokens, shortest first."""
-    sized = sorted(
-        (len(judge.request(row, row.trace).ids), row.id) for row in traces if len(row.trace) < 6000
-    )
-    by_id = {row.id: row for row in traces}
-    return [by_id[id] for tokens, id in sized if tokens < 1500][:count]
+def traces(real_traces: list[dict[str, str]]) -> list[PrefixRow]:
+    """Real traces, shortest first: three in every clone."""
+    return [row_of(raw) for raw in real_traces]
 
 
 def uncached_margins(judge: Judge, row: PrefixRow, boundaries: list[int]) -> dict[int, float]:
@@ -90,17 +62,53 @@ def compare(verdicts: tuple[Verdict, ...], uncached: dict[int, float], threshold
     return near_ties
 
 
-@pytest.mark.parametrize(("kind", "count"), [("verbal", 6), ("answer", 1)])
-def test_searches_equal_uncached_ones_at_every_boundary(
-    kind: str, count: int, student: Any, traces: list[PrefixRow]
+@pytest.fixture(scope="module")
+def beginning(traces: list[PrefixRow]) -> PrefixRow:
+    """The first eight sentences of a real trace: enough to cut, and quick to judge."""
+    row = traces[0]
+    fields = row.model_dump(include={"id", "question", "answer"})
+    return from_problem(Problem(**fields, trace=row.trace[: ends(row.trace)[7]]))
+
+
+def test_a_trace_without_memory_is_an_outcome_and_other_errors_are_raised(
+    student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thresholds at the margins' median and above all give both labels, and cuts in the middle."""
+    judge = Judge(configs.Config(), student)
+    row = whole_row()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(student, "session", fail)
+    error: Exception = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    rejected = cut(judge, row)
+    assert rejected.rejected == "out of memory" and "2 GiB" in rejected.detail
+    assert rejected.sufficient is False and not rejected.verdicts
+    error = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        cut(judge, row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("verbal", 0),
+        ("answer", 0),
+        pytest.param("verbal", 6, marks=pytest.mark.slow),
+        pytest.param("answer", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_searches_equal_uncached_ones_at_every_boundary(
+    kind: str, count: int, student: Any, beginning: PrefixRow, traces: list[PrefixRow]
+) -> None:
+    """Thresholds at the margins' median and above all give both labels, and cuts in the middle.
+
+    On so many whole traces; 0: on a trace's beginning.
+    """
     judge = Judge(judge_config(kind=kind), student)
     middle_cuts = 0
     near_ties = 0
-    chosen = short(judge, traces, count)
-    assert len(chosen) == count
-    for number, row in enumerate(chosen):
+    for number, row in enumerate(traces[:count] or [beginning]):
         m = row.sentences_total
         uncached = uncached_margins(judge, row, list(range(1, m + 1)))
         ordered = sorted(uncached.values())
@@ -132,14 +140,20 @@ def test_searches_equal_uncached_ones_at_every_boundary(
 
 @pytest.mark.slow
 def test_seeded_boundaries_of_longer_traces_equal_uncached_ones(
-    student: Any, traces: list[PrefixRow]
+    student: Any, traces: list[PrefixRow], real_traces: list[dict[str, str]]
 ) -> None:
-    """12 traces, 8 boundaries each: scan and one-by-one questions against uncached margins."""
+    """4 traces, 5 boundaries each: scan and one-by-one questions against uncached margins.
+
+    Where there are the three short traces only, they are repeated to a length of several thousand
+    characters.
+    """
     judge = Judge(judge_config(), student)
     draw = random.Random(5)
-    fitting = [row for row in traces if len(judge.request(row, row.trace).ids) <= 5000]
-    for row in draw.sample(fitting, 12):
-        boundaries = draw.sample(range(1, row.sentences_total + 1), min(8, row.sentences_total))
+    if len(traces) == 3:
+        traces = [row_of(raw, copies) for raw in real_traces for copies in (2, 3, 4)]
+    fitting = [row for row in traces if len(judge.request(row, row.trace).ids) <= 2500]
+    for row in draw.sample(fitting, 4):
+        boundaries = draw.sample(range(1, row.sentences_total + 1), min(5, row.sentences_total))
         uncached = uncached_margins(judge, row, boundaries)
         many = TraceJudge(judge, row, student.session())
         many.ask_many(boundaries)
@@ -153,7 +167,7 @@ def test_seeded_boundaries_of_longer_traces_equal_uncached_ones(
 
 def test_a_cut_inside_a_word_merges_tokens(student: Any, traces: list[PrefixRow]) -> None:
     judge = Judge(judge_config(), student)
-    row = short(judge, traces, 1)[0]
+    row = traces[0]
     whole = judge.request(row, row.trace)
     in_words = [i for i in range(200, 700) if row.trace[i - 1].isalpha() and row.trace[i].isalpha()]
     requests = [judge.request(row, row.trace[:i]) for i in in_words[:40:8]]
@@ -174,18 +188,17 @@ def test_a_cut_inside_a_word_merges_tokens(student: Any, traces: list[PrefixRow]
 
 
 def test_generated_labels_have_no_margin_and_may_be_unparsed(
-    student: Any, traces: list[PrefixRow]
+    student: Any, beginning: PrefixRow
 ) -> None:
     """The paper's way: what is neither label is an outcome of its own."""
     judge = Judge(judge_config(decode="generate", max_new_tokens=3), student)
-    trace = short(judge, traces, 1)[0]
-    row = cut(judge, trace)
+    row = cut(judge, beginning)
     assert {verdict.label for verdict in row.verdicts} <= {"ENOUGH", "NOT_ENOUGH", "UNPARSED"}
     assert all(verdict.margin is None for verdict in row.verdicts)
     assert row.prefill_tokens > row.prompt_tokens
     keys = {"kind": "answer", "answer_scoring": "greedy", "max_new_tokens": 8}
     with Judge(judge_config(**keys), student) as greedy:
-        assert cut(greedy, trace).verdicts
+        assert cut(greedy, beginning).verdicts
 
 
 def test_labels_part_after_their_common_tokens() -> None:
@@ -213,10 +226,10 @@ def test_a_label_inside_the_other_is_the_other() -> None:
 
 
 def test_without_a_cache_only_what_is_asked_is_evaluated(
-    student: Any, traces: list[PrefixRow]
+    student: Any, beginning: PrefixRow
 ) -> None:
     judge = Judge(judge_config(search="uncached"), student)
-    row = cut(judge, short(judge, traces, 1)[0])
+    row = cut(judge, beginning)
     tokens = 0
     for verdict in row.verdicts:
         prefix = row.trace[: ends(row.trace)[verdict.sentences - 1]]

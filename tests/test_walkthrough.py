@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 
+import palign
 from kit import prompts, walkthrough
 from kit.core.config import Prompts
 from kit.core.records import AlignedRow
@@ -25,16 +27,13 @@ CUT = re.compile(r"4\. The kept prefix: (\d+) of (\d+) sentences")
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
     """What `python -m kit.walkthrough` prints, by the number of the step."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "kit.walkthrough"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    parts = re.split(r"\n=== (\d)\. .*? ===\n\n", finished.stdout)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        runpy.run_module("kit.walkthrough", run_name="__main__")
+    text = output.getvalue()
+    parts = re.split(r"\n=== (\d)\. .*? ===\n\n", text)
     steps = dict(zip(parts[1::2], parts[2::2], strict=True))
-    cut = CUT.search(finished.stdout)
+    cut = CUT.search(text)
     assert cut is not None
     steps["kept"] = cut[1]
     return steps
@@ -57,12 +56,12 @@ def judged(problem: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     """What the kit's own judge says about the same trace, by the command line."""
     folder = tmp_path_factory.mktemp("judge")
     (folder / "trace.jsonl").write_text(json.dumps(problem) + "\n")
-    command = [sys.executable, "palign.py", "judge", str(folder / "trace.jsonl")]
     threshold = f"--threshold={walkthrough.THRESHOLD}"
-    finished = subprocess.run(
-        [*command, threshold, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    [trace] = json.loads(finished.stdout)["traces"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = palign.main(["judge", str(folder / "trace.jsonl"), threshold, "--json"])
+    assert code == 0
+    [trace] = json.loads(output.getvalue())["traces"]
     return trace
 
 
