@@ -6,6 +6,7 @@ Nothing is computed here, and nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -98,10 +99,7 @@ def parser() -> ArgumentParser:
     about = "check this machine; each finding with the command that fixes it"
     option = command("doctor", _doctor, about)
     option("--full", action="store_true", help="measure generation, judging and training too")
-    option = command("export", _export, "merge a run's adapter, or turn it into a GGUF file")
-    option("folder", type=_path, metavar="RUN", help="run folder")
-    option("--to", choices=("merged", "gguf"), default="merged")
-    option("--out", type=_path, metavar="DIR", help="default: RUN/export")
+    _export_options(command("export", _export, "a run's adapter for llama.cpp, Ollama, the hub"))
     option = command("prompt", _prompt, "show a prompt as the model sees it", config=True)
     option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
@@ -139,6 +137,18 @@ def _bench_options(option: Option) -> None:
     option("--neighbour", action="store_true", help="again beside a process that computes")
     option("--tokens", type=int, default=4096, help="train: length of the row")
     option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
+
+
+def _export_options(option: Option) -> None:
+    targets = ("merged", "gguf-lora", "gguf", "ollama", "hub")
+    option("folder", type=_path, metavar="RUN", help="run folder")
+    option("--to", choices=targets, default="merged")
+    option("--out", type=_path, metavar="DIR", help="default: RUN/export")
+    option("--base", help="the base model's GGUF (gguf-lora, ollama) or hub id (hub)")
+    option("--quantize", choices=("q8_0", "q4_k_m"), help="gguf, ollama: default f16")
+    option("--repo", metavar="OWNER/NAME", help="hub: upload to it, private, with OWNER/NAME-data")
+    option("--update", action="store_true", help="hub: it may exist; its README stays")
+    option("--dry-run", action="store_true", help="hub: show everything, upload nothing")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,6 +207,7 @@ def _stages(args: Namespace, progress: Any) -> int:
     from kit.core.stages import STAGE_TABLE, STAGES
     from kit.data import problems_of
     from kit.reporting import metrics, report
+    from kit.training import trackers
 
     config = _config(args)
     whole = args.command == "run"
@@ -204,13 +215,18 @@ def _stages(args: Namespace, progress: Any) -> int:
     if whole:
         # A run that stops early gets a report too.
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
-    with Run(config, progress, args.command) as run:
+    # Some trackers print; standard output is for the result.
+    with Run(config, progress, args.command) as run, contextlib.redirect_stdout(sys.stderr):
+        trackers.send(run, {"seed": config.seed})
         if whole:
             # What can be known is reported at once, not after hours.
             preflight.refuse(config, partial(problems_of, run))
         try:
             for name in names:
+                before = run.manifest["stages"].get(name)
                 resolve_name(STAGE_TABLE[name].entry_point)(run)
+                if run.manifest["stages"].get(name) is not before:
+                    trackers.report(run, name)
         except Exception:
             # So does one that fails; what keeps the page from being written hides no error.
             if whole:
@@ -308,7 +324,9 @@ def _doctor(args: Namespace, progress: Any) -> int:
 def _export(args: Namespace, progress: Any) -> int:
     from kit.training import export
 
-    return _print(args, export.export(args.folder, progress, args.to, args.out))
+    keys = ("folder", "to", "out", "base", "quantize", "repo", "update", "dry_run")
+    job = export.Export(progress=progress, **{key: getattr(args, key) for key in keys})
+    return _print(args, export.export(job))
 
 
 def _prompt(args: Namespace, progress: Any) -> int:

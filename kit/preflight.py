@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.backends import check_adapter, open_backend, tokenizer_alone
+from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
 from kit.core.config import Config, ModelConfig, flat, load
 from kit.core.errors import ConfigError, KitError
@@ -249,8 +249,8 @@ def _check_memory(config: Config) -> None:
 def _check_eval(config: Config, todo: list[str]) -> None:
     """The evaluated model takes the adapter, and is asked in the way of the training."""
     asked = config.eval
-    if config.method != "zero-shot":
-        check_adapter(asked)
+    if config.method != "zero-shot" and asked.backend == "gguf":
+        gguf_file(asked.model)
     _open_tokenizer(asked)
     student = config.student
     if (asked.system, asked.thinking) != (student.system, student.thinking) and "train" in todo:

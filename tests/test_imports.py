@@ -47,6 +47,7 @@ CIRCLES = {
     ),  # a backend opens sessions, a session names its backend's type
     ("kit.backends.gguf", "kit.backends.gguf_generate"),  # likewise
     ("kit.backends.hf", "kit.backends.hf_generate"),  # likewise
+    ("kit.training.export", "kit.training.hub"),  # export dispatches, hub takes the job's type
     ("kit.core.run", "kit.core.stages"),  # the work loop takes the run that it works for
 }
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from kit.core.run import Run, read_manifest
 from kit.models import hf_folder, load_tokenizer
 from kit.pipeline import train as stage
 from kit.prompts import render, solve_text, template_hash, words
+from kit.training import trackers
 from kit.training import trainer as training
 from kit.training.sft_data import CUT, Example, collate, end_of_turn, order, prepare, read_rows
 
@@ -707,3 +709,69 @@ def test_nf4_on_the_packaged_model_learns(tmp_path: Path) -> None:
     )
     summary = run_stage(config, rows(2))["stages"]["train"]["summary"]
     assert summary["fixed_batch_after"] < summary["fixed_batch_before"] - 0.3
+
+
+def test_a_tracker_that_takes_nothing_is_an_error_before_the_run(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path / "r", tiny, report_to="tensorboard")
+    assert config.train.report_to == ("tensorboard",)
+    with Run(config, Progress(quiet=True)) as run:
+        (tmp_path / "r" / "tensorboard").write_text("a file in the folder's place")
+        monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+        with pytest.raises(KitError, match=r"tensorboard, which is not installed\. pip install"):
+            trackers.send(run, {"seed": 0})
+        monkeypatch.undo()
+        pytest.importorskip("tensorboard")
+        with pytest.raises(KitError, match=r"tensorboard takes no numbers.*fix the folder"):
+            trackers.send(run, {"seed": 0})
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_gets_the_curves_and_each_stages_numbers(
+    tmp_path: Path, tiny: str, name: str
+) -> None:
+    """Offline; what was written is read back. In a process of its own: trackers are global."""
+    pytest.importorskip(name)
+    write_rows(tmp_path / "r", rows())
+    config = settings(tmp_path / "r", tiny, epochs=2, report_to=name)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }
+    done = subprocess.run(
+        [sys.executable, "palign.py", "train", str(tmp_path / "config.yaml"), "--quiet", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) > 5  # and nothing else
+    logged_losses = losses(tmp_path / "r")
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+        assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+            logged_losses, rel=1e-5
+        )
+        assert [event.value for event in events.Scalars("train/rows_out")] == [8]
+    elif name == "trackio":
+        import sqlite3
+
+        [database] = (tmp_path / "trackio").glob("palign*.db")
+        with sqlite3.connect(database) as connection:
+            text = str(connection.execute("select metrics from metrics").fetchall())
+        assert "train/loss" in text and "train/rows_out" in text
+    else:
+        files = list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
+        text = b"".join(file.read_bytes() for file in files)
+        assert b"train/loss" in text and b"train/rows_out" in text
+    written = [path for path in (tmp_path / "r").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"0123456789abcdef0123" in path.read_bytes()]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from kit.backends.base import Backend, Tokenizer
 from kit.core.config import ModelConfig
-from kit.core.errors import KitError
 
 BACKENDS = {
     "hf": "HfBackend",
@@ -25,27 +24,16 @@ def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
 
     Args:
         engine: the section, e.g. `student`.
-        adapter: folder of a PEFT adapter to put on top; backend hf only.
+        adapter: what to put on top: hf: a PEFT adapter's folder; gguf: a GGUF LoRA; http: the
+            folder or the name that it is served by.
 
     Raises:
-        KitError: no such model, or a backend that takes no adapter.
+        KitError: no such model or adapter.
     """
-    if adapter:
-        check_adapter(engine)
     # imported here, so that one backend does not load the libraries of another
     module = import_module(f"kit.backends.{engine.backend}")
     backend_class = getattr(module, BACKENDS[engine.backend])
     return backend_class(engine, adapter) if adapter else backend_class(engine)
-
-
-def check_adapter(engine: ModelConfig) -> None:
-    """KitError where a section's backend takes no adapter."""
-    if engine.backend in ("gguf", "http"):
-        raise KitError(
-            f"An adapter runs on backend hf, not {engine.backend}.",
-            "Set eval.backend=hf, or export the run (palign.py export RUN --to gguf) "
-            "and evaluate the exported file.",
-        )
 
 
 def tokenizer_alone(name: str) -> Tokenizer:

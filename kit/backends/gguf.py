@@ -1,7 +1,7 @@
 """llama.cpp in this process: a GGUF model, its tokenizer, and contexts of several sequences.
 
 Generation (gguf_generate.py) and judging (section 3.2 of the paper) work on a `Context`, through
-the low-level API of llama-cpp-python. No server, no adapter.
+the low-level API of llama-cpp-python. An adapter is a GGUF LoRA, applied unmerged. No server.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ BATCH_TOKENS = 256  # of one llama_decode; Ctrl-C takes effect between two of th
 CARD_BATCH_TOKENS = 2048  # where layers are offloaded, and a pass is quick
 MIN_COPY_TOKENS = 8  # a shared beginning is copied when it saves this many
 MIN_ROOM_TOKENS = 8192  # of a judging context, where the model has them: growing loses the cache
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's numbers
 SLOW_FILE_TYPES = {3, 9}  # Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
 WHOLE_FILE_TYPES = {0, 1}  # F32 and F16: only rounding moves a cached margin
 ROUNDING_NATS = 0.005
@@ -94,15 +95,25 @@ def load(path: Path, n_gpu_layers: int = 0, vocab_only: bool = False) -> Any:
     )
 
 
+def quantize(gguf: Path, out: Path, file_type: str) -> None:
+    """Write a model with other weights, by llama.cpp's own quantizer; OSError: it fails.
+
+    Args:
+        file_type: a key of FILE_TYPES.
+    """
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[file_type]
+    params.allow_requantize = True
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(out).encode(), params):
+        out.unlink(missing_ok=True)
+        raise OSError(" ".join(last_errors))
+
+
 def f16_copy(gguf: Path) -> Path:
     """The same model with 16-bit weights (equal to one part in 2,000), cached."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = 1  # F16
-    params.allow_requantize = True
 
     def write(path: Path) -> None:
-        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), params):
-            raise OSError(" ".join(last_errors))
+        quantize(gguf, path, "f16")
         llama_cpp.llama_model_free(load(path))  # KitError: it is not whole
 
     return cached_copy(gguf, ".f16.gguf", write)
@@ -197,6 +208,9 @@ class Context:
                 f"{' '.join(last_errors)}",
                 "Set a smaller context_tokens, max_num_seqs or max_new_tokens.",
             )
+        if backend.adapter_enabled:
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(backend.adapter)
+            llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1))
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
 
@@ -300,11 +314,15 @@ class Context:
 class GgufBackend:
     """A GGUF model; see kit.backends.base.Backend.
 
+    Args:
+        engine: names the model and the limits.
+        adapter: a GGUF LoRA's file; `adapter_enabled` says whether new contexts apply it.
+
     Raises:
         KitError: no llama-cpp-python, no such file, or a file that llama.cpp cannot read.
     """
 
-    def __init__(self, engine: ModelConfig) -> None:
+    def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         path = gguf_file(engine.model)
         self.engine = engine
         self.name = slug(engine.model)
@@ -322,6 +340,15 @@ class GgufBackend:
         self.tokenizer = GgufTokenizer(self.model)
         trained_tokens = llama_cpp.llama_model_n_ctx_train(self.model)
         self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
+        self.adapter_enabled = adapter is not None
+        if adapter:
+            # freed with the model
+            self.adapter = llama_cpp.llama_adapter_lora_init(self.model, adapter.encode())
+            if not self.adapter:
+                raise KitError(
+                    f"llama.cpp cannot load {adapter} on {path.name}: {' '.join(last_errors)}",
+                    "Name the GGUF of the model that the adapter was trained on.",
+                )
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """See kit/backends/gguf_generate.py."""

@@ -7,6 +7,7 @@ distinguished by token id, never by text. SGLang returns no log-probabilities by
 so it generates and does not judge.
 
 A reply that comes byte by byte is given up at the time-out; no redirect is followed.
+An adapter is applied by its name (vLLM) or by a field of the request (llama-server).
 
 Nothing here starts a server or streams: `stop_loops` only names a loop after its sample has ended.
 A key comes from the environment and appears in no message.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import math
 import os
@@ -24,6 +26,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -83,14 +86,19 @@ class Deadline(httpx2.AsyncHTTPTransport):
 class HttpBackend:
     """A model on a server; see kit.backends.base.Backend.
 
+    Args:
+        engine: names the server and the base model that it serves.
+        adapter: the name it is served by, or a PEFT folder; `adapter_enabled` says whether
+            requests ask for it. vLLM loads a folder at run time, if it was started to allow that.
+
     Raises:
-        KitError: nothing answers, a key is wanted, the model is not served, or the server's token
-            ids are not those of the tokenizer.
+        KitError: nothing answers, a key is wanted, the model or the adapter is not served, or the
+            server's token ids are not those of the tokenizer.
     """
 
     cache_move = 0.0
 
-    def __init__(self, engine: ModelConfig) -> None:
+    def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         if not engine.url:
             raise KitError(
                 "Backend http needs the server's address.", "Set url=http://HOST:PORT/v1.", 2
@@ -115,13 +123,18 @@ class HttpBackend:
         # requests wait in threads, and are sent by one loop, which can give them up
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.adapter_enabled = False
+        self._loras: list[Json] = []  # llama-server's, by id
         self._connect()
+        if adapter:
+            self._adapter_fields = self._find_adapter(adapter)
+            self.adapter_enabled = True
 
     def _connect(self) -> None:
         """Ask the server for its kind, its limits and its model's tokenizer, and check the ids."""
         engine = self.engine
         with self.conforming():
-            models = {model["id"]: model for model in self._call("/v1/models").get("data", ())}
+            models = self._served()
             if engine.model not in models:
                 raise KitError(
                     f"{self.root}/v1 serves no model {engine.model!r}.",
@@ -135,6 +148,7 @@ class HttpBackend:
                 properties = self._call("/props")
                 limit = properties["default_generation_settings"]["n_ctx"]
                 self.concurrent = min(self.concurrent, properties["total_slots"])
+                self._loras = self._call("/lora-adapters", expected=list)
             limits = filter(None, (limit, engine.context_tokens))
             self.context_tokens = int(min(limits, default=0))
         if not self.context_tokens:
@@ -143,6 +157,46 @@ class HttpBackend:
             )
         self.pool = ThreadPoolExecutor(self.concurrent)
         self._check_token_ids(engine.tokenizer or served.get("root") or engine.model)
+
+    def _served(self) -> Json:
+        """The server's models and, with vLLM, adapters by name."""
+        return {model["id"]: model for model in self._call("/v1/models").get("data", ())}
+
+    def _find_adapter(self, adapter: str) -> Json:
+        """The fields of a request that apply an adapter; vLLM is asked to load it."""
+        folder = Path(adapter).absolute()
+        is_folder = folder.is_dir()
+        if self.llama:
+            # what it was started with: the only one, or the one whose path holds the name
+            paths = {lora["path"]: lora["id"] for lora in self._loras}
+            ids = [paths[path] for path in paths if is_folder or adapter in path]
+            if len(ids) == 1:
+                return {"lora": [{"id": ids[0], "scale": 1.0}]}
+            raise KitError(
+                f"{self.root} has not one adapter {adapter!r}; it has {list(paths) or 'none'}.",
+                "Start llama-server with --lora FILE (palign.py export RUN --to gguf-lora writes "
+                "it), or set eval.served_adapter to one of these.",
+            )
+        # vLLM: the name that was given, this one from an earlier session, or the folder's
+        own_name = f"{folder.parent.name}-{_digest(folder)}"
+        for name, model in self._served().items():
+            if name in (adapter, own_name) or (is_folder and model.get("root") == str(folder)):
+                return {"model": name}
+        hint = (
+            f"Start vLLM with --enable-lora --lora-modules NAME={folder} (and --max-lora-rank) and "
+            "set eval.served_adapter=NAME; or let it load folders that it sees: "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
+        )
+        if not is_folder:
+            raise KitError(f"{self.root} serves no adapter {adapter!r}.", hint)
+        body = {"lora_name": own_name, "lora_path": str(folder)}
+        try:
+            self._call("/v1/load_lora_adapter", body, str)
+        except KitError as error:
+            raise KitError(
+                f"The adapter cannot be loaded at run time: {error.args[0]}", hint
+            ) from None
+        return {"model": own_name}
 
     def _check_token_ids(self, name: str) -> None:
         """Load a tokenizer; a few generated tokens prove that the server's ids mean the same."""
@@ -209,6 +263,10 @@ class HttpBackend:
         """
         size = len(prompt)
         body = {"model": self.engine.model, "prompt": list(prompt), **fields}
+        if self._loras:  # a LoRA that llama-server was started with applies unless told otherwise
+            body["lora"] = [{"id": lora["id"], "scale": 0.0} for lora in self._loras]
+        if self.adapter_enabled:
+            body.update(self._adapter_fields)
         reply = self._call("/v1/completions", body)
         with self.conforming():
             choices = list(reply.get("choices") or ())
@@ -232,7 +290,7 @@ class HttpBackend:
             self.notes[:] = [f"prefix cache: {ratio:.1%} of {total:,} prompt tokens reused"]
         return choices
 
-    def _call(self, path: str, body: Json | None = None) -> Json:
+    def _call(self, path: str, body: Json | None = None, expected: type = dict) -> Any:
         """POST a body, or GET without one, under the server's root; raises as `complete`."""
         try:
             if body:
@@ -243,7 +301,7 @@ class HttpBackend:
             raise self._explained(error) from None
         except (ValueError, RecursionError):
             reply = None
-        if not isinstance(reply, dict):
+        if not isinstance(reply, expected):
             raise KitError(
                 f"{self.root}{path} does not answer in JSON.",
                 "Check url: it must be an API's address.",
@@ -408,6 +466,12 @@ class HttpSession:
             f"{backend.root} returns no log-probabilities by token ID.",
             "Judge with llama-server, a vLLM with logprob_token_ids, or backend=hf or gguf.",
         )
+
+
+def _digest(adapter: Path) -> str:
+    """Tells an adapter from one that was trained into the same folder before; "" without one."""
+    weights = adapter / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights.exists() else ""
 
 
 def cancel(futures: Sequence[Future]) -> None:

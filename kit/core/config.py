@@ -242,6 +242,7 @@ class Train(BaseConfig):
     max_grad_norm: PositiveFloat = 1.0
     save_minutes: NonNegativeFloat = 10.0  # between checkpoints; 0: one after every step
     on_low_memory: Literal["warn", "refuse"] = "refuse"  # rows that will not fit the card
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], OneOrSeveral] = ()
 
 
 class Eval(ModelConfig):
@@ -252,6 +253,7 @@ class Eval(ModelConfig):
 
     samples: PositiveInt = 1
     base: bool = True  # evaluate the untrained student too
+    served_adapter: str | None = None  # http: the adapter's name there; None: found or loaded
     sampling: Sampling = Sampling(max_new_tokens=4096)
 
 

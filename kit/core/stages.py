@@ -35,6 +35,8 @@ NEUTRAL = {
     "save_minutes",
     "max_num_seqs",
     "on_low_memory",
+    "served_adapter",
+    "report_to",
 }
 
 

@@ -22,9 +22,11 @@ from kit.core.storage import digest
 from kit.data import problems_of
 from kit.grading.answers import Item
 from kit.grading.scores import compare_rows, score
-from kit.models import check_base, fingerprints
+from kit.models import check_base, fingerprints, gguf_file
 from kit.prompts import template_hash
 from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
+from kit.training import canary
+from kit.training.gguf_lora import convert
 
 Rows = dict[str, dict[str, list[EvalRow]]]  # by dataset, then by model: base or tuned
 
@@ -37,7 +39,8 @@ def evaluate(run: Run) -> None:
 
     Raises:
         KitError: nothing to evaluate on, no finished training, or prompts rendered in another way
-            than the adapter was trained with.
+            than the adapter was trained with; or, on llama.cpp and servers, answers that are not
+            the adapter's (kit/training/canary.py).
     """
     config = run.config.eval
     datasets = problems_of(run).evals
@@ -52,7 +55,9 @@ def evaluate(run: Run) -> None:
     adapter = run.folder / "adapter"
     if run.config.method != "zero-shot":
         run.require("train")
-        check_base(adapter, config.model)
+        # Elsewhere the base has another name and form, and the canary compares answers.
+        if config.backend == "hf":
+            check_base(adapter, config.model)
         check_trained(adapter, run.manifest["stages"]["train"]["output"])
         sides = ["tuned", "base"] if config.base else ["tuned"]
     files = [file_name(config.model, *side) for side in product(sides, datasets)]
@@ -73,8 +78,11 @@ def evaluate(run: Run) -> None:
     # One model at a time, over all datasets.
     rows: Rows = {dataset: {} for dataset in datasets}
     for which in sides:
-        on_top = str(adapter) if which == "tuned" else None
+        on_top = _on_top(run) if which == "tuned" else None
         with Sampler(run, config, config, on_top) as student:
+            if on_top and config.backend in ("gguf", "http"):
+                proof = canary.check(run.folder, run.config, student.backend, run.progress)
+                run.record(adapter_check=proof)
             for dataset, problems in datasets.items():
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])
@@ -83,6 +91,16 @@ def evaluate(run: Run) -> None:
         del student, work
         release()
     _finish(run, rows, output())
+
+
+def _on_top(run: Run) -> str:
+    """What the evaluation's backend opens: a PEFT folder, a GGUF LoRA, or a served name."""
+    config = run.config.eval
+    folder = run.folder / "adapter"
+    if config.backend == "gguf":
+        return str(convert(folder, gguf_file(config.model), folder / "lora.gguf"))
+    name = config.served_adapter if config.backend == "http" else None
+    return name or str(folder)
 
 
 def answers(

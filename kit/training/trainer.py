@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kit.core.card import half_dtype
 from kit.core.config import Config, Train
@@ -33,6 +33,7 @@ from kit.core.storage import write_atomic
 from kit.core.threads import watch
 from kit.models import content_of, load_model
 from kit.prompts import template_hash
+from kit.training import trackers
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
 from kit.training.loss import IGNORED, attach
 from kit.training.plan import uses_8_bit_optimizer
@@ -83,6 +84,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model, _arguments(run), data_collator=collate, train_dataset=rows)
         self.rows = rows
         self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)  # standard output is for --json
         self.run = run
         self.bar: Any = None
         self.step_began = time.perf_counter()
@@ -169,6 +171,7 @@ class AdapterTrainer(Trainer):
         # sums over all processes, so that they agree on when to save
         sums = torch.tensor([tokens, seconds], device=self.args.device)
         all_tokens, all_seconds = self.accelerator.reduce(sums).tolist()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if "loss" not in logs:  # the Trainer's own summary
             return
         self.saved_seconds += all_seconds / self.accelerator.num_processes
@@ -366,6 +369,10 @@ class OneDevice(TrainingArguments):
 
 def _arguments(run: Run) -> TrainingArguments:
     settings = run.config.train
+    # where the Trainer's own callbacks write, which takes no argument
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / trackers.FOLDER)
+    os.environ["WANDB_PROJECT"] = trackers.PROJECT
+    os.environ["WANDB_DIR"] = str(run.folder)
     cuda = torch.cuda.is_available()
     rows = settings.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % rows:
@@ -395,7 +402,9 @@ def _arguments(run: Run) -> TrainingArguments:
         dataloader_pin_memory=cuda,
         logging_steps=1,
         save_steps=1 << 30,  # `log` says when; the last step is always saved
-        report_to="none",
+        report_to=list(settings.report_to),
+        run_name=run.config.name,
+        project=trackers.PROJECT,
         disable_tqdm=True,
         save_total_limit=2,
         remove_unused_columns=False,
