@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,7 @@ CIRCLES = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the kit by its dotted name."""
     paths = {"palign": ROOT / "palign.py"}
@@ -82,6 +84,7 @@ def floor(module: str) -> int:
     raise AssertionError(f"{module} is on no floor: name it in FLOORS")
 
 
+@functools.cache
 def graph() -> dict[str, dict[str, int]]:
     """Module -> the modules of ours that it imports -> the line."""
     paths = modules()
