@@ -112,15 +112,21 @@ def test_a_sweep_keeps_what_a_scan_of_all_would_and_reads_no_stretch_more(
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"), [("verbal", "hf"), ("answer", "hf"), ("answer", "gguf")]
+    ("kind", "backend"),
+    [
+        pytest.param("verbal", "hf", marks=pytest.mark.slow),
+        ("answer", "hf"),
+        ("answer", "gguf"),
+    ],
 )
 def test_a_sweep_finds_the_first_sufficient_boundary_of_a_real_trace(
     kind: str, backend: str, student: Any, row: PrefixRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a full uncached scan, with cuts early, in the middle and late."""
     monkeypatch.setattr(judging, "STRETCH_CHARACTERS", 500)
-    model = student
+    model, near = student, 1e-3
     if backend == "gguf":
+        near = 5e-3  # see ROUNDING_NATS in kit/backends/gguf.py
         model = open_backend(configs.ModelConfig(backend="gguf"))
     with Judge(judge_config(kind=kind), model) as judge:
         margins = judged(judge, row)
@@ -135,7 +141,7 @@ def test_a_sweep_finds_the_first_sufficient_boundary_of_a_real_trace(
             found = cut(judge, row, search="sweep")
             assert found.sentences == first and found.sufficient
             for verdict in found.verdicts:
-                assert verdict.margin == pytest.approx(margins[verdict.sentences], abs=1e-3)
+                assert verdict.margin == pytest.approx(margins[verdict.sentences], abs=near)
             kept_tokens = len(judge.request(row, row.trace[: found.end]).ids)
             tail_tokens = 20 * 40  # of the stretch that holds the cut: at most 40 boundaries
             assert found.prefill_tokens <= 1.25 * kept_tokens + 128 + tail_tokens
