@@ -35,6 +35,9 @@ ERRORS: dict[str, tuple[Exception, str, bool]] = {
         False,
     ),
     "memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory", False),
+    "package": (ModuleNotFoundError("No module named 'x'", name="x"), "pip install -r", False),
+    "old package": (ImportError("cannot import name 'y'", name="x.y"), "pip install -r", False),
+    "import of ours": (ImportError("cannot import name 'y'", name="kit.data"), "'y'", True),
     "defect": (KeyError("surprise"), "surprise", True),
 }
 

@@ -23,9 +23,10 @@ from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_trained, model_hashes
 from kit.core.progress import Progress
-from kit.core.records import PrefixRow
+from kit.core.records import PrefixRow, TrainRow
 from kit.judging.judge import Judge
 from kit.training.export import export
+from kit.training.sft_data import prepare
 from tests.test_prompts import CHATML, Toy
 from tests.test_train import tiny  # noqa: F401  (a fixture)
 
@@ -496,6 +497,25 @@ def test_a_template_that_cannot_be_used_is_refused_at_loading(
         models.load_tokenizer(str(tokenizer_folder))
 
 
+def test_a_gguf_that_has_only_named_templates_is_refused(tmp_path: Path) -> None:
+    """The header of a real file with its template renamed, over weights of zeros."""
+    from gguf import GGUFReader
+
+    from kit.backends import tokenizer_alone
+
+    real = models.gguf_file("smollm2-135m")
+    with open(real, "rb") as file:
+        header = file.read(GGUFReader(real).data_offset)
+    names = [b"tokenizer.chat_template", b"tokenizer.chat_template.rag"]
+    old, new = (len(name).to_bytes(8, "little") + name for name in names)
+    assert header.count(old) == 1
+    with open(tmp_path / "named.gguf", "wb") as file:
+        file.write(header.replace(old, new))
+        file.truncate(real.stat().st_size + 64)
+    with pytest.raises(KitError, match="templates rag, none of them called default"):
+        tokenizer_alone(str(tmp_path / "named.gguf"))
+
+
 @pytest.mark.parametrize("ignored", ["{% if message.role == 'user' %}", "{% if loop.last %}"])
 def test_a_system_message_that_the_template_leaves_out_is_an_error(ignored: str) -> None:
     loop = "{% for message in messages %}IF{{ message.content }}{% endif %}{% endfor %}"
@@ -530,14 +550,34 @@ def spaced_tokenizer(scheme: str, template: str | None) -> models.HfTokenizer:
     return models.HfTokenizer(fast, frozenset({2}))
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never"])
-@pytest.mark.parametrize(
-    ("template", "label"),
-    [
-        ("{{ messages[0].content }}{{ '\n' }}", "["),  # ends in a newline: the text goes on
-        ("{{ messages[0].content }}[x]", "▁["),  # as [/INST]: the answer is a word of its own
-    ],
-)
+TEMPLATES = [
+    ("{{ messages[0].content }}{{ '\n' }}", "["),  # ends in a newline: the text goes on
+    ("{{ messages[0].content }}[x]", "▁["),  # as [/INST]: the answer is a word of its own
+]
+
+
+def with_spaces(test: Callable) -> Callable:
+    schemes = pytest.mark.parametrize("scheme", ["first", "always", "never"])
+    return schemes(pytest.mark.parametrize(("template", "label"), TEMPLATES)(test))
+
+
+@with_spaces
+def test_a_target_is_trained_as_it_stands_after_its_prompt(
+    scheme: str, template: str, label: str
+) -> None:
+    tokenizer = spaced_tokenizer(scheme, template)
+    config = configs.resolve({"prompts": {"instruction": "x"}}, "test")
+    row = TrainRow(instruction="x", input="?", output="[42]")
+    [example], _ = prepare([row], tokenizer, config)
+    target = example.ids[example.prompt_tokens :]
+    names = tokenizer.inner.convert_ids_to_tokens(list(target))
+    assert names == ["[" if scheme == "never" else label, "42", "]", "</s>"]
+    if template.endswith("{{ '\n' }}"):
+        text = prompts.render_text(tokenizer, "x\n?")
+        assert list(example.ids[:-1]) == tokenizer.encode(f"{text}[42]")
+
+
+@with_spaces
 def test_gold_and_labels_are_encoded_where_they_stand(
     scheme: str, template: str, label: str
 ) -> None:
