@@ -114,8 +114,11 @@ def test_a_file_that_did_not_change_is_hashed_once(
     assert fingerprints.file_hash(folder / WEIGHTS) and not (tmp_path / "cache").exists()
     monkeypatch.setattr(fingerprints, "RACY_SECONDS", -1)
     content = fingerprints.file_hash(folder / WEIGHTS)
-    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
-    assert fingerprints.file_hash(folder / WEIGHTS) == content
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        assert fingerprints.file_hash(folder / WEIGHTS) == content
+    in_place(folder / WEIGHTS, flip_last_byte)
+    assert fingerprints.file_hash(folder / WEIGHTS) != content
 
 
 def test_a_server_tells_a_name_and_a_model_that_is_not_here_has_no_fingerprint() -> None:
@@ -174,23 +177,22 @@ def edit_tokenizer(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (scale_weights, "weights"),
-        (edit_template, "chat template"),
-        (edit_tokenizer, "tokenizer"),
-    ],
+    "changes",
+    [{"weights": scale_weights}, {"chat template": edit_template, "tokenizer": edit_tokenizer}],
 )
 def test_what_changed_in_place_is_named_and_its_stages_alone_run_again(
-    finished: Path, capfd: pytest.CaptureFixture[str], change: Callable[[Path], None], part: str
+    finished: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Callable[[Path], None]]
 ) -> None:
-    change(finished)
+    for change in changes.values():
+        change(finished)
     code, said = again(finished, capfd)
     assert code == 0, said
     assert "teach: already done, skipped" in said
     for stage in ("truncate", "train"):
-        assert f"rerunning {stage}: the {part} of student.model changed" in said
-    assert f"the {part} of eval.model changed" in said and "rerunning eval: " in said
+        named = ", ".join(f"the {part} of student.model changed" for part in changes)
+        assert f"rerunning {stage}: {named}" in said
+    assert all(f"the {part} of eval.model changed" in said for part in changes)
+    assert "rerunning eval: " in said
     # nothing is asked of the student here
     assert "rerunning align: the prefixes changed" in said or "align: already done" in said
     manifest = json.loads((finished / "run/manifest.json").read_text())
