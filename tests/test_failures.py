@@ -23,7 +23,7 @@ from kit.reporting import report
 from kit.reporting.metrics import Files, numbers
 from tests.conftest import ROOT
 from tests.make_run import make
-from tests.test_kills import write_config
+from tests.test_kills import launch, write_config
 
 # What a stage may raise, the words that must reach the user, and whether it is a defect.
 ERRORS: dict[str, tuple[Exception, str, bool]] = {
@@ -35,6 +35,9 @@ ERRORS: dict[str, tuple[Exception, str, bool]] = {
         False,
     ),
     "memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory", False),
+    "package": (ModuleNotFoundError("No module named 'x'", name="x"), "pip install -r", False),
+    "old package": (ImportError("cannot import name 'y'", name="x.y"), "pip install -r", False),
+    "import of ours": (ImportError("cannot import name 'y'", name="kit.data"), "'y'", True),
     "defect": (KeyError("surprise"), "surprise", True),
 }
 
@@ -66,7 +69,9 @@ def test_the_first_error_is_the_one_that_is_told(
         monkeypatch.setattr(report, "page", broken)
     if stage == "eval":  # not trained here
         monkeypatch.setattr("kit.pipeline.train.train", lambda run: None)
-    for error, words, is_defect in ERRORS.values():
+    # Every kind once; elsewhere one for users and a defect.
+    kinds = ERRORS if stage == "teach" and not page_fails else ("ours", "defect")
+    for error, words, is_defect in map(ERRORS.__getitem__, kinds):
 
         def fail(run: object, error: Exception = error) -> None:
             raise error
@@ -93,29 +98,26 @@ def test_the_first_error_is_the_one_that_is_told(
 def test_ctrl_c_in_a_stage_and_the_page_after_it(method: str, file: str, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, method))
     keys = [config, f"out={tmp_path}/run", "data.eval.limit=5"]
-    interrupt(keys, tmp_path / "run" / file, {"PALIGN_SCRIPT_SECONDS": "0.03"})
+    log = tmp_path / "printed.txt"
+    interrupt(launch(["run", *keys], 0.03, str(log)), log, tmp_path / "run" / file)
     assert palign.main(["report", *keys, "--quiet"]) == 0
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     if method == "palign":  # evaluation goes on in the same way, but its grader starts slowly
         assert palign.main(["run", *keys, "--quiet"]) == 0
 
 
-def interrupt(arguments: list[str], file: Path, environment: dict[str, str]) -> None:
-    """Start a run, send SIGINT once a file has a line, and look at how it ends."""
-    process = subprocess.Popen(
-        [sys.executable, "palign.py", "run", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
-    while not (file.exists() and file.read_bytes().count(b"\n")):
-        assert process.poll() is None, process.communicate()[1]
+def interrupt(child: int, log: Path, file: Path) -> None:
+    """Send SIGINT to a process once a file has a line, and look at how it ends."""
+    ended = 0
+    while not (ended or (file.exists() and file.read_bytes().count(b"\n"))):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        assert not ended, log.read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, printed
+    os.kill(child, signal.SIGINT)
+    began = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    printed = log.read_text()
+    assert os.waitstatus_to_exitcode(status) == 130 and time.monotonic() - began < 10, printed
     assert "Interrupted. Every finished row is on the disk" in printed
     assert "Traceback" not in printed and "a defect" not in printed
 
@@ -144,7 +146,12 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_in_a_real_training(
     arguments_ = ["configs/workshop.yaml", "method=long-trace", "data.train.limit=8"]
     arguments_ += ["train.epochs=40", "data.eval.limit=4"]
     run = tmp_path / "stopped"
-    interrupt([*arguments_, f"out={run}"], run / "train_log.jsonl", {})
+    # not forked: torch's threads would not come along
+    log = tmp_path / "printed.txt"
+    with log.open("w") as errors:
+        command = [sys.executable, "palign.py", "run", *arguments_, f"out={run}"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT)
+    interrupt(child.pid, log, run / "train_log.jsonl")
     assert palign.main(["report", *arguments_, f"out={run}", "--quiet"]) == 0
     assert "not finished" in (run / "report.html").read_text(encoding="utf-8")
 
@@ -171,11 +178,9 @@ def test_it_starts_anywhere(name: str, tmp_path: Path) -> None:
     rows = [{"id": "ü\u2028", "question": "Was ist ½ + 1, – ü?", "answer": "2"}] * 2
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    commands = [
-        ["data", str(data), "--all"],
-        ["data", str(data), "--all", "--json"],
-        ["run", str(config), "out=here", f"data.train={data}"],
-    ]
+    commands = [["run", str(config), "out=here", f"data.train={data}"]]
+    if environment:  # what it prints
+        commands += [["data", str(data), "--all"], ["data", str(data), "--all", "--json"]]
     for command in commands:
         done = subprocess.run(
             [sys.executable, *flags, str(ROOT / "palign.py"), *command],

@@ -23,9 +23,10 @@ from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_trained, model_hashes
 from kit.core.progress import Progress
-from kit.core.records import PrefixRow
+from kit.core.records import PrefixRow, TrainRow
 from kit.judging.judge import Judge
 from kit.training.export import export
+from kit.training.sft_data import prepare
 from tests.test_prompts import CHATML, Toy
 from tests.test_train import tiny  # noqa: F401  (a fixture)
 
@@ -113,8 +114,11 @@ def test_a_file_that_did_not_change_is_hashed_once(
     assert fingerprints.file_hash(folder / WEIGHTS) and not (tmp_path / "cache").exists()
     monkeypatch.setattr(fingerprints, "RACY_SECONDS", -1)
     content = fingerprints.file_hash(folder / WEIGHTS)
-    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
-    assert fingerprints.file_hash(folder / WEIGHTS) == content
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        assert fingerprints.file_hash(folder / WEIGHTS) == content
+    in_place(folder / WEIGHTS, flip_last_byte)
+    assert fingerprints.file_hash(folder / WEIGHTS) != content
 
 
 def test_a_server_tells_a_name_and_a_model_that_is_not_here_has_no_fingerprint() -> None:
@@ -173,23 +177,22 @@ def edit_tokenizer(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (scale_weights, "weights"),
-        (edit_template, "chat template"),
-        (edit_tokenizer, "tokenizer"),
-    ],
+    "changes",
+    [{"weights": scale_weights}, {"chat template": edit_template, "tokenizer": edit_tokenizer}],
 )
 def test_what_changed_in_place_is_named_and_its_stages_alone_run_again(
-    finished: Path, capfd: pytest.CaptureFixture[str], change: Callable[[Path], None], part: str
+    finished: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Callable[[Path], None]]
 ) -> None:
-    change(finished)
+    for change in changes.values():
+        change(finished)
     code, said = again(finished, capfd)
     assert code == 0, said
     assert "teach: already done, skipped" in said
     for stage in ("truncate", "train"):
-        assert f"rerunning {stage}: the {part} of student.model changed" in said
-    assert f"the {part} of eval.model changed" in said and "rerunning eval: " in said
+        named = ", ".join(f"the {part} of student.model changed" for part in changes)
+        assert f"rerunning {stage}: {named}" in said
+    assert all(f"the {part} of eval.model changed" in said for part in changes)
+    assert "rerunning eval: " in said
     # nothing is asked of the student here
     assert "rerunning align: the prefixes changed" in said or "align: already done" in said
     manifest = json.loads((finished / "run/manifest.json").read_text())
@@ -496,6 +499,25 @@ def test_a_template_that_cannot_be_used_is_refused_at_loading(
         models.load_tokenizer(str(tokenizer_folder))
 
 
+def test_a_gguf_that_has_only_named_templates_is_refused(tmp_path: Path) -> None:
+    """The header of a real file with its template renamed, over weights of zeros."""
+    from gguf import GGUFReader
+
+    from kit.backends import tokenizer_alone
+
+    real = models.gguf_file("smollm2-135m")
+    with open(real, "rb") as file:
+        header = file.read(GGUFReader(real).data_offset)
+    names = [b"tokenizer.chat_template", b"tokenizer.chat_template.rag"]
+    old, new = (len(name).to_bytes(8, "little") + name for name in names)
+    assert header.count(old) == 1
+    with open(tmp_path / "named.gguf", "wb") as file:
+        file.write(header.replace(old, new))
+        file.truncate(real.stat().st_size + 64)
+    with pytest.raises(KitError, match="templates rag, none of them called default"):
+        tokenizer_alone(str(tmp_path / "named.gguf"))
+
+
 @pytest.mark.parametrize("ignored", ["{% if message.role == 'user' %}", "{% if loop.last %}"])
 def test_a_system_message_that_the_template_leaves_out_is_an_error(ignored: str) -> None:
     loop = "{% for message in messages %}IF{{ message.content }}{% endif %}{% endfor %}"
@@ -530,14 +552,34 @@ def spaced_tokenizer(scheme: str, template: str | None) -> models.HfTokenizer:
     return models.HfTokenizer(fast, frozenset({2}))
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never"])
-@pytest.mark.parametrize(
-    ("template", "label"),
-    [
-        ("{{ messages[0].content }}{{ '\n' }}", "["),  # ends in a newline: the text goes on
-        ("{{ messages[0].content }}[x]", "▁["),  # as [/INST]: the answer is a word of its own
-    ],
-)
+TEMPLATES = [
+    ("{{ messages[0].content }}{{ '\n' }}", "["),  # ends in a newline: the text goes on
+    ("{{ messages[0].content }}[x]", "▁["),  # as [/INST]: the answer is a word of its own
+]
+
+
+def with_spaces(test: Callable) -> Callable:
+    schemes = pytest.mark.parametrize("scheme", ["first", "always", "never"])
+    return schemes(pytest.mark.parametrize(("template", "label"), TEMPLATES)(test))
+
+
+@with_spaces
+def test_a_target_is_trained_as_it_stands_after_its_prompt(
+    scheme: str, template: str, label: str
+) -> None:
+    tokenizer = spaced_tokenizer(scheme, template)
+    config = configs.resolve({"prompts": {"instruction": "x"}}, "test")
+    row = TrainRow(instruction="x", input="?", output="[42]")
+    [example], _ = prepare([row], tokenizer, config)
+    target = example.ids[example.prompt_tokens :]
+    names = tokenizer.inner.convert_ids_to_tokens(list(target))
+    assert names == ["[" if scheme == "never" else label, "42", "]", "</s>"]
+    if template.endswith("{{ '\n' }}"):
+        text = prompts.render_text(tokenizer, "x\n?")
+        assert list(example.ids[:-1]) == tokenizer.encode(f"{text}[42]")
+
+
+@with_spaces
 def test_gold_and_labels_are_encoded_where_they_stand(
     scheme: str, template: str, label: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 
 import palign
 from kit import preflight
-from kit.models import hf_folder
+from kit.core.config import resolve
+from kit.core.progress import Progress
+from kit.core.run import Run
+from kit.models import fingerprints, gguf_file, hf_folder
 from tests.conftest import ROOT
 from tests.test_kills import write_config
+from tests.test_train import tiny  # noqa: F401  (a fixture)
 
 PROBLEMS = [
     {"id": "a", "question": "What is 1 + 1?", "answer": "2"},
@@ -117,6 +122,66 @@ def test_a_broken_thing_is_found_at_once_and_no_stage_starts(
     assert not list(base.rglob("traces.jsonl")) and not list(tmp_path.rglob("traces.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("teach", "data.train={base}/none.jsonl", "none.jsonl"),
+        ("truncate", "judge.labels=[same, same]", "label"),
+        ("train", "train.micro_batch_size=5", "micro_batch_size"),
+        ("eval", "eval.backend=gguf", "An adapter runs on backend hf"),
+    ],
+)
+def test_the_command_of_one_stage_looks_at_what_that_stage_needs(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    override: str,
+    words: str,
+) -> None:
+    [key] = filled(base, [override])
+    config = [str(base / "config.yaml"), f"out={tmp_path}/run"]
+    assert palign.main([command, *config, key]) == 2
+    assert words in capsys.readouterr().err
+    if command != "teach":
+        assert palign.main(["teach", *config, key, "--quiet", "--json"]) == 0
+
+
+def test_a_stage_whose_weights_were_replaced_is_still_to_do(
+    tiny: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    raw = {"out": str(tmp_path / "run"), "student": {"model": str(tmp_path / "model")}}
+    config = resolve(raw, "test")
+    with Run(config, Progress(quiet=True)) as run:
+        for stage in ("teach", "truncate", "align", "train", "eval", "report"):
+            section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")
+            content = partial(fingerprints, section, getattr(config, section))
+            run.begin(stage, "", str, content)
+            run.finish(stage, "", 0, 0)
+    assert preflight._todo(config) == []
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"others")
+    assert preflight._todo(config) == ["truncate", "align", "train", "eval", "report"]
+    assert preflight._todo(config, "teach") == [] and preflight._todo(config, "eval") == ["eval"]
+
+
+def test_a_copy_for_transformers_that_cannot_be_cached_is_found(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PALIGN_CACHE", str(base / "rows.jsonl" / "cache"))
+    keys = [f"out={tmp_path}/run", "student.backend=hf", "student.model=smollm2-135m"]
+    [problem] = preflight.check(str(base / "config.yaml"), keys)["problems"]
+    assert "cache cannot be written" in problem["message"] and "PALIGN_CACHE" in problem["fix"]
+    copied = tmp_path / "mine.gguf"
+    copied.symlink_to(gguf_file("smollm2-135m"))
+    monkeypatch.delenv("PALIGN_CACHE")
+    result = preflight.check(
+        str(base / "config.yaml"), [*keys[:2], f"student.model={copied}", *WHOLE]
+    )
+    assert "is not checked for a GGUF" in " ".join(result["warnings"]), result
+
+
 def test_all_problems_are_listed_at_once(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = [f"data.train={base}/none.jsonl", "teacher.backend=http", f"teacher.{DEAD}"]
     keys += ["judge.labels=[same, same]", f"out={base}/rows.jsonl/run"]
@@ -145,9 +210,10 @@ def test_every_bundled_config_is_checked(path: Path, tmp_path: Path) -> None:
     bundled = path.name in ("smoke.yaml", "workshop.yaml")
     assert result["ok"] == bundled or not bundled, result
     for problem in result["problems"]:
-        assert problem["key"] in ("data", "student", "student.model", "eval", "teacher"), problem
+        keys = ("data", "student", "student.model", "eval", "teacher", "train.max_seq_tokens")
+        assert problem["key"] in keys, problem
         assert problem["fix"] and "a defect" not in problem["message"]
-        absent = ("no such file", "No such file", "could not be fetched", "no model")
+        absent = ("no such file", "No such file", "could not be fetched", "no model", "needs about")
         assert any(words in problem["message"] for words in absent), problem
 
 

@@ -35,7 +35,7 @@ from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 from kit.core.threads import Threads
-from kit.models import cached_copy, gguf_file
+from kit.models import cached_copy, gguf_file, refuse_without_default
 
 # nothing imports this module before a GGUF is opened
 try:
@@ -127,6 +127,8 @@ class GgufTokenizer:
         self._piece = cache(self._read_piece)
         self.size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.template = (llama_cpp.llama_model_chat_template(model, None) or b"").decode() or None
+        if not self.template:
+            refuse_without_default(_named_templates(model))
         self.bos = self.decode([llama_cpp.llama_vocab_bos(vocab)])
         self.eos = self.decode([llama_cpp.llama_vocab_eos(vocab)])
         tokens = range(self.size)
@@ -153,6 +155,18 @@ class GgufTokenizer:
         buffer = ctypes.create_string_buffer(1024)
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
         return buffer.raw[: max(size, 0)]
+
+
+def _named_templates(model: Any) -> list[str]:
+    """The chat templates of a model that have a name."""
+    key = ctypes.create_string_buffer(256)
+    names = []
+    for number in range(llama_cpp.llama_model_meta_count(model)):
+        llama_cpp.llama_model_meta_key_by_index(model, number, key, len(key))
+        _, is_template, name = key.value.decode().partition("tokenizer.chat_template.")
+        if is_template:
+            names.append(name)
+    return names
 
 
 class BatchToken(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections import Counter
@@ -51,7 +52,8 @@ MOST_VALUES = 10_000  # of a config, each alias counted in full
 # Keys whose refused value is shown nowhere, since it may hold credentials: what belongs there.
 SECRETS = {
     "url": "write http://HOST:PORT/v1, and the key's environment variable under api_key_env",
-    "api_key_env": "name an environment variable, in capitals; never write the key itself",
+    "api_key_env": "name an environment variable, in capitals (a key may be in lower case); "
+    "never write the key itself",
 }
 # The placeholders that a prompt must hold.
 PLACEHOLDERS = {
@@ -277,7 +279,7 @@ class Prompts(BaseConfig):
         if text.startswith("file:"):
             path = expand(text.removeprefix("file:"))
             try:
-                text = path.read_text(encoding="utf-8")
+                text = readable(path).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); fix the path") from None
         for placeholder in PLACEHOLDERS.get(str(field.field_name), ()):
@@ -330,6 +332,14 @@ def expand(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def readable(path: str | Path) -> Path:
+    """A path, `~` expanded, that is no pipe or device (OSError), which may never end."""
+    path = expand(path)
+    if path.is_fifo() or path.is_char_device():
+        raise OSError(errno.EINVAL, "it is a pipe or a device; write it to a file", str(path))
+    return path
+
+
 def read_yaml(text: str) -> Any:
     """A YAML document's values.
 
@@ -365,7 +375,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every mistake and the nearest valid name of each unknown key.
     """
     try:
-        raw = (read_yaml(expand(path).read_text(encoding="utf-8")) if path else None) or {}
+        raw = (read_yaml(readable(path).read_text(encoding="utf-8")) if path else None) or {}
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:

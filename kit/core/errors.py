@@ -12,7 +12,6 @@ from collections.abc import Sequence
 _DISK = re.compile(
     r"No space left|Disk quota|Read-only file|os error \d+|failed (?:writing|finding)"
 )
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class KitError(Exception):
@@ -43,19 +42,24 @@ class ConfigError(KitError):
 
 
 def machine_fault(error: BaseException) -> KitError | None:
-    """A library's error as one for users where the machine is at fault: no room, file or memory.
+    """A library's error as one for users where the machine is at fault: no room, file, package.
 
     Returns:
         None: neither the error nor what it came from says so.
     """
+    from kit.core.memory import is_out_of_memory
+
     cause: BaseException | None = error
     while cause:
         text = " ".join(str(cause).split())[:400]
-        if isinstance(cause, MemoryError) or _MEMORY.search(text):
+        if isinstance(cause, MemoryError) or is_out_of_memory(text):
             hint = "Close other programs, or set a smaller max_num_seqs or model."
             return KitError(f"The memory is used up: {text or type(cause).__name__}.", hint)
         if isinstance(cause, OSError) or _DISK.search(text):
             hint = "Free some space or fix what it names, then run the same command again."
             return KitError(f"A file or a connection failed: {text}.", hint)
+        if isinstance(cause, ImportError) and not str(cause.name).startswith("kit"):
+            hint = "Run pip install -r requirements.txt in this environment."
+            return KitError(f"A package is missing or broken: {text}.", hint)
         cause = cause.__cause__
     return None

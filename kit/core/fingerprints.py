@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+from kit.core.config import expand
 from kit.core.errors import KitError
 from kit.core.storage import write_atomic
 
@@ -47,7 +48,7 @@ FILES = [TOKENIZER_CONFIG, *chain(*PARTS.values())]  # all that from_pretrained 
 
 def cache_folder() -> Path:
     """Where converted models and hashes are kept: PALIGN_CACHE, or else ~/.cache/palign."""
-    return Path(os.environ.get("PALIGN_CACHE") or "~/.cache/palign").expanduser()
+    return expand(os.environ.get("PALIGN_CACHE") or "~/.cache/palign")
 
 
 def file_hash(path: Path) -> str:

@@ -10,7 +10,9 @@ import ctypes
 import gc
 import re
 import resource
+import shutil
 import sys
+from os.path import exists
 from pathlib import Path
 
 import psutil
@@ -52,13 +54,22 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def may_have_card() -> bool:
+    """Whether torch, which takes seconds to load, could know a card: it is loaded, or there is a
+    driver.
+    """
+    paths = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
+    return bool("torch" in sys.modules or shutil.which("nvidia-smi") or any(map(exists, paths)))
+
+
 def limit_bytes() -> tuple[bool, int]:
     """(Whether there is a card, bytes that can still be had on it, or else on the machine)."""
-    import torch
+    if may_have_card():
+        import torch
 
-    if torch.cuda.is_available():
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return True, torch.cuda.mem_get_info()[0] + unused
+        if torch.cuda.is_available():
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return True, torch.cuda.mem_get_info()[0] + unused
     return False, psutil.virtual_memory().available
 
 

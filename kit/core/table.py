@@ -10,12 +10,11 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from kit.core.config import expand, readable
 from kit.core.errors import KitError
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
@@ -36,13 +35,13 @@ def read_rows(name: str) -> Rows:
     Raises:
         KitError: no such file, a format that is not read, damage (with its line), or no rows.
     """
-    path = Path(os.path.expanduser(name))  # pathlib would raise for an unknown ~user
+    path = expand(name)
     other = _OTHERS.search(path.name)
     if other:
         hint = f"Convert it to one of {', '.join(FORMATS)}; each may be gzipped."
         raise KitError(f"{path}: files of the format {other[0]} are not supported.", hint)
     try:
-        content = path.read_bytes()
+        content = readable(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         rows = _parse(content, path.name.removesuffix(".gz"))

@@ -51,8 +51,10 @@ class Export:
         return configs.load(self.folder / "config.yaml")
 
     def path(self, name: str) -> Path:
-        """A file of the export; its folder is made."""
+        """A file of the export; its folder is made. KitError: it is there, in a folder not ours."""
         path = (self.out or self.folder / "export") / name
+        if self.out and self.to != "hub" and path.exists():
+            raise KitError(f"{path} exists.", "Delete it, or choose another --out.", 2)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,8 +104,6 @@ def to_merged(job: Export) -> dict[str, Any]:
     """Merge the adapter into its base; the result answers as the adapter did before."""
     student = job.config.student
     merged = job.path("merged")
-    if job.out and merged.exists():
-        raise KitError(f"{merged} exists.", "Delete it, or choose another --out.", 2)
     _refuse_quantized(student.model)
     prompts = canary.prompts_of(job.folder, job.config, load_tokenizer(student.model))
     job.progress.say(f"export: merging; each result answers {len(prompts)} training questions")

@@ -14,10 +14,9 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from kit.core.errors import KitError
+from kit.training.shape import LIVE_BYTES
 
 IGNORED = -100  # label of a position that is not learned
-# per logit in a slice's backward pass: the fp32 logit, its log-softmax and the gradients of both
-LIVE_BYTES = 16
 
 
 class Head(NamedTuple):

@@ -14,8 +14,7 @@ from kit.core.errors import KitError
 from kit.core.memory import limit_bytes, return_at_once
 from kit.core.run import Run
 from kit.training.hours import THIS_RUN, assumptions, card_hours, in_hours, measured_times
-from kit.training.loss import LIVE_BYTES
-from kit.training.shape import GIB, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
+from kit.training.shape import GIB, LIVE_BYTES, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
 
 CARDS_GIB = (8, 12, 16, 24)
 

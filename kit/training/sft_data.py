@@ -19,7 +19,7 @@ from kit.core.config import Config
 from kit.core.errors import KitError
 from kit.core.records import TrainRow
 from kit.models import HfTokenizer, turn_ends
-from kit.prompts import render, text_of
+from kit.prompts import encode_answer, render, text_of
 from kit.training.loss import IGNORED
 
 CUT = "cut, without their answers"
@@ -81,7 +81,7 @@ def prepare(
             )
         question = f"{row.instruction}\n{row.input}"
         prompt = render(tokenizer, question, student.system, thinking=student.thinking)
-        ids = (*prompt, *tokenizer.encode(row.output, special=False), end)
+        ids = (*prompt, *encode_answer(tokenizer, row.output), end)
         name = f"line {line} ({' '.join(row.input.split())[:60]})"
 
         # what becomes of the row

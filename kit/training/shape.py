@@ -17,6 +17,8 @@ GIB = 1 << 30
 CONTEXT_BYTES = int(0.4 * GIB)
 # the allocator's rounding; on a CPU the libraries and their threads
 RESERVE_BYTES = int(0.2 * GIB)
+# per logit in a slice's backward pass: the fp32 logit, its log-softmax and the gradients of both
+LIVE_BYTES = 16
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with the scales of double quantization
 
 
@@ -75,8 +77,9 @@ class ModelShape(NamedTuple):
         return norms + adapters + gated + attention
 
 
-# Those of the bundled configs, so that a plan needs no network.
+# Those of the bundled configs, so that a plan needs no network and no conversion.
 SHAPES = {
+    "smollm2-135m": ModelShape(30, 576, 1536, 9, 576, 192, 49152, 8192, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(
         28, 1536, 8960, 12, 1536, 256, 151936, 32768, tied=True
     ),
