@@ -188,7 +188,7 @@ def same_up_to_near_ties(a: tuple[Sample, ...], b: tuple[Sample, ...]) -> int:
     return sum(x.text == y.text for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["prompt", "prefill"])
+@pytest.mark.parametrize("mode", ["prompt", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_the_trunk_is_evaluated_once_for_all_boundaries_and_samples(
     student: Any, mode: str
 ) -> None:
@@ -221,7 +221,10 @@ def test_the_trunk_is_evaluated_once_for_all_boundaries_and_samples(
         spent = with_trunk.session.cost.prefill_tokens
         assert spent <= sizes[-1] + 5 * max(tail, 12)
         asked = [size for wanted in counts for size in (sizes[k - 1] for k in wanted)]
-        assert without.session.cost.prefill_tokens >= sum(asked)
+        # Without it a call shares at most among its own prompts, as llama.cpp does.
+        alone = without.session.cost
+        assert alone.prefill_tokens + alone.cached_tokens == sum(asked)
+        assert spent < alone.prefill_tokens
         assert spent + with_trunk.session.cost.cached_tokens == sum(asked)
     assert equal >= total - 1, f"{equal} of {total} samples are equal"
     # seeded by row, boundary and number: no two boundaries, rounds or samples draw alike
