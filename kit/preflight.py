@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
@@ -36,14 +36,8 @@ COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the
 LONGEST_NAME = 240  # bytes of a file's name; file systems end at 255
 
 Check = tuple[str, Callable[[], Any]]  # the config key or section that it is about, and what raises
-
-
-class Problem(NamedTuple):
-    """What would stop a run."""
-
-    key: str
-    message: str
-    fix: str
+Problem = dict[str, str]  # what would stop a run: key, message, fix
+LINE = "{key}: {message} {fix}"
 
 
 def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -63,10 +57,10 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
             ]
         )
     except ConfigError as error:
-        problems = [Problem("config", mistake, "") for mistake in error.mistakes]
+        problems = [{"key": "config", "message": mistake, "fix": ""} for mistake in error.mistakes]
     return {
         "ok": not problems,
-        "problems": [problem._asdict() for problem in problems],
+        "problems": problems,
         "warnings": warnings,
         "seconds": round(time.perf_counter() - began, 2),
     }
@@ -75,7 +69,7 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print a result of `check`, a line for each problem and warning."""
     for problem in result["problems"]:
-        print("- {key}: {message} {fix}".format(**problem))
+        print("-", LINE.format(**problem))
     for warning in result["warnings"]:
         print(f"note: {warning}")
     print(f"{len(result['problems'])} problem(s) would stop this run.")
@@ -85,7 +79,7 @@ def refuse(config: Config, load_data: Callable[[], Loaded], command: str) -> Non
     """The pass at the start of `run`, or of a stage's command; ConfigError: with every problem."""
     problems = failures(_checks(config, load_data, [], command))
     if problems:
-        raise ConfigError("This run", [f"{key}: {text} {fix}" for key, text, fix in problems])
+        raise ConfigError("This run", [LINE.format(**problem) for problem in problems])
 
 
 def failures(checks: Iterable[Check]) -> list[Problem]:
@@ -96,7 +90,7 @@ def failures(checks: Iterable[Check]) -> list[Problem]:
             run_check()
         except KitError as error:
             message = str(error.args[0])
-            problems.setdefault(message, Problem(key, message, error.hint))
+            problems.setdefault(message, {"key": key, "message": message, "fix": error.hint})
     return list(problems.values())
 
 
@@ -116,7 +110,7 @@ def _checks(
         yield "teacher", partial(_open_tokenizer, config.teacher)
     if "truncate" in todo and method.cut == "judge":
         yield "student", partial(_check_labels, config)
-    if "align" in todo and method.continued:
+    elif "align" in todo and method.continued:
         yield "student", partial(_open_tokenizer, config.student)
     if "train" in todo:
         yield "train.micro_batch_size", partial(_check_batches, config)
@@ -277,8 +271,6 @@ def _check_memory(config: Config, warnings: list[str]) -> None:
 def _check_eval(config: Config, todo: list[str]) -> None:
     """The evaluated model takes the adapter, and is asked in the way of the training."""
     asked = config.eval
-    if config.method != "zero-shot" and asked.backend == "gguf":
-        gguf_file(asked.model)
     _open_tokenizer(asked)
     student = config.student
     if (asked.system, asked.thinking) != (student.system, student.thinking) and "train" in todo:

@@ -445,7 +445,7 @@ def test_a_folder_that_it_did_not_make_is_left_as_it_is(
     mine.parent.mkdir()
     mine.write_text("years of work")
     with pytest.raises(KitError, match="exists") as caught:
-        export(trained, QUIET, "gguf", out=tmp_path)
+        export(Export(trained, QUIET, "gguf", out=tmp_path))
     assert caught.value.code == 2 and mine.read_text() == "years of work"
     assert list(tmp_path.iterdir()) == [mine.parent]
 

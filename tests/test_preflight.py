@@ -84,8 +84,8 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["student.backend=hf", "student.model={base}/empty-model"], "student", "no weights"),
     (["judge.labels=[same, same]"], "student", "label"),
     ([*WHOLE, "train.batch_size=5", "train.micro_batch_size=2"], "train.micro_batch_size", "5"),
-    ([*WHOLE, "eval.backend=gguf"], "eval", "An adapter runs on backend hf"),
-    ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "An adapter runs on backend hf"),
+    ([*WHOLE, "eval.backend=gguf"], "eval", "not a GGUF file"),
+    ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "does not answer"),
     (WHOLE, "student.model", "not a GGUF file"),
     ([*WHOLE, "eval.system=Be brief."], "eval", "in another way than training"),
 ]
@@ -128,7 +128,7 @@ def test_a_broken_thing_is_found_at_once_and_no_stage_starts(
         ("teach", "data.train={base}/none.jsonl", "none.jsonl"),
         ("truncate", "judge.labels=[same, same]", "label"),
         ("train", "train.micro_batch_size=5", "micro_batch_size"),
-        ("eval", "eval.backend=gguf", "An adapter runs on backend hf"),
+        ("eval", "eval.backend=gguf", "not a GGUF file"),
     ],
 )
 def test_the_command_of_one_stage_looks_at_what_that_stage_needs(

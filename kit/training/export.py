@@ -103,7 +103,9 @@ def to_gguf_lora(job: Export) -> dict[str, Any]:
 def to_merged(job: Export) -> dict[str, Any]:
     """Merge the adapter into its base; the result answers as the adapter did before."""
     student = job.config.student
+    # both names are looked at before any work
     merged = job.path("merged")
+    full = job.path(f"{job.config.name}.gguf")
     _refuse_quantized(student.model)
     prompts = canary.prompts_of(job.folder, job.config, load_tokenizer(student.model))
     job.progress.say(f"export: merging; each result answers {len(prompts)} training questions")
@@ -118,18 +120,17 @@ def to_merged(job: Export) -> dict[str, Any]:
         result["as_adapter"] = reference.compare(canary.Reference.of(backend, prompts))
     if job.to == "merged":
         return result
-    gguf = _to_gguf(job, merged)
+    gguf = _to_gguf(job, merged, full)
     with canary.engine("gguf", str(gguf)) as backend:
         comparison = reference.compare(canary.Reference.of(backend, prompts))
     size = gguf.stat().st_size
     return {**result, "gguf": str(gguf), "bytes": size, "gguf_as_adapter": comparison}
 
 
-def _to_gguf(job: Export, merged: Path) -> Path:
+def _to_gguf(job: Export, merged: Path, full: Path) -> Path:
     """The merged weights as a GGUF, quantized where the job says so."""
     from kit.backends.gguf import quantize
 
-    full = job.path(f"{job.config.name}.gguf")
     _convert(merged, full, job.progress)
     if not job.quantize:
         return full
