@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         student__model="/home/ann/models/base",
         teacher__model="/home/ann/teacher.gguf",
         data__eval="[/home/ann/data/sums.jsonl, {path: ./home/ann/more.jsonl}]",
-        eval__url="http://ann:pass@lab:8000/v1",
+        eval__url="http://lab-of-ann:8000/v1",
         eval__api_key_env="LAB_KEY",
     )
     save(folder / "adapter", {}, r=2, base_model_name_or_path="/home/ann/models/base")
@@ -96,7 +96,7 @@ def test_nothing_of_this_machine_or_its_keys_is_in_the_folders(run: Path) -> Non
     for folder in ("model", "dataset"):
         for path in Path(result[folder]).iterdir():
             text = path.read_bytes()
-            for secret in (b"/home/ann", b"ann:pass", b"LAB_KEY", b"8000"):
+            for secret in (b"/home/ann", b"lab-of-ann", b"LAB_KEY", b"8000"):
                 assert secret not in text, (path, secret)
     settings = json.loads((Path(result["model"]) / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == BASE
