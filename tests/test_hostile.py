@@ -386,7 +386,8 @@ class Server:
                     self.drip()
                 elif isinstance(answer, int) and answer > 99:
                     self.send_response(answer)
-                    self.send_header("Location", "http://127.0.0.2:9/elsewhere")
+                    elsewhere = f"http://localhost:{outer.listener.server_port}/elsewhere/models"
+                    self.send_header("Location", elsewhere)
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                 else:
@@ -451,7 +452,8 @@ def test_a_hostile_server(
         code, printed = ends_well(capsys, "run", str(path), f"student.url={server.url}")
         assert code == 2 and "student:" in printed, printed
         assert "named-secret" not in printed and server.asked
-        for _, headers in server.asked:
+        for asked, headers in server.asked:
+            assert "elsewhere" not in asked, "a redirect was followed"
             assert "of-another-account" not in str(headers)
             assert headers["authorization"] == "Bearer named-secret"
     for file in (tmp_path / "runs").rglob("*"):

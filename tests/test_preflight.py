@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,10 @@ def test_the_command_of_one_stage_looks_at_what_that_stage_needs(
     config = [str(base / "config.yaml"), f"out={tmp_path}/run"]
     assert palign.main([command, *config, key]) == 2
     assert words in capsys.readouterr().err
+    if command == "train":  # its rows are there: those count, not the longest that are allowed
+        keys = ["student.backend=hf", "student.model=smollm2-135m", "train.micro_batch_size=4096"]
+        assert palign.main(["train", *config, *keys, "train.batch_size=4096"]) == 1
+        assert "train.jsonl does not exist" in capsys.readouterr().err
     if command != "teach":
         assert palign.main(["teach", *config, key, "--quiet", "--json"]) == 0
 
@@ -180,6 +186,20 @@ def test_a_copy_for_transformers_that_cannot_be_cached_is_found(
         str(base / "config.yaml"), [*keys[:2], f"student.model={copied}", *WHOLE]
     )
     assert "is not checked for a GGUF" in " ".join(result["warnings"]), result
+
+
+def test_a_check_without_a_card_loads_no_torch(tmp_path: Path) -> None:
+    """It takes longer to import than all the rest of the check."""
+    script = (
+        "import sys, palign\n"
+        "from kit.core.memory import may_have_card\n"
+        "card = may_have_card()\n"
+        "assert palign.main(['check', 'configs/smoke.yaml', f'out={sys.argv[1]}/run']) == 0\n"
+        "assert card or 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_all_problems_are_listed_at_once(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +249,9 @@ def test_a_template_that_fails_and_a_disk_and_a_memory_that_are_too_small(tmp_pa
     config = write_config(tmp_path, "palign")
     [problem] = preflight.check(str(config), keys)["problems"]
     assert problem["key"] == "student" and "no chat" in problem["message"], problem
+    (broken / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    [problem] = preflight.check(str(config), [*keys, "student.system=Be brief."])["problems"]
+    assert "leaves out the system message" in problem["message"], problem
     for key, words in (
         ("train.rank=16384", "Checkpoints take"),
         ("train.micro_batch_size=4096", "Training on rows of 1024 tokens needs about"),
