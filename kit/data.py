@@ -33,6 +33,7 @@ from kit.formats import (
     values_of,
     with_preset,
 )
+from kit.models import leave_out_dead_hub
 
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
 
@@ -321,6 +322,7 @@ def _builtin(source: DatasetConfig, seed: int, held_out: bool) -> list[Problem]:
 
 
 def _hub_rows(source: DatasetConfig, held_out: bool) -> Rows:
+    leave_out_dead_hub()
     import datasets
 
     options = {"name": source.subset, "split": source.split or ("test" if held_out else "train")}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -172,7 +173,10 @@ def hf_folder(name: str) -> str:
     """
     path = resolve(name)
     if isinstance(path, str):
-        return str(_local_folder(path) or path)
+        folder = _local_folder(path)
+        if not folder:
+            leave_out_dead_hub()
+        return str(folder or path)
     return str(cached_copy(path, COPY, lambda folder: _convert(path, folder)))
 
 
@@ -306,6 +310,20 @@ def _local_folder(name: str) -> Path | None:
         if isinstance(config, str) and is_complete(Path(config).parent):
             return Path(config).parent
     return None
+
+
+@functools.cache
+def leave_out_dead_hub() -> None:
+    """Look at local files alone if the hub does not answer: else each file is asked for 23 s."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception:  # whatever its HTTP library raises means the same
+        constants.HF_HUB_OFFLINE = True
 
 
 def load_tokenizer(name: str) -> HfTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -200,6 +201,18 @@ def test_a_check_without_a_card_loads_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    """Its packages would ask again and again, for each file."""
+    command = [sys.executable, "palign.py", "check", "configs/gsm8k-mini.yaml", f"out={tmp_path}/r"]
+    dead = DEAD.removeprefix("url=").removesuffix("/v1")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": dead}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "openai/gsm8k (no such file; asked the hub)" in done.stdout
+    assert "Retrying" not in done.stderr
 
 
 def test_all_problems_are_listed_at_once(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
