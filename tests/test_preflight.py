@@ -87,7 +87,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["student.backend=hf", "student.model={base}/empty-model"], "student", "no weights"),
     (["judge.labels=[same, same]"], "student", "label"),
     ([*WHOLE, "train.batch_size=5", "train.micro_batch_size=2"], "train.micro_batch_size", "5"),
-    ([*WHOLE, "eval.backend=gguf"], "eval", "not a GGUF file"),
+    ([*WHOLE, "eval.backend=gguf", "eval.model={base}"], "eval", "no model"),
     ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "does not answer"),
     (WHOLE, "student.model", "not a GGUF file"),
     ([*WHOLE, "eval.system=Be brief."], "eval", "in another way than training"),
