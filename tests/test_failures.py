@@ -23,7 +23,7 @@ from kit.reporting import report
 from kit.reporting.metrics import Files, numbers
 from tests.conftest import ROOT
 from tests.make_run import make
-from tests.test_kills import launch, write_config
+from tests.test_kills import write_config
 
 # What a stage may raise, the words that must reach the user, and whether it is a defect.
 ERRORS: dict[str, tuple[Exception, str, bool]] = {
@@ -98,26 +98,29 @@ def test_the_first_error_is_the_one_that_is_told(
 def test_ctrl_c_in_a_stage_and_the_page_after_it(method: str, file: str, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, method))
     keys = [config, f"out={tmp_path}/run", "data.eval.limit=5"]
-    log = tmp_path / "printed.txt"
-    interrupt(launch(["run", *keys], 0.03, str(log)), log, tmp_path / "run" / file)
+    interrupt(keys, tmp_path / "run" / file, {"PALIGN_SCRIPT_SECONDS": "0.03"})
     assert palign.main(["report", *keys, "--quiet"]) == 0
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     if method == "palign":  # evaluation goes on in the same way, but its grader starts slowly
         assert palign.main(["run", *keys, "--quiet"]) == 0
 
 
-def interrupt(child: int, log: Path, file: Path) -> None:
-    """Send SIGINT to a process once a file has a line, and look at how it ends."""
-    ended = 0
-    while not (ended or (file.exists() and file.read_bytes().count(b"\n"))):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        assert not ended, log.read_text()
+def interrupt(arguments: list[str], file: Path, environment: dict[str, str]) -> None:
+    """Start a run, send SIGINT once a file has a line, and look at how it ends."""
+    process = subprocess.Popen(
+        [sys.executable, "palign.py", "run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    while not (file.exists() and file.read_bytes().count(b"\n")):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    os.kill(child, signal.SIGINT)
-    began = time.monotonic()
-    _, status = os.waitpid(child, 0)
-    printed = log.read_text()
-    assert os.waitstatus_to_exitcode(status) == 130 and time.monotonic() - began < 10, printed
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, printed
     assert "Interrupted. Every finished row is on the disk" in printed
     assert "Traceback" not in printed and "a defect" not in printed
 
@@ -146,12 +149,7 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_in_a_real_training(
     arguments_ = ["configs/workshop.yaml", "method=long-trace", "data.train.limit=8"]
     arguments_ += ["train.epochs=40", "data.eval.limit=4"]
     run = tmp_path / "stopped"
-    # not forked: torch's threads would not come along
-    log = tmp_path / "printed.txt"
-    with log.open("w") as errors:
-        command = [sys.executable, "palign.py", "run", *arguments_, f"out={run}"]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT)
-    interrupt(child.pid, log, run / "train_log.jsonl")
+    interrupt([*arguments_, f"out={run}"], run / "train_log.jsonl", {})
     assert palign.main(["report", *arguments_, f"out={run}", "--quiet"]) == 0
     assert "not finished" in (run / "report.html").read_text(encoding="utf-8")
 

@@ -45,19 +45,16 @@ def steady(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def launch(args: list[str], seconds_an_answer: float, log: str = os.devnull) -> int:
-    """`palign.py ARGS` in a forked child: all is imported, so a start costs milliseconds.
-
-    Args:
-        log: where its errors go.
-    """
+def launch(args: list[str], seconds_an_answer: float) -> int:
+    """`palign.py ARGS` in a forked child: all is imported, so a start costs milliseconds."""
     pid = os.fork()
     if pid == 0:
         code = 70
         try:
             os.environ["PALIGN_SCRIPT_SECONDS"] = str(seconds_an_answer)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             import palign
 
             code = palign.main(args)
