@@ -47,6 +47,10 @@ CIRCLES = {
     ),  # a backend opens sessions, a session names its backend's type
     ("kit.backends.gguf", "kit.backends.gguf_generate"),  # likewise
     ("kit.backends.hf", "kit.backends.hf_generate"),  # likewise
+    (
+        "kit.judging.calibration",
+        "kit.judging.judge",
+    ),  # a judge takes its threshold from a calibration, which names the judge's type
     ("kit.core.run", "kit.core.stages"),  # the work loop takes the run that it works for
 }
 
