@@ -51,6 +51,7 @@ JUDGE_FLAGS = {
     "--search": ("judge.search", "binary (default), gallop, sweep, scan or uncached"),
     "--kind": ("judge.kind", "verbal (default), answer or success"),
     "--threshold": ("judge.threshold", "a margin at or above it is ENOUGH"),
+    "--calibration": ("judge.calibration", "none (default), content-free, share or a file"),
     "--limit": ("data.train.limit", "only the first N traces"),
 }
 
@@ -119,9 +120,15 @@ def _grade_options(option: Option) -> None:
 
 
 def _judge_options(option: Option) -> None:
-    option("teacher.path", metavar="FILE", help="rows with a question, an answer and a trace")
+    option(
+        "teacher.path",
+        metavar="FILE",
+        help="rows with a question, an answer and a trace",
+    )
     option("--config", metavar="CONFIG", help="take everything else from this config")
     option("--interactive", action="store_true", help="walk through a trace interactively")
+    option("--validate", action="store_true", help="hold the judges against the student's success")
+    option("--out", default="validation", type=_path, metavar="DIR", help="--validate: its files")
     for flag, (key, meaning) in JUDGE_FLAGS.items():
         option(flag, dest=key, metavar="VALUE", help=meaning)
 
@@ -263,7 +270,7 @@ def _data(args: Namespace, progress: Any) -> int:
 def _judge(args: Namespace, progress: Any) -> int:
     from kit import interactive
     from kit.pipeline import truncate
-    from kit.reporting import report
+    from kit.reporting import report, validate
 
     overrides = ["teacher.backend=file"]
     for key, value in vars(args).items():
@@ -273,6 +280,8 @@ def _judge(args: Namespace, progress: Any) -> int:
     config = _config(args)
     if args.interactive:
         return interactive.walk(config)
+    if args.validate:
+        return _print(args, validate.validate(config, args.out, progress), validate.show)
     return _print(args, truncate.judge_file(config, progress), report.show_judged)
 
 

@@ -49,6 +49,10 @@ CIRCLES = {
     ("kit.backends.gguf", "kit.backends.gguf_generate"),  # likewise
     ("kit.backends.hf", "kit.backends.hf_generate"),  # likewise
     ("kit.training.export", "kit.training.hub"),  # export dispatches, hub takes the job's type
+    (
+        "kit.judging.calibration",
+        "kit.judging.judge",
+    ),  # a judge takes its threshold from a calibration, which names the judge's type
     ("kit.core.run", "kit.core.stages"),  # the work loop takes the run that it works for
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import json
 import os
 import sys
 from collections import Counter
@@ -164,6 +165,20 @@ class Teacher(ModelConfig):
     sampling: Sampling = Sampling()
 
 
+class Calibration(BaseConfig):
+    """What `judge FILE --validate` found, as its calibration.json has it."""
+
+    setup: dict[str, str]  # what it was measured with: names, prompt words and hashes
+    thresholds: dict[str, float | None]  # by judge; None: nothing to choose one by
+
+
+def _read_calibration(raw: Any) -> Any:
+    """Put a file's content in place of its name, so that a changed file is a changed key."""
+    if isinstance(raw, str) and expand(raw).is_file():
+        return json.loads(expand(raw).read_bytes())
+    return raw
+
+
 class Judge(BaseConfig):
     """How the student is asked whether a prefix is sufficient (section 3.2 of the paper)."""
 
@@ -178,7 +193,10 @@ class Judge(BaseConfig):
     labels: tuple[str, str] = ("[ENOUGH]", "[NOT_ENOUGH]")
     # A margin at or above it is ENOUGH; None: 0 (verbal), -1.0 nats per token (answer).
     threshold: float | None = None
-    calibration: Literal["none", "content-free", "share"] = "none"
+    # Or the calibration.json of `judge FILE --validate`: its threshold for this kind.
+    calibration: Annotated[
+        Calibration | Literal["none", "content-free", "share"], BeforeValidator(_read_calibration)
+    ] = "none"
     share: Share = 0.9  # calibration share: this share of full traces should be sufficient
     limit_tokens: PositiveInt | None = None  # longest judging prompt; None: the context
     # kind success: at most so many continuations are drawn from a prefix, as `align` draws them;

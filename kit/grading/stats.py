@@ -159,3 +159,17 @@ def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
         p_value=float(p_value),
         method=method,
     )
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a positive's score is above a negative's; a tie counts half.
+
+    Args:
+        scores: (N,).
+        labels: (N,) truth values.
+
+    Returns:
+        0.5 too where all labels are equal: there is nothing to tell apart.
+    """
+    above = scores[labels][:, None] - scores[~labels]
+    return float(np.sign(above).mean() + 1) / 2 if above.size else 0.5

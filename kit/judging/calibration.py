@@ -1,8 +1,9 @@
 """A judge's threshold, chosen from the data (extends section 3.2 of the paper).
 
 Paper: the student's verdict is taken as is. Here: the threshold may be moved, because weak students
-otherwise keep one sentence, or the whole trace. The other calibration, content-free, is an offset
-per trace in `judge.TraceJudge`. Signs of a degenerate judge are in kit/reporting/metrics.py.
+otherwise keep one sentence, or the whole trace: to a share of sufficient traces, or to what a
+validation measured (validate.py). The third calibration, content-free, is an offset per trace in
+`judge.TraceJudge`. Signs of a degenerate judge are in kit/reporting/metrics.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from contextlib import closing
 from math import ceil
 from typing import TYPE_CHECKING
 
+from kit.core.config import Calibration
 from kit.core.errors import KitError
 from kit.core.records import PrefixRow
+from kit.models import fingerprints
+from kit.prompts import template_hash, text_of
 
 if TYPE_CHECKING:
     from kit.judging.judge import Judge
@@ -50,3 +54,41 @@ def share_threshold(judge: Judge, rows: Sequence[PrefixRow]) -> float:
         )
     margins.sort(reverse=True)
     return margins[ceil(judge.settings.share * len(margins)) - 1]
+
+
+def setup_of(judge: Judge) -> dict[str, str]:
+    """What margins depend on besides the trace: the model by content, the prompts, the template."""
+    student = judge.config.student
+    prompts = judge.config.prompts
+    template = template_hash(judge.backend.tokenizer, prompts, student.system, student.thinking)
+    return {
+        "student.model": student.model,
+        "student.dtype": student.dtype,
+        "prompts.judge": text_of(prompts, "judge"),
+        "prompts.answer_cue": text_of(prompts, "answer_cue"),
+        "judge.labels": " ".join(judge.settings.labels),
+        "chat template, prompts.instruction, student.system or student.thinking": template,
+        **fingerprints("student", student),
+    }
+
+
+def calibrated_threshold(judge: Judge, calibration: Calibration) -> float:
+    """The threshold that a calibration has for a judge.
+
+    Raises:
+        KitError: (exit 2) it was measured with another setup, or has no threshold for this judge.
+    """
+    setup = setup_of(judge)
+    names = sorted({*setup, *calibration.setup})
+    differing = [name for name in names if setup.get(name) != calibration.setup.get(name)]
+    threshold = calibration.thresholds.get(judge.settings.kind)
+    if judge.generates_verdicts or threshold is None:
+        differing.append("judge: it has no threshold for judge.kind as it is here")
+    if differing or threshold is None:
+        raise KitError(
+            f"The file of judge.calibration is for another {', another '.join(differing)}.",
+            "Make one with this config (judge FILE --config CONFIG --validate), or set "
+            "judge.calibration=none.",
+            2,
+        )
+    return threshold

@@ -33,11 +33,12 @@ from kit.backends.base import (
     Trunk,
     common_prefix_len,
 )
-from kit.core.config import Config, Sampling
+from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
 from kit.grading.answers import Grader, Item, gold_of
+from kit.judging.calibration import calibrated_threshold
 from kit.judging.search import binary, choose, gallop, sweep, violations
 from kit.judging.sentences import ends
 from kit.judging.success import missing_draws, success_probability
@@ -95,6 +96,9 @@ class Judge(ExitStack):
             "answer": settings.answer_scoring == "greedy",
             "success": True,
         }[settings.kind]
+
+        if isinstance(settings.calibration, Calibration):
+            self.threshold = calibrated_threshold(self, settings.calibration)
 
         # The prompts of a trace begin alike; a server judges several traces at once.
         encode = backend.tokenizer.encode
@@ -408,14 +412,8 @@ def _search(
     begun = time.perf_counter()
 
     # 1. Ask, each question from the cache of the ones before.
-    uncached = search == "uncached"
-    with ExitStack() as stack:
-        session = stack.enter_context(closing(judge.backend.session(uncached=uncached)))
-        trace = TraceJudge(judge, row, session, steer)
-        if judge.generates_verdicts and not uncached:
-            longest = len(trace._request(searched).ids)
-            trunk = Trunk(longest + judge.sampling.max_new_tokens)
-            trace.trunk = stack.enter_context(trunk)
+    with open_trace(judge, row, searched, search == "uncached") as trace:
+        trace.steer = steer
         boundary = trace.search(search, searched)
         isolated = None
         if boundary and not steer:
@@ -435,7 +433,7 @@ def _search(
         samples=trace.samples.get(kept, ()),
         generated_tokens=trace.generated_tokens,
         prompt_tokens=trace.prompt_tokens,
-        **vars(session.cost),
+        **vars(trace.session.cost),
         seconds=round(time.perf_counter() - begun, 3),
     )
     if boundary is None and searched < row.sentences_total:
@@ -445,6 +443,21 @@ def _search(
         )
         return _reject(cut_row, "nothing sufficient within the context", detail)
     return cut_row
+
+
+@contextmanager
+def open_trace(
+    judge: Judge, row: PrefixRow, furthest: int, uncached: bool = False
+) -> Iterator[TraceJudge]:
+    """Put a trace under judgement, up to the boundary `furthest`; its cache is freed on leaving."""
+    with ExitStack() as stack:
+        session = stack.enter_context(closing(judge.backend.session(uncached=uncached)))
+        trace = TraceJudge(judge, row, session)
+        if judge.generates_verdicts and not uncached:
+            longest = len(trace._request(furthest).ids)
+            trunk = Trunk(longest + judge.sampling.max_new_tokens)
+            trace.trunk = stack.enter_context(trunk)
+        yield trace
 
 
 def cut_at_ratio(row: PrefixRow, ratio: float = 1.0) -> PrefixRow:
