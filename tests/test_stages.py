@@ -35,6 +35,8 @@ def test_every_key_that_a_stage_depends_on_exists(name):
 def test_a_stage_depends_on_its_sections_but_not_on_keys_that_change_no_row():
     keys = STAGE_TABLE["truncate"].dependencies(flat(Config()))
     assert {"student.model", "judge.search", "method"} <= keys.keys()
+    # the words of every kind of judging prompt
+    assert {"prompts.judge", "prompts.instruction", "prompts.answer_cue"} <= keys.keys()
     neutral = {"student.n_threads", "student.url", "student.max_num_seqs", "student.kv_cache_gib"}
     assert not {*neutral, "train.rank", "name", "seed"} & keys.keys()
 

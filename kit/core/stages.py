@@ -96,6 +96,7 @@ STAGE_TABLE = {
             "student",
             "judge",
             "prompts.judge",
+            "prompts.instruction",
             "prompts.answer_cue",
         ),
         success_keys=(
