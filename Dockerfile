@@ -4,7 +4,7 @@
 # The host's driver must be 580 or newer: torch from PyPI is built for CUDA 13.0.
 #
 # The tests need no GPU. Without --gpus there is no libcuda, so the toolkit's stub of it stands in:
-#   docker run -e LD_LIBRARY_PATH=/usr/local/cuda/lib64/stubs palign \
+#   docker run -e LD_LIBRARY_PATH=/usr/local/cuda/lib64:/usr/local/cuda/lib64/stubs palign \
 #     sh -c "pip install -r tests/requirements.txt && python -m pytest tests"
 FROM python:3.11-slim-bookworm AS python
 

@@ -296,12 +296,9 @@ def _compare(args: Namespace, progress: Any) -> int:
 
 
 def _plan(args: Namespace, progress: Any) -> int:
-    from kit.training import hours, plan
+    from kit.training import plan
 
-    def show(result: dict[str, Any]) -> None:
-        _show({**result, "hours": hours.rows_of(result["hours"])})
-
-    return _print(args, plan.plan(_config(args)), show)
+    return _print(args, plan.plan(_config(args)), lambda result: _show(plan.in_words(result)))
 
 
 def _check(args: Namespace, progress: Any) -> int:

@@ -345,7 +345,11 @@ def load_tokenizer(name: str) -> HfTokenizer:
 
 
 def load_model(
-    name: str, dtype: str = "auto", adapter: str | None = None, for_training: bool = False
+    name: str,
+    dtype: str = "auto",
+    adapter: str | None = None,
+    for_training: bool = False,
+    on_cpu: bool = False,
 ) -> Any:
     """Load weights with SDPA attention, on this process's CUDA card or else the CPU.
 
@@ -355,6 +359,7 @@ def load_model(
             (double quantization).
         adapter: folder of a PEFT adapter in safetensors.
         for_training: training mode, no KV cache; else evaluation mode, nothing trainable.
+        on_cpu: though there is a card.
 
     Raises:
         KitError: a card that torch cannot use; no such model or adapter, not in an offline
@@ -369,9 +374,10 @@ def load_model(
     from kit.core.card import check_card, half_dtype
 
     check_card()
-    cuda = torch.cuda.is_available()
-    use_fp32 = dtype == "fp32" or (dtype != "bf16" and not cuda)
-    compute_dtype = torch.float32 if use_fp32 else half_dtype(dtype)
+    cuda = torch.cuda.is_available() and not on_cpu
+    compute_dtype = half_dtype(dtype) if cuda else torch.bfloat16
+    if dtype == "fp32" or (dtype != "bf16" and not cuda):
+        compute_dtype = torch.float32
     if compute_dtype == torch.float16:
         # these cards' fused attention takes no grouped heads: torch would build (T, T) matrices
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False

@@ -98,7 +98,7 @@ def test_old_keys_and_values_are_read_with_a_note_that_names_the_new_ones(tmp_pa
     teacher: {backend: worked, parallel: 3}
     eval: {before: false}
     judge: {search: fresh, limit_tokens: 900, chunk_tokens: 64}
-    train: {batch_rows: 4, over_cutoff: cut, overfit: ignore}
+    train: {batch_rows: 4, over_cutoff: cut, overfit: ignore, save_steps: 50}
     """
     config = load(tmp_path, text)
     assert (config.data.train.steps, config.data.train.max_number) == ((1, 2), 10)
@@ -113,10 +113,13 @@ def test_old_keys_and_values_are_read_with_a_note_that_names_the_new_ones(tmp_pa
         "note: train.batch_rows is now called train.batch_size",
         "note: judge.search=fresh is now called uncached",
         "note: data.train.subset is now called steps and max_number",
-        "note: judge.chunk_tokens is no longer a key",
+        "note: judge.chunk_tokens is no longer a key: chunks shrink by themselves where memory "
+        "runs out",
+        "note: train.save_steps is no longer a key: checkpoints are saved by time, see "
+        "train.save_minutes (minutes between two)",
     ):
         assert note in notes
-    assert len(notes) == 11, notes
+    assert len(notes) == 12, notes
 
 
 def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):

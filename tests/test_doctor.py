@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_full_checks_run_one_after_the_other_and_after_the_others(
 def test_a_cache_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     margins = iter(([0.1, 0.2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.9]))
     monkeypatch.setattr(doctor_full, "_margins", lambda *_: next(margins))
-    monkeypatch.setattr(doctor_full, "_open", lambda *_: FakeBackend())
+    monkeypatch.setattr(doctor_full, "_open", lambda *_: closing(FakeBackend()))
     ok, found = doctor_full.cache()
     assert not ok and "nf4 (none) 0.700" in found
 

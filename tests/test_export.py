@@ -426,6 +426,36 @@ def _base(folder: Path) -> str:
     ]
 
 
+def test_a_card_too_small_for_sixteen_bits_merges_on_the_cpu(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from kit import models
+    from kit.core import card
+
+    base = _base(trained)
+    shape = exporting.shape_of(base)
+    enough = 2.4 * (shape.linear + shape.other)
+    monkeypatch.setattr(exporting, "limit_bytes", lambda: (True, enough))
+    assert exporting._room_for_16_bits(base) == {}
+    monkeypatch.setattr(exporting, "limit_bytes", lambda: (True, enough - 1))
+    # a card that only emulates bf16, and would raise if anything went to it
+    monkeypatch.setattr(card, "check_card", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    model = models.load_model(base, "bf16", on_cpu=True)
+    assert model.device.type == "cpu" and model.dtype == torch.bfloat16
+    monkeypatch.undo()
+
+    monkeypatch.setattr(exporting, "limit_bytes", lambda: (True, enough - 1))
+    same = export(Export(trained, QUIET, out=tmp_path))
+    weights = load_file(f"{same['merged']}/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert same["as_adapter"]["equal_tokens"] > 0.5
+
+
 def test_a_merge_that_went_wrong_shows(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 GIB = 1 << 30
 
 
@@ -45,14 +44,13 @@ def run(device: str, body: str, *arguments: Any) -> Any:
 
 def generated(dtype: str) -> dict[str, Any]:
     """Greedy answers one at a time and six side by side, and where they were computed."""
-    from contextlib import closing
-
     from kit import doctor_full
+    from kit.training.canary import answer
 
-    with closing(doctor_full._open(dtype)) as backend:
+    with doctor_full._open(dtype) as backend:
         prompt = backend.tokenizer.encode(doctor_full.TEXT)
-        alone = doctor_full._generate(backend, prompt, 1, 8)
-        together = doctor_full._generate(backend, prompt, 6, 8)
+        alone = answer(backend, [prompt], max_new_tokens=8)
+        together = answer(backend, [prompt] * 6, max_new_tokens=8)
         return {"device": backend.device.type, "alone": alone, "together": together}
 
 
@@ -125,8 +123,15 @@ def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) 
 # --- Tests ---
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["auto", "nf4"])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "auto"),
+        pytest.param("cpu", "nf4", marks=pytest.mark.slow),
+        pytest.param("cuda", "auto", marks=pytest.mark.gpu),
+        pytest.param("cuda", "nf4", marks=pytest.mark.gpu),
+    ],
+)
 def test_rows_side_by_side_answer_as_one_alone(device: str, dtype: str) -> None:
     answers = run(device, "generated", dtype)
     assert answers["device"] == device
@@ -153,6 +158,7 @@ def test_a_training_on_a_card_has_the_losses_of_one_on_the_cpu(tmp_path: Path) -
     assert on_card == pytest.approx(on_cpu, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_body_of_the_training_test_runs_on_the_cpu(tmp_path: Path) -> None:
     losses = run("cpu", "trained", str(tmp_path / "cpu"))["losses"]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)

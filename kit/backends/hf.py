@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit.backends.base import Generation, Request, ScoringSession, slug
 from kit.core.config import ModelConfig
+from kit.core.memory import limit_bytes, release
 from kit.core.threads import watch
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class HfBackend:
         self.notes: list[str] = []
         self.cache_kind: str | None = None  # set by the first judging session, see hf_session
         self.tokenizer = load_tokenizer(engine.model)
-        self.model: Any = load_model(engine.model, engine.dtype, adapter)
+        on_cpu = engine.n_gpu_layers == 0
+        self.model: Any = load_model(engine.model, engine.dtype, adapter, on_cpu=on_cpu)
         if adapter is not None:
             lean_adapter(self.model)
         watch(self.model, engine.n_threads)
@@ -85,12 +87,12 @@ class HfBackend:
         return open_session(self, uncached)
 
     def close(self) -> None:
-        """Drop the weights."""
+        """Drop the weights, so that the next model has their memory."""
         self.model = None
+        release()
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""
-        from kit.core.memory import limit_bytes
         from kit.models import kv_elements
 
         budget_bytes = limit_bytes()[1] * FREE_RATIO

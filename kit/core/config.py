@@ -129,7 +129,8 @@ class ModelConfig(BaseConfig):
     # HTTP requests at once. None: 32 on a card, else 8.
     max_num_seqs: PositiveInt | None = None
     n_threads: PositiveInt | None = None
-    n_gpu_layers: int = -1  # llama.cpp: layers offloaded; -1: all, where it was built for a GPU
+    # llama.cpp: layers offloaded; -1: all, where it was built for a GPU. hf: 0 stays on the CPU.
+    n_gpu_layers: int = -1
     # llama.cpp: faster prefill; a CPU's margins move by some tenths; always on a card
     flash_attention: bool = False
     kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free

@@ -24,8 +24,8 @@ def upgrade(raw: dict[str, Any]) -> list[str]:
         if key not in keys:
             continue
         value = keys.pop(key)
-        if new is None:
-            notes.append(f"{name} is no longer a key")
+        if " " in new:
+            notes.append(f"{name} is no longer a key: {new}")
         else:
             keys.setdefault(new, value)
             notes.append(f"{name} is now called {section}.{new}")

