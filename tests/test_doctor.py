@@ -220,6 +220,7 @@ class FakeBackend:
         pass
 
 
+@pytest.mark.slow
 def test_an_out_of_memory_that_is_not_recovered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kit.backends import hf_generate
 
