@@ -20,7 +20,7 @@ import pytest
 from kit import prompts
 from kit.backends import gguf_generate, open_backend
 from kit.backends.base import Completion, Generation, Request, ScoreRequest, looping
-from kit.backends.gguf import ROUNDING_NATS, GgufBackend
+from kit.backends.gguf import ROUNDING_NATS, Context, GgufBackend
 from kit.backends.gguf_generate import draw
 from kit.core.config import ModelConfig, Prompts, Sampling
 from kit.core.errors import KitError
@@ -370,6 +370,22 @@ def with_little_memory(mebibytes: int, what: str) -> subprocess.CompletedProcess
         text=True,
         check=False,
     )
+
+
+def test_a_card_prefills_in_large_batches_with_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where layers are offloaded; a real context, of a library that says it has a card."""
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    settings = {}
+    for layers in (0, -1):
+        engine = ENGINE.model_copy(update={"n_gpu_layers": layers})
+        with closing(open_backend(engine)) as opened:
+            context = Context(opened, 2048, 1, opened.flash_attention)
+            with closing(context):
+                batch_tokens = llama_cpp.llama_n_ubatch(context._context)
+        settings[layers] = (batch_tokens, opened.flash_attention)
+    assert settings == {0: (256, False), -1: (2048, True)}
 
 
 def test_slots_without_memory_are_halved() -> None:
