@@ -114,7 +114,7 @@ CONFIGS: dict[str, str | bytes] = {
     "endless model": "student: {model: /dev/zero}",
     "key in lower case": "student: {api_key_env: secret_key_of_mine}",
 }
-for key in Config.model_fields.keys() - {"stop_after"}:  # it is set on the command line
+for key in sorted(Config.model_fields.keys() - {"stop_after"}):  # it is set on the command line
     CONFIGS[f"{key} of another type"] = f"{key}: [1, {{a: [2]}}]"
 
 
