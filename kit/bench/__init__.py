@@ -48,6 +48,7 @@ def run(options: Namespace, progress: Progress) -> dict[str, Any]:
             beside = bench(options, progress)["rows"]
         finally:
             neighbour.kill()
+            neighbour.wait()
         for row, busy in zip(result["rows"], beside, strict=True):
             row["busy_seconds"] = busy["seconds"]
             row["busy_speed_ratio"] = row["seconds"] / busy["seconds"]
