@@ -25,7 +25,7 @@ from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_trained, mo
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow, TrainRow
 from kit.judging.judge import Judge
-from kit.training.export import export
+from kit.training.export import Export, export
 from kit.training.sft_data import prepare
 from tests.test_prompts import CHATML, Toy
 from tests.test_train import tiny  # noqa: F401  (a fixture)
@@ -212,7 +212,7 @@ def test_an_adapter_changed_in_place_is_refused_by_eval_and_made_again_by_run(
     code, said = again(finished, capfd, "eval")
     assert code == 1 and "is not the adapter that this run's training wrote" in said
     with pytest.raises(KitError, match="is not the adapter that this run's training wrote"):
-        export(finished / "run", Progress(quiet=True))
+        export(Export(finished / "run", Progress(quiet=True)))
     code, said = again(finished, capfd)
     assert code == 0, said
     assert "train: output missing or modified; regenerating" in said

@@ -21,7 +21,7 @@ from kit.core.fingerprints import cache_folder, check_trained
 from kit.core.memory import limit_bytes
 from kit.core.progress import Progress
 from kit.core.run import read_manifest
-from kit.models import gguf_file, hf_folder, load_tokenizer, resolve
+from kit.models import check_base, gguf_file, hf_folder, load_tokenizer, resolve
 from kit.prompts import render_text
 from kit.training import canary
 from kit.training.gguf_lora import convert
@@ -85,6 +85,7 @@ def export(job: Export) -> dict[str, Any]:
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
         raise KitError(f"{folder} has no adapter.", "Train it first: palign.py run CONFIG.")
     check_trained(folder / "adapter", manifest["stages"]["train"]["output"])
+    check_base(folder / "adapter", job.config.student.model)
     if job.to == "hub":
         from kit.training.hub import to_hub
 
