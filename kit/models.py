@@ -375,7 +375,7 @@ def load_model(
 
     check_card()
     cuda = torch.cuda.is_available() and not on_cpu
-    compute_dtype = half_dtype(dtype) if cuda else torch.bfloat16
+    compute_dtype = torch.bfloat16 if on_cpu else half_dtype(dtype)
     if dtype == "fp32" or (dtype != "bf16" and not cuda):
         compute_dtype = torch.float32
     if compute_dtype == torch.float16:
