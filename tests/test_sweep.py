@@ -133,8 +133,9 @@ def test_a_sweep_finds_the_first_sufficient_boundary_of_a_real_trace(
         m = row.sentences_total
         highest = np.maximum.accumulate(list(margins.values()))
         scan_tokens = cut(judge, row, search="scan").prefill_tokens
-        # A threshold between two records: the first boundary over it is known, and no near-tie.
-        records = [k for k in range(1, m) if highest[k] > highest[k - 1] + 2e-3]
+        # A threshold between two records: the first boundary over it is known, and no near-tie,
+        # which would be asked again without a cache.
+        records = [k for k in range(1, m) if highest[k] > highest[k - 1] + 4 * near]
         for k in {records[0], records[len(records) // 2], records[-1]}:
             judge.threshold = float(highest[k] + highest[k - 1]) / 2
             first = next(k for k, margin in margins.items() if margin >= judge.threshold)
