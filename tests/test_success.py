@@ -175,7 +175,7 @@ def test_the_stage_align_takes_the_samples_over_and_generates_nothing(
 # --- sharing, on real models ---
 
 
-@pytest.fixture(scope="module", params=["hf", "gguf"])
+@pytest.fixture(scope="module", params=[pytest.param("hf", marks=pytest.mark.slow), "gguf"])
 def student(request: pytest.FixtureRequest) -> Any:
     backend = open_backend(configs.ModelConfig(backend=request.param))
     yield backend

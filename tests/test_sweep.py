@@ -115,7 +115,7 @@ def test_a_sweep_keeps_what_a_scan_of_all_would_and_reads_no_stretch_more(
     ("kind", "backend"),
     [
         pytest.param("verbal", "hf", marks=pytest.mark.slow),
-        ("answer", "hf"),
+        pytest.param("answer", "hf", marks=pytest.mark.slow),
         ("answer", "gguf"),
     ],
 )
