@@ -73,21 +73,29 @@ def truncate(run: Run) -> None:
         rows = work_through(run, "truncate", file, units, batch_traces, work)
 
     # 2. Count what became of them.
+    summary = _summary(rows)
+    if summary["degenerate"]:
+        run.progress.warn(summary["degenerate"])
+    if judge:
+        summary.update(notes=judge.backend.notes, threshold=judge.threshold)
+    kept = sum(row.rejected is None for row in rows)
+    run.finish("truncate", digest(rows), len(traces), kept, **summary)
+
+
+def _summary(rows: list[PrefixRow]) -> dict[str, Any]:
+    """What the manifest keeps of the rows; the notes and the threshold are a judge's."""
     cut_rows = [row for row in rows if row.rejected is None]
-    warning = degenerate(cut_rows)
-    if warning:
-        run.progress.warn(warning)
-    summary = {
+    summary: dict[str, Any] = {
         "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
         "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
-        "degenerate": warning,
+        "degenerate": degenerate(cut_rows),
         "rejected": Counter(row.rejected for row in rows if row.rejected),
-        "notes": judge.backend.notes if judge else [],
-        "threshold": judge.threshold if judge else None,
+        "notes": [],
+        "threshold": None,
     }
     for name in SUMS:
         summary[name] = sum(getattr(row, name) for row in rows)
-    run.finish("truncate", digest(rows), len(traces), len(cut_rows), **summary)
+    return summary
 
 
 def whole_traces(run: Run) -> list[PrefixRow]:
