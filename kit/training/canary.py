@@ -150,7 +150,7 @@ def check(folder: Path, config: Config, backend: Any, progress: Progress) -> dic
             "template or its tokenizer is another one.",
             "Name a GGUF or a tokenizer of the very model that was trained.",
         )
-    progress.say(f"{backend.name}: comparing {len(prompts)} answers with the adapter in process")
+    progress.say(f"canary: comparing {len(prompts)} answers with the adapter in process")
     tuned = answer(backend, prompts)
     if config.eval.backend == "http":
         _check_fields(backend, prompts, tuned)
@@ -177,7 +177,7 @@ def check(folder: Path, config: Config, backend: Any, progress: Progress) -> dic
             "Serve this run's adapter, on the base that it was trained on, by a server that can "
             "leave it out.",
         )
-    progress.say(f"{backend.name}: {equal['equal_tokens']:.1%} of the tokens are the adapter's")
+    progress.say(f"canary: {equal['equal_tokens']:.1%} of the tokens are the adapter's")
     return {**result, **(equal if here else dict.fromkeys(equal))}
 
 
