@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kit.core import config as configs
 from kit.core.errors import KitError
-from kit.core.fingerprints import adapter_hash
+from kit.core.fingerprints import BASE, adapter_hash
 from kit.core.progress import Progress
 from kit.core.records import EvalRow
 from kit.core.run import Run
 from kit.core.stages import file_name
-from kit.models import gguf_file, load_tokenizer
+from kit.models import content_of, gguf_file, load_tokenizer
 from kit.pipeline.evaluate import evaluate
 from kit.prompts import template_hash
 from kit.training import canary
@@ -485,19 +486,26 @@ def test_answers_are_compared_token_by_token() -> None:
     assert found == {"equal_answers": 1, "equal_tokens": 3 / 6}
 
 
-def test_a_base_stored_in_four_bits_is_refused_early(trained: Path) -> None:
-    path = Path(_base(trained)) / "config.json"
-    plain = path.read_text()
-    stored = {
-        **json.loads(plain),
-        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    }
-    path.write_text(json.dumps(stored))
-    try:
-        with pytest.raises(KitError, match="stored quantized"):
-            export(Export(trained, QUIET))
-    finally:
-        path.write_text(plain)
+def test_a_base_stored_in_four_bits_is_refused_early(trained: Path, tmp_path: Path) -> None:
+    """As for an adapter that was trained on such a base: everything names it as it is now."""
+    base = tmp_path / "base"
+    folder = tmp_path / "run"
+    shutil.copytree(_base(trained), base)
+    shutil.copytree(trained, folder)
+    architecture = json.loads((base / "config.json").read_text())
+    architecture["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(architecture))
+    (folder / "adapter" / BASE).write_text(json.dumps(content_of(str(base))))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["student"]["model"] = str(base)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["train"]["output"] = adapter_hash(folder / "adapter")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(KitError, match="stored quantized"):
+        export(Export(folder, QUIET))
+    assert not (folder / "merged").exists()
 
 
 def test_a_converter_that_cannot_be_installed_names_the_command(
