@@ -221,7 +221,7 @@ def repack_one_layer(model: Any) -> None:
     assert packed == 7
 
 
-@pytest.mark.parametrize("is_resumed", [False, True])
+@pytest.mark.parametrize("is_resumed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_repacked_layer_is_caught_by_the_warning_and_by_the_slope(
     is_resumed: bool, avx512_bf16: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +359,7 @@ def test_the_packaged_students_gradient_is_that_of_its_own_weights_in_fp32(
     assert len(found) == 30 and min(found) >= 0.95
 
 
+@pytest.mark.slow
 def test_on_the_repacking_path_that_gradient_is_lost(
     avx512_bf16: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
