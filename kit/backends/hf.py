@@ -93,12 +93,12 @@ class HfBackend:
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""
-        from kit.models import kv_elements
+        from kit.shape import shape_in
 
         budget_bytes = limit_bytes()[1] * FREE_RATIO
         if self.engine.kv_cache_gib:
             budget_bytes = self.engine.kv_cache_gib * 2**30
-        token_bytes = kv_elements(self.model.config) * self.model.dtype.itemsize
+        token_bytes = shape_in(self.model.config).cached * self.model.dtype.itemsize
         return int(budget_bytes) // token_bytes
 
 
