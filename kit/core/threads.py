@@ -5,8 +5,6 @@ that thread has to wait for its turn in every region, and speed falls to a tenth
 With one thread fewer, nothing waits. Nothing here computes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -5,15 +5,11 @@ training step are bound by arithmetic. The constants are readings of the pinned 
 makers' data sheets; none was measured on a card by us. Memory is in plan.py.
 """
 
-from __future__ import annotations
-
-import json
 from typing import Any, NamedTuple
 
 from kit.core.config import Config
-from kit.core.stages import STAGE_TABLE
-from kit.core.storage import RowFile
-from kit.training.shape import NF4_BYTES, ModelShape, card_limit
+from kit.core.run import read_manifest
+from kit.shape import NF4_BYTES, ModelShape, card_limit
 
 # Tokens and counts of the paper's data (s1K-1.1, and a 7B student on it), where the config says
 # nothing smaller.
@@ -229,35 +225,15 @@ def rows_of(hours: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measured_seconds(config: Config) -> dict[str, float]:
-    """Each stage's seconds for this config, at the speed of the run in its folder.
-
-    A stage that is not done counts with the rows that it has: generated ones ran side by side.
+    """Seconds of each stage that is done in the run's folder, for as many problems as this config
+    has.
     """
-    path = config.folder / "manifest.json"
-    if not path.exists():
-        return {}
+    stages = read_manifest(config.folder).get("stages", {})
+    problems = config.data.train.limit
+    before = stages.get("teach", {}).get("rows_in")
+    growth = problems / before if problems and before else 1.0
     measured = {}
-    rows = config.data.train.limit or PROBLEMS
-    for stage, entry in json.loads(path.read_text(encoding="utf-8")).get("stages", {}).items():
-        if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
-            if stage != "teach" or not config.data.train.limit:
-                rows = entry["rows_in"]
-            seconds = entry["seconds"] * rows / entry["rows_in"]
-        else:
-            seconds = rows * _row_seconds(config, stage)
-        if seconds:
-            measured[stage] = seconds
-        rows = entry.get("rows_out", rows)
+    for stage, entry in stages.items():
+        if entry.get("done") and entry.get("seconds"):
+            measured[stage] = entry["seconds"] * (1.0 if stage == "eval" else growth)
     return measured
-
-
-def _row_seconds(config: Config, stage: str) -> float:
-    """Mean seconds of the rows that a stage has written so far; 0: none."""
-    rows = []
-    for pattern, kind in STAGE_TABLE[stage].rows.items():
-        for path in config.folder.glob(pattern):
-            rows += RowFile(path, kind).read(repair=False)
-    if not rows:
-        return 0.0
-    seconds = sum(row.seconds for row in rows) / len(rows)
-    return seconds if stage == "truncate" else seconds / (config.student.rows(on_card=True))
