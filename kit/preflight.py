@@ -149,7 +149,7 @@ def _is_done(config: Config, stage: str, entry: dict[str, Any]) -> bool:
     about = STAGE_TABLE[stage]
     now = {**about.dependencies(flat(config)), **fingerprints(section, engine)}
     before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-    return not about.changes({key: before.get(key) for key in now}, now)
+    return not about.changes(before, now)
 
 
 def _check_folder(folder: Path) -> None:
@@ -173,9 +173,6 @@ def _check_data(
     loaded = load_data()
     warnings += loaded.warnings
     teacher = config.teacher
-    size = config.train.batch_size
-    if "train" in todo and len(loaded.train) < size and teacher.keep != "all":
-        warnings.append(f"{len(loaded.train)} problems do not fill one train.batch_size={size}.")
     # Several traces of one problem are numbered: a.0, a.1.
     ids = [problem.id for problem in loaded.train]
     if teacher.keep == "all":

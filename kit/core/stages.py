@@ -64,10 +64,10 @@ class Stage:
         }
 
     def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-        """What differs between two sets of dependencies, in words; empty where they are equal."""
+        """What of the dependencies of now was different before, in words; empty: nothing."""
         changes = []
-        for key in sorted({*before, *now}):
-            old, new = before.get(key), now.get(key)
+        for key, new in sorted(now.items()):
+            old = before.get(key)
             # "weights of student.model": a fingerprint. None: the model was not on this machine.
             is_fingerprint = " of " in key
             if old == new or (is_fingerprint and None in (old, new)):
