@@ -62,17 +62,11 @@ CARDS = {
 }
 
 
-class Weights(NamedTuple):
-    """What a weight costs: bytes that it takes, and bytes that a step moves for it."""
-
-    held: float
-    moved: float
-
-
-SIXTEEN_BITS = Weights(2.0, 2.0)
-FOUR_BITS = Weights(0.6, 0.6)  # Q4_K_M, AWQ
+# bytes that a weight takes, and that a step moves for it
+SIXTEEN_BITS = (2.0, 2.0)
+FOUR_BITS = (0.6, 0.6)  # Q4_K_M, AWQ
 # transformers dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache
-NF4 = Weights(NF4_BYTES, 3.0)
+NF4 = (NF4_BYTES, 3.0)
 
 
 class Speed(NamedTuple):
@@ -80,7 +74,7 @@ class Speed(NamedTuple):
 
     shape: ModelShape
     card: Card
-    weights: Weights
+    weights: tuple[float, float]  # see SIXTEEN_BITS
     layer_seconds: float = 0.0  # launching a layer in a step
     row_seconds: float = 0.0  # on the CPU, per token drawn
 
@@ -90,7 +84,7 @@ class Speed(NamedTuple):
 
     def rows(self, context_tokens: float, most: int) -> int:
         """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
-        held = self.shape.linear * self.weights.held + self.shape.other * 2
+        held = self.shape.linear * self.weights[0] + self.shape.other * 2
         room = 0.9 * (card_limit(self.card.memory_gib) - held)
         return max(0, min(most, int(room / (2 * self.shape.cached * context_tokens))))
 
@@ -98,7 +92,7 @@ class Speed(NamedTuple):
         """Seconds of a step that draws a token for every row; per layer an adapter adds some."""
         shape = self.shape
         head = 2 * shape.hidden * shape.vocabulary
-        weights = shape.linear * self.weights.moved + head
+        weights = shape.linear * self.weights[1] + head
         cache = 2 * shape.cached * rows * context_tokens
         bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
         launching = shape.layers * self.layer_seconds
