@@ -442,11 +442,14 @@ def _with_adapter(model: Any, folder: str, name: str) -> Any:
         odd = sorted(expected.keys() ^ tensors.keys())
         if odd:
             raise ValueError(f"{len(odd)} of its tensors do not match the model's: {odd[0]}")
-        modules: Iterator[Any] = adapted.modules()
-        layers = [layer for layer in modules if hasattr(layer, "get_delta_weight")]
-        if not any(layer.get_delta_weight("default").any() for layer in layers):
+        if not any(layer.get_delta_weight("default").any() for layer in lora_layers(adapted)):
             raise ValueError("it has no effect: what it adds to the weights is zero everywhere")
     return adapted
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """The layers of a model that an adapter changes."""
+    return [module for module in model.modules() if hasattr(module, "get_delta_weight")]
 
 
 def check_base(adapter: Path, name: str) -> None:

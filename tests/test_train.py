@@ -412,7 +412,7 @@ def test_no_model_is_alive_after_training_nor_when_the_next_is_loaded(
         counted.append(models_alive() - before)
         return real(*more, **options)
 
-    monkeypatch.setattr(models, "load_model", spy)
+    monkeypatch.setattr("kit.backends.hf.load_model", spy)
     gc.disable()
     try:
         run_stage(config)
