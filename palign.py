@@ -134,7 +134,7 @@ def _judge_options(option: Option) -> None:
 
 
 def _bench_options(option: Option) -> None:
-    option("subject", choices=("judge", "generate", "train", "grade", "overhead"))
+    option("subject", choices=("judge", "generate", "train", "overhead"))
     option("--traces", metavar="FILE", type=_path, help="judge: rows with traces")
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
@@ -142,7 +142,6 @@ def _bench_options(option: Option) -> None:
     option("--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path")
     option("--repeats", type=int, default=3)
     option("--neighbour", action="store_true", help="again beside a process that computes")
-    option("--tokens", type=int, default=4096, help="train: length of the row")
     option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
 
 

@@ -4,8 +4,6 @@ A check that fails is a finding, never a crash: native libraries are tried in pr
 own. Nothing is installed or downloaded; one request asks whether the hub answers.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

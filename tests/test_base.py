@@ -84,8 +84,10 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 def test_a_result_is_made_once_with_its_samples_in_order() -> None:
     active = ActiveRequest(Request("r", (1, 2, 3), Sampling(), n=2), limit_tokens=5)
     first, second = (Completion(text, (), "stop") for text in ("first", "second"))
-    assert active.finish(1, second) is None
-    generation = active.finish(0, first)
+    active.done[1] = second
+    assert active.result() == []
+    active.done[0] = first
+    [generation] = active.result()
     assert generation.completions == (first, second) and generation.prompt_tokens == 3
 
 

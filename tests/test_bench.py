@@ -14,7 +14,6 @@ from kit.bench import measure
 from kit.bench.judge import SEARCHES
 from kit.core.errors import KitError
 from kit.core.progress import Progress
-from tests.conftest import EXCERPTS, SHARED
 
 OPTIONS = {
     "traces": None,
@@ -23,7 +22,6 @@ OPTIONS = {
     "model": "smollm2-135m",
     "verdicts": None,
     "repeats": 1,
-    "tokens": 32,
     "new_tokens": 2,
     "neighbour": False,
 }
@@ -112,8 +110,7 @@ def test_generation_counts_the_same_tokens_in_every_way(longest, monkeypatch):
 def test_overheads_are_measured_and_one_work_list_drains_once():
     result = run(subject="overhead")
     names = [row["name"] for row in result["rows"]]
-    both = ["transformers", "step", "transformers-adapter", "step-adapter"]
-    assert names == [*both, "draw-exact", "draw"]
+    assert names == ["step", "step-adapter", "draw"]
     assert all(row["seconds"] > 0 for row in result["rows"])
     assert result["drained_ratio"][1000] < 0.05 < 0.25 < result["drained_ratio"][128]
 
@@ -126,8 +123,8 @@ def test_a_neighbour_computes_while_the_rows_are_measured_again(monkeypatch):
         shares.append(max(before))
         return {"rows": [{"name": "way", "seconds": len(shares)}]}
 
-    monkeypatch.setattr("kit.bench.grade.bench", subject)
-    [row] = run(subject="grade", neighbour=True)["rows"]
+    monkeypatch.setattr("kit.bench.overhead.bench", subject)
+    [row] = run(subject="overhead", neighbour=True)["rows"]
     assert row == {"name": "way", "seconds": 1, "busy_seconds": 2, "busy_speed_ratio": 0.5}
     assert shares[1] > 50
     time.sleep(0.2)
@@ -136,23 +133,7 @@ def test_a_neighbour_computes_while_the_rows_are_measured_again(monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_losses_of_a_training_step_are_equal():
+def test_a_training_step_is_timed():
     result = run(subject="train")
-    plain, chunked = result["rows"]
-    assert (plain["name"], chunked["name"]) == ("plain", "chunked")
-    assert chunked["loss"] == pytest.approx(plain["loss"], rel=1e-3)
-    assert result["time_ratio"] == chunked["seconds"] / plain["seconds"]
-    assert result["peak_ratio"] == chunked["peak_bytes"] / plain["peak_bytes"]
-
-
-@pytest.mark.parametrize("data", [EXCERPTS, pytest.param(SHARED, marks=pytest.mark.slow)])
-def test_half_of_the_graded_answers_are_wrong(data, monkeypatch):
-    """Every other one has the answer before it; of three, one or two are correct."""
-    if not data.is_dir():
-        pytest.skip("needs the whole real files (../shared/data)")
-    monkeypatch.setattr("kit.bench.grade.DATA", data)
-    sizes = {"gsm8k": 1000, "math": 500} if data == SHARED else {"gsm8k": 3, "math": 3}
-    for row in run(subject="grade")["rows"]:
-        verdicts = row["verdicts"]
-        assert sum(verdicts.values()) == row["answers"] == sizes[row["name"]]
-        assert 0.3 < verdicts["correct"] / row["answers"] < 0.7
+    [row] = result["rows"]
+    assert row["name"] == "step" and row["seconds"] > 0 and row["tokens"] == 512

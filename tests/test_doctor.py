@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,26 +197,26 @@ def test_full_checks_run_one_after_the_other_and_after_the_others(
 
 
 def test_a_cache_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    margins = iter(([0.1, 0.2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.9]))
-    monkeypatch.setattr(doctor_full, "_margins", lambda *_: next(margins))
-    monkeypatch.setattr(doctor_full, "_open", lambda *_: closing(FakeBackend()))
+    scores = iter(([[0.1, 0.2]], [[0.1, 0.2]], [[0.1, 0.2]], [[0.1, 0.9]]))
+    monkeypatch.setattr(doctor_full, "_open", lambda *_: closing(FakeBackend(scores)))
     ok, found = doctor_full.cache()
     assert not ok and "nf4 (none) 0.700" in found
 
 
 class FakeBackend:
-    """A tokenizer and nothing to compute with, where the numbers are given."""
+    """Nothing to compute with, where the numbers are given."""
 
-    tokenizer: Any = None
     cache_kind = "none"
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
 
-    def __init__(self) -> None:
-        from kit.models import load_tokenizer
+    def __init__(self, scores: Iterator[Any]) -> None:
+        self.scores = scores
 
-        self.tokenizer = load_tokenizer("smollm2-135m")
+    def session(self, uncached: bool = False) -> FakeBackend:
+        return self
 
-    def session(self, uncached: bool = False) -> None:
-        return None
+    def score(self, requests: Any) -> Any:
+        return next(self.scores)
 
     def close(self) -> None:
         pass

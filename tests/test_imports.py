@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 # training both look at it.
 FLOORS = (
     ("kit.core",),
-    ("kit.models", "kit.synthetic"),
+    ("kit.models", "kit.shape", "kit.synthetic"),
     ("kit.backends",),
     ("kit.prompts",),
     ("kit.grading",),

@@ -53,44 +53,46 @@ def test_other_failures_are_not_out_of_memory(error: Exception | str) -> None:
 
 
 @pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
-    """What the next looks at the machine see: seconds, idle and own core seconds, in total."""
-    seen: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)]
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What the next looks at a machine of four cores see: the time, and free cores."""
+    seen = {"seconds": 0.0, "free": 0.0}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "cores", lambda: 4)
-    monkeypatch.setattr(threads, "_clocks", lambda: seen.pop(0))
-    monkeypatch.setattr(time, "monotonic", lambda: seen[0][0] if seen else 1e9)
+    monkeypatch.setattr(threads, "_free_cores", lambda: seen["free"])
+    monkeypatch.setattr(time, "monotonic", lambda: seen["seconds"])
     return seen
 
 
-def test_threads_are_the_cores_that_others_leave(
-    clocks: list[tuple[float, float, float]],
-) -> None:
-    """In each second of 4 core seconds: quiet, noise, one neighbour, three, none again."""
+def test_threads_are_the_cores_that_others_leave(clock: dict[str, float]) -> None:
+    """Quiet, noise, one neighbour, three, none again."""
     counter = Threads()
-    idle = own = 0.0
-    for second, (others, expected) in enumerate(
-        [(0.0, 4), (0.3, 4), (0.7, 3), (1.0, 3), (3.0, 1), (3.9, 1), (0.1, 4)], start=1
-    ):
-        idle += (4 - others) / 2
-        own += (4 - others) / 2
-        clocks.append((float(second), idle, own))
+    for others, expected in [(0.0, 4), (0.3, 4), (0.7, 3), (1.0, 3), (3.0, 1), (3.9, 1), (0.1, 4)]:
+        clock["seconds"] += 1
+        clock["free"] = 4 - others
         assert counter.now() == expected, others
 
 
 def test_a_look_too_soon_changes_nothing_and_fixed_threads_never_change(
-    clocks: list[tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = Threads()
-    clocks.append((threads.LOOK_SECONDS / 2, 0.0, 0.0))
+    clock["seconds"] = threads.LOOK_SECONDS / 2
     assert counter.now() == 4
-    busy = [(10.0, 0.0, 0.0), (20.0, 0.0, 0.0), (30.0, 0.0, 0.0)]
-    clocks[:] = busy
     fixed = Threads(3)
-    assert fixed.now() == 3 == fixed.most
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    clocks[:] = busy
-    assert Threads().now() == 2
+    from_environment = Threads()
+    clock["seconds"] = 10.0
+    assert fixed.now() == 3 == fixed.most
+    assert from_environment.now() == 2
+    assert counter.now() == 1
+
+
+def test_free_cores_are_the_idle_ones_and_this_processs_own() -> None:
+    threads._free_cores()
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        pass
+    assert 0 < threads._free_cores() < threads.cores() + 0.5
 
 
 def test_real_neighbours_on_every_core_leave_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,12 +217,14 @@ def test_a_cache_that_cannot_be_written_is_an_error(
 def test_the_size_of_a_token_in_the_cache() -> None:
     from transformers import LlamaConfig, MambaConfig
 
+    from kit.shape import shape_in
+
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
     )
-    assert models.kv_elements(config) == 2 * 3 * 2 * 16
+    assert shape_in(config).cached == 2 * 3 * 2 * 16
     with pytest.raises(KitError, match="mamba has no attention"):
-        models.kv_elements(MambaConfig())
+        shape_in(MambaConfig())
 
 
 def test_an_adapter_loads_on_its_base(tmp_path: Path) -> None:

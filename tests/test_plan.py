@@ -15,13 +15,11 @@ import pytest
 from kit.core.config import load, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
-from kit.core.records import PrefixRow
-from kit.core.run import Run
-from kit.core.storage import RowFile
+from kit.core.run import FORMAT, Run
+from kit.shape import GIB, RESERVE_BYTES, SHAPES, card_limit, shape_of
 from kit.training import hours
 from kit.training import plan as planning
 from kit.training.plan import check_fit, check_longest, longest, plan, training_bytes
-from kit.training.shape import GIB, RESERVE_BYTES, SHAPES, card_limit, shape_of
 from tests.conftest import ROOT
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
 
@@ -235,7 +233,7 @@ def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path:
         "teach": {"done": True, "rows_in": 4, "seconds": 10.0},
         "align": {"done": False, "rows_in": 4},
     }
-    (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "stages": stages}))
     source = config.data.train.model_copy(update={"limit": 40})
     larger = config.model_copy(update={"data": config.data.model_copy(update={"train": source})})
     result = plan(larger)
@@ -243,24 +241,6 @@ def test_times_scale_with_the_rows_of_the_run_in_the_folder(tiny: str, tmp_path:
     assert result["hours"][hours.THIS_RUN]["hf"] == {"teach": 0.028, "total": 0.028}
     # the estimates stay beside it
     assert list(result["hours"])[:-1] == list(hours.CARDS)
-
-
-def test_a_stage_that_is_running_counts_with_the_rows_that_it_has(
-    tiny: str,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    config = settings(tmp_path, tiny)
-    rows = RowFile(tmp_path / "prefixes.jsonl", PrefixRow)
-    for number, seconds in enumerate((2.0, 4.0)):
-        common = {"id": str(number), "question": "q", "answer": "1", "trace": "t", "end": 1}
-        cut = {"sentences": 1, "sentences_total": 1, "ratio": 1.0, "sufficient": True}
-        rows.append(PrefixRow(**common, **cut, seconds=seconds))
-    stages = {
-        "teach": {"done": True, "rows_in": 10, "rows_out": 10, "seconds": 1.0},
-        "truncate": {},
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
-    assert hours.measured_seconds(config)["truncate"] == 30.0
 
 
 def test_what_is_printed_tells_this_machine_from_named_cards(

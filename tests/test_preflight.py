@@ -70,7 +70,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["data.train={base}/rows.jsonl", *WHOLE, "data.eval={base}/rows.jsonl"], "data", "both"),
     (["data.train={base}/rows.jsonl", *WHOLE, "data.eval=holdout"], "data", "holdout"),
     (["data.train={base}/rows.jsonl", "data.train.stratify=level"], "data", "stratify"),
-    (["data.train={base}/rows.jsonl", "teacher.keep=all"], "data", "'a.1' would have one id"),
+    (["data.train={base}/rows.jsonl", "teacher.keep=all"], "data", "would be called 'a.1'"),
     (["data.train={base}/rows.jsonl", "teacher.backend=reference"], "data", "worked solution"),
     (["data.train.limit=1000000000"], "data", "problems"),
     (["teacher.backend=file", "teacher.path={base}/rows.jsonl"], "data", "no trace"),
@@ -250,7 +250,7 @@ def test_every_bundled_config_is_checked(path: Path, tmp_path: Path) -> None:
         assert any(words in problem["message"] for words in absent), problem
 
 
-def test_a_template_that_fails_and_a_disk_and_a_memory_that_are_too_small(tmp_path: Path) -> None:
+def test_a_template_that_fails_and_a_memory_that_is_too_small(tmp_path: Path) -> None:
     folder = Path(hf_folder("smollm2-135m"))
     broken = tmp_path / "model"
     broken.mkdir()
@@ -265,10 +265,7 @@ def test_a_template_that_fails_and_a_disk_and_a_memory_that_are_too_small(tmp_pa
     (broken / "chat_template.jinja").write_text("{{ messages[-1].content }}")
     [problem] = preflight.check(str(config), [*keys, "student.system=Be brief."])["problems"]
     assert "leaves out the system message" in problem["message"], problem
-    for key, words in (
-        ("train.rank=16384", "Checkpoints take"),
-        ("train.micro_batch_size=4096", "Training on rows of 1024 tokens needs about"),
-    ):
-        keys = [f"out={tmp_path}/run", "train.batch_size=4096", key]
-        [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
-        assert words in problem["message"] and problem["fix"], problem
+    keys = [f"out={tmp_path}/run", "train.batch_size=4096", "train.micro_batch_size=4096"]
+    [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
+    assert "Training on rows of 1024 tokens needs about" in problem["message"], problem
+    assert problem["fix"], problem

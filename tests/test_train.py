@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 
 from kit.core.config import Config, dump, resolve
 from kit.core.errors import KitError
-from kit.core.fingerprints import file_hash
 from kit.core.progress import Progress
 from kit.core.records import TrainRow
 from kit.core.run import Run, read_manifest
@@ -413,7 +412,7 @@ def test_no_model_is_alive_after_training_nor_when_the_next_is_loaded(
         counted.append(models_alive() - before)
         return real(*more, **options)
 
-    monkeypatch.setattr(models, "load_model", spy)
+    monkeypatch.setattr("kit.backends.hf.load_model", spy)
     gc.disable()
     try:
         run_stage(config)
@@ -441,21 +440,6 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str, whole: 
         stage.train(run)
     assert losses(whole.folder) == before
     assert "half-written" in (whole.folder / "run.log").read_text()
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(
-    tmp_path: Path, tiny: str, whole: Config
-) -> None:
-    config = settings(tmp_path / "r", tiny, rank=4)
-    write_rows(config.folder, rows())
-    with Run(config, Progress(quiet=True)) as run:
-        run.begin("train", file_hash(config.folder / "train.jsonl")[:16], lambda: "")
-        shutil.copytree(whole.folder / "checkpoints", config.folder / "checkpoints")
-        with pytest.raises(
-            KitError, match=r"checkpoint-6 holds an adapter of rank 16, .* the config's .* rank 4, "
-        ):
-            stage.train(run)
-    assert not (config.folder / "adapter").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
@@ -534,7 +518,6 @@ def test_the_gradient_check_of_a_training_is_logged_and_kept(
     for one in summary["gradient_check"]:
         assert one["slope"] == pytest.approx(one["gradient"], rel=0.05)
     assert summary["gradient_check"] == manifest["gradient_check"]
-    assert summary["kernels"]["cpu"] and summary["kernels"]["repacking_layers"] == 0
     assert "gradient equals the loss's slope (line " in (config.folder / "run.log").read_text(
         encoding="utf-8"
     )

@@ -3,8 +3,6 @@
 The protocol that all four keep is in base.py.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -13,7 +13,8 @@ import hashlib
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -94,22 +95,72 @@ class ActiveRequest:
     begun: float = 0.0  # time.perf_counter(), set at the first prefill
     prefill_tokens: int = 0  # counted at each prefill
     logits: Any = None  # (V,) after the prompt; set where they serve all samples
-    done: dict[int, Completion] = field(default_factory=dict)  # by sample, filled by `finish`
+    done: dict[int, Completion] = field(default_factory=dict)  # by sample
 
     @property
     def tokens(self) -> int:
         """Most tokens of a sample and its prompt."""
         return len(self.request.prompt) + self.limit_tokens
 
-    def finish(self, sample: int, completion: Completion) -> Generation | None:
-        """Record a finished sample; returns the request's result after the last one."""
-        self.done[sample] = completion
+    def result(self) -> list[Generation]:
+        """The request's result, once all its samples are done."""
         if len(self.done) < self.request.n:
-            return None
+            return []
         completions = tuple(self.done[number] for number in range(self.request.n))
         prompt_tokens = len(self.request.prompt)
         seconds = time.perf_counter() - self.begun
-        return Generation(self.request.id, completions, prompt_tokens, self.prefill_tokens, seconds)
+        return [
+            Generation(self.request.id, completions, prompt_tokens, self.prefill_tokens, seconds)
+        ]
+
+
+@dataclass(eq=False)
+class ActiveSample:
+    """One sample of an active request, waiting or running."""
+
+    active: ActiveRequest
+    number: int  # among the samples of its request
+    uniform: Callable[[], float]  # numbers in [0, 1), from a generator of its own
+    ids: list[int] = field(default_factory=list)  # drawn so far
+    seen: Any = None  # (V,) bool, the tokens of prompt and sample; set by the backend
+
+    @property
+    def tokens(self) -> Ids:
+        """The prompt and what was drawn so far."""
+        return (*self.active.request.prompt, *self.ids)
+
+    def push(self, token: int, tokenizer: Tokenizer) -> bool:
+        """Add a drawn token; whether it ends the sample, which is then done."""
+        self.ids.append(token)
+        active = self.active
+        completion = check_stop(self.ids, active.limit_tokens, active.request.sampling, tokenizer)
+        if completion is None:
+            return False
+        active.done[self.number] = completion
+        return True
+
+
+def samples_of(
+    requests: Sequence[Request], context_tokens: int, generator: Callable[[int], Any]
+) -> tuple[deque[ActiveSample], deque[Generation]]:
+    """The samples of all requests, in order, and the errors of prompts without room.
+
+    Args:
+        generator: makes a sample's random generator from its seed.
+    """
+    samples: deque[ActiveSample] = deque()
+    errors: deque[Generation] = deque()
+    for request in requests:
+        error = too_long(request, context_tokens)
+        if error:
+            errors.append(error)
+            continue
+        room_tokens = context_tokens - len(request.prompt)
+        active = ActiveRequest(request, min(room_tokens, request.sampling.max_new_tokens))
+        for number in range(request.n):
+            seed = sample_seed(request.seed, request.id, number)
+            samples.append(ActiveSample(active, number, generator(seed).random))
+    return samples, errors
 
 
 # --- Scoring: a ScoreRequest goes in, Logprobs come out ---

@@ -5,66 +5,16 @@ and the n samples of one prompt are evaluated once. Prompts are evaluated one by
 slots decode together: with separate caches, llama.cpp would split a mixed batch anyway.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from kit.backends.base import (
-    ActiveRequest,
-    Completion,
-    Generation,
-    Request,
-    Tokenizer,
-    Trunk,
-    check_stop,
-    sample_seed,
-    too_long,
-)
+from kit.backends.base import ActiveSample, Generation, Request, Trunk, samples_of
 from kit.backends.gguf import BatchToken, Context, GgufBackend
 from kit.core.config import Sampling
 from kit.core.errors import KitError
-
-ROUNDING = 1e-5  # more than the relative error of a sum of fp32 exponentials
-
-
-@dataclass(eq=False)
-class Sample:
-    """One sample, waiting for a slot or running in one."""
-
-    active: ActiveRequest
-    number: int  # among the samples of its request
-    random: np.random.Generator
-    ids: list[int] = field(default_factory=list)  # drawn so far
-    seen: Any = None  # (V,) bool, the tokens of the prompt and of `ids`; set by `prefill`
-
-    def prefill(self, context: Context, slot: int) -> np.ndarray:
-        """Evaluate the prompt in a slot; returns logits (V,)."""
-        active = self.active
-        prompt = active.request.prompt
-        active.begun = active.begun or time.perf_counter()
-        # the request's first sample needs logits, and keeps them for the others
-        reusable = prompt[:-1] if active.logits is None else prompt
-        active.prefill_tokens += len(prompt) - context.reuse(slot, reusable)
-        for logits in context.prefill(slot, prompt, {len(prompt) - 1}):
-            active.logits = logits.copy()
-        self.seen = np.zeros(len(active.logits), bool)
-        self.seen[list(prompt)] = True
-        return active.logits
-
-    def push(self, logits: np.ndarray, tokenizer: Tokenizer) -> Completion | None:
-        """Draw the next token from logits (V,); returns the completion if that ends it."""
-        sampling = self.active.request.sampling
-        token = draw(logits, sampling, self.random, self.seen)
-        self.seen[token] = True
-        self.ids.append(token)
-        return check_stop(self.ids, self.active.limit_tokens, sampling, tokenizer)
 
 
 def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Generation]:
@@ -75,23 +25,13 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
     """
     # 1. Refuse prompts that are too long; queue the samples of the others.
     limit = backend.context_tokens
-    waiting: deque[Sample] = deque()
-    longest = 0
-    for request in requests:
-        error = too_long(request, limit)
-        if error:
-            yield error
-            continue
-        size = len(request.prompt)
-        active = ActiveRequest(request, min(request.sampling.max_new_tokens, limit - size))
-        longest = max(longest, active.tokens)
-        for number in range(request.n):
-            seed = sample_seed(request.seed, request.id, number)
-            waiting.append(Sample(active, number, np.random.default_rng(seed)))
+    waiting, errors = samples_of(requests, limit, np.random.default_rng)
+    yield from errors
     if not waiting:
         return
+    longest = max(sample.active.tokens for sample in waiting)
     # 2. Give samples one token after the other; those that end free their slots.
-    running: dict[int, Sample] = {}  # by slot
+    running: dict[int, ActiveSample] = {}  # by slot
     kept = requests[0].trunk
     with Trunk() as own:
         trunk = kept or own
@@ -111,16 +51,16 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
         while waiting or running:
             for slot, logits in next_logits(context, slots, running, waiting):
                 sample = running[slot]
-                completion = sample.push(logits, backend.tokenizer)
-                if completion:
+                sampling = sample.active.request.sampling
+                token = draw(logits, sampling, sample.uniform, sample.seen)
+                sample.seen[token] = True
+                if sample.push(token, backend.tokenizer):
                     del running[slot]
-                    result = sample.active.finish(sample.number, completion)
-                    if result:
-                        yield result
+                    yield from sample.active.result()
 
 
 def _without_largest(
-    backend: GgufBackend, waiting: Sequence[Sample], error: str
+    backend: GgufBackend, waiting: Sequence[ActiveSample], error: str
 ) -> Iterator[Generation]:
     """Give up the request that needs the most memory, and go on with the others."""
     actives = [sample.active for sample in waiting]
@@ -158,7 +98,7 @@ def open_context(backend: GgufBackend, tokens: int, samples: int, spare: int = 0
 
 
 def next_logits(
-    context: Context, slots: int, running: dict[int, Sample], waiting: deque[Sample]
+    context: Context, slots: int, running: dict[int, ActiveSample], waiting: deque[ActiveSample]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Start waiting samples where slots are free, else decode all running ones together.
 
@@ -168,9 +108,9 @@ def next_logits(
     free = [slot for slot in range(slots) if slot not in running]
     starting = free[: len(waiting)]
     for slot in starting:
-        running[slot] = waiting.popleft()
-        logits = running[slot].prefill(context, slot)
-        prompt = running[slot].active.request.prompt
+        sample = running[slot] = waiting.popleft()
+        logits = _prefill(sample, context, slot)
+        prompt = sample.active.request.prompt
         if slots < len(context.cached) and len(prompt) > len(context.cached[slots]):
             context.reuse(slots, prompt)
         yield slot, logits
@@ -180,79 +120,55 @@ def next_logits(
         yield from zip(busy, context.decode(tokens), strict=True)
 
 
+def _prefill(sample: ActiveSample, context: Context, slot: int) -> np.ndarray:
+    """Evaluate a sample's prompt in a slot; returns logits (V,)."""
+    active = sample.active
+    prompt = active.request.prompt
+    active.begun = active.begun or time.perf_counter()
+    # the request's first sample needs logits, and keeps them for the others
+    reusable = prompt[:-1] if active.logits is None else prompt
+    active.prefill_tokens += len(prompt) - context.reuse(slot, reusable)
+    for logits in context.prefill(slot, prompt, {len(prompt) - 1}):
+        active.logits = logits.copy()
+    sample.seen = np.zeros(len(active.logits), bool)
+    sample.seen[list(prompt)] = True
+    return active.logits
+
+
 def draw(
-    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, seen: np.ndarray
+    logits: np.ndarray, sampling: Sampling, uniform: Callable[[], float], seen: np.ndarray
 ) -> int:
     """Draw one token, filtered as in hf_batch.draw, whose tensors are slower for a CPU's row.
 
     Args:
         logits: (V,), left as they are.
         sampling: temperature, filters and repetition penalty.
-        random: gives one number, none at temperature 0.
+        uniform: gives one number in [0, 1), none at temperature 0.
         seen: (V,) bool, the tokens that the penalty applies to: of prompt and sample.
     """
-    scaled, rough = _workspace(len(logits))
-    np.copyto(scaled, logits)
-    if sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
+    scaled = logits.astype(np.float32)
+    penalty = np.float32(sampling.repetition_penalty)
+    if penalty != 1:
         ids = np.flatnonzero(seen)
-        factors = np.where(logits[ids] > 0, np.float32(1 / penalty), np.float32(penalty))
-        scaled[ids] *= factors
+        scaled[ids] *= np.where(logits[ids] > 0, 1 / penalty, penalty)
     if sampling.temperature == 0:
         return int(scaled.argmax())
     scaled -= scaled.max()
     scaled /= sampling.temperature
-    uniform = random.random()
-    token = None
-    # In fp32 first, which takes a fifth of the time, and decides unless rounding could.
-    if sampling.top_p < 1 and not sampling.top_k:
-        token = choose(scaled, np.exp(scaled, out=rough), sampling, uniform, ROUNDING)
-    if token is None:
-        weights = np.exp(scaled, dtype=np.float64)
-        token = choose(scaled, weights, sampling, uniform, 0.0)
-    assert token is not None
-    return token
-
-
-@cache
-def _workspace(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays (size,) of fp32 that every draw overwrites: new ones cost page faults."""
-    return np.empty(size, np.float32), np.empty(size, np.float32)
-
-
-def choose(
-    scaled: np.ndarray,
-    weights: np.ndarray,
-    sampling: Sampling,
-    uniform: float,
-    rounding: float,
-) -> int | None:
-    """The token that a number in [0, 1) picks among those that the filters leave.
-
-    Args:
-        scaled: (V,) logits over temperature, the largest 0.
-        weights: (V,) their exponentials; only their sum and which are tiny is taken from them.
-        rounding: how far the sum may be off, relative. None is returned where that could matter.
-    """
+    weights = np.exp(scaled)
     total = weights.sum(dtype=np.float64)
     # Tokens under this floor weigh less than 1 - top_p together, so the nucleus is above it, and
-    # few tokens need sorting.
+    # few tokens need sorting, and weights in fp64.
     floor = total * max((1 - sampling.top_p) / len(weights), 1e-12)
-    ids = np.flatnonzero(weights > floor * (1 - rounding))
+    ids = np.flatnonzero(weights > floor)
     weights = np.exp(scaled[ids], dtype=np.float64)
-    order = np.argsort(-weights, kind="stable")
-    ids = ids[order]
+    order = np.argsort(-weights, kind="stable")[: sampling.top_k or None]
     weights = weights[order]
     if sampling.top_k:
-        ids = ids[: sampling.top_k]
-        weights = weights[: sampling.top_k]
         total = weights.sum()
     # a token stays if those before it are less than top_p, and if it is not too unlikely itself
     before = np.cumsum(weights) - weights
-    nucleus = sampling.top_p * total
-    if (np.abs(before - nucleus) < rounding * nucleus).any():
-        return None
-    kept = (before < nucleus) & (weights >= sampling.min_p * weights[0])
+    kept = (before < sampling.top_p * total) & (weights >= sampling.min_p * weights[0])
     cumulative = np.cumsum(weights * kept)
-    chosen = np.searchsorted(cumulative, uniform * cumulative[-1], "right")
-    return int(ids[chosen])
+    chosen = np.searchsorted(cumulative, uniform() * cumulative[-1], "right")
+    return int(ids[order[chosen]])

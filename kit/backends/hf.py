@@ -14,6 +14,7 @@ from kit.backends.base import Generation, Request, ScoringSession, slug
 from kit.core.config import ModelConfig
 from kit.core.memory import limit_bytes, release
 from kit.core.threads import watch
+from kit.models import load_model, load_tokenizer, lora_layers
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,6 @@ class HfBackend:
     cache_move = 0.0
 
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
-        from kit.models import load_model, load_tokenizer
-
         self.engine = engine
         self.name = slug(engine.model)
         self.notes: list[str] = []
@@ -93,12 +92,12 @@ class HfBackend:
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""
-        from kit.models import kv_elements
+        from kit.shape import shape_in
 
         budget_bytes = limit_bytes()[1] * FREE_RATIO
         if self.engine.kv_cache_gib:
             budget_bytes = self.engine.kv_cache_gib * 2**30
-        token_bytes = kv_elements(self.model.config) * self.model.dtype.itemsize
+        token_bytes = shape_in(self.model.config).cached * self.model.dtype.itemsize
         return int(budget_bytes) // token_bytes
 
 
@@ -133,8 +132,3 @@ def merging_loss(model: Any) -> float:
         lost += (merged.float() - weight.float() - update).square().sum().item()
         total += update.square().sum().item()
     return (lost / total) ** 0.5 if total else 0.0
-
-
-def lora_layers(model: Any) -> list[Any]:
-    """The layers of a model that an adapter changes."""
-    return [module for module in model.modules() if hasattr(module, "get_delta_weight")]

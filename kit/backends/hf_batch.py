@@ -5,8 +5,6 @@ a running batch, and finished ones leave it. Knows token ids and tensors only: w
 and for whom, is in hf_generate.py. Serves every stage that generates (sections 3.1, 3.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -12,20 +12,17 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from kit.backends.base import (
-    ActiveRequest,
+    ActiveSample,
     Generation,
     Request,
     Trunk,
-    check_stop,
     common_prefix_len,
-    sample_seed,
-    too_long,
+    samples_of,
 )
 from kit.backends.hf_batch import (
     DecodeBatch,
@@ -45,34 +42,6 @@ UNSHARED = "generated verdicts and continuations: the cache cannot branch; every
 HEADROOM_TOKENS = 256  # a row is admitted when this much of its sample fits; it may have to leave
 
 
-@dataclass(eq=False)
-class Row:
-    """One sample of a request, waiting or running."""
-
-    active: ActiveRequest
-    sample: int
-    random: random.Random
-    ids: list[int] = field(default_factory=list)  # drawn so far
-    seen: torch.Tensor | None = None  # (V,) bool, see mark_seen
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The prompt and what was drawn so far."""
-        return (*self.active.request.prompt, *self.ids)
-
-    def mark_seen(self, logits: torch.Tensor) -> torch.Tensor:
-        """(V,) bool: tokens of prompt and sample, which a repetition penalty makes less likely.
-
-        Called before every draw, so only the last token is new. `logits` (V,) give the shape.
-        """
-        if self.seen is None:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
-            self.seen[list(self.tokens)] = True
-        else:
-            self.seen[self.ids[-1]] = True
-        return self.seen
-
-
 class Scheduler:
     """One call of generate."""
 
@@ -82,16 +51,14 @@ class Scheduler:
         self.max_rows = backend.max_rows
         self.budget_tokens = backend.cache_tokens()
         self.continuous = supports_continuous_batching(self.model)
-        self.finished: deque[Generation] = deque()
-        self.queue: deque[Row] = deque()
-        self.rows: list[Row] = []  # running, in the batch's order
+        # Longest prompts first, so that the rows of a batch have similar lengths.
+        ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
+        self.queue, self.finished = samples_of(ordered, backend.context_tokens, random.Random)
+        self.rows: list[ActiveSample] = []  # running, in the batch's order
         self.batch: DecodeBatch | None = None
         # The prompts evaluated last and their states, for further samples of them.
         self.prompts: list[tuple[int, ...]] = []
         self.prefilled: DecodeBatch | None = None
-        # Longest prompts first, so that the rows of a batch have similar lengths.
-        for request in sorted(requests, key=lambda request: (-len(request.prompt), request.id)):
-            self._enqueue(request)
 
     def run(self) -> Iterator[Generation]:
         """Yield each request's result as it finishes."""
@@ -99,17 +66,6 @@ class Scheduler:
             while self.finished:
                 yield self.finished.popleft()
             self._advance()
-
-    def _enqueue(self, request: Request) -> None:
-        error = too_long(request, self.backend.context_tokens)
-        if error is not None:
-            self.finished.append(error)
-            return
-        room_tokens = self.backend.context_tokens - len(request.prompt)
-        active = ActiveRequest(request, min(room_tokens, request.sampling.max_new_tokens))
-        for sample in range(request.n):
-            seed = sample_seed(request.seed, request.id, sample)
-            self.queue.append(Row(active, sample, random.Random(seed)))
 
     def _advance(self) -> None:
         """Admit waiting rows, then draw one token for every running row."""
@@ -161,7 +117,7 @@ class Scheduler:
         longest = max(len(row.tokens) for row in (self.queue[0], *self.rows))
         return (len(self.rows) + 1) * (longest + HEADROOM_TOKENS) <= self.budget_tokens
 
-    def _prefill(self, rows: Sequence[Row]) -> DecodeBatch:
+    def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
         """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""
         now = time.perf_counter()
         for row in rows:
@@ -202,7 +158,7 @@ class Scheduler:
         if len(going_on) < len(self.batch.logits):
             self._assemble([Part(self.batch, going_on)])
 
-    def _draw(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int]:
+    def _draw(self, rows: Sequence[ActiveSample], logits: torch.Tensor) -> list[int]:
         """Draw each row's next token from logits (B, V), and finish the rows that end with it.
 
         Returns:
@@ -216,31 +172,17 @@ class Scheduler:
         for sampling, indices in by_sampling.items():
             seen = None
             if sampling.repetition_penalty != 1:
-                seen = torch.stack([rows[index].mark_seen(logits[index]) for index in indices])
-            uniforms = [rows[index].random.random() for index in indices]
+                seen = torch.stack([_mark_seen(rows[index], logits[index]) for index in indices])
+            uniforms = [rows[index].uniform() for index in indices]
             tokens = draw(logits[indices], sampling, uniforms, seen)
             for index, token in zip(indices, tokens, strict=True):
-                rows[index].ids.append(token)
-                if not self._finish(rows[index]):
+                row = rows[index]
+                if not row.push(token, self.backend.tokenizer):
                     going_on.append(index)
+                    continue
+                self.rows.remove(row)
+                self.finished.extend(row.active.result())
         return sorted(going_on)
-
-    def _finish(self, row: Row) -> bool:
-        """Whether a row's last token ends it; it then leaves, and may complete its request."""
-        active = row.active
-        completion = check_stop(
-            row.ids,
-            active.limit_tokens,
-            active.request.sampling,
-            self.backend.tokenizer,
-        )
-        if completion is None:
-            return False
-        self.rows.remove(row)
-        generation = active.finish(row.sample, completion)
-        if generation is not None:
-            self.finished.append(generation)
-        return True
 
     def _assemble(self, parts: Sequence[Part]) -> None:
         """Make the batch of the running rows."""
@@ -275,3 +217,16 @@ class Scheduler:
         size = len(failed.request.prompt)
         error = f"Out of memory with one prompt of {size} tokens; try a smaller dtype, e.g. nf4."
         self.finished.append(Generation(failed.request.id, prompt_tokens=size, error=error))
+
+
+def _mark_seen(row: ActiveSample, logits: torch.Tensor) -> torch.Tensor:
+    """(V,) bool: tokens of prompt and sample, which a repetition penalty makes less likely.
+
+    Called before every draw, so only the last token is new. `logits` (V,) give the shape.
+    """
+    if row.seen is None:
+        row.seen = torch.zeros_like(logits, dtype=torch.bool)
+        row.seen[list(row.tokens)] = True
+    else:
+        row.seen[row.ids[-1]] = True
+    return row.seen

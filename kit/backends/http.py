@@ -399,18 +399,23 @@ class HttpBackend:
             "logprobs": 1,  # nothing else brings the ids
         }
 
-    def _completion(self, choice: Json, sampling: Sampling) -> Completion:
+    def _ids(self, choice: Json) -> list[int]:
+        """The token ids of a completion."""
         ids = choice.get("token_ids")
         if self.llama:
             content = (choice.get("logprobs") or {}).get("content") or ()
             ids = [entry["id"] for entry in content]
-        if not isinstance(choice["text"], str):
-            raise TypeError("a completion's text is no string")
         if ids is None:  # SGLang
             ids = self.tokenizer.encode(choice["text"], special=False)
         ids = [int(token) for token in ids]
         if not all(0 <= token < 1 << 31 for token in ids):
             raise ValueError("a token id out of range")
+        return ids
+
+    def _completion(self, choice: Json, sampling: Sampling) -> Completion:
+        if not isinstance(choice["text"], str):
+            raise TypeError("a completion's text is no string")
+        ids = self._ids(choice)
         finish_reason: Any = choice.get("finish_reason")
         if finish_reason == "stop" and ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]

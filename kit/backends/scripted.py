@@ -58,7 +58,7 @@ class ScriptedBackend:
         self.notes = ["a scripted stand-in, no model: for tests of the stages only"]
         self.seconds = float(os.environ.get("PALIGN_SCRIPT_SECONDS", "0"))
         path = Path(engine.model)
-        self.answers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.answers = json.loads(path.read_bytes()) if path.is_file() else {}
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Right, wrong, unparsable or over-long answers, by hash."""

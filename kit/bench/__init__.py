@@ -3,8 +3,6 @@
 Numbers of different runs or machines are not compared here; tests assert nothing about speed.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,10 +1,8 @@
 """Both local backends, one prompt at a time against many at once (palign.py bench generate).
 
-The sequential baselines are the libraries' own: llama-cpp-python's `create_completion` on one
-`Llama`, and transformers' `generate`. A model that is not a GGUF leaves the gguf rows out.
+The sequential baselines: llama.cpp with one sequence, and transformers' own `generate`. A model
+that is not a GGUF leaves the gguf rows out.
 """
-
-from __future__ import annotations
 
 import random
 from argparse import Namespace
@@ -18,7 +16,7 @@ from kit.backends.base import Backend, Request, Tokenizer
 from kit.bench import measure
 from kit.core.config import ModelConfig, Sampling
 from kit.core.progress import Progress
-from kit.models import gguf_file, resolve
+from kit.models import resolve
 from kit.prompts import render
 from kit.synthetic import generate
 
@@ -30,43 +28,34 @@ Prompt = tuple[int, ...]
 def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     """Greedy generation from `limit` prompts of 30 to 400 tokens, in a fixed random order.
 
-    Prefill is the same prompts with one new token. Samples may end before `new_tokens`; rates count
-    the tokens that were really generated.
+    Samples may end before `new_tokens`; rates count the tokens that were really generated.
 
     Returns:
-        {rows: [{name, tokens_per_second, prompt_tokens, new_tokens, seconds,
-        prefill_tokens_per_second}], hf_ratio, gguf_ratio, prompts, max_num_seqs, repeats}: a ratio
-        is of the medians, tokens per second in parallel over sequential.
+        {rows: [{name, tokens_per_second, new_tokens, seconds}], hf_ratio, gguf_ratio, prompts,
+        max_num_seqs, repeats}: a ratio is of the medians, tokens per second in parallel over
+        sequential.
     """
     hf = _open("hf", options.model)
     prompts = make_prompts(hf.tokenizer, options.limit or 32)
     # Name: greedy generation from all prompts, up to so many new tokens each; how many it made.
     ways: dict[str, Callable[[int], int]] = {}
     if isinstance(resolve(options.model), Path):
-        gguf = _open("gguf", options.model)
-        context_tokens = max(map(len, prompts)) + options.new_tokens
-        llama = _open_llama(options.model, gguf.threads.most, context_tokens)
-        ways["gguf-sequential"] = partial(_llama, llama, prompts)
-        ways["gguf-parallel"] = partial(_backend, gguf, prompts)
+        ways["gguf-sequential"] = partial(_backend, _open("gguf", options.model, 1), prompts)
+        ways["gguf-parallel"] = partial(_backend, _open("gguf", options.model), prompts)
     ways["hf-sequential"] = partial(transformers_generate, hf, prompts)
     ways["hf-batched"] = partial(_backend, hf, prompts)
     # First calls allocate and build.
     measure(ways, 1, progress, 2)
-    prefills = measure(ways, options.repeats, progress, 1)
-    timings = measure(ways, options.repeats, progress, options.new_tokens)
     # One row per way, and how much faster the parallel ways are.
-    prompt_tokens = sum(map(len, prompts))
     rows = []
     speeds = {}
-    for name, timing in timings.items():
+    for name, timing in measure(ways, options.repeats, progress, options.new_tokens).items():
         speeds[name] = timing.results[0] / timing.seconds
         row = {
             "name": name,
             "tokens_per_second": speeds[name],
-            "prompt_tokens": prompt_tokens,
             "new_tokens": timing.results[0],
             "seconds": timing.seconds,
-            "prefill_tokens_per_second": prompt_tokens / prefills[name].seconds,
         }
         rows.append(row)
     result = {"rows": rows, "hf_ratio": speeds["hf-batched"] / speeds["hf-sequential"]}
@@ -107,34 +96,11 @@ def transformers_generate(backend: Any, prompts: Sequence[Prompt], new_tokens: i
     return generated
 
 
-def _open(backend: Any, model: str) -> Any:
-    return open_backend(ModelConfig(backend=backend, model=model, max_num_seqs=MAX_NUM_SEQS))
+def _open(backend: Any, model: str, max_num_seqs: int = MAX_NUM_SEQS) -> Any:
+    return open_backend(ModelConfig(backend=backend, model=model, max_num_seqs=max_num_seqs))
 
 
 def _backend(backend: Backend, prompts: Sequence[Prompt], new_tokens: int) -> int:
     sampling = Sampling(temperature=0, max_new_tokens=new_tokens)
     requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]
     return sum(len(generation.completions[0].ids) for generation in backend.generate(requests))
-
-
-def _open_llama(model: str, threads: int, context_tokens: int) -> Any:
-    from llama_cpp import Llama
-
-    return Llama(
-        str(gguf_file(model)),
-        n_ctx=context_tokens,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
-    )
-
-
-def _llama(llama: Any, prompts: Sequence[Prompt], new_tokens: int) -> int:
-    options = {"max_tokens": new_tokens, "temperature": 0.0, "repeat_penalty": 1.0}
-    generated = 0
-    for prompt in prompts:
-        # Every prompt is evaluated whole, as the batched ways do.
-        llama.reset()
-        completion = llama.create_completion(list(prompt), **options)
-        generated += completion["usage"]["completion_tokens"]
-    return generated

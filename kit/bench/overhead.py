@@ -5,8 +5,6 @@ so small that only calls cost. Draw: one token of one row from 49,152 logits, wi
 penalty, as the samples of llama.cpp are drawn.
 """
 
-from __future__ import annotations
-
 import heapq
 import random
 from argparse import Namespace
@@ -34,19 +32,16 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
 
     Returns:
         {rows: [{name, seconds (a call's median)}], drained_ratio: {batch items: share of the
-        steps, mean of 20 seeds}, repeats}. `transformers` is its own cache and PEFT's own layers;
-        `draw-exact` computes all weights in fp64.
+        steps, mean of 20 seeds}, repeats}.
     """
     drained = {}
     for batch_items in (128, 1000):
         drained[batch_items] = fmean(drained_ratio(seed, batch_items) for seed in range(20))
-    ways: dict[str, Callable[..., None]] = {}
-    for adapter in ("", "-adapter"):
-        plain, ours = _tiny_model(adapter), _tiny_model(adapter, lean=True)
-        ways[f"transformers{adapter}"] = partial(_transformers_steps, plain)
-        ways[f"step{adapter}"] = partial(_steps, ours)
-    ways["draw-exact"] = partial(_draws, top_k=VOCABULARY)
-    ways["draw"] = _draws
+    ways: dict[str, Callable[[], None]] = {
+        "step": partial(_steps, _tiny_model()),
+        "step-adapter": partial(_steps, _tiny_model(adapter=True)),
+        "draw": _draws,
+    }
     measure(ways, 1, progress)
     timings = measure(ways, options.repeats, progress)
     rows = []
@@ -75,7 +70,7 @@ def drained_ratio(seed: int, batch_items: int, items: int = 1000, slots: int = 3
     return 1 - sum(lengths) / slots / steps
 
 
-def _tiny_model(adapter: str, lean: bool = False) -> Any:
+def _tiny_model(adapter: bool = False) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -94,7 +89,6 @@ def _tiny_model(adapter: str, lean: bool = False) -> Any:
     model: Any = Qwen2ForCausalLM(config).eval()
     if adapter:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).eval()
-    if lean:
         lean_adapter(model)
     return model
 
@@ -110,19 +104,12 @@ def _steps(model: Any) -> None:
             batch.step(model, [4] * ROWS)
 
 
-def _transformers_steps(model: Any) -> None:
-    import torch
-
-    ids = torch.ones(ROWS, 3, dtype=torch.long)
-    model.generate(input_ids=ids, max_new_tokens=CALLS, min_new_tokens=CALLS, do_sample=False)
-
-
-def _draws(top_k: int = 0) -> None:
+def _draws() -> None:
     from kit.backends.gguf_generate import draw
 
-    sampling = Sampling(repetition_penalty=1.05, top_k=top_k)
+    sampling = Sampling(repetition_penalty=1.05)
     numbers = np.random.default_rng(0)
     seen = numbers.random(VOCABULARY) < 0.02
     logits = numbers.normal(0, 3, VOCABULARY).astype(np.float32)
     for _ in range(CALLS):
-        draw(logits, sampling, numbers, seen)
+        draw(logits, sampling, numbers.random, seen)

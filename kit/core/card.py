@@ -3,8 +3,6 @@
 Memory is in memory.py. Nothing here chooses what a model computes in; kit/models.py does.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

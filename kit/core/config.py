@@ -359,7 +359,7 @@ def readable(path: str | Path) -> Path:
     return path
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str | bytes) -> Any:
     """A YAML document's values.
 
     Raises:
@@ -394,7 +394,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every mistake and the nearest valid name of each unknown key.
     """
     try:
-        raw = (read_yaml(readable(path).read_text(encoding="utf-8")) if path else None) or {}
+        raw = (read_yaml(readable(path).read_bytes()) if path else None) or {}
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:

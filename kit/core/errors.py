@@ -3,8 +3,6 @@
 Faults of the machine that libraries report in their own ways are told apart from defects here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

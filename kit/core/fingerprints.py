@@ -6,8 +6,6 @@ replaced or edited in place is always seen. Bytes that decay on the disk while t
 reports no change are not. Nothing here loads a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ Rows are on the disk as soon as they are finished and whole files are replaced a
 the process never costs a finished row. What this does not do: save the batch in progress.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -3,8 +3,6 @@
 And how libraries say that there is not enough of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

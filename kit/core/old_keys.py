@@ -4,8 +4,6 @@ The names are in kit/core/old_keys.yaml. Only configs are translated: an old run
 refused by its format (kit/core/run.py).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ BUILTIN_SUBSET = re.compile(r"(\d)(?:-(\d))?(?: to (\d+))?")  # "1 to 10", "1-3"
 def upgrade(raw: dict[str, Any]) -> list[str]:
     """Rename old keys and values of a config in place. Returns a note about each."""
     notes = []
-    old = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    old = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_bytes())
     for name, new in old["keys"].items():
         section, keys, key = _find(raw, name)
         if key not in keys:

@@ -3,8 +3,6 @@
 Every line also goes, plain, to the run's log file. Nothing here computes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

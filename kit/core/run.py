@@ -255,16 +255,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             hint = "Nothing was changed. Choose another folder: out=DIR."
             raise KitError(f"{config} is no run's: running here would overwrite it.", hint, 2)
         return {}
+    content = path.read_bytes()
     try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        hint = "Fix it, or delete it: the stages' files are then moved to stale/ and regenerated."
-        raise KitError(f"{path} is not JSON ({error}).", hint) from None
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError:
-        hint = "Nothing was changed. Choose another folder: out=DIR."
-        raise KitError(f"{path} is no run's manifest.", hint, 2) from None
+        _Manifest.model_validate_json(content)
+    except ValidationError as error:
+        hint = (
+            "Nothing was changed. Choose another folder: out=DIR. If a run wrote it, fix it or "
+            "delete it: the stages' files are then moved to stale/ and regenerated."
+        )
+        reason = error.errors()[0]["msg"]
+        raise KitError(f"{path} is no run's manifest ({reason}).", hint, 2) from None
+    manifest: dict[str, Any] = json.loads(content)
     check_format(folder, manifest)
     return manifest
 
@@ -272,7 +273,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_resolved(config: Path) -> bool:
     """Whether a config has every section, as `dump` writes them."""
     try:
-        keys = read_yaml(config.read_text(encoding="utf-8"))
+        keys = read_yaml(config.read_bytes())
     except (ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(keys, dict) and keys.keys() == Config.model_fields.keys()
@@ -289,23 +290,10 @@ def check_format(folder: Path, manifest: dict[str, Any]) -> None:
     )
     if version > FORMAT:
         raise KitError(message, "Upgrade palign, or choose another out=DIR.")
-    if _trained_nf4_on_cpu(folder, manifest):
-        message += (
-            " Its adapter was trained in NF4 on a CPU by a version that dropped most of the "
-            "gradient on CPUs with AVX512-BF16: it may have learned next to nothing."
-        )
     hint = (
         f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys still work)."
     )
     raise KitError(message, hint)
-
-
-def _trained_nf4_on_cpu(folder: Path, manifest: dict[str, Any]) -> bool:
-    trained = (folder / "adapter").exists() and "gpu" not in manifest.get("machine", {})
-    config = folder / "config.yaml"
-    keys = read_yaml(config.read_text(encoding="utf-8")) if config.exists() else None
-    train = (keys or {}).get("train") or {}
-    return trained and train.get("dtype", "nf4") == "nf4"
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,10 +64,10 @@ class Stage:
         }
 
     def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-        """What differs between two sets of dependencies, in words; empty where they are equal."""
+        """What of the dependencies of now was different before, in words; empty: nothing."""
         changes = []
-        for key in sorted({*before, *now}):
-            old, new = before.get(key), now.get(key)
+        for key, new in sorted(now.items()):
+            old = before.get(key)
             # "weights of student.model": a fingerprint. None: the model was not on this machine.
             is_fingerprint = " of " in key
             if old == new or (is_fingerprint and None in (old, new)):
@@ -173,11 +173,7 @@ def work_through(
     Raises:
         KitError: two units have one id.
     """
-    # Ids name rows, so that two units of one id would share a row.
-    for id, times in Counter(id for id, _ in units).items():
-        if times > 1:
-            message = f"{stage}: two rows would be called {id!r}."
-            raise KitError(message, "Rename one of the problems in the data.")
+    check_ids(id for id, _ in units)
     # What an earlier session wrote.
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
@@ -196,6 +192,14 @@ def work_through(
                     rows[row.id] = row
                     bar.advance(row.processed_tokens)
     return [rows[id] for id, _ in units]
+
+
+def check_ids(ids: Iterable[str]) -> None:
+    """Refuse (KitError) two rows of one id: ids name rows, so that they would share one."""
+    for id, times in Counter(ids).items():
+        if times > 1:
+            message = f"Two rows would be called {id!r}."
+            raise KitError(message, "Rename one of the problems in the data.")
 
 
 def tallies(rows: Sequence[Any]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ A line carries a digest of its fields: an edited row and a line cut off by a pow
 when the file is read, set aside, and made again. Nothing here knows what a row means.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

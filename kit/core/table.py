@@ -3,8 +3,6 @@
 Nothing is skipped silently: a damaged file is an error that names the line.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip
@@ -136,20 +134,22 @@ def _parse_lines(content: bytes) -> Rows:
     return rows
 
 
-def lookup(row: dict[str, Any], path: str) -> Any:
-    """The value of a key, in any case; `reward_model.ground_truth` and `choices.0` are nested.
-    None: there is none.
+def lookup(value: Any, path: str) -> Any:
+    """What a path leads to, its keys in any case: `reward_model.ground_truth`, `choices.0`, or,
+    through a list without a number, into each of its items. None: there is none.
     """
-    for key in row:
-        if key.lower() == path.lower():
-            return row[key]
     head, _, rest = path.partition(".")
-    if not rest:
+    if isinstance(value, list):
+        if not head.isdecimal():
+            return [lookup(item, path) for item in value]
+        value = dict(enumerate(value)).get(int(head))
+        return lookup(value, rest) if rest else value
+    if not isinstance(value, dict):
         return None
-    inner = lookup(row, head)
-    if isinstance(inner, list):
-        inner = {str(place): item for place, item in enumerate(inner)}
-    return lookup(inner, rest) if isinstance(inner, dict) else None
+    for key in value:
+        if key.lower() == path.lower():
+            return value[key]
+    return lookup(lookup(value, head), rest) if rest else None
 
 
 def keys_of(row: dict[str, Any]) -> str:

@@ -5,8 +5,6 @@ that thread has to wait for its turn in every region, and speed falls to a tenth
 With one thread fewer, nothing waits. Nothing here computes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -17,7 +15,8 @@ from typing import Any
 
 import psutil
 
-LOOK_SECONDS = 0.3  # between two looks at the machine, which take some 0.1 ms
+_PROCESS = psutil.Process()  # it remembers its last look
+LOOK_SECONDS = 0.3  # between two looks at the machine, which take less than a millisecond
 SPARE_CORES = 0.4  # that other processes may use before a thread is taken away
 
 
@@ -33,17 +32,15 @@ class Threads:
         self.fixed = fixed or int(os.environ.get("OMP_NUM_THREADS") or 0)
         self.most = self.fixed or min(most or cores(), cores())
         self.count = self.most
-        self.last = _clocks()
+        self.looked = time.monotonic()
+        _free_cores()
 
     def now(self) -> int:
         """How many to use from here on: all at first, later what other processes leave free."""
-        if self.fixed or time.monotonic() - self.last[0] < LOOK_SECONDS:
+        if self.fixed or time.monotonic() - self.looked < LOOK_SECONDS:
             return self.count
-        clocks = _clocks()
-        seconds, idle, own = (new - old for new, old in zip(clocks, self.last, strict=True))
-        self.last = clocks
-        free_cores = (idle + own) / seconds
-        self.count = max(1, min(self.most, int(free_cores + SPARE_CORES)))
+        self.looked = time.monotonic()
+        self.count = max(1, min(self.most, int(_free_cores() + SPARE_CORES)))
         return self.count
 
 
@@ -79,11 +76,8 @@ def _torch_threads() -> int:
     return torch.get_num_threads()
 
 
-def _clocks() -> tuple[float, float, float]:
-    """Seconds: of the clock, idle on this process's cores, and computed by this process."""
-    ours = os.sched_getaffinity(0)
-    idle = 0.0
-    for core, times in enumerate(psutil.cpu_times(percpu=True)):
-        if core in ours:
-            idle += times.idle + times.iowait
-    return time.monotonic(), idle, time.process_time()
+def _free_cores() -> float:
+    """Cores that were idle, or computed for this process, since the last call in this thread."""
+    used = psutil.cpu_percent(percpu=True)
+    idle = sum(100 - used[core] for core in os.sched_getaffinity(0))
+    return (idle + _PROCESS.cpu_percent()) / 100

@@ -10,11 +10,9 @@ expressions, exact rationals, and a decimal stands for another number only where
 digits or more.
 """
 
-from __future__ import annotations
-
 import re
-from dataclasses import dataclass
-from functools import reduce
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -36,7 +34,7 @@ _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _SET = re.compile(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 _WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
 _INTERVALS = ("()", "(]", "[)", "[]")
-_OPERATORS = {"<": sympy.Lt, ">": sympy.Gt, "\\leq": sympy.Le, "\\geq": sympy.Ge, "\\neq": sympy.Ne}
+_BUILDER = re.compile(r"\\\{\s*[a-zA-Z](?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
 _SYNTAX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
 )
@@ -194,24 +192,30 @@ def _read_scalar(text: str) -> Scalar:
 
 def _parse(text: str) -> Any:
     """A sympy expression with exact numbers."""
+    expression = _latex(text)
+    if not isinstance(expression, sympy.Expr):
+        raise UnreadableError(text)
+    return expression
+
+
+def _latex(text: str) -> Any:
+    """What a text stands for with exact numbers: an expression, a set or a relation."""
     if _WORD.search(text) or not text.strip():
         raise UnreadableError(text)
     exact = re.sub(r"(\d*)\.(\d*)\\overline ?\{?(\d+)\}?", _repeating, text)
     exact = re.sub(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", _exact_decimal, exact)
     try:
-        expression = latex2sympy(
+        value = latex2sympy(
             exact,
             is_real=not should_treat_as_complex(text),
             convert_degrees=False,
             normalization_config=_SYNTAX,
         )
+        return value.doit()
     except MemoryError:
         raise
     except Exception:  # the parser raises bare Exception, and sympy many kinds
         raise UnreadableError(text) from None
-    if not isinstance(expression, sympy.Expr):
-        raise UnreadableError(text)
-    return expression.doit()
 
 
 def _exact_decimal(match: re.Match[str]) -> str:
@@ -267,48 +271,38 @@ def _read_range(text: str) -> Any:
         if isinstance(value, Group) and value.kind in _INTERVALS:
             value = Range(_interval(value))
         return Labelled(named[1].casefold(), value)
-    # in one variable it is a set of numbers, in several it stays a relation
-    variables: set[str] = set()
-    try:
-        numbers = _numbers(text, variables)
-    except (NotImplementedError, TypeError, ValueError, AttributeError):
-        sides = re.split(r"(<|>|\\leq|\\geq)", text)
-        if len(sides) != 3:
-            raise UnreadableError(text) from None
-        difference = _parse(sides[0]) - _parse(sides[2])
-        downward = sides[1] in ("<", "\\leq")
-        strict = "<" if sides[1] in ("<", ">") else "<="
-        return Relation(strict, difference if downward else -difference)
-    if len(variables) > 1:
-        raise UnreadableError(text)
-    return Range(numbers, next(iter(variables), None))
-
-
-def _numbers(text: str, variables: set[str]) -> sympy.Set:
-    """The real numbers that a text describes; adds the variables of its inequalities."""
-    text = text.strip(" .")
-    for names, combine in (
-        (("\\cup", "\\or"), sympy.Union),
-        (("\\cap", "\\and"), sympy.Intersection),
-        (("\\setminus",), sympy.Complement),
-    ):
-        parts = _split(text, names)
+    # \\{x | 1 < x\\}
+    builder = _BUILDER.fullmatch(text)
+    if builder:
+        return replace(_read_range(builder[1].replace(",", "\\and ")), variable=None)
+    if "\\pm" in text and "\\neq" in text:
+        text = _both_signs(text).replace(",", "\\and ")
+    for name, combine in (("\\or", sympy.Union), ("\\and", sympy.Intersection)):
+        parts = _split(text, (name,))
         if len(parts) > 1:
-            return reduce(combine, [_numbers(part, variables) for part in parts])
-    if text.replace(" ", "") in ("\\mathbb{R}", "(-\\infty,\\infty)"):
-        return sympy.S.Reals
-    if text == "\\emptyset":
-        return sympy.S.EmptySet
-    inner, kind = _brackets(text)
-    # \\{x | 1 < x\\} and \\{1, 2\\}
-    if kind == "{}":
-        builder = re.fullmatch(r"\s*([a-zA-Z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)", inner)
-        if builder:
-            return _numbers(builder[2].replace(",", "\\and "), set())
-        return sympy.FiniteSet(*[read(part).expression for part in _split(inner, (",",))])
-    if kind and len(_split(inner, (",",))) == 2:
-        return _interval(_group(kind, inner, (",",)))
-    return _solve(text, variables)
+            return _combined([_read_range(part) for part in parts], combine)
+    value = _latex(text.strip(" ."))
+    if isinstance(value, sympy.Set):
+        return Range(value)
+    # in one variable it is a set of numbers, in several it stays a relation
+    variables = sorted(map(str, value.free_symbols))
+    if len(variables) < 2:
+        with suppress(NotImplementedError, TypeError, ValueError, AttributeError):
+            return Range(value.as_set(), *variables)
+    if not isinstance(value, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)):
+        raise UnreadableError(text)
+    strict = isinstance(value, (sympy.Lt, sympy.Gt))
+    return Relation("<" if strict else "<=", value.lts - value.gts)
+
+
+def _combined(ranges: list[Any], combine: Any) -> Range:
+    """The union or intersection of ranges of one variable."""
+    if not all(isinstance(part, Range) for part in ranges):
+        raise UnreadableError(combine)
+    variables = {part.variable for part in ranges} - {None}
+    if len(variables) > 1:
+        raise UnreadableError(variables)
+    return Range(combine(*[part.numbers for part in ranges]), *variables)
 
 
 def _interval(group: Group) -> sympy.Set:
@@ -316,30 +310,6 @@ def _interval(group: Group) -> sympy.Set:
         raise UnreadableError(group.kind)
     start, end = (item.expression for item in group.items)
     return sympy.Interval(start, end, group.kind[0] == "(", group.kind[1] == ")")
-
-
-def _solve(text: str, variables: set[str]) -> sympy.Set:
-    """A chain of inequalities in one variable."""
-    sides = re.split(r"(<|>|\\leq|\\geq|\\neq)", text)
-    if len(sides) < 3:
-        raise UnreadableError(text)
-    if "\\pm" in text:
-        if sides[1] != "\\neq" or len(sides) != 3:
-            raise UnreadableError(text)
-        both = _split(_both_signs(text), (",",))
-        return sympy.Intersection(*[_solve(part, variables) for part in both])
-    # each pair of neighbours is one inequality
-    numbers: sympy.Set = sympy.S.Reals
-    for place in range(1, len(sides), 2):
-        left = _parse(sides[place - 1])
-        right = _parse(sides[place + 1])
-        relation = _OPERATORS[sides[place]](left, right)
-        symbols = (left - right).free_symbols
-        if len(symbols) > 1:
-            raise ValueError("several variables")
-        variables.update(str(symbol) for symbol in symbols)
-        numbers = numbers.intersect(relation.as_set())
-    return numbers
 
 
 def _equal(gold: Any, answer: Any) -> bool:

@@ -9,10 +9,9 @@ Paper: where a text names no answer, its last expression. Here: there is none
 (kit/grading/published.py has that way).
 """
 
-from __future__ import annotations
-
 import json
 import re
+from collections.abc import Iterator
 
 from kit.prompts import END
 
@@ -83,24 +82,20 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
         (answer, boxed | tag | hashes | phrase | bare), or (None, none | oversized).
     """
     text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
-    answer = last_box(text)
-    place = "boxed"
-    if answer is None:
-        tags = _TAG.findall(text)
-        answer = tags[-1].strip() if tags else None
-        place = "tag"
-    if not answer:
-        answer = _after_hashes(text, verifier)
-        place = "hashes"
-    if not answer:
-        answer = _in_phrase(text, verifier)
-        place = "phrase"
-    if not answer and verifier == "choice" and re.fullmatch(r"[\s(*]*[A-Ja-j][\s).*]*", text):
-        answer = text.strip()
-        place = "bare"
-    if not answer:
-        return None, "none"
-    return (answer, place) if len(answer) <= LONGEST else (None, "oversized")
+    for place, answer in _candidates(text, verifier):
+        if answer:
+            return (answer, place) if len(answer) <= LONGEST else (None, "oversized")
+    return None, "none"
+
+
+def _candidates(text: str, verifier: str) -> Iterator[tuple[str, str | None]]:
+    """What each place holds, the surest first."""
+    yield "boxed", last_box(text)
+    yield "tag", "".join(_TAG.findall(text)[-1:]).strip()
+    yield "hashes", _after_hashes(text, verifier)
+    yield "phrase", _in_phrase(text, verifier)
+    if verifier == "choice" and re.fullmatch(r"[\s(*]*[A-Ja-j][\s).*]*", text):
+        yield "bare", text.strip()
 
 
 def last_box(text: str) -> str | None:

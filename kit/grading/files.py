@@ -5,10 +5,7 @@ Beside the kit's own verdicts stand those of the paper's grader (published.py), 
 numbers can be reproduced. Labels are only compared with, never used.
 """
 
-from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,16 +64,14 @@ def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
             fields = {"id": str(len(rows)), "question": "", "answer": row.gold}
             rows.append(EvalRow(**fields, samples=samples, published=tuple(published)))
     scores = asdict(score(rows))
+    labels = _labels(graded)
     result = {
         "file": str(source.path),
         "problems": scores["n"],
         **{name: scores[name] for name in _FIGURES},
-        "agreement": _agreement(graded, lambda problem: map(_is_correct, problem.grades)),
-        "as_published": {
-            **(scores["as_published"] or {}),
-            "agreement": _agreement(graded, lambda problem: problem.published),
-        },
-        "differ": _differences(graded),
+        "agreement": labels.agreement,
+        "as_published": {**(scores["as_published"] or {}), "agreement": labels.published},
+        "differ": labels.differ,
     }
     # extracted answers, graded as whole outputs
     if set(scores["verdicts"]) == {"unparsed"}:
@@ -130,29 +125,31 @@ def _published(grader: Grader, items: Sequence[Item], bare: bool) -> list[bool]:
     return grader.as_published(items)
 
 
-def _is_correct(grade: Grade) -> bool:
-    return grade.verdict == "correct"
+class _Labels(NamedTuple):
+    """The file's own labels beside the verdicts."""
+
+    agreement: dict[str, int] | None  # of our verdicts; None: the file has no labels
+    published: dict[str, int] | None  # of the paper's grader
+    differ: list[dict[str, Any]]  # each output whose label is not our verdict
 
 
-def _agreement(
-    graded: list[_Graded], verdicts: Callable[[_Graded], Iterable[bool]]
-) -> dict[str, int] | None:
-    """How many of the file's labels the verdicts agree with; None where it has none."""
-    pairs: Counter[bool] = Counter()
-    for problem in graded:
-        for label, verdict in zip(problem.row.labels, verdicts(problem), strict=True):
-            if label is not None:
-                pairs[label == verdict] += 1
-    return {"agree": pairs[True], "of": pairs.total()} if pairs else None
-
-
-def _differences(graded: list[_Graded]) -> list[dict[str, Any]]:
-    differences = []
-    for problem in graded:
-        line = int(problem.where.split()[-1])
-        for number, grade in enumerate(problem.grades):
-            label = problem.row.labels[number]
-            if label is not None and label != _is_correct(grade):
-                about = {"line": line, "sample": number, "label": label, "gold": problem.row.gold}
-                differences.append({**about, **grade._asdict()})
-    return differences
+def _labels(graded: list[_Graded]) -> _Labels:
+    ours = {"agree": 0, "of": 0}
+    theirs = {"agree": 0, "of": 0}
+    differ = []
+    for where, row, grades, published in graded:
+        for number, label in enumerate(row.labels):
+            if label is None:
+                continue
+            grade = grades[number]
+            is_correct = grade.verdict == "correct"
+            for counts, verdict in ((ours, is_correct), (theirs, published[number])):
+                counts["agree"] += label == verdict
+                counts["of"] += 1
+            if label != is_correct:
+                line = int(where.split()[-1])
+                about = {"line": line, "sample": number, "label": label, "gold": row.gold}
+                differ.append({**about, **grade._asdict()})
+    if not ours["of"]:
+        return _Labels(None, None, [])
+    return _Labels(ours, theirs, differ)

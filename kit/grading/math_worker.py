@@ -7,8 +7,6 @@ caller's signals are never touched: any thread may grade, and Ctrl-C leaves no p
 against accidents of computation, no sandbox: nothing here runs an answer's code.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -5,8 +5,6 @@ full-width forms. Nothing is computed here, and nothing that could change the va
 removed.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata
@@ -26,7 +24,7 @@ def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
     """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain
     ones.
     """
-    loaded = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    loaded = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_bytes())
     characters = str.maketrans(loaded["characters"])
     for code in range(0xFF01, 0xFF5F):
         characters[code] = chr(code - 0xFEE0)

@@ -7,8 +7,6 @@ this kit's eval/*.jsonl and the paper's released files. Anything else is read by
 caller names.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -25,7 +23,7 @@ VERDICTS = {"correct": True, "wrong": False, "unparsed": False, "timeout": False
 def formats() -> list[dict[str, Any]]:
     """The formats of kit/grading/outputs.yaml; the last is any other file's."""
     path = Path(__file__).with_suffix(".yaml")
-    loaded: list[dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded: list[dict[str, Any]] = yaml.safe_load(path.read_bytes())
     return loaded
 
 
@@ -81,7 +79,7 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
 def _paths(row: dict[str, Any], keys: Keys) -> dict[str, list[str]]:
     """Where a row has its answer, outputs and labels: as the caller says, else by its format."""
     for known in formats():
-        if all(_is_there(_pick(row, path)) for path in known["needs"]):
+        if all(_is_there(lookup(row, path)) for path in known["needs"]):
             break
     paths = {}
     for role, named in keys._asdict().items():
@@ -107,23 +105,10 @@ def _gold(row: dict[str, Any], paths: list[str]) -> str:
 def first_value(row: dict[str, Any], paths: list[str]) -> Any:
     """The first value that there is."""
     for path in paths:
-        value = _pick(row, path)
+        value = lookup(row, path)
         if value is not None:
             return value
     return None
-
-
-def _pick(value: Any, path: str) -> Any:
-    """What a path leads to, in every item of a list on its way; None where it ends."""
-    if isinstance(value, list):
-        return [_pick(item, path) for item in value]
-    if not isinstance(value, dict):
-        return None
-    whole = lookup(value, path)
-    head, _, rest = path.partition(".")
-    if whole is not None or not rest:
-        return whole
-    return _pick(lookup(value, head), rest)
 
 
 def _has(row: dict[str, Any], path: str) -> bool:

@@ -5,8 +5,6 @@ boxed: its labels on the 90 published AIME24 outputs are reproduced exactly. It 
 name no answer. Runs in the grading worker.
 """
 
-from __future__ import annotations
-
 import math_verify
 
 

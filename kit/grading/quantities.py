@@ -5,8 +5,6 @@ Exact, and without any mathematics: what is no plain number is left to kit/gradi
 unit counts only where both sides have one that is known, and they differ.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import NamedTuple

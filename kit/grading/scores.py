@@ -3,8 +3,6 @@
 Every problem weighs the same, however many samples it has. Nothing is graded here (section 4).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ The problems stand for all problems of their kind, so uncertainty is over proble
 of one problem only make its own mean more certain. Nothing here reads rows or knows their grades.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt

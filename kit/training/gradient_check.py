@@ -24,8 +24,6 @@ It cannot see an error below TOLERANCE, one that only long rows or later steps s
 is the wrong one itself.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
@@ -82,7 +80,6 @@ def check_gradient(
     weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     original = {name: weight.detach().clone() for name, weight in weights.items()}
     outer = {name: weight for name, weight in weights.items() if "lora_B" in name}
-    slopes = []
 
     def read_loss() -> float:
         torch.manual_seed(0)
@@ -109,11 +106,7 @@ def check_gradient(
             compute_gradient()
             in_16_bits = any(weight.dtype in HALVES for weight in model.parameters())
             step = (BF16_STEP if in_16_bits else STEP) * read_loss()
-            moving = [item for item in weights.items() if _has_gradient(item[1])]
-            third = math.ceil(len(moving) / 3)
-            for start in range(0, len(moving), third):
-                group = dict(moving[start : start + third])
-                slopes.append(_slope(group, step, read_loss))
+            slopes = _slopes(weights, step, read_loss)
         finally:
             for name, weight in weights.items():
                 weight.copy_(original[name])
@@ -147,6 +140,16 @@ def _find_lost(outer: Weights, read_loss: Callable[[], float]) -> None:
         outer[name].normal_(std=NOISE)
     if read_loss() != before:
         raise _failure(f"{len(lost)} of {len(outer)} adapters get none: {lost[0]} ...")
+
+
+def _slopes(weights: Weights, step: float, read_loss: Callable[[], float]) -> list[Slope]:
+    """See `_slope`, for each third of the weights that have a gradient."""
+    moving = [item for item in weights.items() if _has_gradient(item[1])]
+    third = math.ceil(len(moving) / 3)
+    slopes = []
+    for start in range(0, len(moving), third):
+        slopes.append(_slope(dict(moving[start : start + third]), step, read_loss))
+    return slopes
 
 
 def _slope(group: Weights, step: float, read_loss: Callable[[], float]) -> Slope:

@@ -5,15 +5,11 @@ training step are bound by arithmetic. The constants are readings of the pinned 
 makers' data sheets; none was measured on a card by us. Memory is in plan.py.
 """
 
-from __future__ import annotations
-
-import json
 from typing import Any, NamedTuple
 
 from kit.core.config import Config
-from kit.core.stages import STAGE_TABLE
-from kit.core.storage import RowFile
-from kit.training.shape import NF4_BYTES, ModelShape, card_limit
+from kit.core.run import read_manifest
+from kit.shape import NF4_BYTES, ModelShape, card_limit
 
 # Tokens and counts of the paper's data (s1K-1.1, and a 7B student on it), where the config says
 # nothing smaller.
@@ -66,17 +62,11 @@ CARDS = {
 }
 
 
-class Weights(NamedTuple):
-    """What a weight costs: bytes that it takes, and bytes that a step moves for it."""
-
-    held: float
-    moved: float
-
-
-SIXTEEN_BITS = Weights(2.0, 2.0)
-FOUR_BITS = Weights(0.6, 0.6)  # Q4_K_M, AWQ
+# bytes that a weight takes, and that a step moves for it
+SIXTEEN_BITS = (2.0, 2.0)
+FOUR_BITS = (0.6, 0.6)  # Q4_K_M, AWQ
 # transformers dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache
-NF4 = Weights(NF4_BYTES, 3.0)
+NF4 = (NF4_BYTES, 3.0)
 
 
 class Speed(NamedTuple):
@@ -84,7 +74,7 @@ class Speed(NamedTuple):
 
     shape: ModelShape
     card: Card
-    weights: Weights
+    weights: tuple[float, float]  # see SIXTEEN_BITS
     layer_seconds: float = 0.0  # launching a layer in a step
     row_seconds: float = 0.0  # on the CPU, per token drawn
 
@@ -94,7 +84,7 @@ class Speed(NamedTuple):
 
     def rows(self, context_tokens: float, most: int) -> int:
         """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
-        held = self.shape.linear * self.weights.held + self.shape.other * 2
+        held = self.shape.linear * self.weights[0] + self.shape.other * 2
         room = 0.9 * (card_limit(self.card.memory_gib) - held)
         return max(0, min(most, int(room / (2 * self.shape.cached * context_tokens))))
 
@@ -102,7 +92,7 @@ class Speed(NamedTuple):
         """Seconds of a step that draws a token for every row; per layer an adapter adds some."""
         shape = self.shape
         head = 2 * shape.hidden * shape.vocabulary
-        weights = shape.linear * self.weights.moved + head
+        weights = shape.linear * self.weights[1] + head
         cache = 2 * shape.cached * rows * context_tokens
         bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
         launching = shape.layers * self.layer_seconds
@@ -229,35 +219,15 @@ def rows_of(hours: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measured_seconds(config: Config) -> dict[str, float]:
-    """Each stage's seconds for this config, at the speed of the run in its folder.
-
-    A stage that is not done counts with the rows that it has: generated ones ran side by side.
+    """Seconds of each stage that is done in the run's folder, for as many problems as this config
+    has.
     """
-    path = config.folder / "manifest.json"
-    if not path.exists():
-        return {}
+    stages = read_manifest(config.folder).get("stages", {})
+    problems = config.data.train.limit
+    before = stages.get("teach", {}).get("rows_in")
+    growth = problems / before if problems and before else 1.0
     measured = {}
-    rows = config.data.train.limit or PROBLEMS
-    for stage, entry in json.loads(path.read_text(encoding="utf-8")).get("stages", {}).items():
-        if entry.get("done") and entry.get("rows_in") and entry.get("seconds"):
-            if stage != "teach" or not config.data.train.limit:
-                rows = entry["rows_in"]
-            seconds = entry["seconds"] * rows / entry["rows_in"]
-        else:
-            seconds = rows * _row_seconds(config, stage)
-        if seconds:
-            measured[stage] = seconds
-        rows = entry.get("rows_out", rows)
+    for stage, entry in stages.items():
+        if entry.get("done") and entry.get("seconds"):
+            measured[stage] = entry["seconds"] * (1.0 if stage == "eval" else growth)
     return measured
-
-
-def _row_seconds(config: Config, stage: str) -> float:
-    """Mean seconds of the rows that a stage has written so far; 0: none."""
-    rows = []
-    for pattern, kind in STAGE_TABLE[stage].rows.items():
-        for path in config.folder.glob(pattern):
-            rows += RowFile(path, kind).read(repair=False)
-    if not rows:
-        return 0.0
-    seconds = sum(row.seconds for row in rows) / len(rows)
-    return seconds if stage == "truncate" else seconds / (config.student.rows(on_card=True))

@@ -4,8 +4,6 @@ Only supervised positions are projected, a slice of bounded size at a time; the 
 recomputes each slice, so nothing of size (N, V) outlives it. Router losses are not added.
 """
 
-from __future__ import annotations
-
 import types
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from kit.core.errors import KitError
-from kit.training.shape import LIVE_BYTES
+from kit.shape import LIVE_BYTES
 
 IGNORED = -100  # label of a position that is not learned
 

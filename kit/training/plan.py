@@ -4,8 +4,7 @@ A step's memory is added up here from a layer's (shape.py). Assumed: a reserve, 
 keeps no (T, T) matrix (SDPA's fused kernels). Hours are in hours.py.
 """
 
-from __future__ import annotations
-
+import os
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from kit.core.config import Config, Train
 from kit.core.errors import KitError
 from kit.core.memory import limit_bytes, return_at_once
 from kit.core.run import Run
+from kit.shape import GIB, LIVE_BYTES, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
 from kit.training.hours import (
     THIS_RUN,
     assumptions,
@@ -21,9 +21,9 @@ from kit.training.hours import (
     measured_seconds,
     rows_of,
 )
-from kit.training.shape import GIB, LIVE_BYTES, NF4_BYTES, RESERVE_BYTES, card_limit, shape_of
 
 CARDS_GIB = (8, 12, 16, 24)
+LEAST_LOGITS = 1 << 26  # bytes of a slice; smaller ones reread the head too often
 
 
 class StepBytes(NamedTuple):
@@ -87,6 +87,24 @@ def in_words(result: dict[str, Any]) -> dict[str, Any]:
         "hours on cards, estimated (this run: measured)": rows_of(result["hours"]),
         "hours assume": result["assumptions"],
     }
+
+
+def accumulation_steps(settings: Train) -> int:
+    """Forward passes that each process makes for an optimizer step.
+
+    Raises:
+        KitError: the rows of a step cannot be shared out evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps, left_over = divmod(settings.batch_size, settings.micro_batch_size * processes)
+    if left_over:
+        raise KitError(
+            f"train.batch_size={settings.batch_size} is not a multiple of "
+            f"train.micro_batch_size={settings.micro_batch_size} times {processes} processes.",
+            "Change one of them.",
+            2,
+        )
+    return steps
 
 
 def uses_8_bit_optimizer(settings: Train, cuda: bool) -> bool:
@@ -187,20 +205,29 @@ def _with(config: Config, **keys: Any) -> Config:
 
 def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str:
     """The fewest keys, in the order of what they cost, with which it fits."""
-    savers = {
-        "gradient_checkpointing": True,
-        "micro_batch_size": 1,
-        "logits_bytes": min(config.train.logits_bytes, 1 << 26),
-        "dtype": "nf4",
-    }
     changes: dict[str, Any] = {}
-    for key, value in savers.items():
-        if getattr(config.train, key) != value:
-            changes[key] = value
-            if _total(_with(config, **changes), tokens, cuda) <= limit:
-                break
+    for key, value in savers(config.train).items():
+        changes[key] = value
+        if _total(_with(config, **changes), tokens, cuda) <= limit:
+            break
     else:
         changes["max_seq_tokens"] = longest(_with(config, **changes), limit, cuda) // 16 * 16
         if not changes["max_seq_tokens"]:
             return "a smaller student.model"
+    return as_keys(changes)
+
+
+def savers(settings: Train) -> dict[str, Any]:
+    """Keys of train with values that take less memory, in the order of what they cost."""
+    values = {
+        "gradient_checkpointing": True,
+        "micro_batch_size": 1,
+        "logits_bytes": min(settings.logits_bytes, LEAST_LOGITS),
+        "dtype": "nf4",
+    }
+    return {key: value for key, value in values.items() if getattr(settings, key) != value}
+
+
+def as_keys(changes: dict[str, Any]) -> str:
+    """Keys of train with other values, as a user writes them."""
     return ", ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())

@@ -4,8 +4,6 @@ Prompt ids come from the function that evaluation uses (`prompts.render`); only 
 token that ends the turn are learned. Nothing here knows of a model's weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,22 +5,18 @@ otherwise. Rows become token ids in sft_data.py; memory is estimated in plan.py.
 nothing is unpickled but what torch's `weights_only` admits: tensors, numbers and their containers.
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kit.core.card import half_dtype
@@ -36,13 +32,12 @@ from kit.prompts import template_hash
 from kit.training import trackers
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
 from kit.training.loss import IGNORED, attach
-from kit.training.plan import uses_8_bit_optimizer
+from kit.training.plan import accumulation_steps, as_keys, savers, uses_8_bit_optimizer
 from kit.training.sft_data import Example, collate, order
 
 MARK = "complete"  # the file that a whole checkpoint has
 FIXED_ROWS = 4  # rows whose loss is read before and after
 CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
-LEAST_LOGITS = 1 << 26  # bytes of a slice; smaller ones reread the head too often
 FIRST_SCALE = 2.0**10  # of the loss in fp16; torch's own, 2^16, overflows in the gradient check
 
 
@@ -198,15 +193,14 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, then mark as whole: without its mark a checkpoint counts as half-written."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with _writing(folder):
-            super()._save_checkpoint(model, trial)
+        super()._save_checkpoint(model, trial)
         if self.args.should_save:
             (folder / "training_args.bin").unlink()  # pickled objects, which nobody needs
             # a power cut must not leave the mark alone
             for path in folder.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            write_atomic(folder / MARK, _adapter_text(self.model))
+            write_atomic(folder / MARK, "")
 
 
 def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
@@ -221,7 +215,7 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     trainer = AdapterTrainer(run, model, examples)
 
     # train, from the last checkpoint where there is one
-    checkpoint = _last_checkpoint(run, _adapter_text(model))
+    checkpoint = _last_checkpoint(run)
     steps = math.ceil(len(trainer.rows) / config.train.batch_size)
     done = _step(checkpoint) if checkpoint else 0
     if checkpoint:
@@ -251,7 +245,6 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     seconds = sum(row["seconds"] for row in log)
     return {
         "gradient_check": run.manifest.get("gradient_check"),
-        "kernels": kernels(model),
         "fixed_batch_before": before,
         "fixed_batch_after": after,
         "fixed_batch_rows": len(fixed),
@@ -261,57 +254,24 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     }
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Name the folder that could not be written: torch and safetensors have errors of their own."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise KitError(
-            f"{folder} could not be written: {error}.",
-            "Free some space, then run the same command again: it goes on from the last "
-            "checkpoint.",
-        ) from error
-
-
 def save_adapter(model: Any, folder: Path, base: str) -> None:
     """Save an adapter, and beside it what its base is by name and content."""
     adapter = model.peft_config["default"]
     # a set has another order in every process, and equal adapters have equal files
     adapter.target_modules = sorted(adapter.target_modules)
-    with _writing(folder):
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     write_atomic(folder / BASE, json.dumps({"model": base, **content_of(base)}, indent=1))
 
 
 def _out_of_memory(settings: Train, trainer: AdapterTrainer) -> KitError:
     longest = max(len(example.ids) for example in trainer.rows)
-    changes = []
-    if not settings.gradient_checkpointing:
-        changes.append("train.gradient_checkpointing=true")
-    if settings.micro_batch_size > 1:
-        changes.append("train.micro_batch_size=1")
-    if settings.logits_bytes > LEAST_LOGITS:
-        changes.append(f"train.logits_bytes={LEAST_LOGITS}")
-    changes.append(f"train.max_seq_tokens={longest * 3 // 4}")
+    changes = {**savers(settings), "max_seq_tokens": longest * 3 // 4}
     return KitError(
         f"Training ran out of memory in step {trainer.state.global_step + 1}; its rows have up to "
         f"{longest} tokens, its peak was {peak_bytes() / 2**30:.1f} GiB.",
-        f"Set {', then '.join(changes)}; `palign.py plan CONFIG` estimates each. Or close what "
+        f"Set some of {as_keys(changes)}; `palign.py plan CONFIG` estimates each. Or close what "
         "else uses the memory and go on from the last checkpoint.",
     )
-
-
-def kernels(model: Any) -> dict[str, Any]:
-    """What computes: the CPU's instructions, and bitsandbytes' layers that repack for them."""
-    repacking_layers = 0
-    for module in model.modules():
-        repacking_layers += getattr(module, "support_avx512bf16_for_cpu", False)
-    return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "avx512_bf16": torch.cpu.get_capabilities().get("avx512_bf16", False),
-        "repacking_layers": repacking_layers,
-    }
 
 
 def _mean_loss(model: Any, examples: Sequence[Example]) -> float:
@@ -326,18 +286,11 @@ def _mean_loss(model: Any, examples: Sequence[Example]) -> float:
     return torch.cat(losses).mean().item()
 
 
-def _last_checkpoint(run: Run, adapter: str) -> Path | None:
-    """The newest whole checkpoint; half-written ones are deleted. KitError: of another adapter."""
+def _last_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint; half-written ones are deleted."""
     folders = run.path("checkpoints/.").glob("checkpoint-*")
     for folder in sorted(folders, key=_step, reverse=True):
-        mark = folder / MARK
-        if mark.exists():
-            saved = mark.read_text(encoding="utf-8")
-            if saved != adapter:
-                raise KitError(
-                    f"{folder} holds an adapter of {saved}; the config's is {adapter}.",
-                    "Restore the keys or the student, or delete checkpoints/ to start over.",
-                )
+        if (folder / MARK).exists():
             return folder
         run.progress.warn(f"{folder.name} is half-written; deleted")
         shutil.rmtree(folder)
@@ -346,16 +299,6 @@ def _last_checkpoint(run: Run, adapter: str) -> Path | None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
-
-
-def _adapter_text(model: Any) -> str:
-    """What must be the same for training to resume from a checkpoint."""
-    adapter = model.peft_config["default"]
-    weights = model.get_nb_trainable_parameters()[0]
-    return (
-        f"rank {adapter.r}, alpha {adapter.lora_alpha}, dropout {adapter.lora_dropout}, "
-        f"{weights} weights"
-    )
 
 
 class OneDevice(TrainingArguments):
@@ -374,14 +317,6 @@ def _arguments(run: Run) -> TrainingArguments:
     os.environ["WANDB_PROJECT"] = trackers.PROJECT
     os.environ["WANDB_DIR"] = str(run.folder)
     cuda = torch.cuda.is_available()
-    rows = settings.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % rows:
-        raise KitError(
-            f"train.batch_size={settings.batch_size} is not a multiple of "
-            f"train.micro_batch_size={settings.micro_batch_size} times the processes.",
-            "Change one of them.",
-            2,
-        )
     same = {"learning_rate", "weight_decay", "max_grad_norm"}
     autocasts = cuda and settings.dtype != "fp32"
     half = half_dtype(settings.dtype)
@@ -392,7 +327,7 @@ def _arguments(run: Run) -> TrainingArguments:
         warmup_steps=settings.warmup_ratio,
         optim="paged_adamw_8bit" if uses_8_bit_optimizer(settings, cuda) else "adamw_torch",
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // rows,
+        gradient_accumulation_steps=accumulation_steps(settings),
         num_train_epochs=1,  # `order` lays all epochs out in one
         train_sampling_strategy="sequential",
         seed=run.config.seed,

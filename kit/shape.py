@@ -4,10 +4,8 @@ Arithmetic over a dense decoder with grouped attention and a gated MLP. Other bl
 experts, recurrent layers) are counted as if they were dense.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kit.core.errors import KitError
 from kit.models import hf_folder
@@ -107,24 +105,35 @@ def shape_of(name: str) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        model_config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
-        text = model_config.get_text_config()
-        heads = text.num_attention_heads
-        key_heads = getattr(text, "num_key_value_heads", None) or heads
-        head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return ModelShape(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            heads=heads,
-            query=heads * head_width,
-            key=key_heads * head_width,
-            vocabulary=text.vocab_size,
-            context_tokens=text.max_position_embeddings,
-            tied=bool(getattr(text, "tie_word_embeddings", False)),
-        )
+        return shape_in(AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False))
     except (OSError, ValueError, AttributeError) as error:
         raise KitError(
             f"The config of {name} cannot be read: {str(error).splitlines()[0]}",
             "It is read from the hub or the model's folder: offline, set student.model=FOLDER.",
         ) from error
+
+
+def shape_in(model_config: Any) -> ModelShape:
+    """The shape that transformers' config of a model describes; KitError: it has no attention."""
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        raise KitError(
+            f"{text.model_type} has no attention; "
+            "the transformers backend supports only models with it.",
+            "Run it as a GGUF or on a server: student.backend=gguf or http.",
+            2,
+        )
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=heads,
+        query=heads * head_width,
+        key=key_heads * head_width,
+        vocabulary=text.vocab_size,
+        context_tokens=text.max_position_embeddings,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
