@@ -51,7 +51,7 @@ JUDGE_FLAGS = {
     "--search": ("judge.search", "binary (default), gallop, sweep, scan or uncached"),
     "--kind": ("judge.kind", "verbal (default), answer or success"),
     "--threshold": ("judge.threshold", "a margin at or above it is ENOUGH"),
-    "--calibration": ("judge.calibration", "none (default), content-free, share or a file"),
+    "--calibration": ("judge.calibration", "none (default), content-free or a file"),
     "--limit": ("data.train.limit", "only the first N traces"),
 }
 
@@ -139,7 +139,7 @@ def _bench_options(option: Option) -> None:
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
     option("--model", default="smollm2-135m")
-    option("--verdicts", choices=("early", "middle", "late"), help="judge: force the search's path")
+    option("--verdicts", nargs="+", choices=("early", "middle", "late"), help="judge: force paths")
     option("--repeats", type=int, default=3)
     option("--neighbour", action="store_true", help="again beside a process that computes")
     option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")

@@ -18,7 +18,8 @@ from kit.core.errors import KitError
 from kit.core.progress import visible
 from kit.core.records import PrefixRow, Problem
 from kit.data import load_traces
-from kit.judging.judge import Judge, cut, from_problem, keep, open_judge
+from kit.judging.cut import cut, from_problem, keep
+from kit.judging.judge import Judge, open_judge
 from kit.judging.sentences import split
 from kit.models import load_tokenizer
 from kit.prompts import draft_turns, judge_text, render, solve_text

@@ -13,7 +13,7 @@ from kit.core.progress import Progress
 from kit.core.records import PrefixRow, Problem, Sample, TraceRow
 from kit.core.run import Run
 from kit.core.storage import RowFile
-from kit.judging.judge import from_problem
+from kit.judging.cut import from_problem
 
 # 13 sentences
 TRACE = "".join(f"Step {i} is done. " for i in range(1, 13)) + "So it is \\boxed{9}."

@@ -25,7 +25,7 @@ OPTIONS = {
     "new_tokens": 2,
     "neighbour": False,
 }
-ROW = {"name", "seconds", "ratio", "token_ratio", "price", "worst", "traces"}
+ROW = {"verdicts", "name", "seconds", "ratio", "token_ratio", "price", "traces"}
 TRACE = (
     "Tom starts with 3 apples. He buys 4 more. So he has 3 + 4 = 7 apples. "
     "Let me check: 7 - 4 = 3. The answer is 7."
@@ -59,35 +59,38 @@ def judged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # The reference loops generate a few tokens in place of 256 and 16.
         patch.setattr("kit.bench.judge.REFERENCES", {"reference-256": 3, "reference-16": 2})
-        return run(subject="judge", traces=path, verdicts="middle")
+        own = run(subject="judge", traces=path)
+    return own, run(subject="judge", traces=path, verdicts=["early", "middle", "late"])
 
 
 def test_judging_has_a_row_per_way_with_ratios_to_the_prefill(judged):
-    assert [row["name"] for row in judged["rows"]] == [
-        "prefill",
-        "reference-256",
-        "reference-16",
-        *SEARCHES,
+    judged, steered = judged
+    names = ["prefill", *SEARCHES]
+    assert [row["name"] for row in judged["rows"]] == [*names, "reference-256", "reference-16"]
+    # the minutes of the reference loops are not spent again where only prices are asked
+    assert [row["name"] for row in steered["rows"]] == 3 * names
+    assert [row["verdicts"] for row in steered["rows"][:: len(names)]] == [
+        "early",
+        "middle",
+        "late",
     ]
     # the first one's margins are those to compare with
     assert SEARCHES[0] == "uncached" and {"binary", "gallop", "scan"} < {*SEARCHES}
     [trace] = judged["traces"]
-    for row in judged["rows"]:
+    for row, own in zip(judged["rows"], trace["rows"], strict=True):
         assert row.keys() == ROW
         assert row["price"] == pytest.approx(row["ratio"] / row["token_ratio"])
-        assert (
-            row["ratio"]
-            == row["worst"]
-            == pytest.approx(trace["seconds"][row["name"]] / trace["seconds"]["prefill"])
-        )
+        assert row["ratio"] == pytest.approx(own["seconds"] / trace["rows"][0]["seconds"])
         assert row["traces"] == 1
     assert judged["subject"] == "judge" and judged["skipped"] == 0
 
 
 def test_forced_verdicts_keep_what_they_say_and_cached_margins_equal_uncached(judged):
-    [trace] = judged["traces"]
-    assert trace["sentences"] == 5 and trace["kept"] == 3
-    assert judged["max_margin_difference"] == trace["margin_difference"] < 1e-3
+    _, steered = judged
+    assert [trace["kept"] for trace in steered["traces"]] == [1, 3, 5]
+    assert {trace["sentences"] for trace in steered["traces"]} == {5}
+    differences = [trace["margin_difference"] for trace in steered["traces"]]
+    assert steered["max_margin_difference"] == max(differences) < 1e-3
 
 
 @pytest.mark.parametrize("longest", [60, pytest.param(400, marks=pytest.mark.slow)])

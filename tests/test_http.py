@@ -29,10 +29,17 @@ from kit.backends import open_backend
 from kit.backends.base import Request, ScoreRequest, sample_seed
 from kit.backends.gguf import f16_copy
 from kit.backends.http import HttpBackend
-from kit.core.config import ModelConfig, Sampling
+from kit.core.config import ModelConfig, Sampling, resolve
 from kit.core.errors import KitError
+from kit.core.records import PrefixRow, Problem
+from kit.judging import trace as judging
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge
+from kit.judging.sentences import ends
 from kit.models import gguf_file
 from kit.prompts import render
+from tests.judging_cases import judge_config
+from tests.test_success import QUESTION, WORKED
 
 SERVE = """
 import sys, xllamacpp
@@ -489,6 +496,12 @@ def judging_probes(tokenizer: Any, count: int = 4) -> list[ScoreRequest]:
     return probes
 
 
+def worked_row() -> PrefixRow:
+    """A trace of five sentences; the last number that a continuation names is its answer."""
+    problem = Problem(id="tom", question=QUESTION, answer="7", trace=WORKED, verifier="number")
+    return from_problem(problem)
+
+
 def margins(readings: list[list[list[float]]]) -> list[float]:
     return [reads[0][0] - reads[0][1] for reads in readings]
 
@@ -568,6 +581,49 @@ def test_sessions_in_threads_agree_with_one_alone(backend: HttpBackend) -> None:
     for number in results:
         for a, b in zip(alone, results[number], strict=True):
             assert a[0] == pytest.approx(b[0], abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["verbal", "answer"])
+def test_a_sweep_on_a_server_finds_the_first_sufficient_boundary(
+    kind: str, backend: HttpBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against every boundary asked without a cache; the cut is past the first stretch."""
+    monkeypatch.setattr(judging, "STRETCH_CHARACTERS", 60)
+    row = worked_row()
+    judge = Judge(judge_config(kind=kind), backend)
+    requests = [judge.request(row, row.trace[:end]) for end in ends(row.trace)]
+    fresh = [judge.margin(reads) for reads in backend.session(uncached=True).score(requests)]
+    # a threshold just under the highest margin: the first that reaches it is known
+    highest = max(fresh)
+    judge.threshold = highest - 0.02
+    first = next(k for k, margin in enumerate(fresh, 1) if margin >= judge.threshold)
+    row = cut(judge, row, search="sweep")
+    assert row.sufficient and row.sentences == first
+    for verdict in row.verdicts:
+        assert verdict.margin == pytest.approx(fresh[verdict.sentences - 1], abs=0.012)
+    assert row.cached_tokens > row.prefill_tokens
+    judge.threshold = highest + 1
+    assert not cut(judge, row, search="sweep").sufficient
+
+
+def test_success_on_a_server_draws_the_same_for_every_search(backend: HttpBackend) -> None:
+    """The seeds are those of row, boundary and number, whatever is asked before."""
+    sampling = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 16}
+    align = {"mode": "prefill", "sampling": sampling}
+    raw = {"judge": {"kind": "success"}, "align": align}
+    with Judge(resolve(raw, "test"), backend) as judge:
+        rows = {name: cut(judge, worked_row(), search=name) for name in ("scan", "sweep", "binary")}
+    margins = {verdict.sentences: verdict.margin for verdict in rows["scan"].verdicts}
+    assert len(set(margins.values())) > 1, "some boundaries suffice, others do not"
+    differing = 0
+    for row in rows.values():
+        kept_margin = {v.sentences: v.margin for v in row.verdicts}[row.sentences]
+        assert row.sufficient == (kept_margin >= 0.8)
+        assert len(row.samples) >= 2 and row.generated_tokens > 0
+        # the server's prefix cache does the sharing
+        assert row.cached_tokens > row.prefill_tokens
+        differing += sum(v.margin != margins[v.sentences] for v in row.verdicts)
+    assert differing <= 1, "up to a near-tie"
 
 
 def test_judging_goes_on_after_the_server_was_killed(mortal: Server) -> None:

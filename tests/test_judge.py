@@ -14,8 +14,10 @@ from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.records import PrefixRow, Problem, Verdict
 from kit.judging import search
-from kit.judging.judge import Judge, TraceJudge, cut, first_label, from_problem, split_labels
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge, first_label, split_labels
 from kit.judging.sentences import ends
+from kit.judging.trace import TraceJudge
 from tests.judging_cases import LengthBackend, judge_config, whole_row
 
 NEAR = 1e-3  # margins closer to the threshold than this may give another label: counted

@@ -23,7 +23,8 @@ from kit.backends.base import ScoreRequest
 from kit.backends.gguf import GgufBackend, GgufTokenizer, load
 from kit.core.config import ModelConfig
 from kit.core.records import Problem
-from kit.judging.judge import Judge, cut, from_problem
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge
 from kit.judging.sentences import ends
 from kit.models import gguf_file, load_tokenizer
 from kit.prompts import SPLIT_CHARACTERS, PrefixEncoder, judge_text, render

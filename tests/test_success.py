@@ -13,9 +13,11 @@ from kit.backends.base import Completion, Generation
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, PrefixRow, Problem, Sample
-from kit.judging.judge import Judge, TraceJudge, cut, from_problem
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge
 from kit.judging.sentences import ends
 from kit.judging.success import missing_draws, success_probability
+from kit.judging.trace import TraceJudge
 from kit.pipeline.align import align
 from kit.pipeline.truncate import truncate
 from tests.judging_cases import LengthBackend, judge_config, run_with_traces, trace_row, whole_row
@@ -80,7 +82,7 @@ def test_a_long_row_of_wrong_ones_ends_before_the_last_sample() -> None:
         ({"success_rate": 0.9, "confidence": 0.85}, "set it above 0.9"),
         ({"confidence": 0.99}, "set more samples"),
         ({"threshold": 0.3}, "set success_rate and confidence"),
-        ({"calibration": "share"}, "set success_rate and confidence"),
+        ({"calibration": "content-free"}, "set success_rate and confidence"),
     ],
 )
 def test_impossible_settings_are_refused_with_what_to_set(keys: Any, says: str) -> None:

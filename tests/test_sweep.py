@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from kit.backends import open_backend
 from kit.core import config as configs
 from kit.core.records import PrefixRow, Problem
-from kit.judging import judge as judging
 from kit.judging import search
-from kit.judging.judge import Judge, TraceJudge, cut, from_problem
+from kit.judging import trace as judging
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge
 from kit.judging.sentences import ends
+from kit.judging.trace import TraceJudge
 from kit.reporting.metrics import _judging as judging_numbers
 from tests.judging_cases import LengthBackend, judge_config, whole_row
 

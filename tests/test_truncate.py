@@ -14,7 +14,8 @@ from kit.core import config as configs
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow, Verdict
 from kit.core.storage import digest
-from kit.judging.judge import Judge, cut, open_judge
+from kit.judging.cut import cut
+from kit.judging.judge import Judge, open_judge
 from kit.judging.sentences import ends
 from kit.pipeline.truncate import cut_batch, judge_file, summary_of, truncate
 from kit.reporting.metrics import degenerate
@@ -86,20 +87,6 @@ def test_baselines_are_cut_without_a_judge(
         [row] = run.rows("prefixes.jsonl", PrefixRow)
     assert (row.sentences, row.sentences_total, opened) == (kept, 13, [])
     assert row.ratio == kept / 13 and TRACE.startswith(row.trace[: row.end])
-
-
-def test_a_share_threshold_is_kept_for_a_resume(tmp_path: Path, opened: list[Any]) -> None:
-    traces = [trace_row(id) for id in "abcd"]
-    keys = {"calibration": "share", "share": 0.5}
-    with run_with_traces(tmp_path, traces, judge=keys) as run:
-        truncate(run)
-        first = run.manifest["judge_threshold"]["value"]
-        assert run.manifest["stages"]["truncate"]["summary"]["threshold"] == first
-        (tmp_path / "prefixes.jsonl").unlink()
-        # what is kept is used, not made again
-        run.manifest["judge_threshold"]["value"] = first - 1
-        truncate(run)
-        assert run.manifest["stages"]["truncate"]["summary"]["threshold"] == first - 1
 
 
 def test_threads_give_the_same_rows(opened: list[Any]) -> None:

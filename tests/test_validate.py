@@ -99,6 +99,16 @@ def test_brier_threshold_and_cuts_equal_slow_ones() -> None:
             cuts.append((true[0], cut[0] if cut else 13))
     assert found["cuts"] == cuts and 0 < len(cuts) <= 40
     assert found["mean_cut_error_sentences"] == pytest.approx(np.mean([b - a for a, b in cuts]))
+    # what is kept of a trace and succeeds, before and after calibration
+    for threshold, kept in ((0.0, found["kept"]), (found["threshold"], found["kept_calibrated"])):
+        ratios = []
+        rates = []
+        for trace in traces:
+            enough = [i for i, margin in enumerate(trace["verbal"]) if margin >= threshold]
+            ratios.append(trace["sentences"][enough[0]] / 13 if enough else 1.0)
+            rates.append(trace["rate"][enough[0] if enough else -1])
+        assert kept == pytest.approx([np.mean(ratios), np.mean(rates)])
+
     # a judge that calls nothing enough keeps the whole trace
     assert {cut for _, cut in assess("verbal", judge_of(99), traces)["cuts"]} == {13}
 
@@ -200,6 +210,34 @@ def test_no_boundary_within_the_context_is_measured_as_nothing() -> None:
         assert measure({"success": judge}, whole_row()) == []
 
 
+def test_a_stopped_validation_goes_on_and_another_setup_begins_anew(
+    validated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traces that were measured are not asked again; with another seed they are."""
+    folder = validated["folder"]
+    files = {path: path.read_text() for path in (folder / "measured").iterdir()}
+    assert len(files) == 5
+    for path in list(files)[:2]:
+        path.unlink()
+    opened: list[Student] = []
+
+    def open_student(_: Any) -> Student:
+        opened.append(ValidatedStudent(6))
+        return opened[-1]
+
+    monkeypatch.setattr("kit.reporting.validate.open_backend", open_student)
+    overrides = ["teacher.backend=file", f"teacher.path={validated['file']}"]
+    config = configs.load(None, [*overrides, "student.model=<i>model</i>"])
+    again = validate(config, folder, Progress(quiet=True))
+    assert again["judges"] == validated["judges"]
+    assert len({id.split("@")[0] for id, _ in opened[0].drawn}) == 2
+    assert {path: path.read_text() for path in (folder / "measured").iterdir()} == files
+
+    seeded = config.model_copy(update={"seed": 1})
+    validate(seeded, folder, Progress(quiet=True))
+    assert len({id.split("@")[0] for id, _ in opened[1].drawn}) == 5
+
+
 def test_validate_is_an_option_of_judge() -> None:
-    args = palign.parser().parse_args(["judge", "f.jsonl", "--validate", "--calibration", "share"])
+    args = palign.parser().parse_args(["judge", "f.jsonl", "--validate", "--calibration", "none"])
     assert args.validate and args.out == Path("validation")

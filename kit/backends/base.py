@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -275,18 +276,23 @@ class TrunkSession(ABC):
     A backend says how tokens are evaluated.
 
     Args:
-        piece_tokens: of one pass.
+        piece_tokens: of one pass, at most.
+        uncached: evaluate every request from its first token: the slow, obvious way that the trunk
+            is tested against.
     """
 
-    uncached = False
-
-    def __init__(self, piece_tokens: int) -> None:
+    def __init__(self, piece_tokens: int, uncached: bool = False) -> None:
         self.piece_tokens = piece_tokens
+        self.uncached = uncached
         self.cost = TokenUsage()
         self.trunk = np.empty(0, np.int64)  # token ids (T,)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Read log-probabilities; see ScoringSession."""
+        if self.uncached:
+            self.cost.prefill_tokens += sum(len(request.ids) for request in requests)
+            return list(map(self._score_uncached, requests))
+
         # 1. The longest request becomes the trunk, if it is longer or leaves it for over a pass.
         results: dict[int, Logprobs] = {}
         longest = int(np.argmax([len(request.ids) for request in requests]))
@@ -329,6 +335,10 @@ class TrunkSession(ABC):
         return [results[number] for number in range(len(requests))]
 
     @abstractmethod
+    def _score_uncached(self, request: ScoreRequest) -> Logprobs:
+        """Evaluate a request from its first token."""
+
+    @abstractmethod
     def _keep(self, tokens: int) -> None:
         """Drop the cache's tokens from this one on."""
 
@@ -351,10 +361,10 @@ class TrunkSession(ABC):
         return min(common_prefix_len(self.trunk, request.ids), evaluated)
 
     def _stops(self, start: int) -> list[int]:
-        """Where the pieces end that evaluate the trunk from `start` on."""
-        end = len(self.trunk)
-        stops = list(range(start + self.piece_tokens, end - 1, self.piece_tokens))
-        return [*stops, end]
+        """Where the pieces end, all about as long, that evaluate the trunk from `start` on."""
+        tokens = len(self.trunk) - start
+        count = max(1, ceil(tokens / self.piece_tokens))
+        return [start + tokens * piece // count for piece in range(1, count + 1)]
 
     def _groups(self, tails: Sequence[Tail]) -> Iterator[list[Tail]]:
         """Tails in order, in groups of one pass."""

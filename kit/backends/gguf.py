@@ -423,9 +423,9 @@ class GgufSession(TrunkSession):
     """
 
     def __init__(self, backend: GgufBackend, uncached: bool = False) -> None:
-        super().__init__((CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS) - 1)
+        batch_tokens = CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS
+        super().__init__(batch_tokens - 1, uncached)
         self.backend = backend
-        self.uncached = uncached
         self._context: Any = None
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
@@ -433,12 +433,11 @@ class GgufSession(TrunkSession):
         self._make_room(max(len(request.ids) for request in requests))
         before = replace(self.cost)
         try:
-            if not self.uncached:
-                return super().score(requests)
+            return super().score(requests)
         except UncuttableError:
             self.cost = before
             self.uncached = True
-        return list(map(self._score_uncached, requests))
+            return super().score(requests)
 
     def close(self) -> None:
         """Free the context."""
@@ -448,7 +447,6 @@ class GgufSession(TrunkSession):
             self.trunk = self.trunk[:0]
 
     def _score_uncached(self, request: ScoreRequest) -> Logprobs:
-        self.cost.prefill_tokens += len(request.ids)
         self._context.cut(0, 0)
         rows = self._context.prefill(0, request.ids, dict(request.reads))
         return [_logprobs(*row) for row in zip(rows, request.reads, strict=True)]

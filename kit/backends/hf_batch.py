@@ -33,6 +33,7 @@ class GrowingLayer(DynamicLayer):
     transformers' own layer copies everything at every token; this one once in `ROOM_TOKENS`.
     """
 
+    room_tokens = ROOM_TOKENS
     buffers: tuple[torch.Tensor, ...] = ()
 
     def update(
@@ -48,7 +49,7 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.buffers or end > self.buffers[0].shape[2]:
-            room = (0, 0, 0, ROOM_TOKENS)
+            room = (0, 0, 0, self.room_tokens)
             old: Any = self  # its tensors exist by now
             keys = torch.cat([old.keys, pad(key_states, room)], 2)
             values = torch.cat([old.values, pad(value_states, room)], 2)

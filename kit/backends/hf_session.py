@@ -9,7 +9,9 @@ request. What a verdict is, and which boundaries to ask, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,6 @@ from kit.backends.base import (
     Logprobs,
     ScoreRequest,
     Tail,
-    TokenUsage,
     TrunkSession,
     check_requests,
 )
@@ -33,7 +34,9 @@ from kit.core.memory import is_out_of_memory
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
+SHARE_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers in every layer
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what a tree mask can express
+PIECE_TOKENS = 512  # of one pass: each also reads the weights and the whole trunk once
 SMALLEST_PIECE_TOKENS = 64  # less saves no memory beside the trunk's
 CHECK_PIECE_TOKENS = 40  # of the self-check: several passes for trunk and tails
 # How far cached log-probabilities may be from uncached ones, as a share of their spread: rounding
@@ -42,37 +45,17 @@ EXACT_TOLERANCE = 1e-3
 COARSE_TOLERANCE = 0.15
 
 
-class UncachedSession:
-    """No cache: the slow, obvious way that the tree is tested against. See base.ScoringSession.
+class TrunkLayer(GrowingLayer):
+    """Has room for the tails of a pass, and for short pieces, without being copied."""
 
-    Args:
-        backend: the model; its context limits a request.
-    """
-
-    uncached = True
-
-    def __init__(self, backend: HfBackend) -> None:
-        self.backend = backend
-        self.cost = TokenUsage()
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Score requests one by one; see base.ScoringSession. Raises as `check_length`."""
-        check_length(requests, self.backend.context_tokens)
-        results = []
-        for request in requests:
-            self.cost.prefill_tokens += len(request.ids)
-            results += forward(self.backend.model, [request], use_cache=False)
-        return results
-
-    def close(self) -> None:
-        """Nothing to release."""
+    room_tokens = PIECE_TOKENS
 
 
 class TreeSession(TrunkSession):
     """The trunk's keys and values stay in the cache; tails are appended to it and removed."""
 
-    def __init__(self, backend: HfBackend, piece_tokens: int) -> None:
-        super().__init__(piece_tokens)
+    def __init__(self, backend: HfBackend, piece_tokens: int, uncached: bool = False) -> None:
+        super().__init__(piece_tokens, uncached)
         self.backend = backend
         self.model = backend.model
         self._clear()
@@ -82,14 +65,23 @@ class TreeSession(TrunkSession):
         self.cache = DynamicCache()
         # Layers with a sliding window keep all keys too: a tail may branch off before it.
         layers = self.model.config.get_text_config().num_hidden_layers
-        self.cache.layers = [GrowingLayer() for _ in range(layers)]
+        self.cache.layers = [TrunkLayer() for _ in range(layers)]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        """Score requests; see base.ScoringSession. Raises as `check_length`.
+        """Score requests; see base.ScoringSession.
 
         Running out of memory drops the cache and halves the passes.
+
+        Raises:
+            KitError: a request is longer than the model's context.
         """
-        check_length(requests, self.backend.context_tokens)
+        longest = max(len(request.ids) for request in requests)
+        if longest > self.backend.context_tokens:
+            raise KitError(
+                f"A judging prompt has {longest} tokens, the model's context "
+                f"{self.backend.context_tokens}.",
+                "Set judge.limit_tokens, or judge with a model of longer context.",
+            )
         before = replace(self.cost)
         while True:
             try:
@@ -104,47 +96,46 @@ class TreeSession(TrunkSession):
     def close(self) -> None:
         """Nothing to release: the cache is dropped with the session."""
 
+    def _score_uncached(self, request: ScoreRequest) -> Logprobs:
+        return forward(self.model, [request])[0]
+
     def _keep(self, tokens: int) -> None:
         # DynamicCache.crop takes minus the tokens to remove.
         self.cache.crop(tokens - self.cache.get_seq_length())
 
     def _extend(self, piece: Tail) -> Logprobs:
         # Without a mask of ours, transformers takes its fastest attention.
-        return self._forward([piece])[0]
+        return forward(self.model, [piece], self.cache)[0]
 
     def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
         trunk_tokens = self.cache.get_seq_length()
-        mask, position_ids = tree_mask(self.model, trunk_tokens, tails)
-        results = self._forward(tails, attention_mask=mask, position_ids=position_ids)
+        mask, positions = tree_mask(self.model, trunk_tokens, tails)
+        results = forward(
+            self.model, tails, self.cache, attention_mask=mask, position_ids=positions
+        )
         self._keep(trunk_tokens)
         return results
 
-    def _forward(self, tails: Sequence[Tail], **options: Any) -> list[Logprobs]:
-        return forward(self.model, tails, past_key_values=self.cache, use_cache=True, **options)
-
-
-def check_length(requests: Sequence[ScoreRequest], context_tokens: int) -> None:
-    """Refuse requests that are longer than the model's context, as a KitError."""
-    longest = max(len(request.ids) for request in requests)
-    if longest > context_tokens:
-        raise KitError(
-            f"A judging prompt has {longest} tokens, the model's context {context_tokens}.",
-            "Set judge.limit_tokens, or judge with a model of longer context.",
-        )
-
 
 @torch.inference_mode()
-def forward(model: Any, requests: Sequence[ScoreRequest], **options: Any) -> list[Logprobs]:
-    """Evaluate the tokens of requests, one after the other, in one pass; reads their logits."""
+def forward(
+    model: Any, requests: Sequence[ScoreRequest], cache: Any = None, **options: Any
+) -> list[Logprobs]:
+    """Evaluate the tokens of requests, one after the other, in one pass; reads their logits.
+
+    They are appended to the cache, if one is given.
+    """
     ids: list[int] = []
     positions: list[int] = []
     for request in requests:
         positions += [len(ids) + position for position, _ in request.reads]
         ids += request.ids
-    with few_tokens(len(ids), model.device):
+    with few_tokens(len(ids), model.device), shared_heads(model.device):
         output = model(
             input_ids=torch.tensor([ids], device=model.device),
             logits_to_keep=torch.tensor(positions, dtype=torch.long, device=model.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
             **options,
         )
     rows = iter(output.logits[0])
@@ -156,6 +147,21 @@ def forward(model: Any, requests: Sequence[ScoreRequest], **options: Any) -> lis
             logprobs.append(row[list(candidates)].tolist())
         results.append(logprobs)
     return results
+
+
+@contextmanager
+def shared_heads(device: torch.device) -> Iterator[None]:
+    """On a CPU: query heads read the key head that they share.
+
+    Where there is a mask, transformers copies keys and values for every query head: the whole trunk
+    at every pass, about a tenth of its time. The CPU's kernel needs no copies, for the same bits.
+    """
+    if device.type == "cpu":
+        os.environ[SHARE_HEADS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SHARE_HEADS, None)
 
 
 def tree_mask(model: Any, trunk_tokens: int, tails: Sequence[Tail]) -> tuple[Any, torch.Tensor]:
@@ -197,17 +203,16 @@ def tree_mask(model: Any, trunk_tokens: int, tails: Sequence[Tail]) -> tuple[Any
 
 
 def open_session(
-    backend: HfBackend, uncached: bool = False, piece_tokens: int = 256
-) -> UncachedSession | TreeSession:
+    backend: HfBackend, uncached: bool = False, piece_tokens: int = PIECE_TOKENS
+) -> TreeSession:
     """Open a session on a model.
 
     Args:
         uncached: evaluate every request from its first token, without a cache.
         piece_tokens: of one forward pass with a cache; bounds memory.
     """
-    if uncached or cache_kind(backend) == "uncached":
-        return UncachedSession(backend)
-    return TreeSession(backend, piece_tokens)
+    uncached = uncached or cache_kind(backend) == "uncached"
+    return TreeSession(backend, piece_tokens, uncached)
 
 
 def cache_kind(backend: HfBackend) -> str:
@@ -237,7 +242,7 @@ def _tree_problem(backend: HfBackend) -> str:
     window = getattr(config, "sliding_window", None) or 0
     length = window + 64 if 32 <= window <= 2048 else 96
     requests = check_requests(config.vocab_size, min(length, backend.context_tokens - 6))
-    uncached = np.asarray(UncachedSession(backend).score(requests))
+    uncached = np.asarray(TreeSession(backend, 0, uncached=True).score(requests))
     session = TreeSession(backend, CHECK_PIECE_TOKENS)
     try:
         # A question first, then longer and shorter ones: the trunk grows, and tails leave it.

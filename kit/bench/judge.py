@@ -24,27 +24,30 @@ from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
 from kit.data import load_traces
-from kit.judging.judge import Judge, cut, from_problem
+from kit.judging.cut import cut, from_problem
+from kit.judging.judge import Judge
 from kit.judging.sentences import ends
 
 NAMES = get_args(configs.Judge.model_fields["search"].annotation)
 # Uncached comes first: its margins are the ones to compare with.
 SEARCHES = ["uncached", *(name for name in NAMES if name != "uncached")]
+OWN = "the model's own"  # verdicts that nothing steers
+FIGURES = ("seconds", "ratio", "token_ratio", "price")
 REFERENCES = {"reference-256": 256, "reference-16": 16}  # new tokens per question
 
 
 def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     """Measure every trace that fits the model; the reference loops on the first one, and once.
 
-    `verdicts` early, middle or late steers the searches to keep 1, half or all of the sentences;
-    the model's work is done all the same.
+    `verdicts` early, middle, late, or several of them: searches are steered to keep 1, half or all
+    of the sentences, the model's work done all the same. The reference loops are then left out.
 
     Returns:
-        {rows: [{name, seconds, ratio, token_ratio, price, worst, traces}], max_margin_difference,
-        verdicts, skipped, traces: [{id, tokens, sentences, kept, seconds: {name: s}, ratio: {name:
-        r}, token_ratio: {name: r}, margin_difference}], notes}; ratios (of seconds, and of tokens
+        {rows: [{verdicts, name, seconds, ratio, token_ratio, price, traces}],
+        max_margin_difference, skipped, traces: [{id, verdicts, tokens, sentences, kept, rows: [as
+        above, of this trace], margin_difference}], notes}; ratios (of seconds, and of tokens
         evaluated) are a trace's own, to its prefill; a price is the first over the second; a row's
-        figures are medians over traces, `worst` its largest ratio.
+        figures are medians over traces.
 
     Raises:
         KitError: no traces are named, or none fits the model.
@@ -61,38 +64,47 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     # A prompt longer than the context cannot be judged.
     if not fitting:
         raise KitError(f"No trace of {options.traces} fits the model.", "Use shorter traces.")
-    traces: list[dict[str, Any]] = []
-    for row in fitting[: options.limit]:
-        timings = _measure(judge, row, options, progress, references=not traces)
-        traces.append(_trace(judge, row, timings))
-        progress.say(f"{row.id}: {traces[-1]}")
+    measured = fitting[: options.limit]
+    traces = []
+    medians = []
+    for verdicts in options.verdicts or [OWN]:
+        alike: list[dict[str, Any]] = []
+        for row in measured:
+            references = REFERENCES if verdicts == OWN and not alike else {}
+            timings = _measure(judge, row, verdicts, references, options.repeats, progress)
+            alike.append({"verdicts": verdicts, **_trace(row, timings)})
+            progress.say(f"{row.id}: {alike[-1]}")
+        medians += [_row(first["name"], alike) for first in alike[0]["rows"]]
+        traces += alike
     backend.close()
     return {
-        "rows": [_row(name, traces) for name in ("prefill", *REFERENCES, *SEARCHES)],
+        "rows": medians,
         "max_margin_difference": max(trace["margin_difference"] for trace in traces),
-        "verdicts": options.verdicts or "the model's own",
-        "skipped": len(rows) - len(traces),
+        "skipped": len(rows) - len(measured),
         "traces": traces,
         "notes": list(backend.notes),
     }
 
 
 def _measure(
-    judge: Judge, row: PrefixRow, options: Namespace, progress: Progress, references: bool
+    judge: Judge,
+    row: PrefixRow,
+    verdicts: str,
+    references: dict[str, int],
+    repeats: int,
+    progress: Progress,
 ) -> dict[str, Timing]:
     """Time the prefill and every search on one trace, and the reference loops once."""
     total = row.sentences_total
-    first_enough = {"early": 1, "middle": (total + 1) // 2, "late": total}.get(options.verdicts)
+    first_enough = {"early": 1, "middle": (total + 1) // 2, "late": total}.get(verdicts)
     steer = first_enough.__le__ if first_enough else None
     # Warms up, and gives the reference loops their questions.
     judged = cut(judge, row, steer, "binary")
     ways = {name: partial(cut, judge, row, steer, name) for name in SEARCHES}
-    timings = measure({"prefill": partial(_prefill, judge, row), **ways}, options.repeats, progress)
+    timings = measure({"prefill": partial(_prefill, judge, row), **ways}, repeats, progress)
     # Minutes long, so they are timed once.
-    if references:
-        loops = {name: partial(_ask, judge, judged, size) for name, size in REFERENCES.items()}
-        timings.update(measure(loops, 1, progress))
-    return timings
+    loops = {name: partial(_ask, judge, judged, size) for name, size in references.items()}
+    return {**timings, **measure(loops, 1, progress)}
 
 
 def _prefill(judge: Judge, row: PrefixRow) -> int:
@@ -118,42 +130,38 @@ def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> int:
     return tokens
 
 
-def _trace(judge: Judge, row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
+def _trace(row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
     """One trace's measurements, and the largest distance of a cached margin from the uncached."""
     uncached: dict[int, float] = {}
-    differences = []
+    differences = [0.0]
     for name in SEARCHES:
         for verdict in timings[name].results[0].verdicts:
             margin = uncached.setdefault(verdict.sentences, verdict.margin)
             differences.append(abs(verdict.margin - margin))
-    prefill = timings["prefill"].seconds
-    tokens = {}
+    prefill = timings["prefill"]
+    rows = []
     for name, timing in timings.items():
         result = timing.results[0]
-        tokens[name] = result.prefill_tokens if isinstance(result, PrefixRow) else result
+        tokens = result.prefill_tokens if isinstance(result, PrefixRow) else result
+        ratio = timing.seconds / prefill.seconds
+        token_ratio = tokens / prefill.results[0]
+        price = ratio / token_ratio
+        figures = {"ratio": ratio, "token_ratio": token_ratio, "price": price}
+        rows.append({"name": name, "seconds": timing.seconds, **figures})
     return {
         "id": row.id,
-        "tokens": len(judge.request(row, row.trace).ids),
+        "tokens": prefill.results[0],
         "sentences": row.sentences_total,
         "kept": timings["binary"].results[0].sentences,
-        "seconds": {name: timing.seconds for name, timing in timings.items()},
-        "ratio": {name: timing.seconds / prefill for name, timing in timings.items()},
-        "token_ratio": {name: count / tokens["prefill"] for name, count in tokens.items()},
-        "margin_difference": max(differences, default=0.0),
+        "rows": rows,
+        "margin_difference": max(differences),
     }
 
 
 def _row(name: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = [trace for trace in traces if name in trace["seconds"]]
-    ratios = [trace["ratio"][name] for trace in measured]
-    token_ratios = [trace["token_ratio"][name] for trace in measured]
-    prices = [ratio / tokens for ratio, tokens in zip(ratios, token_ratios, strict=True)]
-    return {
-        "name": name,
-        "seconds": median(trace["seconds"][name] for trace in measured),
-        "ratio": median(ratios),
-        "token_ratio": median(token_ratios),
-        "price": median(prices),
-        "worst": max(ratios),
-        "traces": len(measured),
-    }
+    """The medians of one way over traces, as far as it was measured."""
+    rows = [row for trace in traces for row in trace["rows"] if row["name"] == name]
+    medians = {}
+    for key in FIGURES:
+        medians[key] = median([row[key] for row in rows])
+    return {"verdicts": traces[0]["verdicts"], "name": name, **medians, "traces": len(rows)}

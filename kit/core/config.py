@@ -195,9 +195,8 @@ class Judge(BaseConfig):
     threshold: float | None = None
     # Or the calibration.json of `judge FILE --validate`: its threshold for this kind.
     calibration: Annotated[
-        Calibration | Literal["none", "content-free", "share"], BeforeValidator(_read_calibration)
+        Calibration | Literal["none", "content-free"], BeforeValidator(_read_calibration)
     ] = "none"
-    share: Share = 0.9  # calibration share: this share of full traces should be sufficient
     limit_tokens: PositiveInt | None = None  # longest judging prompt; None: the context
     # kind success: at most so many continuations are drawn from a prefix, as `align` draws them;
     # it is enough when their grades make a rate of success_rate or more this probable.

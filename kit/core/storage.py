@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kit.core.errors import KitError
 from kit.core.records import Row
@@ -94,7 +94,7 @@ def as_line(text: str) -> str:
     return text.translate(LINE_ENDS) + "\n"
 
 
-def digest(rows: Iterable[Row]) -> str:
+def digest(rows: Iterable[BaseModel]) -> str:
     """One hash of rows, order and volatile fields aside.
 
     It is equal for an interrupted and an uninterrupted run.

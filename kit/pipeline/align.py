@@ -21,7 +21,7 @@ from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import as_line, digest, write_atomic
-from kit.judging.judge import keep
+from kit.judging.cut import keep
 from kit.models import fingerprints
 from kit.pipeline.truncate import whole_traces
 from kit.prompts import draft_turns, target, text_of

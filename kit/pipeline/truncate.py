@@ -22,8 +22,8 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
 from kit.data import load_traces
-from kit.judging.calibration import share_threshold
-from kit.judging.judge import Judge, cut, cut_at_ratio, from_problem, open_judge
+from kit.judging.cut import cut, cut_at_ratio, from_problem
+from kit.judging.judge import open_judge
 from kit.judging.sentences import ends
 from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
@@ -63,8 +63,6 @@ def truncate(run: Run) -> None:
         if is_judged:
             judge = stack.enter_context(open_judge(config))
             cut_one = partial(cut, judge)
-            if config.judge.calibration == "share":
-                judge.threshold = _share_threshold(run, judge, traces)
         # a server judges several traces at once; in this process one after the other is as fast
         batch_traces = config.student.rows() if config.student.backend == "http" else 1
         file = RowFile(run.path(NAME), PrefixRow)
@@ -113,17 +111,6 @@ def cut_batch(
             yield future.result()
 
 
-def _share_threshold(run: Run, judge: Judge, traces: list[PrefixRow]) -> float:
-    """The threshold in the manifest, if it was chosen under the same keys; else a new one."""
-    keys = run.manifest["stages"]["truncate"]["keys"]
-    threshold = run.manifest.get("judge_threshold", {})
-    if threshold.get("keys") != keys:
-        run.progress.say("truncate: choosing the threshold; reads every trace once")
-        threshold = {"keys": keys, "value": share_threshold(judge, traces)}
-        run.record(judge_threshold=threshold)
-    return threshold["value"]
-
-
 def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     """Judge the traces that `config.teacher.path` names.
 
@@ -133,8 +120,6 @@ def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     traces = [from_problem(problem) for problem in load_traces(config)]
     rows = []
     with open_judge(config) as judge, progress.bar("judge", len(traces), "traces") as bar:
-        if config.judge.calibration == "share":
-            judge.threshold = share_threshold(judge, traces)
         for trace in traces:
             row = cut(judge, trace)
             rows.append(row)

@@ -202,7 +202,7 @@ def degenerate(rows: Sequence[PrefixRow]) -> str | None:
     return (
         f"The judge hardly distinguishes one prefix from another: {alike} of {len(judged)} traces "
         f"were {cut}, {count} of {labels.total()} verdicts are {label}. Try judge.kind=answer, "
-        "judge.calibration=content-free or share, or a stronger student."
+        "judge.calibration=content-free, or a stronger student."
     )
 
 

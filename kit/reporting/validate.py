@@ -20,15 +20,17 @@ from scipy.optimize import isotonic_regression
 from scipy.special import expit
 
 from kit.backends import open_backend
-from kit.core.config import Config, resolve
+from kit.core.config import Calibration, Config, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
-from kit.core.storage import write_atomic
+from kit.core.storage import digest, write_atomic
 from kit.data import load_traces
 from kit.grading.stats import auc
 from kit.judging.calibration import setup_of
-from kit.judging.judge import Judge, from_problem, open_trace
+from kit.judging.cut import from_problem
+from kit.judging.judge import Judge
+from kit.judging.trace import open_trace
 from kit.reporting.metrics import Json
 from kit.reporting.report import render
 
@@ -45,6 +47,8 @@ JUDGES = {
 def validate(config: Config, folder: Path, progress: Progress) -> Json:
     """Hold the cheap judges against success; write calibration.json and validate.html.
 
+    What is measured of a trace is kept there as well: the same command goes on where it stopped.
+
     Returns:
         model; judges [see `assess`]; success_rate and samples: the config's; traces; skipped: those
         of which no boundary fits the context; boundaries; page
@@ -54,7 +58,8 @@ def validate(config: Config, folder: Path, progress: Progress) -> Json:
     """
     raw = config.model_dump()
     uncalibrated = {**raw["judge"], "threshold": None, "calibration": "none"}
-    problems = load_traces(config)
+    rows = [from_problem(problem) for problem in load_traces(config)]
+    (folder / "measured").mkdir(parents=True, exist_ok=True)
     traces = []
     judges = {}
     with ExitStack() as stack:
@@ -62,15 +67,22 @@ def validate(config: Config, folder: Path, progress: Progress) -> Json:
         for name, keys in JUDGES.items():
             judge_config = resolve({**raw, "judge": {**uncalibrated, **keys}}, "--validate")
             judges[name] = stack.enter_context(Judge(judge_config, backend))
-        bar = stack.enter_context(progress.bar("validate", len(problems), "traces"))
-        for problem in problems:
-            traces += measure(judges, from_problem(problem))
+        setup = setup_of(judges["success"])
+        bar = stack.enter_context(progress.bar("validate", len(rows), "traces"))
+        # A file's name is a hash of the trace and of all that verdicts depend on.
+        asked = Calibration(setup={**setup, "seed": str(config.seed)}, thresholds={})
+        for row in rows:
+            name = digest([asked, config.student, config.judge, config.align, row])
+            file = folder / "measured" / f"{name}.json"
+            if not file.exists():
+                write_atomic(file, json.dumps(measure(judges, row)))
+            traces += json.loads(file.read_bytes())
             bar.advance()
-        setup = setup_of(judges.pop("success"))
     if not traces:
-        message = f"No boundary of {len(problems)} traces fits the student's context."
+        message = f"No boundary of {len(rows)} traces fits the student's context."
         raise KitError(message, "Name shorter traces, or set student.context_tokens.")
 
+    del judges["success"]
     assessed = [assess(name, judge, traces) for name, judge in judges.items()]
     result = {
         "model": config.student.model,
@@ -78,13 +90,12 @@ def validate(config: Config, folder: Path, progress: Progress) -> Json:
         "success_rate": config.judge.success_rate,
         "samples": config.judge.samples,
         "traces": len(traces),
-        "skipped": len(problems) - len(traces),
+        "skipped": len(rows) - len(traces),
         "boundaries": sum(len(trace["enough"]) for trace in traces),
         "page": str(folder / "validate.html"),
     }
     thresholds = {judge["kind"]: judge["threshold"] for judge in assessed}
     calibration = json.dumps({"setup": setup, "thresholds": thresholds}, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "calibration.json", calibration)
     page = render("validate.html.j2", result=result, traces=traces)
     write_atomic(folder / "validate.html", page)
@@ -115,8 +126,8 @@ def measure(judges: dict[str, Judge], row: PrefixRow) -> list[Json]:
     for name, judge in judges.items():
         with open_trace(judge, row, furthest) as trace:
             trace.ask_many(boundaries)
-        enough = [trace.known[k].label == "ENOUGH" for k in boundaries]
-        margins = [trace.known[k].margin for k in boundaries]
+        enough = [trace.verdicts[k].label == "ENOUGH" for k in boundaries]
+        margins = [trace.verdicts[k].margin for k in boundaries]
         scores = enough if None in margins else margins
         measured[name] = np.asarray(scores, dtype=float).tolist()
     # The last judge was success.
@@ -138,8 +149,9 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
         probability from each continuation's 1 or 0; usual: the threshold without calibration;
         threshold: the calibrated one, None where the margins do not tell; cuts [(the first
         sufficient boundary, the judge's first or else the whole trace)] of the traces with a
-        sufficient one, and their mean_cut_error_sentences; points [(margin, stated probability,
-        success rate, fitted rate)] of all boundaries by margin
+        sufficient one, and their mean_cut_error_sentences; kept [mean kept ratio, mean success rate
+        at the cut] at the usual threshold, and kept_calibrated likewise, or None; points [(margin,
+        stated probability, success rate, fitted rate)] of all boundaries by margin
     """
 
     def pooled(key: str, traces: list[Json] = traces) -> np.ndarray:
@@ -166,13 +178,16 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
 
     # 3. Where it cuts, beside the first boundary that is enough.
     usual = 1.0 if judge.generates_verdicts else judge.threshold
+    kept = [cut_at(trace, name, usual) for trace in traces]
+    kept_calibrated = None
+    if threshold is not None:
+        calibrated = [cut_at(trace, name, threshold)[1:] for trace in traces]
+        kept_calibrated = np.mean(calibrated, 0).tolist()
     cuts = []
-    for trace in traces:
-        sentences = np.array(trace["sentences"])
-        true = sentences[trace["enough"]].tolist()
-        kept = sentences[np.array(trace[name]) >= usual].tolist()
-        if true:
-            cuts.append((true[0], [*kept, trace["of"]][0]))
+    for trace, (cut, _, _) in zip(traces, kept, strict=True):
+        if any(trace["enough"]):
+            true = trace["sentences"][trace["enough"].index(True)]
+            cuts.append((true, cut))
     return {
         "kind": name,
         "auc": auc(pooled(name), pooled("enough")),
@@ -183,5 +198,19 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
         "threshold": threshold,
         "cuts": cuts,
         "mean_cut_error_sentences": fmean(cut - true for true, cut in cuts) if cuts else None,
+        "kept": np.mean(kept, 0)[1:].tolist(),
+        "kept_calibrated": kept_calibrated,
         "points": np.column_stack([margins, stated, rates, fitted]).tolist(),
     }
+
+
+def cut_at(trace: Json, name: str, threshold: float) -> tuple[int, float, float]:
+    """Where a threshold cuts a measured trace: (sentences, kept ratio, success rate there).
+
+    A trace without any boundary at the threshold is kept whole; the furthest one's rate counts.
+    """
+    rate = 0.0
+    for k, margin, rate in zip(trace["sentences"], trace[name], trace["rate"], strict=True):
+        if margin >= threshold:
+            return k, k / trace["of"], rate
+    return trace["of"], 1.0, rate

@@ -1,0 +1,134 @@
+"""A whole trace goes in, a cut one comes out: the kept prefix, its verdicts, what it cost.
+
+Section 3.2 of the paper. An insufficient trace is kept whole. Verdicts come from trace.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kit.core.errors import KitError
+from kit.core.memory import is_out_of_memory
+from kit.core.records import PrefixRow, Problem, Sample, TraceRow
+from kit.judging.judge import Judge
+from kit.judging.search import violations
+from kit.judging.sentences import ends
+from kit.judging.trace import open_trace
+from kit.sampling import PROBLEM_FIELDS
+
+
+def cut(
+    judge: Judge,
+    row: PrefixRow,
+    steer: Callable[[int], bool] | None = None,
+    search: str | None = None,
+) -> PrefixRow:
+    """Judge one trace and cut it.
+
+    Args:
+        judge: whose `settings.search` is used, if no other is given.
+        row: a whole trace, as `TraceRow.whole` gives it; one of a single sentence is kept.
+        steer: see `TraceJudge`.
+        search: binary, gallop, sweep, scan or uncached.
+
+    Returns:
+        A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
+        with the reason. A trace that is longer than the judge reads is searched as far as it fits.
+    """
+    # Traces that cannot be judged, and those that leave nothing to decide.
+    if not row.trace.strip():
+        return cut_at_ratio(row)
+    if judge.settings.kind != "verbal" and not row.answer.strip():
+        detail = f"judge.kind={judge.settings.kind} compares with the gold answer"
+        return _reject(row, "no gold answer", detail)
+    searched = judge.boundaries_within(row)
+    if not searched:
+        detail = f"the first sentence's question is over the limit of {judge.limit_tokens} tokens"
+        return _reject(row, "no boundary within the context", detail)
+    if row.sentences_total == 1:
+        return cut_at_ratio(row)
+
+    try:
+        return _search(judge, row, steer, search or judge.settings.search, searched)
+    except (RuntimeError, MemoryError, KitError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _reject(row, "out of memory", str(error))
+
+
+def _search(
+    judge: Judge,
+    row: PrefixRow,
+    steer: Callable[[int], bool] | None,
+    search: str,
+    searched: int,
+) -> PrefixRow:
+    """Judge and cut a trace of which the first `searched` sentences fit the judge."""
+    begun = time.perf_counter()
+
+    # 1. Ask, each question from the cache of the ones before.
+    with open_trace(judge, row, searched, search == "uncached") as trace:
+        trace.steer = steer
+        boundary = trace.search(search, searched)
+        verdicts = tuple(trace.verdicts.values())
+        isolated = None
+        if boundary and not steer:
+            isolated = trace.is_isolated(boundary, searched, search)
+
+    # 2. Keep what suffices; an insufficient trace is kept whole, if all of it was searched.
+    kept = boundary or row.sentences_total
+    judged = {verdict.sentences: verdict.label == "ENOUGH" for verdict in verdicts}
+    cut_row = keep(
+        row,
+        kept,
+        sufficient=boundary is not None,
+        searched_sentences=searched,
+        isolated=isolated,
+        verdicts=verdicts,
+        violations=violations(judged),
+        samples=trace.samples.get(kept, ()),
+        generated_tokens=trace.generated_tokens,
+        prompt_tokens=len(trace.request(max(judged)).ids),
+        **vars(trace.session.cost),
+        seconds=round(time.perf_counter() - begun, 3),
+    )
+    if boundary is None and searched < row.sentences_total:
+        detail = (
+            f"{searched} of {row.sentences_total} sentences were searched, "
+            f"the limit is {judge.limit_tokens} tokens"
+        )
+        return _reject(cut_row, "nothing sufficient within the context", detail)
+    return cut_row
+
+
+def cut_at_ratio(row: PrefixRow, ratio: float = 1.0) -> PrefixRow:
+    """Cut at a share of the sentences in (0, 1], at least one (the ratio-X baselines), unjudged."""
+    if not row.trace.strip():
+        return _reject(row, "empty trace", "there is nothing to cut")
+    return keep(row, max(1, round(row.sentences_total * ratio)))
+
+
+def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
+    """A copy of the row that keeps so many sentences, with further fields replaced."""
+    update = {
+        "sentences": sentences,
+        "ratio": sentences / row.sentences_total,
+        "end": ends(row.trace)[sentences - 1],
+        "samples": (),
+        **fields,
+    }
+    return row.model_copy(update=update)
+
+
+def _reject(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
+    return row.model_copy(update={"rejected": reason, "detail": detail, "sufficient": False})
+
+
+def from_problem(problem: Problem) -> PrefixRow:
+    """A problem's own trace, whole, as `cut` takes it."""
+    fields = problem.model_dump(include=PROBLEM_FIELDS)
+    sample = Sample(text=problem.trace or "", verdict="unparsed")
+    row = TraceRow(**fields, samples=(sample,), kept=(0,))
+    return row.whole(ends)[0]
