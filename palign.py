@@ -81,6 +81,8 @@ def parser() -> ArgumentParser:
 
     for name, about in STAGE_COMMANDS.items():
         command(name, _stages, about, config=True)
+    about = "runs of several methods and seeds, e.g. method=palign,ratio-0.5 seed=1,2, compared"
+    command("sweep", _sweep, about, config=True)
     option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
     option("file", type=_path, metavar="FILE", help="rows with an answer and one or more outputs")
     option("--verifier", choices=("math", "number", "choice", "text"), default="math")
@@ -93,6 +95,7 @@ def parser() -> ArgumentParser:
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
     option("runs", nargs="+", type=_path, metavar="RUN", help="run folders")
+    option("--reference", type=_path, metavar="RUN", help="the run that others are held against")
     option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
     option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
     command("check", _check, "find what would stop a run, before it starts", config=True)
@@ -207,7 +210,20 @@ def _defect(error: Exception) -> str:
 
 
 def _stages(args: Namespace, progress: Any) -> int:
-    """One stage; or all of them up to `stop_after`, and the report."""
+    from kit.reporting import report
+
+    numbers = _run_stages(_config(args), progress, args.command)
+    if numbers and (args.json or not args.quiet):
+        _print(args, numbers, report.show)
+    return 0
+
+
+def _run_stages(config: Any, progress: Any, command: str) -> dict[str, Any]:
+    """One stage; or all of them up to `stop_after`, and the report.
+
+    Returns:
+        The run's numbers; none in a process that only helps to train.
+    """
     from kit import preflight
     from kit.core.run import Run
     from kit.core.stages import STAGE_TABLE, STAGES
@@ -215,17 +231,16 @@ def _stages(args: Namespace, progress: Any) -> int:
     from kit.reporting import metrics, report
     from kit.training import trackers
 
-    config = _config(args)
-    whole = args.command == "run"
-    names = [args.command]
+    whole = command == "run"
+    names = [command]
     if whole:
         # A run that stops early gets a report too.
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
     # Some trackers print; standard output is for the result.
-    with Run(config, progress, args.command) as run, contextlib.redirect_stdout(sys.stderr):
+    with Run(config, progress, command) as run, contextlib.redirect_stdout(sys.stderr):
         trackers.send(run, {"seed": config.seed})
         # What can be known is reported at once, not after hours.
-        preflight.refuse(config, partial(problems_of, run), args.command)
+        preflight.refuse(config, partial(problems_of, run), command)
         try:
             for name in names:
                 before = run.manifest["stages"].get(name)
@@ -241,11 +256,17 @@ def _stages(args: Namespace, progress: Any) -> int:
                     progress.warn(f"no report: {second}")
             raise
         if not run.is_main_process:
-            return 0
-        numbers = metrics.numbers(metrics.Files(run.folder))
-    if args.json or not args.quiet:
-        _print(args, numbers, report.show)
-    return 0
+            return {}
+        return metrics.numbers(metrics.Files(run.folder))
+
+
+def _sweep(args: Namespace, progress: Any) -> int:
+    from kit.pipeline import sweep
+    from kit.reporting import compare
+
+    result = sweep.sweep(args.config, args.overrides, progress, _run_stages)
+    _print(args, result, lambda result: compare.show(result["compare"]))
+    return int(any(run["error"] for run in result["runs"]))
 
 
 def _grade(args: Namespace, progress: Any) -> int:
@@ -300,7 +321,11 @@ def _compare(args: Namespace, progress: Any) -> int:
         config = configs.load(args.pairwise_judge)
         backend = open_backend(config.teacher)
         judge = partial(pairwise.compare_reasoning, backend, config.prompts)
-    return _print(args, compare.compare(args.runs, args.out, judge), compare.show)
+    folders = args.runs
+    if args.reference:
+        # the first run's group is what the others are held against
+        folders = [args.reference, *(run for run in folders if run != args.reference)]
+    return _print(args, compare.compare(folders, args.out, judge), compare.show)
 
 
 def _plan(args: Namespace, progress: Any) -> int:

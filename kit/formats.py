@@ -32,6 +32,7 @@ ROLES = {
     "answer": ("answer",),
     "solution": ("solution",),
     "trace": ("trace", "long_cot", S1K_TRACE),
+    "attempt": ("deepseek_attempt",),
     "level": ("level",),
     "subject": ("subject", "type"),
     "verifier": ("verifier",),

@@ -71,7 +71,7 @@ def _steps(config: Config) -> Generator[str, None, None]:
             reason = "the shortest prefix judged sufficient"
         yield (
             f"The cut: {row.sentences} of {row.sentences_total} sentences, {reason}\n\n"
-            f"{row.trace[: row.end]}| cut here"
+            f"{row.prefix}| cut here"
         )
         yield from _continuation(config, judge, row)
 
@@ -79,7 +79,7 @@ def _steps(config: Config) -> Generator[str, None, None]:
 def _continuation(config: Config, judge: Judge, row: PrefixRow) -> Iterator[str]:
     """The student's continuation from the kept prefix, and its grade."""
     student = config.student
-    user, answer = draft_turns(config, row.question, row.trace[: row.end])
+    user, answer = draft_turns(config, row.question, row.prefix)
     ids = render(judge.backend.tokenizer, user, student.system, answer, student.thinking)
     sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
     request = Request(row.id, ids, sampling, seed=config.seed)

@@ -24,6 +24,7 @@ from kit.core.methods import method_of
 from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
+from kit.judging.baselines import matched_ratio
 from kit.models import HfTokenizer, fingerprints, gguf_file, lacks_copy, resolve
 from kit.prompts import encode_answer, render
 from kit.shape import SHAPES
@@ -104,7 +105,9 @@ def _checks(
         yield "CUDA_VISIBLE_DEVICES", check_card
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
-    if "truncate" in todo and method.cut == "judge":
+    if "truncate" in todo and method.cut == "matched-ratio":
+        yield "baseline", partial(matched_ratio, config)
+    if "truncate" in todo and method.cut in ("judge", "forced-answer"):
         yield "student", partial(_check_labels, config)
     elif "align" in todo and method.continued:
         yield "student", partial(_open_tokenizer, config.student)

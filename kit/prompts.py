@@ -265,11 +265,13 @@ def target(method: str, row: AlignedRow, continuation: str) -> str:
     """What the student learns to write under a method, see kit/core/methods.py."""
     boxed = f"\\boxed{{{row.answer}}}"
     trace = row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
+    concluded = row.prefix if boxed in row.prefix else f"{row.prefix.rstrip()}\n\n{boxed}"
     tagged = f"{BEGIN}{row.prefix}{END}"
     return fill(
         method_of(method).target,
         tagged=tagged,
         trace=trace,
+        concluded=concluded,
         boxed=boxed,
         continuation=continuation,
     )

@@ -25,6 +25,16 @@ TRACE = (
 )
 
 
+CONCLUDED = (
+    "post-think",
+    "first-correct",
+    "binary-cut",
+    "step-entropy",
+    "no-verify",
+    "mix-long-short",
+)
+
+
 def sample(verdict="correct", text="x", finish_reason="stop"):
     return Sample(text=text, verdict=verdict, finish_reason=finish_reason)
 
@@ -177,11 +187,20 @@ def test_keep_all_trains_on_each_right_continuation(tmp_path):
         ("prefix-only", f"{BEGIN}pre{END}\n\\boxed{{9}}"),
         ("label-only", "\\boxed{9}"),
         ("long-trace", "pre\n\n\\boxed{9}"),
+        ("fixed-prefix-matched", f"{BEGIN}pre{END}\ncont"),
+        *[(method, "pre\n\n\\boxed{9}") for method in CONCLUDED],
     ],
 )
 def test_each_method_has_its_own_target(method, wanted):
     row = AlignedRow(id="a", question="q", answer="9", prefix="pre", continuation="cont")
     assert target(method, row, "cont") == wanted
+
+
+def test_a_kept_text_with_another_box_still_ends_in_the_gold_answer():
+    row = AlignedRow(id="a", question="q", answer="9", prefix="In \\boxed{}: ", continuation="")
+    assert target("no-verify", row, "") == "In \\boxed{}:\n\n\\boxed{9}"
+    done = row.model_copy(update={"prefix": "So \\boxed{9}. "})
+    assert target("no-verify", done, "") == "So \\boxed{9}. "
 
 
 @pytest.mark.parametrize("method", ["label-only", "long-trace"])

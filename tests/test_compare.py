@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import palign
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.storage import RowFile
@@ -60,6 +62,20 @@ def test_groups_are_tested_on_the_same_problems(result: dict[str, Any], scores: 
     cautious |= {f"{pair[side]} is slightly ahead" for side in ("a", "b")}
     is_small = abs(pair["difference"]) < pair["min_detectable_difference"]
     assert (pair["words"] in cautious) == (is_small or pair["p_value"] >= 0.05)
+
+
+def test_the_reference_is_the_first_group_whatever_the_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make(tmp_path / name, seed=1, method=name) for name in ("palign", "long-trace")]
+    args = ["compare", *map(str, runs), "--out", str(tmp_path / "page.html"), "--json"]
+    for reference, other in (runs, runs[::-1]):
+        assert palign.main([*args, "--reference", str(reference)]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert [group["label"] for group in result["groups"]] == [reference.name, other.name]
+        assert {(pair["a"], pair["b"]) for pair in result["pairs"]} == {
+            (reference.name, other.name)
+        }
 
 
 def test_config_keys_that_differ_are_named(result: dict[str, Any]) -> None:

@@ -77,6 +77,7 @@ COMMANDS = (
     "judge",
     "bench",
     "compare",
+    "sweep",
     "plan",
     "doctor",
     "export",

@@ -21,6 +21,19 @@ from kit.reporting.metrics import Files, numbers
 from tests.browser import COMPARISON, REPORT, Opened, check
 from tests.make_run import HOSTILE, make
 
+TEN = (
+    "palign",
+    "long-trace",
+    "ratio-0.5",
+    "post-think",
+    "first-correct",
+    "binary-cut",
+    "step-entropy",
+    "no-verify",
+    "mix-long-short",
+    "fixed-prefix-matched",
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Path:
@@ -58,6 +71,41 @@ def pages(folder: Path, real_data: Path) -> dict[str, Path]:
     paths["compare"] = root / "compare.html"
     compare.compare(folders, paths["compare"])
     return paths
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ten methods side by side, the first one with two seeds; made up as all of these runs."""
+    root = tmp_path_factory.mktemp("ten")
+    folders = [make(root / method, seed=1, method=method) for method in TEN]
+    folders.insert(1, make(root / "again", seed=2, method=TEN[0]))
+    return compare.compare(folders, root / "compare.html")
+
+
+def test_ten_methods_are_one_table_one_forest_plot_and_one_scatter(
+    browser: Any, ten: dict[str, Any]
+) -> None:
+    check(browser, Path(ten["page"]), COMPARISON)
+    page = Opened(browser, Path(ten["page"]), 1440).page
+    assert page.locator("#scores table").count() == 1
+    forests = page.locator("#pairs svg.chart")
+    scatters = page.locator("#scores svg.chart:has(circle)")
+    assert forests.count() == scatters.count() == len(ten["within"]) == 2
+    for number, dataset in enumerate(ten["within"]):
+        # a row for each method but the reference, the best on top
+        rows = forests.nth(number).locator("text.label").all_text_contents()
+        wanted = [
+            pair for pair in ten["pairs"] if (pair["a"], pair["dataset"]) == (TEN[0], dataset)
+        ]
+        wanted.sort(key=lambda pair: -pair["difference"])
+        assert [row.strip() for row in rows] == [pair["b"] for pair in wanted] and len(rows) == 9
+        assert scatters.nth(number).locator("circle").count() == 10
+    shown = page.locator("#lesson .col").all_inner_texts()
+    assert [text.split(",")[0] for text in shown] == list(ten["lesson"]["shown"]) == list(TEN)
+    # what is long is closed at first: the runs, the other pairs, the curves, the answers
+    opened = page.locator("details[open] summary").all_inner_texts()
+    assert opened == ["The words on this page"]
+    page.close()
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,28 @@ def forward(
     return results
 
 
+@torch.inference_mode()
+def entropies(
+    backend: HfBackend, ids: Sequence[int], piece_tokens: int = PIECE_TOKENS
+) -> list[float]:
+    """The entropy of the distribution after each token (T,), in nats, from one prefill.
+
+    It goes through the model in pieces, so that the logits of few tokens are in memory at once.
+    """
+    session = open_session(backend)
+    cache = None if session.uncached else session.cache
+    if cache is None:
+        piece_tokens = len(ids)
+    values: list[float] = []
+    for start in range(0, len(ids), piece_tokens):
+        piece = torch.tensor([ids[start : start + piece_tokens]], device=backend.device)
+        options = {"past_key_values": cache, "use_cache": cache is not None}
+        with few_tokens(piece.shape[1], backend.device):
+            logits = backend.model(input_ids=piece, **options).logits
+        values += torch.distributions.Categorical(logits=logits[0].float()).entropy().tolist()
+    return values
+
+
 @contextmanager
 def shared_heads(device: torch.device) -> Iterator[None]:
     """On a CPU: query heads read the key head that they share.

@@ -44,7 +44,9 @@ TeacherBackend = Literal["hf", "gguf", "http", "scripted", "file", "reference"]
 Derives = Literal["early", "late", "spread"]
 Keep = Literal["first", "shortest", "all"]  # of the correct samples
 # What a row of data may hold.
-Role = Literal["id", "question", "answer", "solution", "trace", "level", "subject", "verifier"]
+Role = Literal[
+    "id", "question", "answer", "solution", "trace", "attempt", "level", "subject", "verifier"
+]
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
@@ -227,6 +229,17 @@ class Judge(BaseConfig):
         return self
 
 
+class Baseline(BaseConfig):
+    """Keys of single baselines; the others have none."""
+
+    # step-entropy: the share of the sentences that are dropped, those of least entropy
+    drop_ratio: Ratio = 0.8
+    skip_marker: str = "[SKIP]"  # step-entropy: in place of sentences that are dropped
+    # fixed-prefix-matched: the folder of a P-ALIGN run, whose prefixes it equals in mean length;
+    # {seed} in it is the config's
+    matched_run: str | None = None
+
+
 class Align(BaseConfig):
     """The student continues from the kept prefix; correct answers stay (section 3.3, Eq. 9)."""
 
@@ -318,6 +331,7 @@ class Config(BaseConfig):
     teacher: Teacher = Teacher()
     student: ModelConfig = ModelConfig()
     judge: Judge = Judge()
+    baseline: Baseline = Baseline()
     align: Align = Align()
     train: Train = Train()
     eval: Eval = Eval()

@@ -7,7 +7,6 @@ a difference between two runs is the rule's. How traces are cut and continued is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,12 +14,14 @@ class Method:
     """One rule.
 
     In a target, {tagged} is the prefix in its tags, {trace} the prefix as it is, with the boxed
-    answer after it where it has no box of its own, and {boxed} the gold answer in a box.
+    answer after it where it has no box of its own, {concluded} likewise, where it has not this very
+    box, and {boxed} the gold answer in a box.
     """
 
     # judge: where the student judges; ratio: at a share of the sentences; whole: not at all;
-    # none: there are no training rows
-    cut: Literal["judge", "ratio", "whole", "none"]
+    # none: there are no training rows; forced-answer: where the student's forced answer is right;
+    # the others: kit/judging/baselines.py
+    cut: str
     target: str  # what the student learns to write
     continued: bool = False  # whether the student writes on from the prefix
 
@@ -35,6 +36,13 @@ METHODS = {
     "prefix-only": Method("judge", "{tagged}\n{boxed}"),
     "continuation-only": Method("judge", "{continuation}", continued=True),
     "no-search": Method("ratio", "{tagged}\n{continuation}", continued=True),
+    "post-think": Method("attempt", "{concluded}"),
+    "first-correct": Method("first-correct", "{concluded}"),
+    "binary-cut": Method("forced-answer", "{concluded}"),
+    "step-entropy": Method("entropy", "{concluded}"),
+    "no-verify": Method("no-checks", "{concluded}"),
+    "mix-long-short": Method("long-and-short", "{concluded}"),
+    "fixed-prefix-matched": Method("matched-ratio", "{tagged}\n{continuation}", continued=True),
     # ratio-0.25 keeps this share of the sentences
     "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
 }

@@ -49,6 +49,7 @@ class Problem(Row):
 
     solution: str | None = None  # a worked solution
     trace: str | None = None  # a long chain of thought
+    attempt: str | None = None  # what the teacher writes after its thinking
     level: str | None = None
     subject: str | None = None
 
@@ -82,6 +83,7 @@ class TraceRow(Outcome):
 
     samples: tuple[Sample, ...]
     kept: tuple[int, ...]  # indices into samples
+    attempt: str | None = None  # what the teacher writes after its thinking
 
     def whole(self, sentence_ends: Callable[[str], Sequence[int]]) -> list[PrefixRow]:
         """The kept traces as prefixes that keep everything.
@@ -96,6 +98,7 @@ class TraceRow(Outcome):
         for index in self.kept:
             trace = self.samples[index].text
             sentences = len(sentence_ends(trace))
+            _, _, after_thinking = trace.partition("</think>")
             prefixes.append(
                 PrefixRow(
                     id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
@@ -103,6 +106,7 @@ class TraceRow(Outcome):
                     answer=self.answer,
                     verifier=self.verifier,
                     trace=trace,
+                    attempt=self.attempt or after_thinking.strip(),
                     end=len(trace),
                     sentences=sentences,
                     sentences_total=sentences,
@@ -127,9 +131,11 @@ class Verdict(Part):
 
 
 class PrefixRow(Outcome):
-    """truncate: where one trace is cut. prefix == trace[:end], exactly."""
+    """truncate: what is kept of one trace: its beginning up to `end`, exactly, or `kept_text`."""
 
     trace: str
+    attempt: str | None = None  # what the teacher writes after its thinking
+    kept_text: str | None = None  # where it is no beginning: some sentences, or the attempt
     end: int  # characters
     sentences: int  # kept
     sentences_total: int
@@ -144,6 +150,11 @@ class PrefixRow(Outcome):
     prompt_tokens: int = 0  # of the longest judging prompt asked
     prefill_tokens: int = 0
     cached_tokens: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """What is kept."""
+        return self.trace[: self.end] if self.kept_text is None else self.kept_text
 
     @property
     def processed_tokens(self) -> int:

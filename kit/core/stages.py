@@ -37,6 +37,7 @@ NEUTRAL = {
     "on_low_memory",
     "served_adapter",
     "report_to",
+    "matched_run",
 }
 
 

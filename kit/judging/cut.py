@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kit.core.errors import KitError
@@ -17,6 +18,8 @@ from kit.judging.search import violations
 from kit.judging.sentences import ends
 from kit.judging.trace import open_trace
 from kit.sampling import PROBLEM_FIELDS
+
+Cut = Callable[[PrefixRow], PrefixRow]
 
 
 def cut(
@@ -42,28 +45,34 @@ def cut(
         return cut_at_ratio(row)
     if judge.settings.kind != "verbal" and not row.answer.strip():
         detail = f"judge.kind={judge.settings.kind} compares with the gold answer"
-        return _reject(row, "no gold answer", detail)
+        return reject(row, "no gold answer", detail)
     searched = judge.boundaries_within(row)
     if not searched:
         detail = f"the first sentence's question is over the limit of {judge.limit_tokens} tokens"
-        return _reject(row, "no boundary within the context", detail)
+        return reject(row, "no boundary within the context", detail)
     if row.sentences_total == 1:
         return cut_at_ratio(row)
 
+    search = search or judge.settings.search
+    return within_memory(partial(_search, judge, searched, search, steer), row)
+
+
+def within_memory(cut_one: Cut, row: PrefixRow) -> PrefixRow:
+    """What `cut_one` makes of a row, or the row rejected where the memory did not suffice."""
     try:
-        return _search(judge, row, steer, search or judge.settings.search, searched)
+        return cut_one(row)
     except (RuntimeError, MemoryError, KitError) as error:
         if not is_out_of_memory(error):
             raise
-        return _reject(row, "out of memory", str(error))
+        return reject(row, "out of memory", str(error))
 
 
 def _search(
     judge: Judge,
-    row: PrefixRow,
-    steer: Callable[[int], bool] | None,
-    search: str,
     searched: int,
+    search: str,
+    steer: Callable[[int], bool] | None,
+    row: PrefixRow,
 ) -> PrefixRow:
     """Judge and cut a trace of which the first `searched` sentences fit the judge."""
     begun = time.perf_counter()
@@ -99,15 +108,35 @@ def _search(
             f"{searched} of {row.sentences_total} sentences were searched, "
             f"the limit is {judge.limit_tokens} tokens"
         )
-        return _reject(cut_row, "nothing sufficient within the context", detail)
+        return reject(cut_row, "nothing sufficient within the context", detail)
     return cut_row
 
 
 def cut_at_ratio(row: PrefixRow, ratio: float = 1.0) -> PrefixRow:
     """Cut at a share of the sentences in (0, 1], at least one (the ratio-X baselines), unjudged."""
     if not row.trace.strip():
-        return _reject(row, "empty trace", "there is nothing to cut")
-    return keep(row, max(1, round(row.sentences_total * ratio)))
+        return reject(row, "empty trace", "there is nothing to cut")
+    return keep(row, sentences_at(row.sentences_total, ratio))
+
+
+def sentences_at(sentences: int, ratio: float) -> int:
+    """How many sentences a share of them is, at least one."""
+    return max(1, round(sentences * ratio))
+
+
+def cut_at_answer(judge: Judge, row: PrefixRow) -> PrefixRow:
+    """`binary-cut` (arXiv 2505.18440): the shortest beginning that the student can conclude from.
+
+    Paper: a binary search for the shortest prefix from which the student's forced conclusion is
+    still right. Here: as `FORCED_ANSWER` asks it, an answer of one line; the gold answer in its box
+    concludes the target.
+    """
+    cut_row = cut(judge, row)
+    if cut_row.rejected or cut_row.sufficient:
+        return cut_row
+    return reject(
+        cut_row, "no right conclusion", f"none of {len(cut_row.verdicts)} gave the gold answer"
+    )
 
 
 def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
@@ -122,7 +151,8 @@ def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
     return row.model_copy(update=update)
 
 
-def _reject(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
+def reject(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
+    """A copy of the row, rejected with a reason."""
     return row.model_copy(update={"rejected": reason, "detail": detail, "sufficient": False})
 
 

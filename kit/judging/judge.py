@@ -20,6 +20,7 @@ from kit.backends import open_backend
 from kit.backends.base import Backend, Logprobs, ScoreRequest, common_prefix_len
 from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
+from kit.core.methods import method_of
 from kit.core.records import Label, PrefixRow
 from kit.grading.answers import Grader, Item, gold_of
 from kit.judging.calibration import calibrated_threshold
@@ -35,6 +36,14 @@ from kit.prompts import (
     text_of,
 )
 
+# How binary-cut asks, whatever the section judge says.
+FORCED_ANSWER = {
+    "kind": "answer",
+    "answer_scoring": "greedy",
+    "search": "binary",
+    "threshold": None,
+    "calibration": "none",
+}
 LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
 LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
 
@@ -159,6 +168,9 @@ class Judge(ExitStack):
 @contextmanager
 def open_judge(config: Config) -> Iterator[Judge]:
     """Open the student and a judge on it; both are closed on leaving."""
+    if method_of(config.method).cut == "forced-answer":
+        settings = config.judge.model_copy(update=FORCED_ANSWER)
+        config = config.model_copy(update={"judge": settings})
     with closing(open_backend(config.student)) as backend, Judge(config, backend) as judge:
         yield judge
 

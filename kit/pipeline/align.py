@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +20,7 @@ from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import as_line, digest, write_atomic
+from kit.judging.baselines import holds_answer
 from kit.judging.cut import keep
 from kit.models import fingerprints
 from kit.pipeline.truncate import whole_traces
@@ -125,7 +125,7 @@ def _continued(student: Sampler, drafts: list[PrefixRow]) -> Iterator[Sampled]:
     config = student.run.config
 
     def turns(draft: PrefixRow) -> tuple[str, str]:
-        return draft_turns(config, draft.question, draft.trace[: draft.end])
+        return draft_turns(config, draft.question, draft.prefix)
 
     undrawn = []
     for draft in drafts:
@@ -148,20 +148,13 @@ def longer(row: PrefixRow, round_number: int, rounds: int) -> PrefixRow:
 
 
 def _aligned(row: PrefixRow, draft: PrefixRow, continuation: str = "", **fields: Any) -> AlignedRow:
-    prefix = row.trace[: draft.end]
     return AlignedRow(
         **row.model_dump(include=PROBLEM_FIELDS),
-        prefix=prefix,
+        prefix=draft.prefix,
         continuation=continuation,
-        answer_in_prefix=holds_answer(prefix, row.answer),
+        answer_in_prefix=holds_answer(draft.prefix, row.answer),
         **fields,
     )
-
-
-def holds_answer(prefix: str, answer: str) -> bool:
-    """Whether the gold answer occurs in the prefix as a word (no number inside another number)."""
-    word = rf"(?<![\w.]){re.escape(answer)}(?![\w]|\.\d)"
-    return bool(answer and re.search(word, prefix))
 
 
 def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:

@@ -41,7 +41,8 @@ def teach(run: Run) -> None:
 def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
     """One row per problem; of sampled traces the correct ones are kept, of existing ones all."""
     config = teacher.run.config
-    exists = teacher.engine.backend in ("file", "reference")
+    engine = teacher.engine.backend
+    exists = engine in ("file", "reference")
     if exists:
         sampled = existing_traces(teacher, problems)
     else:
@@ -57,6 +58,8 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
             **problem.model_dump(include=PROBLEM_FIELDS),
             samples=samples,
             kept=kept,
+            # of a scripted teacher, the solution without the wandering
+            attempt=problem.solution if engine == "reference" else problem.attempt,
             seconds=round(generation.seconds, 3),
             **({} if kept else rejection(generation, reason, samples)),
         )

@@ -7,10 +7,11 @@ The judge is the untrained student. How it is asked is in kit/judging; here are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from statistics import median_high
 from typing import Any
 
@@ -22,7 +23,8 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
 from kit.data import load_traces
-from kit.judging.cut import cut, cut_at_ratio, from_problem
+from kit.judging.baselines import long_and_short, matched_ratio, open_rule
+from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, from_problem
 from kit.judging.judge import open_judge
 from kit.judging.sentences import ends
 from kit.models import fingerprints
@@ -50,21 +52,27 @@ def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
     config = run.config
     rule = method_of(config.method).cut
-    traces = whole_traces(run) if rule in ("judge", "ratio") else []
-    is_judged = bool(traces) and rule == "judge"
-    model = partial(fingerprints, "student", config.student) if is_judged else dict
-    if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow), model):
+    traces = [] if rule in ("whole", "none") else whole_traces(run)
+    if rule == "long-and-short":
+        traces = list(chain(*map(long_and_short, traces)))
+    is_judged = bool(traces) and rule in ("judge", "forced-answer")
+    depends_on = partial(_depends_on, config, rule) if traces else dict
+    output = partial(file_digest, run, NAME, PrefixRow)
+    if not run.begin("truncate", digest(traces), output, depends_on):
         return
 
     # 1. Cut. The student is opened only where there is something to judge.
     judge = None
-    cut_one: Callable[[PrefixRow], PrefixRow] = partial(cut_at_ratio, ratio=config.ratio or 1.0)
+    cut_one: Cut = cut_at_ratio
     with ExitStack() as stack:
         if is_judged:
             judge = stack.enter_context(open_judge(config))
-            cut_one = partial(cut, judge)
+            cut_one = partial(cut_at_answer if rule == "forced-answer" else cut, judge)
+        elif traces:
+            cut_one = stack.enter_context(open_rule(config))
         # a server judges several traces at once; in this process one after the other is as fast
-        batch_traces = config.student.rows() if config.student.backend == "http" else 1
+        is_served = is_judged and config.student.backend == "http"
+        batch_traces = config.student.rows() if is_served else 1
         file = RowFile(run.path(NAME), PrefixRow)
         units = [(trace.id, trace) for trace in traces]
         work = partial(cut_batch, cut_one)
@@ -78,6 +86,21 @@ def truncate(run: Run) -> None:
         summary.update(notes=judge.backend.notes, threshold=judge.threshold)
     kept = sum(row.rejected is None for row in rows)
     run.finish("truncate", digest(rows), len(traces), kept, **summary)
+
+
+def _depends_on(config: Config, rule: str) -> dict[str, Any]:
+    """What a method's rows depend on besides the stage's keys: models, and keys of its own."""
+    if rule in ("judge", "forced-answer"):
+        return fingerprints("student", config.student)
+    if rule == "entropy":
+        return {
+            "baseline.drop_ratio": config.baseline.drop_ratio,
+            "baseline.skip_marker": config.baseline.skip_marker,
+            **fingerprints("student", config.student),
+        }
+    if rule == "matched-ratio":
+        return {"share of baseline.matched_run": matched_ratio(config)}
+    return {}
 
 
 def _summary(rows: list[PrefixRow]) -> dict[str, Any]:
@@ -101,9 +124,7 @@ def whole_traces(run: Run) -> list[PrefixRow]:
     return [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
 
 
-def cut_batch(
-    cut_one: Callable[[PrefixRow], PrefixRow], traces: list[PrefixRow]
-) -> Iterator[PrefixRow]:
+def cut_batch(cut_one: Cut, traces: list[PrefixRow]) -> Iterator[PrefixRow]:
     """Cut traces side by side; yields each row as it is finished."""
     with ThreadPoolExecutor(len(traces)) as pool:
         futures = [pool.submit(cut_one, trace) for trace in traces]

@@ -22,6 +22,7 @@ from kit.core.records import AlignedRow, EvalRow, PrefixRow
 from kit.core.stages import file_name
 from kit.core.storage import write_atomic
 from kit.grading.scores import accuracy_by_problem, compare_rows, score
+from kit.judging.baselines import long_and_short
 from kit.judging.sentences import ends
 from kit.prompts import target
 from kit.reporting.metrics import Files, Json, numbers
@@ -296,12 +297,13 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
 
 def _learned(run: Files) -> dict[Key, AlignedRow]:
     """The rows that a run's student learned from, by their trace."""
-    traces = {}
-    for row in run.traces:
-        for whole in row.whole(ends):
-            traces[whole.id] = whole.trace
-    kept = [row for row in run.aligned if row.id in traces and not row.rejected]
-    return {(row.id, traces[row.id]): row for row in kept}
+    keys = {}
+    for trace in run.traces:
+        for whole in trace.whole(ends):
+            # of the two rows of mix-long-short, the short one, which comes last
+            for row in (whole, *long_and_short(whole)):
+                keys[row.id] = (whole.id, whole.trace)
+    return {keys[row.id]: row for row in run.aligned if row.id in keys and not row.rejected}
 
 
 def _differing_keys(files: list[Files]) -> dict[str, list[Any]]:

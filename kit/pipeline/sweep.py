@@ -1,0 +1,117 @@
+"""sweep: runs of several methods and seeds from one config, one after the other, then compared.
+
+Each run is a folder of its own in the sweep's, as the command `run` makes and resumes it. Traces
+are made once for each seed: a run takes over those of another one, and its own stage teach decides,
+by keys and digests, whether they are what it would have made. No number is computed here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from kit.core.config import Config, expand, load, resolve
+from kit.core.errors import KitError
+from kit.core.progress import Progress
+from kit.core.run import Run, read_manifest
+from kit.pipeline.teach import NAME
+from kit.reporting import compare
+
+
+def sweep(
+    path: str, overrides: Sequence[str], progress: Progress, run_all: Callable[..., Any]
+) -> dict[str, Any]:
+    """Carry out every run of a sweep, going on after one that fails, and compare them.
+
+    Args:
+        path, overrides: the config; method=a,b and seed=1,2 name the runs.
+        run_all: runs all stages of a config and returns its numbers, as the command `run` does.
+
+    Returns:
+        runs: [{method, seed, folder, accuracy, n, error}]; compare: see `compare.compare`, of the
+        runs without an error, the first one's method as reference.
+
+    Raises:
+        KitError: (exit 2) a value that no run can have; fewer than two runs to compare.
+    """
+    configs = plan(path, overrides)
+    runs = []
+    folders = []
+    for number, config in enumerate(configs, 1):
+        progress.say(f"sweep: run {number} of {len(configs)}, {config.name}")
+        numbers: Any = {}
+        error = None
+        try:
+            # a log of its own for each run
+            _take_over_traces(config, configs, replace(progress))
+            numbers = run_all(config, replace(progress), "run")
+            folders.append(config.folder)
+        except KitError as failure:
+            error = str(failure)
+            progress.warn(f"{config.name} failed, the sweep goes on: {error}")
+        accuracy = numbers.get("accuracy_after")
+        if config.method == "zero-shot":
+            accuracy = numbers.get("accuracy_before")
+        runs.append(
+            {
+                "method": config.method,
+                "seed": config.seed,
+                "folder": str(config.folder),
+                "accuracy": accuracy,
+                "n": numbers.get("n_eval"),
+                "error": error,
+            }
+        )
+    page = configs[0].folder.parent / "compare.html"
+    return {"runs": runs, "compare": compare.compare(folders, page)}
+
+
+def plan(path: str, overrides: Sequence[str]) -> list[Config]:
+    """The configs of a sweep's runs: by seed, then by method in the order given.
+
+    fixed-prefix-matched comes after palign, whose run with its seed it is matched to, unless
+    baseline.matched_run names another.
+    """
+    values: dict[str, list[str]] = {}
+    shared = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in ("method", "seed"):
+            values[key] = list(dict.fromkeys(value.split(",")))
+        else:
+            shared.append(text)
+    base = load(path, shared)
+    methods = values.get("method", [base.method])
+    methods.sort(key=lambda method: method == "fixed-prefix-matched")
+    folder = expand(base.out or f"runs/{base.name}-sweep")
+    raw = base.model_dump(mode="json")
+    if base.baseline.matched_run is None and "palign" in methods:
+        raw["baseline"]["matched_run"] = str(folder / "palign-seed{seed}")
+    configs = []
+    for seed, method in product(values.get("seed", [base.seed]), methods):
+        name = f"{method}-seed{seed}"
+        raw.update(method=method, seed=seed, name=name, out=str(folder / name))
+        configs.append(resolve(raw, f"sweep: {name}"))
+    return configs
+
+
+def _take_over_traces(config: Config, configs: list[Config], progress: Progress) -> None:
+    """Give a run that has not begun the traces of one with its seed that has them all."""
+    if config.method == "zero-shot" or "teach" in _stages_of(config):
+        return
+    for other in configs:
+        entry = _stages_of(other).get("teach", {})
+        if other.seed == config.seed and entry.get("done") and entry["rows_in"]:
+            with Run(config, progress, "sweep") as run:
+                # the entry last: a kill before it leaves a run that has not begun
+                shutil.copyfile(other.folder / NAME, run.path(NAME))
+                run.manifest["stages"]["teach"] = entry
+                run.record()
+            return
+
+
+def _stages_of(config: Config) -> dict[str, Any]:
+    return read_manifest(config.folder).get("stages", {})
