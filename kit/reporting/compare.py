@@ -74,7 +74,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     different = []
     within = {}
     quality = {}
-    for dataset, by_run in _answers(groups).items():
+    for dataset, by_run in answers_by_run(groups).items():
         answers = {label: list(chain(*runs)) for label, runs in by_run.items()}
         scores += _scores(dataset, by_run)
         pairs += _pairs(dataset, answers)
@@ -94,7 +94,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         "within": within,
         "quality": quality,
         "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
-        "differs": _differing_keys(files),
+        "differs": differing_keys(files),
         "budget": config["eval"]["sampling"]["max_new_tokens"],
         "student": config["student"]["model"],
         "teacher": files[0].teacher,
@@ -143,7 +143,7 @@ def _groups(files: list[Files]) -> Groups:
     return groups
 
 
-def _answers(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
+def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
     """What each run's last model (the tuned one, if any) answered: by dataset, by group, by run."""
     answers: dict[str, dict[str, list[Rows]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in groups.items():
@@ -304,7 +304,7 @@ def _learned(run: Files) -> dict[Key, AlignedRow]:
     return {(row.id, traces[row.id]): row for row in kept}
 
 
-def _differing_keys(files: list[Files]) -> dict[str, list[Any]]:
+def differing_keys(files: list[Files]) -> dict[str, list[Any]]:
     """Each run's value of every config key in which the runs differ."""
     configs = [{**flat(run.config), **_model(run)} for run in files]
     differing = {}
