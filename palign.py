@@ -98,6 +98,12 @@ def parser() -> ArgumentParser:
     option("--reference", type=_path, metavar="RUN", help="the run that others are held against")
     option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
     option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
+    about = "a leader's and participants' pages from finished runs; check their exercises"
+    option = command("workshop", _workshop, about)
+    option("runs", nargs="+", type=_path, metavar="RUN", help="of palign and of a fixed cut")
+    option("--out", default="workshop", type=_path, metavar="DIR", help="the pages' folder")
+    option("--participants", type=int, default=8, metavar="N", help="a page each")
+    option("--check", nargs="+", type=_path, metavar="RUN", help="write nothing, check these")
     command("check", _check, "find what would stop a run, before it starts", config=True)
     command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
     about = "check this machine; each finding with the command that fixes it"
@@ -326,6 +332,14 @@ def _compare(args: Namespace, progress: Any) -> int:
         # the first run's group is what the others are held against
         folders = [args.reference, *(run for run in folders if run != args.reference)]
     return _print(args, compare.compare(folders, args.out, judge), compare.show)
+
+
+def _workshop(args: Namespace, progress: Any) -> int:
+    from kit.reporting import workshop
+
+    if args.check:
+        return _print(args, workshop.check(args.runs, args.check), workshop.show)
+    return _print(args, workshop.workshop(args.runs, args.out, args.participants), workshop.show)
 
 
 def _plan(args: Namespace, progress: Any) -> int:

@@ -106,7 +106,7 @@ def evaluated(student: Path, tmp_path: Path, **evaluation: Any) -> tuple[dict, d
         texts = {}
         for which in ("base", "tuned"):
             answered = run.rows(file_name(config.eval.model, which, "sums"), EvalRow)
-            texts[which] = [row.samples[0].text for row in answered]
+            texts[which] = {row.id: row.samples[0].text for row in answered}
         return run.manifest, texts
 
 
@@ -164,7 +164,7 @@ def test_the_adapters_own_answers_are_computed_once(
     prompts = canary.prompts_of(proven, config, tokenizer)
     first = canary.in_process(proven, config, prompts)
     assert all(first) and (proven / "adapter" / "answers.json").exists()
-    monkeypatch.setattr(canary, "engine", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(canary, "engine", lambda *_, **__: pytest.fail("a model was loaded"))
     assert canary.in_process(proven, config, prompts) == first
     # another prompt, another adapter: computed again
     with pytest.raises(BaseException, match="a model was loaded"):
@@ -234,7 +234,9 @@ def on(url: str, **keys: Any) -> dict[str, Any]:
 def test_a_llama_server_with_the_lora_answers_as_llama_cpp_does(
     proven: Path, served: Server, in_llama_cpp: tuple[dict, dict], tmp_path: Path
 ) -> None:
-    """The base's rows too: the server applies its LoRA unless each request says it shall not."""
+    """The base's rows too: the server applies its LoRA unless each request says it shall not, and
+    its cache gives the base what the LoRA computed unless each request says it shall not.
+    """
     manifest, texts = evaluated(proven, tmp_path, **on(served.url))
     assert manifest["adapter_check"]["equal_tokens"] == 1.0
     assert manifest["adapter_check"]["differs_from_base"] is True
@@ -311,6 +313,7 @@ class LikeVllm(Proxy):
     def choose(self, number: int, body: dict[str, Any]) -> None:
         """The model's name says whether the adapter applies."""
         body["lora"] = [{"id": 0, "scale": float(body["model"] in self.loaded)}]
+        body["cache_prompt"] = False  # vLLM's tells adapters apart
         body["repeat_penalty"] = body.pop("repetition_penalty", 1.0)
         body["repeat_last_n"] = 1024
         body["samplers"] = ("penalties", "temperature", "top_k", "top_p", "min_p")
@@ -557,6 +560,7 @@ def test_three_ways_of_evaluation_agree(
             evaluate(run)
             [score] = run.manifest["stages"]["eval"]["summary"]["scores"]
             answered = run.rows(file_name(run.config.eval.model, "tuned", "sums"), EvalRow)
+        answered.sort(key=lambda row: row.id)  # they stand as they finished
         tokens = sum(row.samples[0].tokens for row in answered)
         seconds = sum(row.seconds for row in answered)
         ids[way] = [tuple(tokenizer.encode(row.samples[0].text)) for row in answered]

@@ -118,7 +118,8 @@ class Proxy:
     """Passes requests on to a server.
 
     `meddle(number, body)` says what to do with the number-th completion instead: a status to answer
-    with, "hang", "cut" (close without an answer), or None. `reshape` rewrites JSON answers.
+    with, "hang", "cut" (close without an answer), "delay" (a second, then the answer), "truncate"
+    (half of the answer), "garbage", or None. `reshape` rewrites JSON answers.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Proxy:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+            halve = False
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -153,10 +155,12 @@ class Proxy:
                     action = meddle(number, body)
                     data = json.dumps(body).encode()
                     outer.done[action] += 1
-                if action == "hang":
-                    time.sleep(4)
+                time.sleep({"hang": 4, "delay": 1}.get(action, 0))
+                self.halve = action == "truncate"
                 if action in ("cut", "hang"):
                     self.close_connection = True
+                elif action == "garbage":
+                    self.answer(200, b"<html>\xff\x00 {choices: [", {"Content-Type": "text/html"})
                 elif isinstance(action, int):
                     self.answer(
                         action, b'{"error": {"message": "not now"}}', {"Retry-After": "0.2"}
@@ -189,7 +193,8 @@ class Proxy:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                self.close_connection |= self.halve
+                self.wfile.write(body[: len(body) // (1 + self.halve)])
 
         class Listener(http.server.ThreadingHTTPServer):
             request_queue_size = 64
@@ -423,8 +428,9 @@ def test_a_retokenizing_server_is_refused(server: Server) -> None:
 def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -> None:
     """Each of 200 requests is answered exactly once, with its own answer.
 
-    Some are refused with 429 and 503, some cut off, some hang beyond the time-out; the server is
-    killed and started again on the way.
+    Some are refused with 429 and 503, some cut off before or in the answer, some late, some hang
+    beyond the time-out; the server is killed and started again on the way. tests/test_load.py has
+    2,000 requests to a whole command.
     """
     dice, lock = random.Random(3), threading.Lock()
 
@@ -436,7 +442,7 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
             roll = dice.random()
         if number in (40, 41):
             return "hang"
-        choices = ((0.05, 429), (0.09, 503), (0.13, "cut"))
+        choices = ((0.05, 429), (0.09, 503), (0.13, "cut"), (0.16, "truncate"), (0.18, "delay"))
         return next((action for share, action in choices if roll < share and number > 4), None)
 
     proxy = Proxy(mortal.port, meddle)
@@ -455,7 +461,7 @@ def test_hundreds_of_requests_through_a_bad_line_and_a_restart(mortal: Server) -
     for generation in results:
         assert generation.completions[0].ids == turns[int(generation.id[1:]) % 3][1], generation
     assert (
-        all(proxy.done[kind] for kind in (429, 503, "cut", "hang"))
+        all(proxy.done[kind] for kind in (429, 503, "cut", "truncate", "delay", "hang"))
         and mortal.process.poll() is None
     )
     backend.close()

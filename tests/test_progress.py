@@ -46,6 +46,9 @@ def test_without_a_terminal_lines_come_every_few_seconds(capsys, monkeypatch):
         bar.advance()
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"teach: 1/2 traces, \d+ s left", first) and second.startswith("teach: 2/2")
+    with Progress().bar("align", 2) as bar:
+        bar.advance(outcome="no right continuation")
+    assert capsys.readouterr().err.endswith("s left, last row no right continuation\n")
 
 
 def test_the_cards_allocator_is_told_before_torch_loads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,20 @@ def test_table_is_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "begun" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_terminals_width_is_kept(
+    folder: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report.show(numbers(Files(folder)))
+    longest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert min(columns, 100) - 20 < longest <= min(columns, 100)
+    other = make(folder.parent / "at_80", seed=5)
+    compare.show(compare.compare([folder, other], folder.parent / "at_80.html"))
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(None, "–"), (0.44, "0.4 s"), (200, "3 min 20 s"), (599.7, "10 min"), (7500, "125 min")],

@@ -660,6 +660,16 @@ def test_every_epoch_holds_every_row_once_and_steps_are_sorted_within(tiny: str)
     assert len(order(lengths, settings(Path("unused"), tiny, max_steps=7, batch_size=4))) == 28
 
 
+def test_fsdp_is_refused_with_what_to_run(
+    tmp_path: Path,
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp sets it
+    with pytest.raises(KitError, match=r"FSDP shards .*Run accelerate launch without it"):
+        run_stage(settings(tmp_path / "r", tiny))
+
+
 def test_broken_lines_and_uneven_batches_are_named(tmp_path: Path, tiny: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": 1}\n')

@@ -265,6 +265,8 @@ class HttpBackend:
         body = {"model": self.engine.model, "prompt": list(prompt), **fields}
         if self._loras:  # a LoRA that llama-server was started with applies unless told otherwise
             body["lora"] = [{"id": lora["id"], "scale": 0.0} for lora in self._loras]
+            # its cache does not tell what an adapter computed from what the base did
+            body["cache_prompt"] = False
         if self.adapter_enabled:
             body.update(self._adapter_fields)
         reply = self._call("/v1/completions", body)

@@ -36,8 +36,8 @@ class Bar:
         self.tokens = 0
         self.started = self.shown = time.monotonic()
 
-    def advance(self, tokens: int = 0) -> None:
-        """Count a finished unit, and tokens for the rate."""
+    def advance(self, tokens: int = 0, outcome: str = "") -> None:
+        """Count a finished unit, tokens for the rate, and say what became of it."""
         self.done += 1
         self.tokens += tokens
         now = time.monotonic()
@@ -49,7 +49,7 @@ class Bar:
         rate = f"{left:.0f} s left" if left else f"{seconds:.0f} s"
         if self.tokens:
             rate = f"{self.tokens / max(seconds, 1e-9):.0f} tokens/s, {rate}"
-        self.show(self.done, rate)
+        self.show(self.done, f"{rate}, last row {outcome}" if outcome else rate)
 
 
 @dataclass

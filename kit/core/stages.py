@@ -191,7 +191,7 @@ def work_through(
                 if row.id not in rows:
                     file.append(row)
                     rows[row.id] = row
-                    bar.advance(row.processed_tokens)
+                    bar.advance(row.processed_tokens, row.rejected or "kept")
     return [rows[id] for id, _ in units]
 
 

@@ -93,10 +93,16 @@ def score(rows: Sequence[EvalRow]) -> Score:
     )
 
 
-def compare_rows(a: Iterable[EvalRow], b: Iterable[EvalRow]) -> stats.PairedTest | None:
-    """b against a on the problems that both answered; None without any."""
-    first = accuracy_by_problem(a)
-    second = accuracy_by_problem(b)
+def compare_rows(
+    a: Iterable[EvalRow], b: Iterable[EvalRow], max_tokens: float = inf
+) -> stats.PairedTest | None:
+    """b against a on the problems that both answered; None without any.
+
+    Args:
+        max_tokens: longer samples count as not correct.
+    """
+    first = accuracy_by_problem(a, max_tokens)
+    second = accuracy_by_problem(b, max_tokens)
     shared = sorted(first.keys() & second.keys())
     return stats.compare([first[key] for key in shared], [second[key] for key in shared])
 

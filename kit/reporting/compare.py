@@ -75,7 +75,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     different = []
     within = {}
     quality = {}
-    for dataset, by_run in _answers(groups).items():
+    for dataset, by_run in answers_by_run(groups).items():
         answers = {label: list(chain(*runs)) for label, runs in by_run.items()}
         scores += _scores(dataset, by_run)
         pairs += _pairs(dataset, answers)
@@ -95,7 +95,7 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         "within": within,
         "quality": quality,
         "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
-        "differs": _differing_keys(files),
+        "differs": differing_keys(files),
         "budget": config["eval"]["sampling"]["max_new_tokens"],
         "student": config["student"]["model"],
         "teacher": files[0].teacher,
@@ -144,7 +144,7 @@ def _groups(files: list[Files]) -> Groups:
     return groups
 
 
-def _answers(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
+def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
     """What each run's last model (the tuned one, if any) answered: by dataset, by group, by run."""
     answers: dict[str, dict[str, list[Rows]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in groups.items():
@@ -306,7 +306,7 @@ def _learned(run: Files) -> dict[Key, AlignedRow]:
     return {keys[row.id]: row for row in run.aligned if row.id in keys and not row.rejected}
 
 
-def _differing_keys(files: list[Files]) -> dict[str, list[Any]]:
+def differing_keys(files: list[Files]) -> dict[str, list[Any]]:
     """Each run's value of every config key in which the runs differ."""
     configs = [{**flat(run.config), **_model(run)} for run in files]
     differing = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +72,9 @@ def render(template: str, **fields: Any) -> str:
         count=lambda number: "–" if number is None else f"{number:,}",
         basename=os.path.basename,
     )
-    environment.globals.update(ticks=ticks, scale=scale, flat=flat, pieces=pieces)
+    # A terminal's lines break at its width.
+    columns = min(100, shutil.get_terminal_size().columns)
+    environment.globals.update(ticks=ticks, scale=scale, flat=flat, pieces=pieces, columns=columns)
     return environment.get_template(template).render(fields)
 
 

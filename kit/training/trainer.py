@@ -316,6 +316,9 @@ def _arguments(run: Run) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / trackers.FOLDER)
     os.environ["WANDB_PROJECT"] = trackers.PROJECT
     os.environ["WANDB_DIR"] = str(run.folder)
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        message = "FSDP shards the gradients and the adapter, which training reads whole."
+        raise KitError(message, "Run accelerate launch without it: each card has the base.", 2)
     cuda = torch.cuda.is_available()
     same = {"learning_rate", "weight_decay", "max_grad_norm"}
     autocasts = cuda and settings.dtype != "fp32"
