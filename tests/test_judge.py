@@ -95,7 +95,7 @@ def test_a_trace_without_memory_is_an_outcome_and_other_errors_are_raised(
     ("kind", "count"),
     [
         ("verbal", 0),
-        ("answer", 0),
+        pytest.param("answer", 0, marks=pytest.mark.slow),
         pytest.param("verbal", 6, marks=pytest.mark.slow),
         pytest.param("answer", 1, marks=pytest.mark.slow),
     ],

@@ -234,6 +234,7 @@ def test_the_trunk_is_evaluated_once_for_all_boundaries_and_samples(
     assert len(set(texts)) > 1
 
 
+@pytest.mark.slow
 def test_searches_draw_what_the_uncached_way_draws(student: Any) -> None:
     """The same seeds at the same boundaries, so the same verdicts, up to near-ties."""
     row = from_problem(Problem(id="tom", question=QUESTION, answer="7", trace=WORKED))
