@@ -52,8 +52,9 @@ MIN_COPY_TOKENS = 8  # a shared beginning is copied when it saves this many
 MIN_ROOM_TOKENS = 8192  # of a judging context, where the model has them: growing loses the cache
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's numbers
 SLOW_FILE_TYPES = {3, 9}  # Q4_1 and Q5_1, for which llama.cpp has no fast CPU kernels
-WHOLE_FILE_TYPES = {0, 1}  # F32 and F16: only rounding moves a cached margin
-ROUNDING_NATS = 0.005
+# By file type, F32 and F16: only rounding moves a cached margin. The largest moves seen are 0.00002
+# and 0.011: what 16-bit weights are multiplied with is rounded to 16 bits too.
+ROUNDING_NATS = {0: 0.001, 1: 0.02}
 CHECK_TOKENS = 96  # of the prompts that measure what a cache moves
 MAX_COPY_PARAMETERS = 1 << 29  # a 16-bit copy of a model up to this size is at most 1 GiB
 SPECIAL_TOKEN = 8 | 1  # token attributes: control or unknown
@@ -381,9 +382,9 @@ class GgufBackend:
         Weights in 16 bits give the same logits, up to rounding, whatever is evaluated together.
         Quantized ones do not: llama.cpp takes other kernels for another number of tokens.
         """
-        is_whole = llama_cpp.llama_model_ftype(self.model) in WHOLE_FILE_TYPES
-        if is_whole and not self.flash_attention:
-            return ROUNDING_NATS
+        rounding = ROUNDING_NATS.get(llama_cpp.llama_model_ftype(self.model))
+        if rounding and not self.flash_attention:
+            return rounding
         length = min(CHECK_TOKENS, self.context_tokens - 6)
         requests = check_requests(self.tokenizer.size, length)
         scores = []
@@ -414,7 +415,7 @@ class GgufSession(TrunkSession):
     """Sequence 0 holds the trunk; each tail has a sequence that shares the trunk's beginning.
 
     A tail's cells lie after the trunk's, not where they would lie alone: sums run in another order,
-    which moves margins by some thousandths with weights in 16 bits. `cache_move` has more.
+    which moves margins by up to a hundredth with weights in 16 bits. `cache_move` has more.
 
     Args:
         backend: the model.
