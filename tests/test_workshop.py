@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from kit.core.errors import KitError
+from kit.core.records import PrefixRow
+from kit.core.storage import RowFile
 from kit.judging.sentences import split
 from kit.reporting import workshop
 from kit.reporting.metrics import Files
@@ -112,14 +114,12 @@ def test_another_key_than_the_exercises_does_not_solve_it(runs: list[Path], tmp_
     wordy = make(tmp_path / "wordy", upto="truncate", teacher__wordiness=3)
     also = make(tmp_path / "also", upto="truncate", teacher__wordiness=3, student__dtype="fp32")
     for folder in (wordy, also):
-        lines = (folder / "prefixes.jsonl").read_text(encoding="utf-8").splitlines()
+        file = RowFile(folder / "prefixes.jsonl", PrefixRow)
         rows = []
-        for line in lines:
-            row = json.loads(line)
-            if not row["rejected"]:
-                row.update(end=len(split(row["trace"])[0]), sentences=1)
-            rows.append(json.dumps(row))
-        (folder / "prefixes.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        for row in file.read():
+            first = {"sentences": 1, "ratio": 1 / row.sentences_total}
+            rows.append(row if row.rejected else row.model_copy(update=first))
+        file.write_all(rows)
     checked = workshop.check(runs, [wordy, also])
     assert solved(checked) == {("wordy", "turn wordiness")}
     [other] = [
@@ -127,7 +127,7 @@ def test_another_key_than_the_exercises_does_not_solve_it(runs: list[Path], tmp_
         for c in checked["checked"]
         if c["run"].endswith("also") and c["exercise"] == "turn wordiness"
     ]
-    assert other == ["student.dtype"]
+    assert other == ["student.dtype", "eval.dtype"]
 
 
 def commands(page: Path, start: str) -> list[str]:
