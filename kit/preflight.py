@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from kit.core.methods import method_of
 from kit.core.run import read_manifest
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
+from kit.grading.opinions import SAME, label_tokens
 from kit.models import HfTokenizer, copy_bytes, fingerprints, gguf_file, resolve
 from kit.prompts import encode_answer, render
 from kit.training.shape import GIB, SHAPES
@@ -200,6 +202,10 @@ def _check_data(
             wander(problem, 0, 0)
     if "eval" in todo and not loaded.evals:
         raise KitError("data.eval names nothing to evaluate on.", "Or set stop_after=train.")
+    everything = chain(loaded.train, *loaded.evals.values())
+    if any(problem.verifier == "judge" for problem in everything):
+        tokenizer = _open_tokenizer(config.answer_judge)
+        label_tokens(tokenizer, SAME, config.answer_judge.model)
     for name in loaded.evals:
         path = file_name(config.eval.model, "tuned", name)
         if len(os.fsencode(path)) > LONGEST_NAME:

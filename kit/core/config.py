@@ -61,6 +61,7 @@ PLACEHOLDERS = {
     "judge": ("{question}", "{prefix}"),
     "draft": ("{question}", "{prefix}"),
     "compare": ("{question}", "{first}", "{second}"),
+    "grade": ("{question}", "{first}", "{second}"),
 }
 
 
@@ -89,7 +90,8 @@ class DatasetConfig(BaseConfig):
     limit: PositiveInt | None = None
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
     stratify: str | None = None  # level or subject: the subset keeps each stratum's share
-    verifier: Verifier = "math"  # of rows that name none of their own
+    # Of rows that name none of their own; judge: the model of `answer_judge`.
+    verifier: Verifier = "math"
     samples: PositiveInt | None = None  # evaluation: answers per problem; None: eval.samples
 
 
@@ -288,6 +290,7 @@ class Prompts(BaseConfig):
         None  # judge.kind answer: what follows a prefix before the boxed answer
     )
     compare: str | None = None  # compare --pairwise-judge
+    grade: str | None = None  # verifier judge; answered with Yes or No
 
     @field_validator("*")
     @classmethod
@@ -318,6 +321,7 @@ class Config(BaseConfig):
     data: Data = Data()
     teacher: Teacher = Teacher()
     student: ModelConfig = ModelConfig()
+    answer_judge: ModelConfig = ModelConfig()  # grades the answers whose verifier is judge
     judge: Judge = Judge()
     align: Align = Align()
     train: Train = Train()

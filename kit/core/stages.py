@@ -85,7 +85,7 @@ class Stage:
 STAGE_TABLE = {
     "teach": Stage(
         "kit.pipeline.teach:teach",
-        keys=("teacher", "prompts.instruction", "seed"),
+        keys=("teacher", "answer_judge", "prompts.instruction", "prompts.grade", "seed"),
         input="the training problems",
         rows={"traces.jsonl": TraceRow},
     ),
@@ -94,7 +94,9 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student",
+            "answer_judge",
             "judge",
+            "prompts.grade",
             "prompts.judge",
             "prompts.instruction",
             "prompts.answer_cue",
@@ -114,7 +116,9 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student",
+            "answer_judge",
             "align",
+            "prompts.grade",
             "prompts.instruction",
             "prompts.draft",
             "seed",
@@ -139,7 +143,7 @@ STAGE_TABLE = {
     ),
     "eval": Stage(
         "kit.pipeline.evaluate:evaluate",
-        keys=("method", "eval", "prompts.instruction", "seed"),
+        keys=("method", "answer_judge", "eval", "prompts.instruction", "prompts.grade", "seed"),
         input="the evaluation problems",
         rows={"eval/*.jsonl": EvalRow},
     ),

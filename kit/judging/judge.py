@@ -37,7 +37,7 @@ from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 from kit.core.records import Label, PrefixRow, Problem, Sample, TraceRow, Verdict
-from kit.grading.answers import Grader, Item, gold_of
+from kit.grading.answers import Item, gold_of
 from kit.judging.calibration import calibrated_threshold
 from kit.judging.search import binary, choose, gallop, sweep, violations
 from kit.judging.sentences import ends
@@ -52,7 +52,7 @@ from kit.prompts import (
     solve_text,
     text_of,
 )
-from kit.sampling import PROBLEM_FIELDS, grade_samples
+from kit.sampling import PROBLEM_FIELDS, grade_samples, grader_of
 
 # From this margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer: mean
 # log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
@@ -81,7 +81,7 @@ class Judge(ExitStack):
         self.config = config
         self.settings = settings
         self.backend = backend
-        self.grader = self.enter_context(Grader())
+        self.grader = self.enter_context(grader_of(config))
         # of generated verdicts; continuations are drawn as `align` draws them
         greedy = {"temperature": 0, "top_p": 1, "max_new_tokens": settings.max_new_tokens}
         self.sampling = Sampling.model_validate(greedy)
@@ -174,7 +174,7 @@ class Judge(ExitStack):
         boxed = _BOXED.match(text)
         if boxed is None:
             return "UNPARSED"
-        item = Item(row.answer, f"\\boxed{{{boxed[1]}}}", row.verifier)
+        item = Item(row.answer, f"\\boxed{{{boxed[1]}}}", row.verifier, row.question)
         [grade] = self.grader.grade([item])
         return LABEL_OF_GRADE.get(grade.verdict, "UNPARSED")
 

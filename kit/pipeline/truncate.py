@@ -25,8 +25,8 @@ from kit.data import load_traces
 from kit.judging.calibration import share_threshold
 from kit.judging.judge import Judge, cut, cut_at_ratio, from_problem, open_judge
 from kit.judging.sentences import ends
-from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
+from kit.sampling import model_fingerprints
 
 NAME = "prefixes.jsonl"
 SUMS = ("prefill_tokens", "cached_tokens", "generated_tokens", "sufficient", "violations")
@@ -52,7 +52,7 @@ def truncate(run: Run) -> None:
     rule = method_of(config.method).cut
     traces = whole_traces(run) if rule in ("judge", "ratio") else []
     is_judged = bool(traces) and rule == "judge"
-    model = partial(fingerprints, "student", config.student) if is_judged else dict
+    model = partial(model_fingerprints, config, "student", traces) if is_judged else dict
     if not run.begin("truncate", digest(traces), lambda: file_digest(run, NAME, PrefixRow), model):
         return
 
