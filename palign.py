@@ -208,7 +208,25 @@ def _defect(error: Exception) -> str:
 
 
 def _stages(args: Namespace, progress: Any) -> int:
-    """One stage; or all of them up to `stop_after`, and the report."""
+    from kit.pipeline import rounds
+    from kit.reporting import report
+
+    config = _config(args)
+    if args.command == "run":
+        numbers = rounds.run_rounds(config, progress, _run_stages)
+    else:
+        numbers = _run_stages(config, progress, args.command)
+    if numbers and (args.json or not args.quiet):
+        _print(args, numbers, report.show)
+    return 0
+
+
+def _run_stages(config: Any, progress: Any, command: str) -> dict[str, Any]:
+    """One stage; or all of them up to `stop_after`, and the report.
+
+    Returns:
+        The run's numbers; none in a process that only helps to train.
+    """
     from kit import preflight
     from kit.core.run import Run
     from kit.core.stages import STAGE_TABLE, STAGES
@@ -216,17 +234,16 @@ def _stages(args: Namespace, progress: Any) -> int:
     from kit.reporting import metrics, report
     from kit.training import trackers
 
-    config = _config(args)
-    whole = args.command == "run"
-    names = [args.command]
+    whole = command == "run"
+    names = [command]
     if whole:
         # A run that stops early gets a report too.
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
     # Some trackers print; standard output is for the result.
-    with Run(config, progress, args.command) as run, contextlib.redirect_stdout(sys.stderr):
+    with Run(config, progress, command) as run, contextlib.redirect_stdout(sys.stderr):
         trackers.send(run, {"seed": config.seed})
         # What can be known is reported at once, not after hours.
-        preflight.refuse(config, partial(problems_of, run), args.command)
+        preflight.refuse(config, partial(problems_of, run), command)
         try:
             for name in names:
                 before = run.manifest["stages"].get(name)
@@ -242,11 +259,8 @@ def _stages(args: Namespace, progress: Any) -> int:
                     progress.warn(f"no report: {second}")
             raise
         if not run.is_main_process:
-            return 0
-        numbers = metrics.numbers(metrics.Files(run.folder))
-    if args.json or not args.quiet:
-        _print(args, numbers, report.show)
-    return 0
+            return {}
+        return metrics.numbers(metrics.Files(run.folder))
 
 
 def _grade(args: Namespace, progress: Any) -> int:

@@ -20,16 +20,16 @@ from typing import Any
 
 from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
-from kit.core.config import Config, ModelConfig, flat, load
+from kit.core.config import Config, ModelConfig, Student, expand, flat, load
 from kit.core.errors import ConfigError, KitError
 from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
-from kit.core.run import read_manifest
+from kit.core.run import read_manifest, trained_adapter
 from kit.core.stages import STAGE_TABLE, STAGES, file_name
 from kit.data import Loaded, load_all
 from kit.grading.opinions import SAME, label_tokens
-from kit.models import HfTokenizer, copy_bytes, fingerprints, gguf_file, resolve
+from kit.models import HfTokenizer, check_base, copy_bytes, fingerprints, gguf_file, resolve
 from kit.prompts import encode_answer, render
 from kit.training.shape import GIB, SHAPES
 
@@ -110,6 +110,8 @@ def _checks(
         yield "CUDA_VISIBLE_DEVICES", check_card
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
+    if todo and config.student.adapter:
+        yield "student.adapter", partial(_check_adapter, config.student)
     if "truncate" in todo and method.cut == "judge":
         yield "student", partial(_check_labels, config)
     elif "align" in todo and method.continued:
@@ -232,6 +234,11 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
             _check_room(cache_folder(), copy, "Its copy for transformers takes", hint)
     render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
     return tokenizer
+
+
+def _check_adapter(student: Student) -> None:
+    adapter = trained_adapter(expand(str(student.adapter)))
+    check_base(adapter, student.model)
 
 
 def _check_labels(config: Config) -> None:

@@ -132,6 +132,7 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student.model",
+            "student.adapter",
             "student.system",
             "student.thinking",
             "train",
