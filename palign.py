@@ -216,9 +216,14 @@ def _defect(error: Exception) -> str:
 
 
 def _stages(args: Namespace, progress: Any) -> int:
+    from kit.pipeline import rounds
     from kit.reporting import report
 
-    numbers = _run_stages(_config(args), progress, args.command)
+    config = _config(args)
+    if args.command == "run":
+        numbers = rounds.run_rounds(config, progress, _run_stages)
+    else:
+        numbers = _run_stages(config, progress, args.command)
     if numbers and (args.json or not args.quiet):
         _print(args, numbers, report.show)
     return 0

@@ -16,11 +16,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
-from kit.core.records import Problem, Verifier
+from kit.core.records import Problem
 from kit.core.run import Run
 from kit.core.storage import digest
 from kit.core.table import IS_FILE, Rows, numbered, read_rows
@@ -207,7 +207,7 @@ def _sort_out(
     places: dict[str, str] = {}  # of each id
     first: dict[str, Problem] = {}  # by question
     for where, row in rows:
-        values = values_of(row, keys)
+        values = values_of(row, keys, source.verifier)
         question = normal(values["question"] or "")
         text = f"{question}\0{values['trace'] if traces else ''}"
         id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -227,8 +227,6 @@ def _sort_out(
             reading.rejected.append({"id": id, "reason": reason, "detail": detail})
             continue
 
-        if values["verifier"] not in get_args(Verifier):
-            values["verifier"] = source.verifier
         problem = Problem.model_validate({**values, "id": id})
         places[id] = where
         first.setdefault(question, problem)

@@ -11,15 +11,17 @@ import functools
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from kit.core.config import DatasetConfig
 from kit.core.errors import KitError
-from kit.core.records import replace_surrogates
+from kit.core.records import Verifier, replace_surrogates
 from kit.core.table import Rows, keys_of, lookup
+from kit.grading.answers import letters
 from kit.grading.extract import last_box
 
 Keys = dict[str, tuple[str, ...]]  # of each role: the keys or the template that may hold it
@@ -110,9 +112,11 @@ def _template_keys(named: str) -> list[str]:
     return re.findall(r"\{([^{}]+)\}", named)
 
 
-def values_of(row: dict[str, Any], keys: Keys) -> dict[str, str | None]:
-    """What a row holds, by role."""
-    values = {role: _first_text(row, names) for role, names in keys.items()}
+def values_of(row: dict[str, Any], keys: Keys, verifier: Verifier) -> dict[str, Any]:
+    """What a row holds, by role; `verifier` where it names none of its own."""
+    values: dict[str, Any] = {role: _first_text(row, names) for role, names in keys.items()}
+    if values["verifier"] not in get_args(Verifier):
+        values["verifier"] = verifier
     answer = values["answer"]
     solution = values["solution"]
     if answer and "####" in answer:
@@ -122,18 +126,25 @@ def values_of(row: dict[str, Any], keys: Keys) -> dict[str, str | None]:
         values["solution"] = f"{worked.strip()}\nThe answer is \\boxed{{{values['answer']}}}."
     elif not answer and solution:
         values["answer"] = last_box(solution) or (solution if S1K_TRACE in row else None)
-    elif answer and answer.isdigit() and keys["question"][0].count("{") > 1:
-        values["answer"] = _letter_of_index(row, keys["question"][0], int(answer))
+    elif answer:
+        values["answer"] = _letter(row, keys["question"][0], answer, values["verifier"])
     return values
 
 
-def _letter_of_index(row: dict[str, Any], template: str, index: int) -> str | None:
-    """The letter of an answer that is an index into the options of the question, from 0."""
+def _letter(row: dict[str, Any], template: str, answer: str, verifier: str) -> str | None:
+    """The letter of an answer that is an index into the question's options, from 0, or (verifier
+    choice) the text of one of them; any other answer as it is. Empty where it names no option.
+    """
+    options: dict[str, Any] = {}
     for key in _template_keys(template):
-        options = lookup(row, key)
-        if isinstance(options, list):
-            return LETTERS[index] if index < min(len(options), len(LETTERS)) else None
-    return str(index)
+        options = options or _by_letter(lookup(row, key)) or {}
+    if options and answer.isdigit():
+        return dict(enumerate(options)).get(int(answer))
+    if verifier != "choice":
+        return answer
+    equal = [letter for letter, option in options.items() if str(option) == answer]
+    named = "".join(equal[:1]) or letters(answer)
+    return named if not options or options.keys() >= set(named) else None
 
 
 def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -160,15 +171,23 @@ def _fill(row: dict[str, Any], template: str) -> str | None:
     return text.strip()
 
 
+def _by_letter(value: Any) -> dict[str, Any] | None:
+    """Options by their letters: of a list, a mapping, or ARC's {text: list, label: list}."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    if isinstance(value, list):
+        return dict(zip(LETTERS, value, strict=False))
+    return value if isinstance(value, dict) else None
+
+
 def _options(value: Any) -> str | None:
     """Options as lettered lines; any other value as text."""
-    if isinstance(value, list):
-        value = dict(zip(LETTERS, value, strict=False))
-    elif not isinstance(value, dict):
+    options = _by_letter(value)
+    if options is None:
         return _text(value)
-    is_lettered = all(re.match(r"\(?[A-Z][).:]", str(option)) for option in value.values())
+    is_lettered = all(re.match(r"\(?[A-Z][).:]", str(option)) for option in options.values())
     lines = []
-    for letter, option in value.items():
+    for letter, option in options.items():
         if option is not None:
             lines.append(str(option) if is_lettered else f"{letter}) {option}")
     return replace_surrogates("\n".join(lines)) or None
@@ -192,7 +211,7 @@ def _text(value: Any) -> str | None:
 
 
 def missing_role(
-    row: dict[str, Any], values: dict[str, str | None], keys: Keys, needed: Sequence[str]
+    row: dict[str, Any], values: dict[str, Any], keys: Keys, needed: Sequence[str]
 ) -> str | None:
     """What is wrong with the keys of the first role that a row lacks; None where it has all."""
     for role in needed:
@@ -200,6 +219,12 @@ def missing_role(
             continue
         names = [name.lower() for name in keys[role]]
         present = {key: value for key, value in row.items() if key.lower() in names}
+        if role == "answer" and values["verifier"] == "choice" and any(present.values()):
+            return "the answer names none of the options"
+        parts = chain.from_iterable(map(_template_keys, keys[role]))
+        missing = [part for part in parts if _options(lookup(row, part)) is None]
+        if missing:
+            return f"no {role}: nothing in {', '.join(missing)}"
         return f"no {role} in {keys_of(present) if present else f'any key of {keys_of(row)}'}"
     return None
 

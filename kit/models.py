@@ -25,11 +25,12 @@ from typing import Any
 import jinja2
 from safetensors import SafetensorError, safe_open
 
-from kit.core.config import ModelConfig, expand
+from kit.core.config import ModelConfig, Student, expand
 from kit.core.errors import KitError
 from kit.core.fingerprints import (
     BASE,
     FILES,
+    adapter_hash,
     cache_folder,
     file_hash,
     folder_hash,
@@ -264,6 +265,8 @@ def fingerprints(section: str, engine: ModelConfig) -> dict[str, str]:
         hashes = content_of(name)
     if engine.backend == "http":
         hashes["weights"] = "not seen: a server tells only its model's name"
+    if isinstance(engine, Student) and engine.adapter:
+        hashes["adapter"] = adapter_hash(expand(engine.adapter) / "adapter")
     return {f"{part} of {section}.model": value for part, value in hashes.items()}
 
 

@@ -11,21 +11,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
-from kit.core.config import Config, ModelConfig, flat, load
+from kit.core.config import Config, ModelConfig, Student, expand, flat, load
 from kit.core.errors import ConfigError, KitError
 from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
-from kit.core.run import read_manifest
+from kit.core.run import read_manifest, trained_adapter
 from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
+from kit.grading.opinions import SAME, label_tokens
 from kit.judging.baselines import matched_ratio
-from kit.models import HfTokenizer, fingerprints, gguf_file, lacks_copy, resolve
+from kit.models import HfTokenizer, check_base, fingerprints, gguf_file, lacks_copy, resolve
 from kit.prompts import encode_answer, render
 from kit.shape import SHAPES
 
@@ -105,6 +107,8 @@ def _checks(
         yield "CUDA_VISIBLE_DEVICES", check_card
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
         yield "teacher", partial(_open_tokenizer, config.teacher)
+    if todo and config.student.adapter:
+        yield "student.adapter", partial(_check_adapter, config.student)
     if "truncate" in todo and method.cut == "matched-ratio":
         yield "baseline", partial(matched_ratio, config)
     if "truncate" in todo and method.cut in ("judge", "forced-answer"):
@@ -187,6 +191,10 @@ def _check_data(
             wander(problem, 0, 0)
     if "eval" in todo and not loaded.evals:
         raise KitError("data.eval names nothing to evaluate on.", "Or set stop_after=train.")
+    everything = chain(loaded.train, *loaded.evals.values())
+    if any(problem.verifier == "judge" for problem in everything):
+        tokenizer = _open_tokenizer(config.answer_judge)
+        label_tokens(tokenizer, SAME, config.answer_judge.model)
     for name in loaded.evals:
         path = file_name(config.eval.model, "tuned", name)
         if len(os.fsencode(path)) > LONGEST_NAME:
@@ -211,6 +219,11 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
             _check_writable(cache_folder(), "Free some space, or set PALIGN_CACHE.")
     render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
     return tokenizer
+
+
+def _check_adapter(student: Student) -> None:
+    adapter = trained_adapter(expand(str(student.adapter)))
+    check_base(adapter, student.model)
 
 
 def _check_labels(config: Config) -> None:

@@ -7,7 +7,7 @@ what becomes of the samples, is up to the stage.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 from kit.backends import open_backend
 from kit.backends.base import Backend, Completion, Generation, Request
 from kit.backends.hf import HfBackend
-from kit.core.config import Align, Eval, ModelConfig, Teacher
+from kit.core.config import Align, Config, Eval, ModelConfig, Teacher
 from kit.core.memory import limit_bytes
 from kit.core.records import Outcome, Row, Sample
 from kit.core.run import Run
 from kit.core.stages import work_through
 from kit.core.storage import RowFile
 from kit.grading.answers import Grader, Item
+from kit.grading.opinions import AnswerJudge
+from kit.models import fingerprints
 from kit.prompts import render, solve_text
 
 BATCHES = 4  # items of a batch, over the sequences at a time
@@ -54,7 +56,7 @@ class Sampler(ExitStack):
         self.engine = engine
         self.settings = settings
         self.adapter = adapter
-        self.grader = self.enter_context(Grader())
+        self.grader = self.enter_context(grader_of(run.config))
 
     @cached_property
     def backend(self) -> Backend:
@@ -113,11 +115,29 @@ class Sampler(ExitStack):
             yield item, grade_samples(self.grader, generation.completions, item), generation
 
 
+def grader_of(config: Config) -> Grader:
+    """A grader that may ask the config's judge model."""
+    return Grader(judge=AnswerJudge(config.answer_judge, config.prompts))
+
+
+def model_fingerprints(config: Config, section: str, rows: Iterable[Row]) -> dict[str, str]:
+    """Those of a section's model, and of the judge model where a row is graded by it."""
+    sections = {section}
+    if any(row.verifier == "judge" for row in rows):
+        sections.add("answer_judge")
+    hashes = {}
+    for name in sections:
+        hashes.update(fingerprints(name, getattr(config, name)))
+    return hashes
+
+
 def grade_samples(
     grader: Grader, completions: Sequence[Completion], row: Row
 ) -> tuple[Sample, ...]:
     """Grade the completions of one problem against its gold answer, in their order."""
-    items = [Item(row.answer, completion.text, row.verifier) for completion in completions]
+    items = [
+        Item(row.answer, completion.text, row.verifier, row.question) for completion in completions
+    ]
     grades = grader.grade(items)
     return tuple(
         Sample(

@@ -7,16 +7,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit import data
+from kit.core import config as configs
 from kit.core.config import Config, DatasetConfig, resolve
 from kit.core.errors import KitError
 from kit.core.records import Problem
 from kit.formats import presets
+from kit.grading.answers import Grader, Item
+from tests.conftest import ROOT
 
 QA = [{"question": f"How much is {i} and {i}?", "answer": str(2 * i)} for i in range(1, 21)]
 
@@ -397,6 +401,7 @@ def test_a_question_is_made_from_several_keys(tmp_path: Path) -> None:
         ({"A": "red", "B": "blue"}, "A) red\nB) blue"),
         (["A)red", "B)blue"], "A)red\nB)blue"),
         ("A) red B) blue", "A) red B) blue"),
+        ({"text": ["red", "blue"], "label": ["A", "B"]}, "A) red\nB) blue"),
     ],
 )
 def test_options_become_lettered_lines(tmp_path: Path, options: Any, lines: str) -> None:
@@ -415,6 +420,40 @@ def test_an_answer_may_be_an_index_a_list_or_nested(tmp_path: Path) -> None:
     nested = {"question": "Q?", "reward_model": {"ground_truth": "7"}, "all": [{"x": "8"}]}
     assert one(tmp_path, nested, fields={"answer": "reward_model.ground_truth"}).answer == "7"
     assert one(tmp_path, nested, fields={"answer": "all.0.x"}).answer == "8"
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [(1, "B"), ("1", "B"), ("B", "B"), ("(B)", "B"), ("b", "B"), ("blue", "B"), ("A and B", "AB")],
+)
+def test_the_answer_to_a_choice_is_an_options_letter(
+    tmp_path: Path, answer: Any, letter: str
+) -> None:
+    row = {"question": "Which?", "choices": ["red", "blue"], "answer": answer}
+    template = {"question": "{question}\n{choices}"}
+    assert one(tmp_path, row, fields=template, verifier="choice").answer == letter
+
+
+def test_a_choice_without_options_or_with_an_answer_among_none_is_set_aside(tmp_path: Path) -> None:
+    whole = {"question": "Which?", "choices": ["red", "blue"], "answer": "B"}
+    rows = [whole]
+    for number, change in enumerate(
+        [{"choices": []}, {"choices": None}, {"answer": "C"}, {"answer": "green"}, {"answer": 2}]
+    ):
+        rows.append({**whole, "question": f"Which, {number}?", **change})
+    source = DatasetConfig(
+        path=write(tmp_path, rows),
+        fields={"question": "{question}\n{choices}"},
+        verifier="choice",
+    )
+    reading = data.read(source, 0)
+    assert [problem.answer for problem in reading.problems] == ["B"]
+    reasons = [row["reason"] for row in reading.rejected]
+    missing = "no question: nothing in choices"
+    unknown = "the answer names none of the options"
+    assert reasons == [missing, missing, unknown, unknown, unknown]
+    # mathematics may speak of options without being a choice
+    assert one(tmp_path, {"question": "Who?", "answer": "green"}, verifier="text").answer == "green"
 
 
 def test_an_unused_part_of_a_question_raises_a_warning(tmp_path: Path) -> None:
@@ -500,6 +539,33 @@ def test_benchmark_files_load_whole(real_data: Path, name: str) -> None:
         assert preset in ("amc23", "minerva") or without["warnings"]
     except KitError as error:
         assert f"preset={preset}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "verifier"), [("choice", "choice"), ("quantities", "number"), ("free-text", "judge")]
+)
+def test_the_rows_of_a_domains_config_are_whole_and_their_solutions_right(
+    monkeypatch: pytest.MonkeyPatch, name: str, verifier: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = configs.load(f"configs/{name}-mini.yaml")
+    reading = data.read(config.data.train, 0)
+    assert (len(reading.problems), reading.rejected, reading.warnings) == (96, [], [])
+    assert {problem.verifier for problem in reading.problems} == {verifier}
+    if verifier == "choice":
+        assert all("\nD) " in problem.question for problem in reading.problems)
+        assert {problem.answer for problem in reading.problems} == set("ABCD")
+    # words are compared exactly where no model is asked
+    how = "text" if verifier == "judge" else verifier
+    problems = reading.problems
+    right = [Item(row.answer, str(row.solution), how) for row in problems]
+    wrong = []
+    for row, other in pairwise(problems):
+        if row.answer != other.answer:
+            wrong.append(Item(row.answer, str(other.solution), how))
+    with Grader() as grader:
+        assert {grade.verdict for grade in grader.grade(right)} == {"correct"}
+        assert {grade.verdict for grade in grader.grade(wrong)} == {"wrong"}
 
 
 def test_a_preset_is_named_or_refused() -> None:

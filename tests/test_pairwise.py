@@ -82,7 +82,7 @@ def test_a_fair_judge_has_wins_and_ties_and_no_bias():
     assert test.pairs == 4
     assert (test.first, test.second, test.ties, test.flips) == (2, 1, 1, 0)
     assert test.first_shown_ratio == 0.5 and test.p_value == 1.0
-    pair = {"id": "p1", "winner": "first", "verdicts": ["A", "B"], "margins": [2.5, 2.5]}
+    pair = {"id": "p1", "winner": "first", "verdicts": ("A", "B"), "margins": [2.5, 2.5]}
     assert asdict(test.rows[0]) == pair
 
 

@@ -55,6 +55,7 @@ def closed_port() -> int:
 
 
 DEAD = f"url=http://127.0.0.1:{closed_port()}/v1"
+JUDGED = ["data.train={base}/rows.jsonl", "data.train.verifier=judge"]
 # Overrides that break one thing ({base}: the folder), the key and the words that name it.
 BROKEN: list[tuple[list[str], str, str]] = [
     (["prompts.judge=file:{base}/none.txt"], "config", "cannot be read"),
@@ -85,6 +86,9 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["teacher.backend=gguf", "teacher.model={base}/none.gguf"], "teacher", "no model"),
     (["student.backend=hf", "student.model={base}"], "student", "no model"),
     (["student.backend=hf", "student.model={base}/empty-model"], "student", "no weights"),
+    (["student.adapter={base}/none"], "student.adapter", "has never trained"),
+    ([*JUDGED, "answer_judge.backend=http", f"answer_judge.{DEAD}"], "data", "does not answer"),
+    ([*JUDGED, "answer_judge.model={base}"], "data", "no model"),
     (["judge.labels=[same, same]"], "student", "label"),
     ([*WHOLE, "train.batch_size=5", "train.micro_batch_size=2"], "train.micro_batch_size", "5"),
     ([*WHOLE, "eval.backend=gguf", "eval.model={base}"], "eval", "no model"),

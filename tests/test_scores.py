@@ -97,3 +97,27 @@ def test_the_papers_grader_is_a_second_figure_and_changes_no_verdict() -> None:
     assert result.accuracy == 0.25
     assert result.as_published == {"accuracy": 0.75, "pass_at": {"1": 0.75, "2": 1.0}}
     assert score([row_of("a", ["correct"])]).as_published is None
+
+
+def test_a_judges_verdicts_are_held_against_exact_match() -> None:
+    assert score([row_of("a", ["correct"])]).judge_agreement is None
+    rows = []
+    # the gold answer is "1": agree, agree, called wrong, called correct, not decided, not found
+    for number, (answer, verdict) in enumerate(
+        [
+            (" 1 ", "correct"),
+            ("2", "wrong"),
+            ("1", "wrong"),
+            ("one", "correct"),
+            ("1", "undecided"),
+            (None, "unparsed"),
+        ]
+    ):
+        sample = Sample(text="x", verdict=verdict, answer=answer)
+        rows.append(
+            EvalRow(id=str(number), question="q", answer="1", verifier="judge", samples=(sample,))
+        )
+    result = score([*rows, row_of("exact", ["wrong"])])
+    assert result.judge_agreement == {"agree": 2, "of": 4, "undecided": 1}
+    # what nobody decided is not correct
+    assert result.accuracy == pytest.approx(2 / 7, abs=1e-4)

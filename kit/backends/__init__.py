@@ -7,7 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 from kit.backends.base import Backend, Tokenizer
-from kit.core.config import ModelConfig
+from kit.core.config import ModelConfig, Student, expand
+from kit.core.run import trained_adapter
 
 BACKENDS = {
     "hf": "HfBackend",
@@ -25,12 +26,19 @@ def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
         adapter: what to put on top: hf: a PEFT adapter's folder; gguf: a GGUF LoRA; http: the
             folder or the name that it is served by.
 
+    A student with an adapter of its own has it merged.
+
     Raises:
         KitError: no such model or adapter.
     """
     # imported here, so that one backend does not load the libraries of another
     module = import_module(f"kit.backends.{engine.backend}")
     backend_class = getattr(module, BACKENDS[engine.backend])
+    if isinstance(engine, Student) and engine.adapter:
+        folder = trained_adapter(expand(engine.adapter))
+        backend = backend_class(engine, str(folder))
+        backend.merge_adapter()
+        return backend
     return backend_class(engine, adapter) if adapter else backend_class(engine)
 
 

@@ -82,6 +82,9 @@ class ScriptedBackend:
         """Judging by hash."""
         return ScriptedSession(self.seconds)
 
+    def merge_adapter(self) -> None:
+        """Nothing is merged."""
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -63,6 +63,7 @@ PLACEHOLDERS = {
     "judge": ("{question}", "{prefix}"),
     "draft": ("{question}", "{prefix}"),
     "compare": ("{question}", "{first}", "{second}"),
+    "grade": ("{question}", "{first}", "{second}"),
 }
 
 
@@ -91,7 +92,8 @@ class DatasetConfig(BaseConfig):
     limit: PositiveInt | None = None
     seed: int | None = None  # None: the first `limit` rows; a number: a seeded subset
     stratify: str | None = None  # level or subject: the subset keeps each stratum's share
-    verifier: Verifier = "math"  # of rows that name none of their own
+    # Of rows that name none of their own; judge: the model of `answer_judge`.
+    verifier: Verifier = "math"
     samples: PositiveInt | None = None  # evaluation: answers per problem; None: eval.samples
 
 
@@ -150,6 +152,19 @@ class ModelConfig(BaseConfig):
     def rows(self, on_card: bool = False) -> int:
         """Most sequences at a time."""
         return self.max_num_seqs or (32 if on_card else 8)
+
+
+class Student(ModelConfig):
+    """The model that learns."""
+
+    # A trained run, whose adapter it has on when it judges and continues (backend hf).
+    adapter: str | None = None
+
+    @model_validator(mode="after")
+    def _adapter_is_loaded_here(self) -> Student:
+        if self.adapter and self.backend not in ("hf", "scripted"):
+            raise ValueError("adapter needs backend hf; or name an exported model as student.model")
+        return self
 
 
 class Teacher(ModelConfig):
@@ -255,6 +270,7 @@ class Train(BaseConfig):
     """QLoRA (Paper: LoRA on 16-bit weights. Here: NF4)."""
 
     dtype: Dtype = "nf4"  # of the frozen base
+    init: Literal["fresh", "last"] = "fresh"  # last: go on from student.adapter, if there is one
     rank: PositiveInt = 16
     alpha: PositiveInt = 16
     dropout: Ratio = 0.05
@@ -300,6 +316,7 @@ class Prompts(BaseConfig):
         None  # judge.kind answer: what follows a prefix before the boxed answer
     )
     compare: str | None = None  # compare --pairwise-judge
+    grade: str | None = None  # verifier judge; answered with Yes or No
 
     @field_validator("*")
     @classmethod
@@ -327,9 +344,14 @@ class Config(BaseConfig):
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     method: str = Field(default="palign", pattern=methods.PATTERN)
     stop_after: str = Field(default="report", pattern=f"^({'|'.join(STAGES)})$")
+    # In each round after the first, the student of the round before judges and continues the same
+    # traces, and trains on them.
+    rounds: PositiveInt = 1
+    round_learning_rates: tuple[PositiveFloat, ...] = ()  # of rounds 2, 3, ...; else the first's
     data: Data = Data()
     teacher: Teacher = Teacher()
-    student: ModelConfig = ModelConfig()
+    student: Student = Student()
+    answer_judge: ModelConfig = ModelConfig()  # grades the answers whose verifier is judge
     judge: Judge = Judge()
     baseline: Baseline = Baseline()
     align: Align = Align()
@@ -341,10 +363,42 @@ class Config(BaseConfig):
     @classmethod
     def _eval_follows_student(cls, raw: Any) -> Any:
         try:
-            return {**raw, "eval": {**raw.get("student", {}), **raw.get("eval", {})}}
+            keys = {**raw.get("student", {}), **raw.get("eval", {})}
+            keys.pop("adapter", None)
+            return {**raw, "eval": keys}
         except (AttributeError, TypeError):
             # Something is not a mapping: the sections' own checks name it.
             return raw
+
+    @model_validator(mode="after")
+    def _later_rounds_learn_something(self) -> Config:
+        learns = methods.method_of(self.method)
+        if self.rounds > 1 and not (learns.continued or learns.cut == "judge"):
+            raise ValueError(f"method {self.method} asks the student nothing: set rounds to 1")
+        if self.rounds > 1 and self.stop_after not in ("train", "eval", "report"):
+            raise ValueError(
+                f"rounds need a training, which stop_after={self.stop_after} leaves out"
+            )
+        return self
+
+    def round(self, number: int) -> Config:
+        """The config of round 2, 3, ...: a run inside the first one's folder, on the adapter of the
+        round before.
+        """
+        before = self.folder if number == 2 else self.round(number - 1).folder
+        rates = dict(enumerate(self.round_learning_rates, 2))
+        rate = rates.get(number, self.train.learning_rate)
+        changes = {
+            "name": f"{self.name}-round-{number}",
+            "out": str(self.folder / f"round-{number}"),
+            "rounds": 1,
+            "round_learning_rates": (),
+            "student": self.student.model_copy(update={"adapter": str(before)}),
+            "train": self.train.model_copy(update={"learning_rate": rate}),
+            # the untrained student is the first round's
+            "eval": self.eval.model_copy(update={"base": False}),
+        }
+        return self.model_copy(update=changes)
 
     @property
     def folder(self) -> Path:

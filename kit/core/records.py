@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
-Verifier = Literal["math", "number", "choice", "text"]
+Verifier = Literal["math", "number", "choice", "text", "judge"]
 
 
 def replace_surrogates(text: str) -> str:
@@ -58,7 +58,7 @@ class Sample(Part):
     """One generated text and its grade."""
 
     text: str
-    verdict: Literal["correct", "wrong", "unparsed", "timeout"]
+    verdict: Literal["correct", "wrong", "unparsed", "timeout", "undecided"]
     answer: str | None = None  # as extracted
     finish_reason: Literal["stop", "length", "loop", "error"] = "stop"
     tokens: int = 0  # generated

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from kit import __version__
 from kit.core.config import Config, dump, flat, read_yaml
 from kit.core.errors import KitError
+from kit.core.fingerprints import check_trained
 from kit.core.progress import Progress
 from kit.core.records import Row
 from kit.core.stages import STAGE_TABLE, Stage
@@ -268,6 +269,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(content)
     check_format(folder, manifest)
     return manifest
+
+
+def trained_adapter(folder: Path) -> Path:
+    """The adapter that a run's training wrote.
+
+    Raises:
+        KitError: it has not trained, or its adapter is another one now.
+    """
+    trained = read_manifest(folder).get("stages", {}).get("train", {}).get("output")
+    if not trained:
+        raise KitError(
+            f"student.adapter={folder} has never trained an adapter.",
+            "Run it first, or name another run's folder.",
+            2,
+        )
+    check_trained(folder / "adapter", trained)
+    return folder / "adapter"
 
 
 def _is_resolved(config: Path) -> bool:

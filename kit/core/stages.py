@@ -86,7 +86,7 @@ class Stage:
 STAGE_TABLE = {
     "teach": Stage(
         "kit.pipeline.teach:teach",
-        keys=("teacher", "prompts.instruction", "seed"),
+        keys=("teacher", "answer_judge", "prompts.instruction", "prompts.grade", "seed"),
         input="the training problems",
         rows={"traces.jsonl": TraceRow},
     ),
@@ -95,7 +95,9 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student",
+            "answer_judge",
             "judge",
+            "prompts.grade",
             "prompts.judge",
             "prompts.instruction",
             "prompts.answer_cue",
@@ -115,7 +117,9 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student",
+            "answer_judge",
             "align",
+            "prompts.grade",
             "prompts.instruction",
             "prompts.draft",
             "seed",
@@ -129,6 +133,7 @@ STAGE_TABLE = {
         keys=(
             "method",
             "student.model",
+            "student.adapter",
             "student.system",
             "student.thinking",
             "train",
@@ -140,7 +145,7 @@ STAGE_TABLE = {
     ),
     "eval": Stage(
         "kit.pipeline.evaluate:evaluate",
-        keys=("method", "eval", "prompts.instruction", "seed"),
+        keys=("method", "answer_judge", "eval", "prompts.instruction", "prompts.grade", "seed"),
         input="the evaluation problems",
         rows={"eval/*.jsonl": EvalRow},
     ),

@@ -1,9 +1,9 @@
 r"""Final answers graded against the gold answer (section 4; the filter of Eq. 9).
 
 An answer is found (extract.py), put into a normal form (normalize.py), and compared: as a letter,
-as words, as a plain number with a unit (quantities.py), or by sympy in a worker process that can be
-killed (math_worker.py, expressions.py). No wrong answer may pass: what cannot be read as a whole is
-never graded by a part of it.
+as words, as a plain number with a unit (quantities.py), by a judge model (opinions.py), or by sympy
+in a worker process that can be killed (math_worker.py, expressions.py). No wrong answer may pass:
+what cannot be read as a whole is never graded by a part of it.
 
 Nothing that a text says is executed, and nothing is known here of how it was drawn.
 """
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+from kit.core.errors import KitError
 from kit.grading.extract import LONGEST, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
+from kit.grading.opinions import AnswerJudge
 from kit.grading.quantities import different_units, read_clock, read_quantity
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
@@ -42,21 +44,23 @@ class Item(NamedTuple):
     """A text to grade: what a model wrote, and the right answer, or a solution that ends in a box
     or in `#### 8`.
 
-    `verifier` is math, number (grade-school: units in words are allowed), choice (option letters)
-    or text.
+    `verifier` is math, number (grade-school: units in words are allowed), choice (option letters),
+    text, or judge (a model, which is shown the question too).
     """
 
     gold: str
     output: str
     verifier: str = "math"
+    question: str = ""
 
 
 class Grade(NamedTuple):
     """What became of a text.
 
-    `verdict` is correct, wrong, unparsed (no answer, or none that can be read) or timeout (the
-    worker was stopped). `how` is none, oversized, or `PLACE:METHOD`: boxed, tag, hashes, phrase,
-    bare or given, and decimal, math, string, choice, text, unreadable, time, memory or crash.
+    `verdict` is correct, wrong, unparsed (no answer, or none that can be read), timeout (the worker
+    was stopped) or undecided (by the judge model). `how` is none, oversized, or `PLACE:METHOD`:
+    boxed, tag, hashes, phrase, bare or given, and decimal, math, string, choice, text, unreadable,
+    time, memory, crash, or what `AnswerJudge.compare` says.
     """
 
     verdict: str
@@ -71,16 +75,26 @@ class Grader:
     Args:
         timeout_seconds: for one answer; the worker is then killed and replaced.
         memory_bytes: the worker's address space.
+        judge: grades the answers whose verifier is judge; closed with the grader.
     """
 
-    def __init__(self, timeout_seconds: float = 5.0, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        timeout_seconds: float = 5.0,
+        memory_bytes: int = 1 << 30,
+        judge: AnswerJudge | None = None,
+    ) -> None:
         self._worker = MathWorker(timeout_seconds, memory_bytes)
+        self._judge = judge
 
     def grade(self, items: Sequence[Item], bare: bool = False) -> list[Grade]:
         """Grade texts, in order; equal answers to equal questions are compared once.
 
         Args:
             bare: the outputs are answers that were extracted before.
+
+        Raises:
+            KitError: the judge model does not load, or there is none.
         """
         compare = cache(self._compare)
         grades = []
@@ -94,7 +108,7 @@ class Grader:
             if max(len(answer), len(gold)) > LONGEST:
                 grades.append(Grade("unparsed", None, "oversized"))
                 continue
-            verdict, method = compare(item.verifier, gold, answer)
+            verdict, method = compare(item.verifier, gold, answer, item.question)
             grades.append(Grade(verdict, answer, f"{place}:{method}"))
         return grades
 
@@ -102,15 +116,20 @@ class Grader:
         """The paper's own verdicts, as a second opinion; see kit/grading/published.py."""
         return [self._worker.published(gold_of(item.gold), item.output) for item in items]
 
-    def _compare(self, verifier: str, gold: str, answer: str) -> tuple[str, str]:
+    def _compare(self, verifier: str, gold: str, answer: str, question: str) -> tuple[str, str]:
         """Verdict and method; the worker is asked last."""
+        if verifier == "judge":
+            if self._judge is None:
+                message = "The verifier judge asks a model, which a run's config names."
+                raise KitError(message, "Name another verifier, or evaluate by `palign.py run`.", 2)
+            return self._judge.compare(question, gold, answer)
         if verifier == "choice":
             return _compare_letters(gold, answer)
         # words
         right = normalize(gold)
         given = normalize(answer)
         if verifier == "text":
-            return _verdict(comparable(right) == comparable(given)), "text"
+            return _verdict(same_words(gold, answer)), "text"
 
         # 5... is some number near 5: equal to its own spelling, and else not known
         if _ELLIPSIS.search(answer) and comparable(right) != comparable(given):
@@ -127,7 +146,7 @@ class Grader:
         # the same string; a single letter in a file of mathematics
         if comparable(right) == comparable(given):
             return "correct", "string"
-        if re.fullmatch(r"\(?[A-J]\)?", right) and _letters(given) == _letters(right):
+        if re.fullmatch(r"\(?[A-J]\)?", right) and letters(given) == letters(right):
             return "correct", "choice"
         bases = _bases(right, given)
         if bases is not None:
@@ -141,6 +160,13 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self._worker.close()
+        if self._judge:
+            self._judge.close()
+
+
+def same_words(gold: str, answer: str) -> bool:
+    """Whether two answers are the same text, up to case, spaces and fonts."""
+    return comparable(normalize(gold)) == comparable(normalize(answer))
 
 
 def _verdict(right: bool) -> str:
@@ -168,14 +194,14 @@ def _quantity_text(verifier: str, text: str) -> str:
 
 def _compare_letters(gold: str, answer: str) -> tuple[str, str]:
     # several letters where one is right name no answer
-    right = _letters(gold)
-    given = _letters(answer)
+    right = letters(gold)
+    given = letters(answer)
     if not right or not given or len(given) > len(right) == 1:
         return "unparsed", "choice"
     return _verdict(right == given), "choice"
 
 
-def _letters(text: str) -> str:
+def letters(text: str) -> str:
     """The option letters that an answer names, sorted; "" for none."""
     # (B) in any font
     plain = re.sub(rf"\\{FONTS}\s*\{{([^{{}}]*)\}}", r"\1", text)

@@ -44,8 +44,19 @@ degree degrees °
 radian radians rad
 n newton newtons
 j joule joules
+kj kilojoule kilojoules
 w watt watts
-v volt volts"""
+kw kilowatt kilowatts
+v volt volts
+hz hertz
+pa pascal pascals
+ohm ohms
+amp ampere amperes amps
+coulomb coulombs
+kelvin kelvins
+mol mole moles
+erg ergs
+parsec parsecs"""
 UNITS = {name: line.split()[0] for line in _UNITS.splitlines() for name in line.split()}
 _SCALES = {
     "hundred": 2,

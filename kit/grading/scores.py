@@ -16,6 +16,7 @@ import numpy as np
 from kit.backends.base import looping
 from kit.core.records import EvalRow, Sample
 from kit.grading import stats
+from kit.grading.answers import gold_of, same_words
 
 LOOP_CHARACTERS = 20000  # the end of a text in which a loop is looked for
 
@@ -46,6 +47,8 @@ class Score(Accuracy):
     mean_tokens: float
     accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
     as_published: dict[str, Any] | None  # accuracy and pass_at by the paper's grader, if asked
+    # {agree, of, undecided}: verdicts of a judge model beside exact match; None: it was not asked
+    judge_agreement: dict[str, int] | None
     by_level: dict[str, Accuracy]
     by_subject: dict[str, Accuracy]
 
@@ -88,6 +91,7 @@ def score(rows: Sequence[EvalRow]) -> Score:
         mean_tokens=_mean(sample.tokens for sample in samples),
         accuracy_completed=round(_correct(completed) / len(completed), 4) if completed else None,
         as_published=_as_published(rows),
+        judge_agreement=_judge_agreement(rows),
         by_level=_accuracy_by(rows, "level"),
         by_subject=_accuracy_by(rows, "subject"),
     )
@@ -133,6 +137,22 @@ def _pass_at(rows: Sequence[EvalRow]) -> dict[str, float]:
     most = max((len(row.samples) for row in rows), default=0)
     counts = [(_correct(row.samples), len(row.samples) or most) for row in rows]
     return {str(k): round(ratio, 4) for k, ratio in stats.pass_at(counts).items()}
+
+
+def _judge_agreement(rows: Sequence[EvalRow]) -> dict[str, int] | None:
+    """How often a judge model's verdict is that of exact match, of those that it decided."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for sample in row.samples if row.verifier == "judge" else ():
+            if sample.verdict == "undecided":
+                counts["undecided"] += 1
+            elif sample.answer:
+                is_same = same_words(gold_of(row.answer), sample.answer)
+                counts["agree"] += is_same == (sample.verdict == "correct")
+                counts["of"] += 1
+    if not any(row.verifier == "judge" for row in rows):
+        return None
+    return {name: counts[name] for name in ("agree", "of", "undecided")}
 
 
 def _as_published(rows: Sequence[EvalRow]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import Label, PrefixRow
-from kit.grading.answers import Grader, Item, gold_of
+from kit.grading.answers import Item, gold_of
 from kit.judging.calibration import calibrated_threshold
 from kit.judging.sentences import ends
 from kit.prompts import (
@@ -35,6 +35,7 @@ from kit.prompts import (
     solve_text,
     text_of,
 )
+from kit.sampling import grader_of
 
 # How binary-cut asks, whatever the section judge says.
 FORCED_ANSWER = {
@@ -66,7 +67,7 @@ class Judge(ExitStack):
         self.config = config
         self.settings = settings
         self.backend = backend
-        self.grader = self.enter_context(Grader())
+        self.grader = self.enter_context(grader_of(config))
         # of generated verdicts; continuations are drawn as `align` draws them
         self.sampling = Sampling(temperature=0, top_p=1, max_new_tokens=settings.max_new_tokens)
         if settings.kind == "success":
@@ -161,7 +162,8 @@ class Judge(ExitStack):
         boxed = _BOXED.match(text)
         if boxed is None:
             return "UNPARSED"
-        [grade] = self.grader.grade([Item(row.answer, boxed[1], row.verifier)], bare=True)
+        item = Item(row.answer, boxed[1], row.verifier, row.question)
+        [grade] = self.grader.grade([item], bare=True)
         return LABEL_OF_GRADE.get(grade.verdict, "UNPARSED")
 
 

@@ -22,10 +22,16 @@ from kit.core.stages import file_digest, tallies
 from kit.core.storage import as_line, digest, write_atomic
 from kit.judging.baselines import holds_answer
 from kit.judging.cut import keep
-from kit.models import fingerprints
 from kit.pipeline.truncate import whole_traces
 from kit.prompts import draft_turns, target, text_of
-from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, rejection
+from kit.sampling import (
+    PROBLEM_FIELDS,
+    Sampled,
+    Sampler,
+    choose,
+    model_fingerprints,
+    rejection,
+)
 
 NAME = "aligned.jsonl"
 TRAIN = "train.jsonl"
@@ -36,7 +42,7 @@ def align(run: Run) -> None:
     config = run.config
     prefixes = _prefixes(run)
     work = extend if method_of(config.method).continued else take_over
-    model = partial(fingerprints, "student", config.student) if work is extend else dict
+    model = partial(model_fingerprints, config, "student", prefixes) if work is extend else dict
     if not run.begin("align", digest(prefixes), lambda: _output(run), model):
         return
     prefixes = [row for row in prefixes if not row.rejected]

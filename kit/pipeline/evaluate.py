@@ -21,9 +21,9 @@ from kit.core.storage import digest
 from kit.data import problems_of
 from kit.grading.answers import Item
 from kit.grading.scores import compare_rows, score
-from kit.models import check_base, fingerprints, gguf_file
+from kit.models import check_base, gguf_file
 from kit.prompts import template_hash
-from kit.sampling import PROBLEM_FIELDS, Sampler, rejection
+from kit.sampling import PROBLEM_FIELDS, Sampler, model_fingerprints, rejection
 from kit.training import canary
 from kit.training.gguf_lora import convert
 
@@ -62,11 +62,13 @@ def evaluate(run: Run) -> None:
     files = [file_name(config.model, *side) for side in product(sides, datasets)]
 
     # What the answers depend on: the problems, how many answers each gets, model and adapter.
-    source = digest(chain.from_iterable(datasets.values()))
+    problems = list(chain.from_iterable(datasets.values()))
+    source = digest(problems)
     samples = problems_of(run).samples
 
     def content() -> dict[str, str]:
-        return {**fingerprints("eval", config), ADAPTER: adapter_hash(adapter)}
+        models = model_fingerprints(run.config, "eval", problems)
+        return {**models, ADAPTER: adapter_hash(adapter)}
 
     def output() -> str:
         return " ".join(file_digest(run, file, EvalRow) for file in files)
@@ -82,10 +84,10 @@ def evaluate(run: Run) -> None:
             if on_top and config.backend in ("gguf", "http"):
                 proof = canary.check(run.folder, run.config, student.backend, run.progress)
                 run.record(adapter_check=proof)
-            for dataset, problems in datasets.items():
+            for dataset, asked in datasets.items():
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])
-                rows[dataset][which] = student.sweep("eval", file, EvalRow, problems, work)
+                rows[dataset][which] = student.sweep("eval", file, EvalRow, asked, work)
     _finish(run, rows, output())
 
 

@@ -16,8 +16,15 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import digest
 from kit.data import problems_of
-from kit.models import fingerprints
-from kit.sampling import PROBLEM_FIELDS, Sampled, Sampler, choose, grade_samples, rejection
+from kit.sampling import (
+    PROBLEM_FIELDS,
+    Sampled,
+    Sampler,
+    choose,
+    grade_samples,
+    model_fingerprints,
+    rejection,
+)
 from kit.synthetic import wander
 
 NAME = "traces.jsonl"
@@ -27,7 +34,7 @@ def teach(run: Run) -> None:
     """The stage: one `TraceRow` per problem."""
     config = run.config.teacher
     problems = [] if run.config.method == "zero-shot" else problems_of(run).train
-    model = partial(fingerprints, "teacher", config)
+    model = partial(model_fingerprints, run.config, "teacher", problems)
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow), model):
         return
     with Sampler(run, config, config) as teacher:

@@ -27,8 +27,8 @@ from kit.judging.baselines import long_and_short, matched_ratio, open_rule
 from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, from_problem
 from kit.judging.judge import open_judge
 from kit.judging.sentences import ends
-from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
+from kit.sampling import model_fingerprints
 
 NAME = "prefixes.jsonl"
 SUMS = ("prefill_tokens", "cached_tokens", "generated_tokens", "sufficient", "violations")
@@ -56,7 +56,7 @@ def truncate(run: Run) -> None:
     if rule == "long-and-short":
         traces = list(chain(*map(long_and_short, traces)))
     is_judged = bool(traces) and rule in ("judge", "forced-answer")
-    depends_on = partial(_depends_on, config, rule) if traces else dict
+    depends_on = partial(_depends_on, config, rule, traces) if traces else dict
     output = partial(file_digest, run, NAME, PrefixRow)
     if not run.begin("truncate", digest(traces), output, depends_on):
         return
@@ -88,15 +88,15 @@ def truncate(run: Run) -> None:
     run.finish("truncate", digest(rows), len(traces), kept, **summary)
 
 
-def _depends_on(config: Config, rule: str) -> dict[str, Any]:
+def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> dict[str, Any]:
     """What a method's rows depend on besides the stage's keys: models, and keys of its own."""
     if rule in ("judge", "forced-answer"):
-        return fingerprints("student", config.student)
+        return model_fingerprints(config, "student", traces)
     if rule == "entropy":
         return {
             "baseline.drop_ratio": config.baseline.drop_ratio,
             "baseline.skip_marker": config.baseline.skip_marker,
-            **fingerprints("student", config.student),
+            **model_fingerprints(config, "student", traces),
         }
     if rule == "matched-ratio":
         return {"share of baseline.matched_run": matched_ratio(config)}

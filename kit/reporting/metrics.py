@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from jinja2 import Environment
 
 from kit.core.config import load
 from kit.core.errors import KitError
-from kit.core.records import AlignedRow, PrefixRow, Row, TraceRow
+from kit.core.records import AlignedRow, EvalRow, PrefixRow, Row, TraceRow
 from kit.core.run import read_manifest
+from kit.core.stages import file_name
 from kit.core.storage import RowFile
+from kit.grading.scores import compare_rows
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
 STAGE_KEYS = ("rows_in", "rows_out", "seconds", "done")
@@ -114,6 +117,7 @@ def numbers(files: Files) -> Json:
             after an ENOUGH), degenerate, notes
         rejections [{stage, reason, rows, of}]; retention {rows, of, ratio, paper}
         lengths {part: percentiles}, in characters; samples {stage: see `_tally`}
+        rounds: see `_rounds`
         answer_in_prefix: training rows; damaged: lines of files; findings: see `findings`
     """
     log = files.log
@@ -142,6 +146,7 @@ def numbers(files: Files) -> Json:
         **_judging(files.prefixes),
         "degenerate": judging.get("degenerate"),
         "notes": judging.get("notes", []),
+        "rounds": _rounds(files),
         "damaged": files.damaged,
     }
     return {**result, "findings": findings(result, files.config)}
@@ -276,6 +281,42 @@ def _judging(rows: Sequence[PrefixRow]) -> Json:
         **dict.fromkeys(JUDGING_TOTALS, 0),
         **totals,
     }
+
+
+def _rounds(files: Files) -> list[Json]:
+    """What the rounds of a run came to, as far as they are done; empty where there is only one.
+
+    Returns:
+        [{round, folder, prefix_ratio_median, retention, score: of the first evaluation dataset,
+        gain: `PairedTest` against the round before, pays: whether accuracy rose beyond the noise}]
+    """
+    rounds: list[Json] = []
+    before: list[EvalRow] = []
+    last = files.config["rounds"]
+    for number in range(1, last + 1) if last > 1 else ():
+        folder = files.folder / f"round-{number}" if number > 1 else files.folder
+        if not read_manifest(folder):
+            break
+        run = Files(folder)
+        scores = run.summary("eval").get("scores", [])
+        tuned = [score for score in scores if score["which"] == "tuned"]
+        if not tuned:
+            break
+        rows = run.rows(file_name(tuned[0]["model"], "tuned", tuned[0]["dataset"]), EvalRow)
+        gain = compare_rows(before, rows)
+        before = rows
+        rounds.append(
+            {
+                "round": number,
+                "folder": str(run.folder),
+                "prefix_ratio_median": _judging(run.prefixes)["prefix_ratio_median"],
+                "retention": _funnel(run)["retention"],
+                "score": tuned[0],
+                "gain": gain and asdict(gain),
+                "pays": gain is None or bool(gain.ci_low > 0),
+            }
+        )
+    return rounds
 
 
 def _tally(rows: Sequence[Any]) -> Json:

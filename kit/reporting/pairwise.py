@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 
-from kit.backends.base import Backend, ScoreRequest
+from kit.backends.base import Backend
 from kit.core.config import Prompts
-from kit.core.errors import KitError
 from kit.core.records import EvalRow
+from kit.grading.opinions import label_tokens, opinion
 from kit.grading.stats import sign_test
-from kit.prompts import fill, render, text_of
+from kit.prompts import text_of
 
 LABELS = "ABT"  # the first shown is better, the second, neither
-WINNERS = {"AB": "first", "BA": "second", "AA": "flips", "BB": "flips"}  # in both orders; else ties
+# By the labels of both orders; else ties.
+WINNERS: dict[tuple[str, ...], str] = {
+    ("A", "B"): "first",
+    ("B", "A"): "second",
+    ("A", "A"): "flips",
+    ("B", "B"): "flips",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class JudgedPair:
 
     id: str
     winner: str  # first, second, ties or flips (the winner changed with the order)
-    verdicts: list[str]  # a label for each order
+    verdicts: tuple[str, ...]  # a label for each order
     margins: list[float]  # nats between the best label and the next
 
 
@@ -59,12 +64,7 @@ def compare_reasoning(
     Raises:
         KitError: the judge's tokenizer begins several labels with the same token.
     """
-    labels = tuple(backend.tokenizer.encode(label, special=False)[0] for label in LABELS)
-    if len(set(labels)) < len(LABELS):
-        raise KitError(
-            f"{backend.name} begins {', '.join(LABELS)} with the same first token.",
-            "Use another judge.",
-        )
+    label_tokens(backend.tokenizer, LABELS, backend.name)
 
     # Ask about every problem that both runs answered, in both orders.
     others = {(row.id, row.question): row.samples[0].text for row in second if row.samples}
@@ -75,15 +75,13 @@ def compare_reasoning(
         theirs = others.get((row.id, row.question))
         if not row.samples or theirs is None:
             continue
-        ours = row.samples[0].text
-        orders = []
-        for one, two in ((ours, theirs), (theirs, ours)):
-            text = fill(template, question=row.question, first=one, second=two)
-            orders.append(render(backend.tokenizer, text))
-        if max(map(len, orders)) < backend.context_tokens:
-            rows.append(_judge(backend, labels, row.id, orders))
-        else:
+        pair = (row.samples[0].text, theirs)
+        result = opinion(backend, LABELS, template, row.question, pair)
+        if result is None:
             too_long.append(row.id)
+            continue
+        winner = WINNERS.get(result.labels, "ties")
+        rows.append(JudgedPair(row.id, winner, result.labels, result.margins))
 
     # A judge without a position bias prefers the first shown in half of its preferences.
     winners = Counter(row.winner for row in rows)
@@ -102,19 +100,3 @@ def compare_reasoning(
         too_long=too_long,
         rows=rows,
     )
-
-
-def _judge(
-    backend: Backend, labels: tuple[int, ...], id: str, orders: Sequence[tuple[int, ...]]
-) -> JudgedPair:
-    """Read the most likely label after each order's prompt."""
-    verdicts = ""
-    margins = []
-    with closing(backend.session()) as session:
-        for ids in orders:
-            request = ScoreRequest(ids, ((len(ids) - 1, labels),))
-            [[logprobs]] = session.score([request])
-            *_, runner_up, best = sorted(logprobs)
-            verdicts += LABELS[logprobs.index(best)]
-            margins.append(round(best - runner_up, 4))
-    return JudgedPair(id, WINNERS.get(verdicts, "ties"), list(verdicts), margins)

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kit.core.card import half_dtype
-from kit.core.config import Config, Train
+from kit.core.config import Config, Train, expand
 from kit.core.errors import KitError
 from kit.core.fingerprints import BASE
 from kit.core.memory import is_out_of_memory, peak_bytes, reset_peak
-from kit.core.run import Run
+from kit.core.run import Run, trained_adapter
 from kit.core.storage import write_atomic
 from kit.core.threads import watch
-from kit.models import content_of, load_model
+from kit.models import check_base, content_of, load_model
 from kit.prompts import template_hash
 from kit.training import trackers
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
@@ -53,7 +54,12 @@ def lora_config(settings: Train) -> LoraConfig:
 
 
 def make_model(config: Config) -> Any:
-    """The student with a fresh adapter, ready for the `attach`ed loss."""
+    """The student with a fresh adapter, or with that of `train.init`, ready for the `attach`ed
+    loss.
+
+    Raises:
+        KitError: an adapter of another base or shape to go on from.
+    """
     settings = config.train
     base = load_model(config.student.model, dtype=settings.dtype, for_training=True)
     base.requires_grad_(False)
@@ -64,8 +70,22 @@ def make_model(config: Config) -> Any:
     attach(base, settings.logits_bytes)
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
     model = get_peft_model(base, lora_config(settings))
+    if settings.init == "last" and config.student.adapter:
+        _take_weights(model, trained_adapter(expand(config.student.adapter)), config)
     watch(model)
     return model
+
+
+def _take_weights(model: Any, adapter: Path, config: Config) -> None:
+    """Give a fresh adapter the weights of a trained one."""
+    check_base(adapter, config.student.model)
+    saved = json.loads((adapter / "adapter_config.json").read_bytes())
+    shape = {"r": config.train.rank, "lora_alpha": config.train.alpha}
+    for key, value in shape.items():
+        if saved[key] != value:
+            message = f"{adapter} has {key} {saved[key]}, and the config trains {value}."
+            raise KitError(message, "Set train.rank and train.alpha to it, or train.init=fresh.")
+    set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
 
 
 class AdapterTrainer(Trainer):
