@@ -309,7 +309,7 @@ def test_matching_needs_a_run_whose_traces_are_cut(tmp_path: Path) -> None:
     problems = [Problem(id="a", question="q", answer="54", trace=WANDERING)]
     with pytest.raises(KitError, match="matched_run=None holds no run") as error:
         run_truncate(tmp_path / "a", problems, method="fixed-prefix-matched")
-    assert error.value.code == 2 and "baseline.matched_run" in error.value.hint
+    assert error.value.code == 2 and "folder of a P-ALIGN run" in error.value.hint
     baseline = {"matched_run": str(tmp_path / "nothing")}
     with pytest.raises(KitError, match="no run whose traces are cut"):
         run_truncate(tmp_path / "b", problems, method="fixed-prefix-matched", baseline=baseline)
