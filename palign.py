@@ -216,14 +216,10 @@ def _defect(error: Exception) -> str:
 
 
 def _stages(args: Namespace, progress: Any) -> int:
-    from kit.pipeline import rounds
     from kit.reporting import report
 
-    config = _config(args)
-    if args.command == "run":
-        numbers = rounds.run_rounds(config, progress, _run_stages)
-    else:
-        numbers = _run_stages(config, progress, args.command)
+    carry_out = _run_rounds if args.command == "run" else _run_stages
+    numbers = carry_out(_config(args), progress, args.command)
     if numbers and (args.json or not args.quiet):
         _print(args, numbers, report.show)
     return 0
@@ -271,11 +267,18 @@ def _run_stages(config: Any, progress: Any, command: str) -> dict[str, Any]:
         return metrics.numbers(metrics.Files(run.folder))
 
 
+def _run_rounds(config: Any, progress: Any, command: str) -> dict[str, Any]:
+    """The command `run`: all stages of all rounds; returns the first round's numbers."""
+    from kit.pipeline import rounds
+
+    return rounds.run_rounds(config, progress, _run_stages)
+
+
 def _sweep(args: Namespace, progress: Any) -> int:
     from kit.pipeline import sweep
     from kit.reporting import compare
 
-    result = sweep.sweep(args.config, args.overrides, progress, _run_stages)
+    result = sweep.sweep(args.config, args.overrides, progress, _run_rounds)
     _print(args, result, lambda result: compare.show(result["compare"]))
     return int(any(run["error"] for run in result["runs"]))
 

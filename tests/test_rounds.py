@@ -26,7 +26,8 @@ from kit.core.progress import Progress
 from kit.core.records import PrefixRow, TraceRow
 from kit.core.run import Run, read_manifest, trained_adapter
 from kit.core.storage import RowFile
-from kit.judging.judge import Judge, cut
+from kit.judging.cut import cut
+from kit.judging.judge import Judge
 from kit.pipeline.rounds import run_rounds
 from kit.training.trainer import make_model
 from tests.browser import REPORT, check

@@ -372,8 +372,9 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _later_rounds_learn_something(self) -> Config:
-        learns = methods.method_of(self.method)
-        if self.rounds > 1 and not (learns.continued or learns.cut == "judge"):
+        rule = methods.method_of(self.method)
+        asks_student = rule.continued or rule.cut in ("judge", "forced-answer")
+        if self.rounds > 1 and not asks_student:
             raise ValueError(f"method {self.method} asks the student nothing: set rounds to 1")
         if self.rounds > 1 and self.stop_after not in ("train", "eval", "report"):
             raise ValueError(

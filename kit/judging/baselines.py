@@ -27,6 +27,7 @@ from kit.grading.answers import Grader, Item, gold_of, last_box
 from kit.judging.cut import Cut, cut_at_ratio, keep, reject, sentences_at, within_memory
 from kit.judging.sentences import ends, split
 from kit.prompts import PrefixEncoder, render, solve_text
+from kit.sampling import grader_of
 
 # What may stand before the value in which a sentence ends: 3 + 4 = 7, "so it is 7", "leaves 7".
 _BEFORE_RESULT = (
@@ -62,7 +63,7 @@ def open_rule(config: Config) -> Iterator[Cut]:
             "no-checks": no_verify,
             "long-and-short": long_or_short,
         }
-        with Grader() as grader:
+        with grader_of(config) as grader:
             yield partial(rules[name], grader)
 
 
@@ -74,7 +75,7 @@ def post_think(grader: Grader, row: PrefixRow) -> PrefixRow:
     """
     if not row.attempt:
         return reject(row, "no attempt", "the teacher wrote nothing after its thinking")
-    [grade] = grader.grade([Item(row.answer, row.attempt, row.verifier)])
+    [grade] = grader.grade([Item(row.answer, row.attempt, row.verifier, row.question)])
     if grade.verdict == "wrong":
         return reject(row, "wrong attempt", f"the attempt's answer is {grade.answer!s:.80}")
     return keep_text(row, row.attempt, 0)
@@ -104,7 +105,7 @@ def _concludes(grader: Grader, row: PrefixRow, sentence: str) -> bool:
             return True
     elif "boxed" not in sentence:
         return False
-    [grade] = grader.grade([Item(row.answer, sentence, row.verifier)])
+    [grade] = grader.grade([Item(row.answer, sentence, row.verifier, row.question)])
     return grade.verdict == "correct"
 
 

@@ -7,7 +7,6 @@ by keys and digests, whether they are what it would have made. No number is comp
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,7 +16,7 @@ from kit.core.config import Config, expand, load, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.run import Run, read_manifest
-from kit.pipeline.teach import NAME
+from kit.pipeline.rounds import take_over_traces
 from kit.reporting import compare
 
 
@@ -106,10 +105,7 @@ def _take_over_traces(config: Config, configs: list[Config], progress: Progress)
         entry = _stages_of(other).get("teach", {})
         if other.seed == config.seed and entry.get("done") and entry["rows_in"]:
             with Run(config, progress, "sweep") as run:
-                # the entry last: a kill before it leaves a run that has not begun
-                shutil.copyfile(other.folder / NAME, run.path(NAME))
-                run.manifest["stages"]["teach"] = entry
-                run.record()
+                take_over_traces(run, other.folder)
             return
 
 
