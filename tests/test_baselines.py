@@ -184,14 +184,14 @@ def check_target(grader: Grader, method: str, trace: PrefixRow, row: PrefixRow) 
 
 
 def split_like(trace: str, kept: str) -> list[str]:
-    """Kept text as the trace's own sentences, found greedily from the left; all must be used up."""
-    parts = []
+    """Kept text as sentences of the trace in its order, with nothing left over."""
+    found: dict[int, list[str]] = {0: []}  # sentences that make up so many characters of it
     for sentence in split(trace):
-        if kept.startswith(sentence):
-            parts.append(sentence)
-            kept = kept[len(sentence) :]
-    assert kept == "", f"no sentence of the trace: {kept[:60]!r}"
-    return parts
+        for length, parts in list(found.items()):
+            if kept.startswith(sentence, length):
+                found.setdefault(length + len(sentence), [*parts, sentence])
+    assert len(kept) in found, f"no sentence of the trace: {kept[max(found) :][:60]!r}"
+    return found[len(kept)]
 
 
 @pytest.mark.parametrize("method", ["first-correct", "no-verify"])
@@ -340,7 +340,7 @@ def test_keys_of_step_entropy_rerun_its_cut_and_no_other(tmp_path: Path) -> None
         for drop_ratio in (0.5, 0.8):
             raw = {"method": method, "baseline": {"drop_ratio": drop_ratio}}
             config = configs.resolve(raw, "test")
-            keys.append(_depends_on(config, METHODS[method].cut))
+            keys.append(_depends_on(config, METHODS[method].cut, []))
         assert (keys[0] != keys[1]) == reruns, method
     rows = run_truncate(tmp_path, problems, method="no-verify", baseline={"drop_ratio": 0.5})
     again = run_truncate(tmp_path, problems, method="no-verify", baseline={"drop_ratio": 0.8})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kit.core import config as configs
@@ -133,3 +135,9 @@ def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):
 def test_an_unknown_key_with_no_near_name_lists_those_of_its_section(tmp_path):
     with pytest.raises(KitError, match=r"data\.xyzzy: unknown key; known: eval, train"):
         load(tmp_path, "data: {xyzzy: 1}")
+
+
+def test_a_config_that_an_editor_saved_as_utf_16_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("name: märchen".encode("utf-16"))
+    assert configs.load(path).name == "märchen"

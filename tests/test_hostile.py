@@ -96,7 +96,6 @@ CONFIGS: dict[str, str | bytes] = {
     "scalar": "just words",
     "binary": random.Random(0).randbytes(4_000),
     "nul": b"\0" * 4_000,
-    "utf-16": "name: x".encode("utf-16"),
     "tabs": "train:\n\trank: 1",
     "code": "name: !!python/object/apply:os.system ['touch owned']",
     "date": "name: 2024-13-45",

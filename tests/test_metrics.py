@@ -123,6 +123,12 @@ def inconspicuous(run: dict[str, Any]) -> dict[str, Any]:
 
 
 CONFIG = {"judge": {"kind": "verbal"}, "eval": {"sampling": {"max_new_tokens": 4096}}}
+NO_GAIN = {
+    "round": 2,
+    "pays": False,
+    "gain": {"difference": 0.01, "ci_low": -0.03, "ci_high": 0.05, "n": 60},
+    "score": {"mean_tokens": 90.0},
+}
 TROUBLES = [
     ({"retention": {"rows": 580, "of": 1000, "ratio": 0.58, "paper": 0.966}}, "580 of 1,000 (58%)"),
     ({"train_rows": 12}, "12 training rows"),
@@ -135,6 +141,7 @@ TROUBLES = [
     ({"verdicts_unparsed": 3}, "could not be parsed"),
     ({"near_duplicates": [{"dataset": "held", "n": 27, "of": 200}]}, "27 of 200 (14%) problems of"),
     ({"notes": ["the cache cannot be cut"]}, "the cache cannot be cut"),
+    ({"rounds": [NO_GAIN]}, "Round 2 no longer pays"),
 ]
 # (a list or mapping of the numbers, what changes in its first item, the words of the finding)
 NESTED_TROUBLES = [
@@ -144,6 +151,11 @@ NESTED_TROUBLES = [
         "scores",
         {"verdicts": {"correct": 20, "unparsed": 39, "timeout": 1}, "samples": 60},
         "could not be graded",
+    ),
+    (
+        "scores",
+        {"judge_agreement": {"of": 30, "undecided": 20}},
+        "left 20 of 50 (40%) answers",
     ),
     ("comparisons", {"ci_low": -0.03}, "within the noise"),
     ("train", {"fixed_batch_after": 2.0}, "did not lower the loss"),

@@ -259,8 +259,6 @@ def test_fp16_repeats_grouped_heads_and_computes_the_same(
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.integrations import sdpa_attention
 
-    from kit.core import card
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -275,7 +273,7 @@ def test_fp16_repeats_grouped_heads_and_computes_the_same(
     expected = models.load_model(str(tmp_path), "fp32")(ids).logits
     grouped = sdpa_attention.use_gqa_in_sdpa
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", grouped)
-    monkeypatch.setattr(card, "half_dtype", lambda wanted: torch.float16)
+    monkeypatch.setattr(models, "_compute_dtype", lambda *_: torch.float16)
     model = models.load_model(str(tmp_path), "bf16")
     assert model.dtype == torch.float16
     heads = torch.zeros(1, 2, 12, 8)

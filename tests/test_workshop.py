@@ -58,13 +58,14 @@ def test_the_pages_are_quiet_and_fit(browser: Any, pages: dict[str, Any]) -> Non
 def test_participants_get_a_trace_and_no_cut(
     browser: Any, runs: list[Path], pages: dict[str, Any]
 ) -> None:
-    rows = {row.question: row for row in Files(runs[0]).prefixes}
+    rows = Files(runs[0]).prefixes
     questions = set()
     for page in pages["participants"]:
         opened = Opened(browser, Path(page), 1440).page
         question = opened.locator("#cut .q").inner_text()
-        row = next(row for text, row in rows.items() if text[:40] == question[:40])
-        assert opened.locator("#cut ol li").count() == len(split(row.trace))
+        # a problem may have several traces
+        traces = [row.trace for row in rows if row.question[:40] == question[:40]]
+        assert opened.locator("#cut ol li").count() in [len(split(trace)) for trace in traces]
         text = opened.locator("main").inner_text()
         assert "Solution" not in text and "-1000" not in text
         questions.add(question)
