@@ -5,7 +5,7 @@ r"""P-ALIGN on one problem, in one page of plain transformers (arXiv 2601.10064)
 goes from a teacher's trace to a training step and prints what every step makes, on a CPU, without a
 network. Read `main` from top to bottom; the functions below it are the details of its steps.
 
-Nothing in the kit uses this page. It leaves out what makes the kit longer: a KV cache that all
+No module imports this page. It leaves out what makes the kit longer: a KV cache that all
 verdicts of a trace share, batches, other backends, resuming, and answers that would hang a grader.
 Each step names the module that has all of that; tests/test_walkthrough.py compares the two.
 """

@@ -58,7 +58,8 @@ class TraceJudge:
     def __post_init__(self) -> None:
         self.ends = ends(self.row.trace)
         judge = self.judge
-        # in nats; known once a session is open, and grows where a verdict that is read twice shows
+        # the largest difference in nats between cached and uncached margins seen so far; raised
+        # when a margin that is read again differs more
         is_cached = not (self.session.uncached or judge.generates_verdicts)
         self.cache_move = judge.backend.cache_move if is_cached else 0.0
         if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
@@ -90,8 +91,8 @@ class TraceJudge:
     def is_isolated(self, kept: int, m: int, search: str) -> bool | None:
         """Whether the boundary after the kept one, of m, is not ENOUGH; None: not known.
 
-        It is asked where the cache makes that cheap. Elsewhere only sweep and scan can tell: binary
-        and gallop keep no boundary before one that they know to be insufficient.
+        It is asked where the cache makes that cheap. Elsewhere only sweep and scan can tell: after
+        binary and gallop the next boundary is ENOUGH or was not asked.
         """
         after = kept + 1
         if after > m:
