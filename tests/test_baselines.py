@@ -315,6 +315,21 @@ def test_matching_needs_a_run_whose_traces_are_cut(tmp_path: Path) -> None:
         run_truncate(tmp_path / "b", problems, method="fixed-prefix-matched", baseline=baseline)
 
 
+def test_a_run_without_a_judged_cut_cannot_be_matched(tmp_path: Path) -> None:
+    problems = [Problem(id="a", question="q", answer="54", trace=WANDERING)]
+    run_truncate(tmp_path / "ratio", problems, method="ratio-0.5")
+    baseline = {"matched_run": str(tmp_path / "ratio")}
+    with pytest.raises(KitError, match="no trace that a judge cut"):
+        run_truncate(tmp_path / "b", problems, method="fixed-prefix-matched", baseline=baseline)
+
+
+def test_a_judge_models_content_is_part_of_the_cuts_it_grades() -> None:
+    trace = whole(WANDERING).model_copy(update={"verifier": "judge"})
+    for method, is_graded in (("first-correct", True), ("no-verify", False)):
+        keys = _depends_on(configs.resolve({}, "test"), METHODS[method].cut, [trace])
+        assert any("answer_judge" in key for key in keys) == is_graded
+
+
 def test_a_matched_run_that_changed_reruns_the_cut(tmp_path: Path, capsys: Any) -> None:
     problems = [Problem(id="a", question="q", answer="54", trace=WANDERING)]
     keys = {"method": "fixed-prefix-matched", "baseline": {"matched_run": str(tmp_path / "p")}}

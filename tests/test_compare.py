@@ -114,6 +114,8 @@ def test_the_search_shown_is_the_cut_of_the_trace_shown(result: dict[str, Any]) 
     search = lesson["search"]
     end = search["row"]["end"]
     assert search["group"] == LABELS[0] and search["row"]["trace"] == lesson["trace"]
+    assert lesson["question"] == search["row"]["question"]
+    assert lesson["gold"] == search["row"]["answer"]
     kept = "".join(text for text, _ in search["kept"])
     assert kept == lesson["trace"][:end]
     assert kept + "".join(text for text, _ in search["rest"]) == lesson["trace"]

@@ -173,6 +173,14 @@ def test_a_round_trains_a_fresh_adapter_or_the_last_one_at_its_own_rate(
     after = weights(later.folder)
     distance = max((after[name] - first[name]).abs().max().item() for name in first)
     assert (distance < 1e-6) == (init == "last")
+    # the loss before it is that of the adapter it begins with
+    losses = []
+    for folder in (config.folder, later.folder):
+        summary = json.loads((folder / "manifest.json").read_text())["stages"]["train"]["summary"]
+        losses.append((summary["fixed_batch_before"], summary["fixed_batch_after"]))
+    (_, first_after), (before, last_after) = losses
+    assert before == pytest.approx(last_after, abs=1e-6)
+    assert (before == pytest.approx(first_after, abs=1e-6)) == (init == "last")
 
 
 def test_each_round_has_its_rate_and_only_the_first_evaluates_the_base(tmp_path: Path) -> None:
@@ -198,6 +206,7 @@ def test_the_evaluated_student_has_no_adapter_of_another_run() -> None:
         ({"method": "long-trace"}, "asks the student nothing"),
         ({"stop_after": "align"}, "rounds need a training"),
         ({"student": {"adapter": "runs/x", "backend": "gguf"}}, "needs backend hf"),
+        ({"student": {"backend": "gguf"}}, "rounds need student.backend hf"),
         ({"rounds": 0}, "rounds"),
     ],
 )

@@ -13,12 +13,12 @@ from kit.core.run import Run
 from kit.pipeline.teach import teach
 
 
-def taught(folder: Path, **teacher: Any) -> list[TraceRow]:
+def taught(folder: Path, train: Any = None, **teacher: Any) -> list[TraceRow]:
     """The rows of the stage, over built-in problems unless the teacher brings its own."""
     raw = {
         "out": str(folder / "run"),
         "teacher": teacher,
-        "data": {"train": {"limit": 12}},
+        "data": {"train": train or {"limit": 12}},
         "stop_after": "teach",
     }
     with Run(configs.resolve(raw, "test"), Progress(quiet=True)) as run:
@@ -55,3 +55,14 @@ def test_only_correct_traces_of_a_model_go_on(tmp_path: Path) -> None:
         assert all(row.samples[index].verdict == "correct" for index in row.kept)
         assert (row.rejected == "no right trace") == (not row.kept)
     assert any(row.rejected for row in rows)
+
+
+def test_an_attempt_of_the_data_belongs_to_its_own_traces_only(tmp_path: Path) -> None:
+    path = tmp_path / "s1k.jsonl"
+    row = {"question": "What is 4 + 5?", "answer": "9", "deepseek_attempt": "It is \\boxed{9}."}
+    path.write_text(json.dumps({**row, "deepseek_thinking_trajectory": "4 + 5 = 9."}) + "\n")
+    [existing] = taught(tmp_path / "file", backend="file", path=str(path))
+    assert existing.attempt == row["deepseek_attempt"]
+    train = {"path": str(path)}
+    [sampled] = taught(tmp_path / "model", train, backend="scripted", model="none")
+    assert sampled.attempt is None

@@ -376,6 +376,8 @@ class Config(BaseConfig):
         asks_student = rule.continued or rule.cut in ("judge", "forced-answer")
         if self.rounds > 1 and not asks_student:
             raise ValueError(f"method {self.method} asks the student nothing: set rounds to 1")
+        if self.rounds > 1 and self.student.backend not in ("hf", "scripted"):
+            raise ValueError("rounds need student.backend hf, which puts the adapter on")
         if self.rounds > 1 and self.stop_after not in ("train", "eval", "report"):
             raise ValueError(
                 f"rounds need a training, which stop_after={self.stop_after} leaves out"

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
+from kit.backends import open_backend
 from kit.backends.base import common_prefix_len
-from kit.backends.hf import HfBackend
 from kit.core.config import Config, expand
 from kit.core.errors import KitError
 from kit.core.methods import method_of
@@ -28,6 +29,9 @@ from kit.judging.cut import Cut, cut_at_ratio, keep, reject, sentences_at, withi
 from kit.judging.sentences import ends, split
 from kit.prompts import PrefixEncoder, render, solve_text
 from kit.sampling import grader_of
+
+if TYPE_CHECKING:
+    from kit.backends.hf import HfBackend
 
 # What may stand before the value in which a sentence ends: 3 + 4 = 7, "so it is 7", "leaves 7".
 _BEFORE_RESULT = (
@@ -54,8 +58,9 @@ def open_rule(config: Config) -> Iterator[Cut]:
         yield partial(cut_at_ratio, ratio=config.ratio or matched_ratio(config) or 1.0)
     elif name == "entropy":
         # only transformers gives whole distributions
-        with closing(HfBackend(config.student.model_copy(update={"backend": "hf"}))) as backend:
-            yield partial(within_memory, partial(step_entropy, config, backend))
+        with closing(open_backend(on_transformers(config).student)) as backend:
+            rule = partial(step_entropy, config, cast("HfBackend", backend))
+            yield partial(within_memory, rule)
     else:
         rules = {
             "attempt": post_think,
@@ -65,6 +70,12 @@ def open_rule(config: Config) -> Iterator[Cut]:
         }
         with grader_of(config) as grader:
             yield partial(rules[name], grader)
+
+
+def on_transformers(config: Config) -> Config:
+    """The config with its student on transformers."""
+    student = config.student.model_copy(update={"backend": "hf"})
+    return config.model_copy(update={"student": student})
 
 
 def post_think(grader: Grader, row: PrefixRow) -> PrefixRow:
@@ -222,7 +233,7 @@ def matched_ratio(config: Config) -> float | None:
         The share; None for other methods.
 
     Raises:
-        KitError: (exit 2) no run is named, or its traces are not cut.
+        KitError: (exit 2) no run is named, or no judge cut its traces.
     """
     if method_of(config.method).cut != "matched-ratio":
         return None
@@ -235,8 +246,15 @@ def matched_ratio(config: Config) -> float | None:
             2,
         )
     rows = RowFile(folder / "prefixes.jsonl", PrefixRow).read(repair=False)
-    offsets = [ends(row.trace) for row in rows if not row.rejected]
-    wanted = sum(row.end for row in rows if not row.rejected)
+    rows = [row for row in rows if row.verdicts and not row.rejected]
+    if not rows:
+        raise KitError(
+            f"baseline.matched_run={name} has no trace that a judge cut.",
+            "Set it to the folder of a P-ALIGN run.",
+            2,
+        )
+    offsets = [ends(row.trace) for row in rows]
+    wanted = sum(row.end for row in rows)
 
     def distance(ratio: float) -> int:
         return abs(wanted - sum(cuts[sentences_at(len(cuts), ratio) - 1] for cuts in offsets))

@@ -65,8 +65,8 @@ def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:
             **problem.model_dump(include=PROBLEM_FIELDS),
             samples=samples,
             kept=kept,
-            # of a scripted teacher, the solution without the wandering
-            attempt=problem.solution if engine == "reference" else problem.attempt,
+            # the data's, or the solution without the wandering; a model's is in its trace
+            attempt={"file": problem.attempt, "reference": problem.solution}.get(engine),
             seconds=round(generation.seconds, 3),
             **({} if kept else rejection(generation, reason, samples)),
         )

@@ -23,10 +23,11 @@ from kit.core.run import Run
 from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
 from kit.data import load_traces
-from kit.judging.baselines import long_and_short, matched_ratio, open_rule
+from kit.judging.baselines import long_and_short, matched_ratio, on_transformers, open_rule
 from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, from_problem
 from kit.judging.judge import open_judge
 from kit.judging.sentences import ends
+from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
 from kit.sampling import model_fingerprints
 
@@ -96,10 +97,14 @@ def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> dict[str,
         return {
             "baseline.drop_ratio": config.baseline.drop_ratio,
             "baseline.skip_marker": config.baseline.skip_marker,
-            **model_fingerprints(config, "student", traces),
+            **fingerprints("student", on_transformers(config).student),
         }
     if rule == "matched-ratio":
         return {"share of baseline.matched_run": matched_ratio(config)}
+    # these grade sentences or attempts
+    is_graded = rule in ("attempt", "first-correct", "long-and-short")
+    if is_graded and any(trace.verifier == "judge" for trace in traces):
+        return fingerprints("answer_judge", config.answer_judge)
     return {}
 
 

@@ -292,7 +292,8 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
             "row": cut.model_dump(),
             **pieces(cut),
         }
-    return {**lesson, "question": row.question, "gold": row.answer, "trace": key[1]}
+    problem = next(iter(learned.values()))[key]
+    return {**lesson, "question": problem.question, "gold": problem.answer, "trace": key[1]}
 
 
 def _learned(run: Files) -> dict[Key, AlignedRow]:

@@ -58,6 +58,9 @@ def _send(name: str, run: Run, numbers: dict[str, float]) -> None:
         return
     # Both go on with the run that is open under this name; the Trainer's callbacks do, too.
     tracker = import_module(name)
+    # a sweep and rounds train several runs in one process
+    if name == "wandb" and tracker.run and tracker.run.name != run.config.name:
+        tracker.finish()
     tracker.init(project=PROJECT, name=run.config.name, resume="allow")
     tracker.log(numbers)
     if name == "trackio":

@@ -233,6 +233,9 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
     reset_peak()
     model = make_model(config)
     trainer = AdapterTrainer(run, model, examples)
+    fixed = examples[:FIXED_ROWS]
+    goes_on = config.train.init == "last" and config.student.adapter
+    before = _mean_loss(model, fixed) if goes_on else None
 
     # train, from the last checkpoint where there is one
     checkpoint = _last_checkpoint(run)
@@ -253,10 +256,10 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]
             raise _out_of_memory(config.train, trainer) from error
 
     # what it did to the loss of some of its rows
-    fixed = examples[:FIXED_ROWS]
     after = _mean_loss(model, fixed)
-    with model.disable_adapter():  # an untrained adapter adds exactly nothing
-        before = _mean_loss(model, fixed)
+    if before is None:
+        with model.disable_adapter():  # an untrained adapter adds exactly nothing
+            before = _mean_loss(model, fixed)
     if run.is_main_process:
         save_adapter(model, run.folder / "adapter", student.model)
     trainer.accelerator.free_memory()
