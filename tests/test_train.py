@@ -121,6 +121,15 @@ def learned(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> tuple[Config
     return config, run_stage(config)
 
 
+def test_a_training_of_one_step_learns(tmp_path: Path, tiny: str) -> None:
+    """A warm-up begins at a rate of zero, and the only step would change nothing."""
+    run_stage(settings(tmp_path / "run", tiny, epochs=1, warmup_ratio=0.1), rows(2))
+    [row] = logged(tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert row["learning_rate"] > 0
+    assert all(weight.norm() > 0 for name, weight in saved.items() if "lora_B" in name)
+
+
 def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tiny: str) -> None:
     config, manifest = learned
     summary = manifest["stages"]["train"]["summary"]

@@ -96,7 +96,10 @@ class AdapterTrainer(Trainer):
     def __init__(self, run: Run, model: Any, examples: Sequence[Example]) -> None:
         lengths = [len(example.ids) for example in examples]
         rows = [examples[index] for index in order(lengths, run.config)]
-        super().__init__(model, _arguments(run), data_collator=collate, train_dataset=rows)
+        arguments = _arguments(run)
+        if len(rows) <= run.config.train.batch_size:
+            arguments.warmup_steps = 0  # it begins at a rate of zero: the only step would be lost
+        super().__init__(model, arguments, data_collator=collate, train_dataset=rows)
         self.rows = rows
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # standard output is for --json
