@@ -546,6 +546,9 @@ def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["loc"][-1:] and error["loc"][-1] in SECRETS and error["type"] != "extra_forbidden":
         return f"{where}: {SECRETS[error['loc'][-1]]}"
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        # a rule over several keys names them itself; all the others would bury it
+        return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
     # Find the section that does not have the key, for the names that it has.
