@@ -18,7 +18,7 @@ from typing import Any, get_args
 import yaml
 
 from kit.core.config import DatasetConfig
-from kit.core.errors import KitError
+from kit.core.errors import KitError, nearest
 from kit.core.records import Verifier, replace_surrogates
 from kit.core.table import Rows, keys_of, lookup
 from kit.grading.answers import letters
@@ -63,8 +63,7 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
     if preset is None or (source.preset is None and os.path.exists(name)):
         if source.preset is None:
             return source
-        nearest = ", ".join(difflib.get_close_matches(name, presets(), 1) or presets())
-        raise KitError(f"There is no preset {name!r}.", f"Did you mean {nearest}?", 2)
+        raise KitError(f"There is no preset {name!r}; {nearest(name, presets())}", code=2)
     # what the config sets itself goes first
     given = source.model_dump(exclude_unset=True)
     if source.preset is None:
@@ -96,8 +95,8 @@ def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
         for key in _template_keys(named) or [named]:
             if any(_has(row, key) for _, row in rows):
                 continue
-            nearest = difflib.get_close_matches(key, rows[0][1], 1, cutoff=0.3)
-            hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+            matches = difflib.get_close_matches(key, rows[0][1], 1, cutoff=0.3)
+            hint = f"Did you mean {matches[0]!r}? " if matches else ""
             message = f"{source.path}: fields.{role} names {key!r}, a key that no row has."
             raise KitError(message, f"{hint}The first row's keys are {keys_of(rows[0][1])}.", 2)
     return keys

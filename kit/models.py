@@ -351,7 +351,7 @@ def load_model(
             base, or without effect.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.integrations import sdpa_attention
 
     from kit.core.card import check_card
@@ -362,15 +362,6 @@ def load_model(
     if compute_dtype == torch.float16:
         # these cards' fused attention takes no grouped heads: torch would build (T, T) matrices
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
-    quantization = None
-    if dtype in ("nf4", "int8"):
-        quantization = BitsAndBytesConfig(
-            load_in_8bit=dtype == "int8",
-            load_in_4bit=dtype == "nf4",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
     # LOCAL_RANK: accelerate launch starts one process per card
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     with _explained(name):
@@ -378,7 +369,7 @@ def load_model(
             _weights_folder(name),
             dtype=compute_dtype,
             device_map={"": device},
-            quantization_config=quantization,
+            quantization_config=_quantization(dtype, compute_dtype),
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -390,12 +381,34 @@ def load_model(
     model.config.use_cache = not for_training
     if not for_training:
         return model.eval().requires_grad_(False)
-    # bitsandbytes repacks a 4-bit layer for a CPU with AVX512-BF16 in its first eval-mode pass
-    # without gradients; from then on its backward pass silently drops the gradient
+    _keep_gradients_of_4bit_layers(model)
+    return model.train()
+
+
+def _quantization(dtype: str, compute_dtype: Any) -> Any:
+    """bitsandbytes' settings for int8 and nf4; None: the weights are not quantized."""
+    from transformers import BitsAndBytesConfig
+
+    if dtype not in ("nf4", "int8"):
+        return None
+    return BitsAndBytesConfig(
+        load_in_8bit=dtype == "int8",
+        load_in_4bit=dtype == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _keep_gradients_of_4bit_layers(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit layers on a CPU with AVX512-BF16.
+
+    It would in a layer's first eval-mode pass without gradients; from then on its backward pass
+    silently drops the gradient.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    return model.train()
 
 
 def _compute_dtype(dtype: str, cuda: bool) -> Any:

@@ -100,7 +100,6 @@ def _checks(
     todo = _todo(config, command)
     if command in ("run", "teach", "eval"):
         yield "data", partial(_check_data, config, load_data, todo, warnings)
-    method = method_of(config.method)
     if todo and may_have_card():
         from kit.core.card import check_card
 
@@ -109,12 +108,7 @@ def _checks(
         yield "teacher", partial(_open_tokenizer, config.teacher)
     if todo and config.student.adapter:
         yield "student.adapter", partial(_check_adapter, config.student)
-    if "truncate" in todo and method.cut == "matched-ratio":
-        yield "baseline", partial(matched_ratio, config)
-    if "truncate" in todo and method.cut in ("judge", "forced-answer"):
-        yield "student", partial(_check_labels, config)
-    elif "align" in todo and method.continued:
-        yield "student", partial(_open_tokenizer, config.student)
+    yield from _student_checks(config, todo)
     if "train" in todo:
         from kit.training.plan import accumulation_steps
 
@@ -125,6 +119,17 @@ def _checks(
             yield "train.max_seq_tokens", partial(_check_memory, config, warnings)
     if "eval" in todo:
         yield "eval", partial(_check_eval, config, todo)
+
+
+def _student_checks(config: Config, todo: list[str]) -> Iterator[Check]:
+    """What the method asks of the student before its training, and of another run."""
+    method = method_of(config.method)
+    if "truncate" in todo and method.cut == "matched-ratio":
+        yield "baseline", partial(matched_ratio, config)
+    if "truncate" in todo and method.cut in ("judge", "forced-answer"):
+        yield "student", partial(_check_labels, config)
+    elif "align" in todo and method.continued:
+        yield "student", partial(_open_tokenizer, config.student)
 
 
 def _todo(config: Config, command: str = "run") -> list[str]:

@@ -175,14 +175,7 @@ def wander(
         lines.append(phrases["retell"].format(told=" ".join(story)))
     lines.append(phrases["asked"].format(asked=asked))
 
-    # the steps, some after a false start
-    deriving = []
-    for step in steps:
-        if rng.random() < min(0.9, 0.35 * wordiness):
-            equations = _equations(step)
-            if equations:
-                deriving.append(_false_start(rng, equations[0]))
-        deriving.append(rng.choice(phrases["step"]).format(step=step))
+    deriving = _derived(rng, steps, wordiness)
     deriving.append(phrases["result"].format(answer=problem.answer))
 
     # what is known already, checked again and again
@@ -199,6 +192,18 @@ def wander(
     lines += _underived(place, phrases["delays"], delays, problem.question, steps)
     lines += deriving + checks[: len(checks) - delays]
     return "\n\n".join([*lines, phrases["end"].format(answer=problem.answer)])
+
+
+def _derived(rng: random.Random, steps: list[str], wordiness: float) -> list[str]:
+    """The steps, some after a false start."""
+    paragraphs = []
+    for step in steps:
+        if rng.random() < min(0.9, 0.35 * wordiness):
+            equations = _equations(step)
+            if equations:
+                paragraphs.append(_false_start(rng, equations[0]))
+        paragraphs.append(rng.choice(texts()["wander"]["step"]).format(step=step))
+    return paragraphs
 
 
 def _underived(

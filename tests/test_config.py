@@ -34,7 +34,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
     with pytest.raises(KitError) as caught:
         load(
             tmp_path,
-            "jugde: {}\njudge: {serach: scan, kind: vocal}\nmethod: ratio-2",
+            "jugde: {}\njudge: {serach: scan, kind: vocal}\nmethod: post-thing",
             "nonsense",
             "train.rank=0",
         )
@@ -44,7 +44,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
         "did you mean judge",
         "did you mean search",
         "judge.kind",
-        "method",
+        "method: there is no method 'post-thing'; did you mean post-think?",
         "'nonsense'",
         "train.rank",
     ):
@@ -130,6 +130,14 @@ def test_a_prompt_can_be_a_file_and_must_hold_its_placeholders(tmp_path):
     assert config.prompts.judge == "{question} {prefix} Enough?"
     with pytest.raises(KitError, match=r"prompts\.draft: \{prefix\} is missing"):
         load(tmp_path, "prompts: {draft: '{question}'}")
+
+
+def test_a_share_outside_of_0_to_1_is_no_method(tmp_path: Path) -> None:
+    for share in ("0.25", ".5", "1.0"):
+        assert load(tmp_path, f"method: ratio-{share}").ratio == float(share)
+    for share in ("0", "0.0", "1.1", "2", "", "-0.5"):
+        with pytest.raises(KitError, match=r"no method 'ratio-.*did you mean ratio-0\.5\?"):
+            load(tmp_path, f"method: ratio-{share}")
 
 
 def test_an_unknown_key_with_no_near_name_lists_those_of_its_section(tmp_path):

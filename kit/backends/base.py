@@ -14,7 +14,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
@@ -307,17 +307,9 @@ class TrunkSession(ABC):
             self.cost.add(TokenUsage(len(request.ids) - start, start))
 
         # 2. Every other request is a tail, or leaves the trunk so early that it follows alone.
-        waiting = []
-        apart = []
-        for number, other in enumerate(requests):
-            if number in results:
-                continue
-            tail = stretch(other, self._shared(other), None, number)
-            if len(tail.ids) > self.piece_tokens:
-                apart.append(number)
-            else:
-                waiting.append(tail)
-                self.cost.add(TokenUsage(len(tail.ids), tail.cut))
+        tails = self._tails(requests, results)
+        apart = [tail.number for tail in tails if len(tail.ids) > self.piece_tokens]
+        waiting = [tail for tail in tails if tail.number not in apart]
         waiting.sort(key=lambda tail: tail.cut)
 
         # 3. From left to right: a piece of the trunk, then the tails that branch off by its end.
@@ -330,6 +322,7 @@ class TrunkSession(ABC):
             for group in self._groups(ready):
                 for tail, logprobs in zip(group, self._score_tails(group), strict=True):
                     results[tail.number] = logprobs
+                    self.cost.add(TokenUsage(len(tail.ids), tail.cut))
         for number in apart:
             [results[number]] = self.score([requests[number]])
         return [results[number] for number in range(len(requests))]
@@ -349,6 +342,14 @@ class TrunkSession(ABC):
     @abstractmethod
     def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
         """Evaluate tails after the trunk's tokens up to their cuts, and drop them again."""
+
+    def _tails(self, requests: Sequence[ScoreRequest], done: Container[int]) -> list[Tail]:
+        """What the trunk does not share of each request that is not done."""
+        tails = []
+        for number, request in enumerate(requests):
+            if number not in done:
+                tails.append(stretch(request, self._shared(request), None, number))
+        return tails
 
     def _shared(self, request: ScoreRequest) -> int:
         """How many of a request's tokens are the trunk's.

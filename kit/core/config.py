@@ -7,7 +7,6 @@ the run's folder. Nothing here loads a model or opens a data file.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from kit.core import methods
-from kit.core.errors import ConfigError
+from kit.core.errors import ConfigError, nearest
 from kit.core.old_keys import upgrade
 from kit.core.records import Verifier
 from kit.core.stages import STAGES
@@ -342,7 +342,7 @@ class Config(BaseConfig):
     name: str = Field(default="run", pattern=r"^[\w][\w.-]*$")
     out: str | None = None  # the run's folder; None: runs/NAME
     seed: int = Field(default=0, ge=0, lt=1 << 32)
-    method: str = Field(default="palign", pattern=methods.PATTERN)
+    method: Annotated[str, AfterValidator(methods.known_method)] = "palign"
     stop_after: str = Field(default="report", pattern=f"^({'|'.join(STAGES)})$")
     # In each round after the first, the student of the round before judges and continues the same
     # traces, and trains on them.
@@ -546,18 +546,14 @@ def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["loc"][-1:] and error["loc"][-1] in SECRETS and error["type"] != "extra_forbidden":
         return f"{where}: {SECRETS[error['loc'][-1]]}"
-    if error["type"] == "value_error" and isinstance(error["input"], dict):
-        # a rule over several keys names them itself; all the others would bury it
+    if error["type"] == "value_error":
+        # our own rules name what they are about; a whole section's values would bury it
         return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+        return f"{where}: {error['msg']}, got {error['input']!r}"
     # Find the section that does not have the key, for the names that it has.
     *parents, key = error["loc"]
     section: Any = Config()
     for parent in parents:
         section = section[0] if isinstance(parent, int) else getattr(section, parent)
-    known = sorted(type(section).model_fields)
-    suggestions = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    if suggestions:
-        return f"{where}: unknown key; did you mean {suggestions[0]}?"
-    return f"{where}: unknown key; known: {', '.join(known)}"
+    return f"{where}: unknown key; {nearest(str(key), type(section).model_fields)}"

@@ -3,8 +3,9 @@
 Faults of the machine that libraries report in their own ways are told apart from defects here.
 """
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # How libraries without Python's own exceptions name them: safetensors, torch, CUDA.
 _DISK = re.compile(
@@ -37,6 +38,13 @@ class ConfigError(KitError):
         lines = [f"{where} has {len(mistakes)} problem(s):", *mistakes]
         super().__init__("\n  - ".join(lines), code=2)
         self.mistakes = mistakes
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What an unknown name may stand for: the nearest of the known names, or all of them."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(names)}"
 
 
 def machine_fault(error: BaseException) -> KitError | None:

@@ -6,7 +6,10 @@ a difference between two runs is the rule's. How traces are cut and continued is
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from kit.core.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,15 @@ METHODS = {
     # ratio-0.25 keeps this share of the sentences
     "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
 }
-PATTERN = (
-    rf"^({'|'.join(name for name in METHODS if name != 'ratio')}"
-    r"|ratio-(0?\.\d*[1-9]\d*|1(\.0+)?))$"
-)
+RATIO = re.compile(r"ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)")
+
+
+def known_method(name: str) -> str:
+    """A value of the key `method`, unchanged; ValueError: there is none, with the nearest one."""
+    names = METHODS.keys() - {"ratio"}
+    if name in names or RATIO.fullmatch(name):
+        return name
+    raise ValueError(f"there is no method {name!r}; {nearest(name, names | {'ratio-0.5'})}")
 
 
 def method_of(name: str) -> Method:

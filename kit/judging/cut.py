@@ -19,7 +19,7 @@ from kit.judging.sentences import ends
 from kit.judging.trace import open_trace
 from kit.sampling import PROBLEM_FIELDS
 
-Cut = Callable[[PrefixRow], PrefixRow]
+Cut = Callable[[PrefixRow], PrefixRow]  # a rule: a whole trace in, a cut or rejected one out
 
 
 def cut(
@@ -40,72 +40,76 @@ def cut(
         A copy of the row with its kept prefix, verdicts in the order asked, and costs; or rejected,
         with the reason. A trace that is longer than the judge reads is searched as far as it fits.
     """
-    # Traces that cannot be judged, and those that leave nothing to decide.
+    # Traces that cannot be judged (here an empty one is rejected), or that leave nothing to decide.
     if not row.trace.strip():
         return cut_at_ratio(row)
     if judge.settings.kind != "verbal" and not row.answer.strip():
         detail = f"judge.kind={judge.settings.kind} compares with the gold answer"
         return reject(row, "no gold answer", detail)
-    searched = judge.boundaries_within(row)
-    if not searched:
+    reachable = judge.boundaries_within(row)
+    if not reachable:
         detail = f"the first sentence's question is over the limit of {judge.limit_tokens} tokens"
         return reject(row, "no boundary within the context", detail)
     if row.sentences_total == 1:
         return cut_at_ratio(row)
 
     search = search or judge.settings.search
-    return within_memory(partial(_search, judge, searched, search, steer), row)
+    return within_memory(partial(_judge_and_cut, judge, reachable, search, steer), row)
 
 
-def within_memory(cut_one: Cut, row: PrefixRow) -> PrefixRow:
-    """What `cut_one` makes of a row, or the row rejected where the memory did not suffice."""
+def within_memory(rule: Cut, row: PrefixRow) -> PrefixRow:
+    """What a rule makes of a row, or the row rejected where the memory did not suffice."""
     try:
-        return cut_one(row)
+        return rule(row)
     except (RuntimeError, MemoryError, KitError) as error:
         if not is_out_of_memory(error):
             raise
         return reject(row, "out of memory", str(error))
 
 
-def _search(
+def _judge_and_cut(
     judge: Judge,
-    searched: int,
+    reachable: int,
     search: str,
     steer: Callable[[int], bool] | None,
     row: PrefixRow,
 ) -> PrefixRow:
-    """Judge and cut a trace of which the first `searched` sentences fit the judge."""
+    """Judge and cut a trace of which the first `reachable` boundaries can be asked."""
     begun = time.perf_counter()
 
-    # 1. Ask, each question from the cache of the ones before.
-    with open_trace(judge, row, searched, search == "uncached") as trace:
+    # 1. Ask, each question from the cache of the ones before. The row keeps what the search asked;
+    # the one further question after it is for `isolated` alone.
+    with open_trace(judge, row, reachable, search == "uncached") as trace:
         trace.steer = steer
-        boundary = trace.search(search, searched)
+        sufficient = trace.search(search, reachable)
         verdicts = tuple(trace.verdicts.values())
         isolated = None
-        if boundary and not steer:
-            isolated = trace.is_isolated(boundary, searched, search)
+        if sufficient and not steer:
+            isolated = trace.is_isolated(sufficient, reachable, search)
 
-    # 2. Keep what suffices; an insufficient trace is kept whole, if all of it was searched.
-    kept = boundary or row.sentences_total
-    judged = {verdict.sentences: verdict.label == "ENOUGH" for verdict in verdicts}
+    # 2. Keep what suffices; a trace without a sufficient prefix is kept whole.
+    kept = sufficient or row.sentences_total
+    enough = {verdict.sentences: verdict.label == "ENOUGH" for verdict in verdicts}
+    longest_question = trace.request(max(enough))
     cut_row = keep(
         row,
         kept,
-        sufficient=boundary is not None,
-        searched_sentences=searched,
+        sufficient=sufficient is not None,
+        searched_sentences=reachable,
         isolated=isolated,
         verdicts=verdicts,
-        violations=violations(judged),
+        violations=violations(enough),
         samples=trace.samples.get(kept, ()),
         generated_tokens=trace.generated_tokens,
-        prompt_tokens=len(trace.request(max(judged)).ids),
+        prompt_tokens=len(longest_question.ids),
         **vars(trace.session.cost),
         seconds=round(time.perf_counter() - begun, 3),
     )
-    if boundary is None and searched < row.sentences_total:
+
+    # 3. Where not all of it could be searched, what suffices may come later: it is rejected.
+    if sufficient is None and reachable < row.sentences_total:
         detail = (
-            f"{searched} of {row.sentences_total} sentences were searched, "
+            f"{reachable} of {row.sentences_total} sentences were searched, "
             f"the limit is {judge.limit_tokens} tokens"
         )
         return reject(cut_row, "nothing sufficient within the context", detail)
@@ -140,7 +144,11 @@ def cut_at_answer(judge: Judge, row: PrefixRow) -> PrefixRow:
 
 
 def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
-    """A copy of the row that keeps so many sentences, with further fields replaced."""
+    """A copy of the row that keeps so many sentences, with further fields replaced.
+
+    Args:
+        fields: those that a judge fills; without `samples`, the row has none.
+    """
     update = {
         "sentences": sentences,
         "ratio": sentences / row.sentences_total,
@@ -157,7 +165,7 @@ def reject(row: PrefixRow, reason: str, detail: str) -> PrefixRow:
 
 
 def from_problem(problem: Problem) -> PrefixRow:
-    """A problem's own trace, whole, as `cut` takes it."""
+    """A problem's own trace, whole, as `cut` takes it; no grader has looked at it."""
     fields = problem.model_dump(include=PROBLEM_FIELDS)
     sample = Sample(text=problem.trace or "", verdict="unparsed")
     row = TraceRow(**fields, samples=(sample,), kept=(0,))

@@ -48,8 +48,9 @@ FORCED_ANSWER = {
 LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
 LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
 
-# The text up to the brace that closes the box which `prompts.answer_cue` opened.
-_BOXED = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")
+# A generated answer begins inside the box that `prompts.answer_cue` opens: its text up to the brace
+# that closes this box, with two levels of braces inside.
+_REST_OF_BOX = re.compile(r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")
 
 
 class Judge(ExitStack):
@@ -67,43 +68,51 @@ class Judge(ExitStack):
         self.config = config
         self.settings = settings
         self.backend = backend
+        # leaving the judge ends the grader, see ExitStack
         self.grader = self.enter_context(grader_of(config))
-        # of generated verdicts; continuations are drawn as `align` draws them
-        self.sampling = Sampling(temperature=0, top_p=1, max_new_tokens=settings.max_new_tokens)
-        if settings.kind == "success":
-            self.sampling = config.align.sampling
 
-        # From this margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer: mean
-        # log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
-        usual = {"verbal": 0.0, "answer": -1.0, "success": settings.confidence}[settings.kind]
-        self.threshold = usual if settings.threshold is None else settings.threshold
-
-        # Does the model write its verdict, or is it read from log-probabilities?
+        # 1. How a verdict comes about: the model writes it, or it is read from log-probabilities.
         self.generates_verdicts = {
             "verbal": settings.decode == "generate",
             "answer": settings.answer_scoring == "greedy",
             "success": True,
         }[settings.kind]
+        # What is generated is a short greedy answer, or a continuation as `align` draws it.
+        self.sampling = Sampling(temperature=0, top_p=1, max_new_tokens=settings.max_new_tokens)
+        if settings.kind == "success":
+            self.sampling = config.align.sampling
 
+        # 2. From which margin on a prefix is ENOUGH. verbal: log-odds of the first label. answer:
+        # mean log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
+        default = {"verbal": 0.0, "answer": -1.0, "success": settings.confidence}[settings.kind]
+        self.threshold = default if settings.threshold is None else settings.threshold
         if isinstance(settings.calibration, Calibration):
             self.threshold = calibrated_threshold(self, settings.calibration)
 
-        # The prompts of a trace begin alike; a server judges several traces at once.
-        encode = backend.tokenizer.encode
-        self._encoder = lru_cache(maxsize=64)(lambda _id: PrefixEncoder(encode))
-
-        # A label's first tokens may be equal ("[" in ours); the verdict is read after them.
+        # 3. Where the labels part. Their first tokens may be equal ("[" in ours); the verdict is
+        # read after them.
         self.shared_label_tokens, self.label_tokens = split_labels(
             *(encode_answer(backend.tokenizer, label) for label in settings.labels)
         )
 
+        # 4. How long a question may be.
         limit_tokens = settings.limit_tokens or backend.context_tokens
         self.limit_tokens = min(limit_tokens, backend.context_tokens)
         if self.generates_verdicts:
             self.limit_tokens -= LABEL_ROOM_TOKENS
 
+        # The prompts of a trace begin alike, so it has an encoder of its own, which tokenizes from
+        # where they part. A server judges several traces at once.
+        encode = backend.tokenizer.encode
+        self._encoder_of_trace = lru_cache(maxsize=64)(lambda _row_id: PrefixEncoder(encode))
+
     def prompt(self, row: PrefixRow, prefix: str) -> tuple[int, ...]:
-        """The question about a prefix as token ids (T,), up to where the model answers."""
+        """The question about a prefix as token ids (T,), up to where the model answers.
+
+        verbal: the prefix stands in the user's turn, and the answer is a label. answer: the prefix
+        and the cue begin the model's own turn, which goes on with the gold answer. success: as
+        `align` shows a draft.
+        """
         student = self.config.student
         prompts = self.config.prompts
         if self.settings.kind == "verbal":
@@ -114,39 +123,49 @@ class Judge(ExitStack):
         else:
             user = solve_text(prompts, row.question)
             answer = prefix + text_of(prompts, "answer_cue")
-        encode = self._encoder(row.id).encode
+        encode = self._encoder_of_trace(row.id).encode
         tokenizer = self.backend.tokenizer
         return render(tokenizer, user, student.system, answer, student.thinking, encode)
 
     def request(self, row: PrefixRow, prefix: str) -> ScoreRequest:
-        """The question with the places where its verdict is read; none where it is generated."""
+        """The question with the positions where its verdict is read; none where it is generated.
+
+        What the model expects of a token is read at the position before it.
+        """
         ids = self.prompt(row, prefix)
         if self.generates_verdicts:
             return ScoreRequest(ids, ())
         if self.settings.kind == "verbal":
             ids += self.shared_label_tokens
             return ScoreRequest(ids, ((len(ids) - 1, self.label_tokens),))
-        gold_text = gold_of(row.answer)
-        gold = tuple(encode_after(self.backend.tokenizer, gold_text))
-        reads = tuple((place, (token,)) for place, token in enumerate(gold, len(ids) - 1))
+        # The gold answer is given, and each of its tokens read: its last one need not be evaluated.
+        gold = tuple(encode_after(self.backend.tokenizer, gold_of(row.answer)))
+        reads = tuple((position, (token,)) for position, token in enumerate(gold, len(ids) - 1))
         return ScoreRequest(ids + gold[:-1], reads)
 
     def boundaries_within(self, row: PrefixRow) -> int:
         """How many boundaries can be asked: all, or those whose question fits `limit_tokens`."""
         cuts = ends(row.trace)
 
-        def tokens(k: int) -> int:
+        def question_tokens(k: int) -> int:
             return len(self.request(row, row.trace[: cuts[k - 1]]).ids)
 
-        if tokens(len(cuts)) <= self.limit_tokens:
+        if question_tokens(len(cuts)) <= self.limit_tokens:
             return len(cuts)
-        return bisect_right(range(1, len(cuts)), self.limit_tokens, key=tokens)
+        # Questions grow with k: how many of the others are at the limit or below?
+        return bisect_right(range(1, len(cuts)), self.limit_tokens, key=question_tokens)
 
     def margin(self, logprobs: Logprobs) -> float:
-        """Log-odds of the first label (verbal), or mean log-likelihood per gold token (answer)."""
+        """Log-odds of the first label (verbal), or mean log-likelihood per gold token (answer).
+
+        Args:
+            logprobs: what a session reads for `request`: at one position the two labels, or at each
+                position a token of the gold answer.
+        """
         if self.settings.kind == "verbal":
-            return logprobs[0][0] - logprobs[0][1]
-        return sum(values[0] for values in logprobs) / len(logprobs)
+            [(enough, not_enough)] = logprobs
+            return enough - not_enough
+        return sum(token for [token] in logprobs) / len(logprobs)
 
     def label(self, margin: float) -> Label:
         """ENOUGH from the threshold on."""
@@ -159,7 +178,7 @@ class Judge(ExitStack):
         """
         if self.settings.kind == "verbal":
             return first_label(text, self.settings.labels)
-        boxed = _BOXED.match(text)
+        boxed = _REST_OF_BOX.match(text)
         if boxed is None:
             return "UNPARSED"
         item = Item(row.answer, boxed[1], row.verifier, row.question)

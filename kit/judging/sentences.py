@@ -118,8 +118,7 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
     for token in _TOKEN.finditer(text, begin):
         word = token[0]
         if fence:
-            longer = (token["fence"] or "").startswith(fence["fence"])
-            if longer and not token["info"].strip():
+            if _closes_fence(token, fence):
                 yield fence.start("fence"), token.end()
                 fence = None
         elif token["fence"] and fences:
@@ -132,7 +131,7 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
             if depth == 0:
                 yield start, token.end()
                 closer = ""
-        elif closer == word and not (word == "$" and _is_money(text, start, token)):
+        elif closer == word and not _is_money(text, start, token):
             yield start, token.end()
             closer = ""
         elif closer in ("", "$"):
@@ -144,6 +143,12 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
                 depth = 1
     if fence:
         yield from _protected(text, fence.end(), fences=False)
+
+
+def _closes_fence(token: re.Match[str], opening: re.Match[str]) -> bool:
+    """Whether a line closes a code block: its fence is no shorter, and nothing follows it."""
+    is_long_enough = (token["fence"] or "").startswith(opening["fence"])
+    return is_long_enough and not token["info"].strip()
 
 
 def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:
@@ -160,10 +165,11 @@ def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:
 
 def _is_money(text: str, start: int, token: re.Match[str]) -> bool:
     """Whether a dollar closes no formula: after a space, before a digit, or after prose."""
+    if token[0] != "$":
+        return False
     around = text[token.start() - 1 : token.end() + 1]
-    return bool(
-        re.match(r"\s|.\$\d", around, re.DOTALL) or _PROSE.search(text, start, token.start())
-    )
+    is_apart = re.match(r"\s|.\$\d", around, re.DOTALL) is not None
+    return is_apart or _PROSE.search(text, start, token.start()) is not None
 
 
 def _line_ends(text: str, match: re.Match[str]) -> bool:

@@ -41,8 +41,10 @@ class TraceJudge:
         judge: asks and reads; shared by all traces.
         row: the whole trace.
         session: this trace's own, so that its prompts share one cache. It counts the tokens.
-        steer: for measurements: decides where the search goes; verdicts are asked all the same.
-        trunk: what generated verdicts and continuations share; None: every prompt is whole.
+        steer: for measurements: whether a boundary suffices is taken from here; the model is asked
+            all the same, and its verdicts are kept.
+        trunk: keeps what the prompts of generated verdicts and continuations share; None: every
+            prompt is whole.
     """
 
     judge: Judge
@@ -51,17 +53,19 @@ class TraceJudge:
     steer: Callable[[int], bool] | None = None
     trunk: Trunk | None = None
     verdicts: dict[int, Verdict] = field(default_factory=dict)  # by boundary, in the order asked
-    samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)  # kind success
+    # by boundary, of kind success: the continuations drawn so far, graded
+    samples: dict[int, tuple[Sample, ...]] = field(default_factory=dict)
     generated_tokens: int = 0
     calibration_offset: float = 0.0  # content-free: the margin of an empty prefix
 
     def __post_init__(self) -> None:
         self.ends = ends(self.row.trace)
         judge = self.judge
-        # the largest difference in nats between cached and uncached margins seen so far; raised
-        # when a margin that is read again differs more
-        is_cached = not (self.session.uncached or judge.generates_verdicts)
-        self.cache_move = judge.backend.cache_move if is_cached else 0.0
+        # Is a verdict read from a cache that the other boundaries share, and so cheap?
+        self.reads_cache = not (self.session.uncached or judge.generates_verdicts)
+        # How far a cached margin may be off, in nats: what the backend knows, or what was seen of
+        # this trace, if it is more.
+        self.cache_move = judge.backend.cache_move if self.reads_cache else 0.0
         if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
             [logprobs] = self.session.score([judge.request(self.row, "")])
             self.calibration_offset = judge.margin(logprobs)
@@ -74,34 +78,40 @@ class TraceJudge:
             return choose(enough, settings.scan_rule, settings.confirm)
         if name == "sweep":
             return sweep(m, self.ask_many, partial(self._stretch_end, m), settings.confirm)
+        if name == "gallop":
+            return gallop(m, self.ask)
         # uncached asks what binary asks; only its session differs
-        return gallop(m, self.ask) if name == "gallop" else binary(m, self.ask)
+        return binary(m, self.ask)
 
     def _stretch_end(self, m: int, first: int) -> int:
-        """The last boundary of a sweep's stretch: what one pass evaluates, or one batch draws."""
+        """The last boundary that a sweep asks together with `first`, of m at most.
+
+        As many as one batch draws, or one pass evaluates.
+        """
         settings = self.judge.settings
-        if settings.kind == "success":
-            return min(first + max(STRETCH_DRAWS // settings.samples, 1) - 1, m)
         if self.judge.generates_verdicts:
-            return min(first + STRETCH_DRAWS - 1, m)
-        if self.session.uncached:
-            return first
-        return min(bisect_right(self.ends, self.ends[first - 1] + STRETCH_CHARACTERS), m)
+            draws = settings.samples if settings.kind == "success" else 1
+            last = first + max(STRETCH_DRAWS // draws, 1) - 1
+        elif self.session.uncached:
+            last = first
+        else:
+            last = bisect_right(self.ends, self.ends[first - 1] + STRETCH_CHARACTERS)
+        return min(last, m)
 
     def is_isolated(self, kept: int, m: int, search: str) -> bool | None:
         """Whether the boundary after the kept one, of m, is not ENOUGH; None: not known.
 
-        It is asked where the cache makes that cheap. Elsewhere only sweep and scan can tell: after
-        binary and gallop the next boundary is ENOUGH or was not asked.
+        It is asked where the cache makes that cheap. Elsewhere only a sweep or a scan can tell, if
+        it asked there: after binary and gallop the next boundary is ENOUGH or was not asked.
         """
         after = kept + 1
         if after > m:
             return None
-        if self.judge.generates_verdicts or self.session.uncached:
-            if search not in ("sweep", "scan") or after not in self.verdicts:
-                return None
-        elif after not in self.verdicts:
+        if self.reads_cache and after not in self.verdicts:
             self.ask(after)
+        can_tell = self.reads_cache or search in ("sweep", "scan")
+        if not can_tell or after not in self.verdicts:
+            return None
         return self.verdicts[after].label != "ENOUGH"
 
     def ask(self, k: int) -> bool:
@@ -109,16 +119,18 @@ class TraceJudge:
         return self.ask_many([k])[0]
 
     def ask_many(self, boundaries: Sequence[int]) -> list[bool]:
-        """Ask several boundaries together, none of which was asked before."""
+        """Ask several boundaries together, none of which was asked before.
+
+        Returns:
+            Whether each suffices: by its verdict, or by `steer`.
+        """
         if self.judge.settings.kind == "success":
             verdicts = self._draw_verdicts(boundaries)
         elif self.judge.generates_verdicts:
             verdicts = self._generate_verdicts(boundaries)
         else:
             verdicts = self._score_verdicts(boundaries)
-        # in the order asked, whichever was decided first
-        for k in boundaries:
-            self.verdicts[k] = verdicts[k]
+        self.verdicts.update(verdicts)
         if self.steer:
             return [self.steer(k) for k in boundaries]
         return [self.verdicts[k].label == "ENOUGH" for k in boundaries]
@@ -133,23 +145,21 @@ class TraceJudge:
     # --- read from log-probabilities ---
 
     def _score_verdicts(self, boundaries: Sequence[int]) -> dict[int, Verdict]:
-        """Read verdicts from log-probabilities, all in one call.
-
-        Where a cache moves margins by more than rounding, verdicts nearer to the threshold than
-        the largest move are read again without it, the nearest first.
-        """
+        """Read verdicts from log-probabilities, all in one call."""
         requests = {k: self.request(k) for k in boundaries}
         scores = self.session.score(list(requests.values()))
         margins = {}
         for k, logprobs in zip(boundaries, scores, strict=True):
             margins[k] = self.judge.margin(logprobs) - self.calibration_offset
 
+        # A verdict that the cache may have turned is read again without it. One that was off by
+        # more than known so far puts others in doubt; the nearest to the threshold come first.
         threshold = self.judge.threshold
         for k in sorted(margins, key=lambda k: abs(margins[k] - threshold)):
             if abs(margins[k] - threshold) < self.cache_move:
-                margin = self._uncached_margin(requests[k])
-                self.cache_move = max(self.cache_move, abs(margin - margins[k]))
-                margins[k] = margin
+                cached_margin = margins[k]
+                margins[k] = self._uncached_margin(requests[k])
+                self.cache_move = max(self.cache_move, abs(margins[k] - cached_margin))
         return {k: self._verdict(k, margin) for k, margin in margins.items()}
 
     def _uncached_margin(self, request: ScoreRequest) -> float:
@@ -162,50 +172,54 @@ class TraceJudge:
 
     def _generate_verdicts(self, boundaries: Sequence[int]) -> dict[int, Verdict]:
         """Generate verdicts greedily, as the paper does; UNPARSED ones count as not enough."""
-        verdicts = {}
-        for k, completions in self._texts(dict.fromkeys(boundaries, 1)):
-            label = self.judge.label_in_text(completions[0].text, self.row)
-            verdicts[k] = Verdict(sentences=k, label=label, margin=None)
-        return verdicts
+        labels = {}
+        for k, [completion] in self._generate(dict.fromkeys(boundaries, 1)):
+            labels[k] = self.judge.label_in_text(completion.text, self.row)
+        return {k: Verdict(sentences=k, label=labels[k], margin=None) for k in boundaries}
 
     def _draw_verdicts(self, boundaries: Sequence[int]) -> dict[int, Verdict]:
         """Draw at all boundaries together until the success rate of each is decided."""
         settings = self.judge.settings
-        verdicts: dict[int, Verdict] = {}
-        while len(verdicts) < len(boundaries):
-            missing = {}
-            for k in boundaries:
-                grades = [sample.verdict for sample in self.samples.get(k, ())]
-                correct = grades.count("correct")
-                count = missing_draws(correct, len(grades), settings)
-                if count:
-                    missing[k] = count
-                else:
-                    margin = success_probability(correct, len(grades), settings.success_rate)
-                    verdicts[k] = self._verdict(k, margin)
-            self.draw(missing)
+        undecided = list(boundaries)
+        while undecided:
+            missing = {k: missing_draws(*self._successes(k), settings) for k in undecided}
+            undecided = [k for k in undecided if missing[k]]
+            self.draw({k: missing[k] for k in undecided})
+        verdicts = {}
+        for k in boundaries:
+            margin = success_probability(*self._successes(k), settings.success_rate)
+            verdicts[k] = self._verdict(k, margin)
         return verdicts
+
+    def _successes(self, k: int) -> tuple[int, int]:
+        """How many continuations of a boundary are correct, and how many were drawn."""
+        grades = [sample.verdict for sample in self.samples.get(k, ())]
+        return grades.count("correct"), len(grades)
 
     def draw(self, counts: Mapping[int, int]) -> None:
         """Draw and grade so many more continuations at each boundary, into `samples`.
 
         They are seeded by row, boundary and number, so every search draws the same.
         """
-        for k, completions in self._texts(counts):
+        for k, completions in self._generate(counts):
             drawn = grade_samples(self.judge.grader, completions, self.row)
             self.samples[k] = self.samples.get(k, ()) + drawn
 
-    def _texts(self, counts: Mapping[int, int]) -> Iterator[tuple[int, Sequence[Completion]]]:
-        """Generate so many texts at each boundary, and count the tokens; KitError: one fails."""
+    def _generate(self, counts: Mapping[int, int]) -> Iterator[tuple[int, Sequence[Completion]]]:
+        """Generate so many texts at each boundary, and count the tokens; KitError: one fails.
+
+        They come boundary by boundary, in the order in which the backend finishes them.
+        """
         judge = self.judge
         boundary_of = {}
         requests = []
         for k, count in counts.items():
-            id = f"{self.row.id}@{k}+{len(self.samples.get(k, ()))}"
-            boundary_of[id] = k
-            ids = self.request(k).ids
-            request = Request(id, ids, judge.sampling, count, judge.config.seed, self.trunk)
-            requests.append(request)
+            # Seeds come from the request's id: further draws have other ones than those before.
+            request_id = f"{self.row.id}@{k}+{len(self.samples.get(k, ()))}"
+            boundary_of[request_id] = k
+            prompt = self.request(k).ids
+            seed = judge.config.seed
+            requests.append(Request(request_id, prompt, judge.sampling, count, seed, self.trunk))
         for generation in judge.backend.generate(requests):
             k = boundary_of[generation.id]
             if generation.error:
@@ -213,7 +227,7 @@ class TraceJudge:
                 raise KitError(message, "Run the command again to resume.")
             cached_tokens = max(generation.prompt_tokens - generation.prefill_tokens, 0)
             self.session.cost.add(TokenUsage(generation.prefill_tokens, cached_tokens))
-            self.generated_tokens += sum(len(text.ids) for text in generation.completions)
+            self.generated_tokens += sum(len(sample.ids) for sample in generation.completions)
             yield k, generation.completions
 
 
@@ -225,6 +239,8 @@ def open_trace(
     with ExitStack() as stack:
         session = stack.enter_context(closing(judge.backend.session(uncached=uncached)))
         trace = TraceJudge(judge, row, session)
+        # What is scored shares the session's cache; what is generated needs a trunk with room for
+        # the longest prompt and its answer.
         if judge.generates_verdicts and not uncached:
             longest = len(trace.request(furthest).ids)
             trunk = Trunk(longest + judge.sampling.max_new_tokens)

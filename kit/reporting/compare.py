@@ -70,6 +70,24 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     labels = []
     for label, runs in groups.items():
         labels.append({"label": label, "seeds": [run.config["seed"] for run in runs]})
+    config = files[0].config
+    result = {
+        "runs": list(map(numbers, files)),
+        "page": str(out),
+        "groups": labels,
+        **_on_datasets(groups, judge),
+        "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
+        "differs": differing_keys(files),
+        "budget": config["eval"]["sampling"]["max_new_tokens"],
+        "student": config["student"]["model"],
+        "teacher": files[0].teacher,
+    }
+    write_atomic(Path(out), render("compare.html.j2", result=result, groups=groups))
+    return result
+
+
+def _on_datasets(groups: Groups, judge: Callable[..., Any] | None) -> Json:
+    """What is compared dataset by dataset: see `compare`."""
     scores = []
     pairs = []
     different = []
@@ -84,24 +102,13 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         if judge and len(by_run) > 1:
             a, b, *_ = by_run
             quality[dataset] = {"a": a, "b": b, **asdict(judge(by_run[a][0], by_run[b][0]))}
-    config = files[0].config
-    result = {
-        "runs": list(map(numbers, files)),
-        "page": str(out),
-        "groups": labels,
+    return {
         "scores": scores,
         "pairs": pairs,
         "different": different,
         "within": within,
         "quality": quality,
-        "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
-        "differs": differing_keys(files),
-        "budget": config["eval"]["sampling"]["max_new_tokens"],
-        "student": config["student"]["model"],
-        "teacher": files[0].teacher,
     }
-    write_atomic(Path(out), render("compare.html.j2", result=result, groups=groups))
-    return result
 
 
 def show(result: Json) -> None:

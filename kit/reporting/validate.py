@@ -153,22 +153,16 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
         at the cut] at the usual threshold, and kept_calibrated likewise, or None; points [(margin,
         stated probability, success rate, fitted rate)] of all boundaries by margin
     """
-
-    def pooled(key: str, traces: list[Json] = traces) -> np.ndarray:
-        return np.concatenate([trace[key] for trace in traces])
-
-    # 1. Does it tell boundaries apart? Those of a trace hang together, so traces are drawn.
-    rng = random.Random(0)
-    values = []
-    for _ in range(1000):
-        drawn = rng.choices(traces, k=len(traces))
-        values.append(auc(pooled(name, drawn), pooled("enough", drawn)))
-    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    # 1. Does it tell boundaries apart?
+    margins = _pooled(traces, name)
+    rates = _pooled(traces, "rate")
+    separation = auc(margins, _pooled(traces, "enough"))
+    low, high = _auc_interval(traces, name)
 
     # 2. The success rate over the margin. Equal margins get falling rates, which the fit levels.
-    order = np.lexsort((-pooled("rate"), pooled(name)))
-    margins = pooled(name)[order]
-    rates = pooled("rate")[order]
+    order = np.lexsort((-rates, margins))
+    margins = margins[order]
+    rates = rates[order]
     stated = {"verbal": expit, "answer": np.exp}.get(name, np.asarray)(margins)
     fitted = isotonic_regression(rates).x
     first = int(np.searchsorted(fitted, judge.settings.success_rate - 1e-9))
@@ -190,7 +184,7 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
             cuts.append((true, cut))
     return {
         "kind": name,
-        "auc": auc(pooled(name), pooled("enough")),
+        "auc": separation,
         "auc_low": low,
         "auc_high": high,
         "brier": float(np.mean(stated**2 - 2 * stated * rates + rates)),
@@ -202,6 +196,21 @@ def assess(name: str, judge: Judge, traces: list[Json]) -> Json:
         "kept_calibrated": kept_calibrated,
         "points": np.column_stack([margins, stated, rates, fitted]).tolist(),
     }
+
+
+def _pooled(traces: list[Json], key: str) -> np.ndarray:
+    return np.concatenate([trace[key] for trace in traces])
+
+
+def _auc_interval(traces: list[Json], name: str) -> tuple[float, float]:
+    """A 95% interval by bootstrap. A trace's boundaries hang together, so traces are drawn."""
+    rng = random.Random(0)
+    values = []
+    for _ in range(1000):
+        drawn = rng.choices(traces, k=len(traces))
+        values.append(auc(_pooled(drawn, name), _pooled(drawn, "enough")))
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    return low, high
 
 
 def cut_at(trace: Json, name: str, threshold: float) -> tuple[int, float, float]:

@@ -38,6 +38,7 @@ class Head(NamedTuple):
         """Cross-entropy (N,) of hidden states (N, D) with targets (N,), `rows` at a time."""
 
         def slice_losses(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            """Losses (rows,) of hidden states (rows, D)."""
             return cross_entropy(self.logits(states), wanted, reduction="none")
 
         # backward recomputes a slice's logits instead of keeping them
@@ -96,6 +97,7 @@ def attach(causal: Any, logits_bytes: int) -> None:
     rows = max(1, logits_bytes // (LIVE_BYTES * head.weight.shape[0]))
 
     def forward(self: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
+        """See `attach`."""
         if labels is None:
             return type(self).forward(self, **inputs)
         # position t predicts the token after it

@@ -141,6 +141,7 @@ class AdapterTrainer(Trainer):
         tokens = (labels != IGNORED).sum()
 
         def backward() -> None:
+            """Add the batch's gradient to the weights', as a training step does."""
             # every process has this row, and the denominator counts the tokens of all of them
             total = tokens * self.accelerator.num_processes
             super(AdapterTrainer, self).training_step(model, dict(batch), total)
@@ -150,6 +151,7 @@ class AdapterTrainer(Trainer):
                         weight.grad /= self.accelerator.scaler.get_scale()
 
         def loss() -> torch.Tensor:
+            """The batch's mean loss per supervised token, nothing changed."""
             return model(input_ids=ids, labels=labels, denominator=tokens)["loss"]
 
         slopes = check_gradient(model, backward, loss)
