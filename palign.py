@@ -22,7 +22,7 @@ if __name__ == "__main__":
     # Also where Python is told not to look beside the script (-P).
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kit import __version__
+from kit import Json, __version__
 from kit.core.errors import KitError, machine_fault
 
 # Adds an argument to a command; argparse's own add_argument.
@@ -225,7 +225,7 @@ def _stages(args: Namespace, progress: Any) -> int:
     return 0
 
 
-def _run_stages(config: Any, progress: Any, command: str) -> dict[str, Any]:
+def _run_stages(config: Any, progress: Any, command: str) -> Json:
     """One stage; or all of them up to `stop_after`, and the report.
 
     Returns:
@@ -267,7 +267,7 @@ def _run_stages(config: Any, progress: Any, command: str) -> dict[str, Any]:
         return metrics.numbers(metrics.Files(run.folder))
 
 
-def _run_rounds(config: Any, progress: Any, command: str) -> dict[str, Any]:
+def _run_rounds(config: Any, progress: Any, command: str) -> Json:
     """The command `run`: all stages of all rounds; returns the first round's numbers."""
     from kit.pipeline import rounds
 
@@ -392,7 +392,7 @@ def _config(args: Namespace) -> Any:
     return config.load(args.config, args.overrides)
 
 
-def _print(args: Namespace, result: dict[str, Any], show: Any = None) -> int:
+def _print(args: Namespace, result: Json, show: Any = None) -> int:
     """Print a result for programs, or with `show` for people."""
     if args.json:
         print(json.dumps(result))
@@ -401,7 +401,7 @@ def _print(args: Namespace, result: dict[str, Any], show: Any = None) -> int:
     return 0
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: Json) -> None:
     """Print any result: a line for each value, a table for each list of rows."""
     from rich.console import Console
     from rich.table import Table

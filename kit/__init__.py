@@ -1,6 +1,9 @@
 """palign: long-chain reasoning distillation via adaptive prefix alignment (arXiv 2601.10064)."""
 
 import os
+from typing import Any
+
+Json = dict[str, Any]  # an object of JSON: a manifest, a row of a file, what --json prints
 
 __version__ = "0.2.0"
 

@@ -16,8 +16,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from kit import Json
 from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem
@@ -54,7 +55,7 @@ class Loaded(NamedTuple):
 
     train: list[Problem]
     evals: dict[str, list[Problem]]
-    facts: dict[str, Any]
+    facts: Json
     rejected: list[dict[str, str]]
     warnings: list[str]
     samples: dict[str, int | None]  # answers per problem of each evaluation dataset
@@ -86,7 +87,7 @@ def load_all(config: Config) -> Loaded:
     """
     train_source, everything = _read_train(config)
     train = subset(everything.problems, train_source, config.seed)
-    facts: dict[str, Any] = {"train": _facts(train_source, everything, train), "evals": {}}
+    facts: Json = {"train": _facts(train_source, everything, train), "evals": {}}
     loaded = Loaded(train, {}, facts, list(everything.rejected), list(everything.warnings), {})
     sources = config.data.eval if config.stop_after in ("eval", "report") else ()
     for source in sources:
@@ -233,7 +234,7 @@ def _sort_out(
         reading.problems.append(problem)
 
 
-def describe(source: DatasetConfig, everything: bool = False) -> dict[str, Any]:
+def describe(source: DatasetConfig, everything: bool = False) -> Json:
     """What a source becomes, for `palign.py data`.
 
     Returns:
@@ -243,7 +244,7 @@ def describe(source: DatasetConfig, everything: bool = False) -> dict[str, Any]:
     reading = read(source, seed=0)
     reasons = Counter(row["reason"] for row in reading.rejected)
     shown = reading.problems if everything else reading.problems[:3]
-    description: dict[str, Any] = {
+    description: Json = {
         "rows": len(reading.problems) + len(reading.rejected),
         "usable": len(reading.problems),
         "rejected": [{"reason": reason, "rows": rows} for reason, rows in reasons.most_common()],
@@ -303,7 +304,7 @@ def _grams(question: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
-def _facts(source: DatasetConfig, reading: Reading, problems: list[Problem]) -> dict[str, Any]:
+def _facts(source: DatasetConfig, reading: Reading, problems: list[Problem]) -> Json:
     return {
         "path": source.path,
         "rows": len(problems),

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from kit import Json
 from kit.doctor_full import FULL_CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ LABELS = {True: "ok", False: "FAIL", None: "note"}
 Finding = tuple[bool | None, str]
 
 
-def examine(full: bool = False) -> dict[str, Any]:
+def examine(full: bool = False) -> Json:
     """Run all checks; about a minute, most of it for the gradients of the packaged model.
 
     Args:
@@ -49,7 +49,7 @@ def examine(full: bool = False) -> dict[str, Any]:
     return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: Json) -> None:
     """Print a result of `examine`; commands have lines of their own, to be copied."""
     for check in result["checks"]:
         print(f"{LABELS[check['ok']]:<5} {check['name']:<15} {check['found']}")
@@ -58,7 +58,7 @@ def show(result: dict[str, Any]) -> None:
     print("Everything a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
 
 
-def _examine(name: str) -> dict[str, Any]:
+def _examine(name: str) -> Json:
     check, fix = {**CHECKS, **FULL_CHECKS}[name]
     try:
         ok, found = _run_alone(name) if name in ALONE else check()

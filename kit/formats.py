@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import yaml
 
+from kit import Json
 from kit.core.config import DatasetConfig
 from kit.core.errors import KitError, nearest
 from kit.core.records import Verifier, replace_surrogates
@@ -45,10 +46,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @functools.cache
-def presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, Json]:
     """The field's files by name, as kit/presets.yaml explains them."""
     path = Path(__file__).with_name("presets.yaml")
-    loaded: dict[str, dict[str, Any]] = yaml.safe_load(path.read_bytes())
+    loaded: dict[str, Json] = yaml.safe_load(path.read_bytes())
     return loaded
 
 
@@ -72,7 +73,7 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
     return DatasetConfig(**{**preset, **given, "fields": fields})
 
 
-def fitting_preset(row: dict[str, Any]) -> str | None:
+def fitting_preset(row: Json) -> str | None:
     """The preset whose keys a row has."""
     for name, preset in presets().items():
         keys = set(re.findall(r"[\w.]+", " ".join(preset.get("fields", {}).values())))
@@ -102,7 +103,7 @@ def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
     return keys
 
 
-def _has(row: dict[str, Any], path: str) -> bool:
+def _has(row: Json, path: str) -> bool:
     """Whether a row has a key, empty or not."""
     return any(key.lower() == path.lower() for key in row) or lookup(row, path) is not None
 
@@ -111,9 +112,9 @@ def _template_keys(named: str) -> list[str]:
     return re.findall(r"\{([^{}]+)\}", named)
 
 
-def values_of(row: dict[str, Any], keys: Keys, verifier: Verifier) -> dict[str, Any]:
+def values_of(row: Json, keys: Keys, verifier: Verifier) -> Json:
     """What a row holds, by role; `verifier` where it names none of its own."""
-    values: dict[str, Any] = {role: _first_text(row, names) for role, names in keys.items()}
+    values: Json = {role: _first_text(row, names) for role, names in keys.items()}
     if values["verifier"] not in get_args(Verifier):
         values["verifier"] = verifier
     answer = values["answer"]
@@ -130,11 +131,11 @@ def values_of(row: dict[str, Any], keys: Keys, verifier: Verifier) -> dict[str, 
     return values
 
 
-def _letter(row: dict[str, Any], template: str, answer: str, verifier: str) -> str | None:
+def _letter(row: Json, template: str, answer: str, verifier: str) -> str | None:
     """The letter of an answer that is an index into the question's options, from 0, or (verifier
     choice) the text of one of them; any other answer as it is. Empty where it names no option.
     """
-    options: dict[str, Any] = {}
+    options: Json = {}
     for key in _template_keys(template):
         options = options or _by_letter(lookup(row, key)) or {}
     if options and answer.isdigit():
@@ -146,7 +147,7 @@ def _letter(row: dict[str, Any], template: str, answer: str, verifier: str) -> s
     return named if not options or options.keys() >= set(named) else None
 
 
-def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
+def _first_text(row: Json, names: tuple[str, ...]) -> str | None:
     """The first of the keys or templates, in any case, that gives text; None where none does."""
     for name in names:
         text = _fill(row, name) if _template_keys(name) else _text(lookup(row, name))
@@ -155,7 +156,7 @@ def _first_text(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _fill(row: dict[str, Any], template: str) -> str | None:
+def _fill(row: Json, template: str) -> str | None:
     """A template with the values of a row; None where a part other than a context is missing,
     never half a question.
     """
@@ -170,7 +171,7 @@ def _fill(row: dict[str, Any], template: str) -> str | None:
     return text.strip()
 
 
-def _by_letter(value: Any) -> dict[str, Any] | None:
+def _by_letter(value: Any) -> Json | None:
     """Options by their letters: of a list, a mapping, or ARC's {text: list, label: list}."""
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
@@ -209,9 +210,7 @@ def _text(value: Any) -> str | None:
     return ", ".join(texts) or None
 
 
-def missing_role(
-    row: dict[str, Any], values: dict[str, Any], keys: Keys, needed: Sequence[str]
-) -> str | None:
+def missing_role(row: Json, values: Json, keys: Keys, needed: Sequence[str]) -> str | None:
     """What is wrong with the keys of the first role that a row lacks; None where it has all."""
     for role in needed:
         if values[role]:

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from kit import Json
 from kit.backends import open_backend, tokenizer_alone
 from kit.backends.base import Tokenizer
 from kit.core.config import Config, ModelConfig, Student, expand, flat, load
@@ -39,7 +40,7 @@ Problem = dict[str, str]  # what would stop a run: key, message, fix
 LINE = "{key}: {message} {fix}"
 
 
-def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def check(path: str | None, overrides: Sequence[str] = ()) -> Json:
     """Look at everything that a run of a config depends on.
 
     Returns:
@@ -65,7 +66,7 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: Json) -> None:
     """Print a result of `check`, a line for each problem and warning."""
     for problem in result["problems"]:
         print("-", LINE.format(**problem))
@@ -148,7 +149,7 @@ def _todo(config: Config, command: str = "run") -> list[str]:
     return stages
 
 
-def _is_done(config: Config, stage: str, entry: dict[str, Any]) -> bool:
+def _is_done(config: Config, stage: str, entry: Json) -> bool:
     """Whether the manifest's entry of a stage says that it is done, under this config and with the
     models that are here now.
     """

@@ -14,10 +14,10 @@ import hashlib
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from kit import Json
 from kit.core.config import Derives
 from kit.core.errors import KitError
 from kit.core.records import Problem
@@ -32,12 +32,12 @@ _UNDO = dict(zip("+-*/", "-+/*", strict=True))
 
 
 @functools.cache
-def texts() -> dict[str, Any]:
+def texts() -> Json:
     """Names, stories and phrases as kit/synthetic.yaml explains them; an event becomes [operation,
     telling, ...].
     """
     path = Path(__file__).with_suffix(".yaml")
-    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded: Json = yaml.safe_load(path.read_text(encoding="utf-8"))
     for story in loaded["stories"]:
         story["events"] = [[event[0], *event[2:].split(" | ")] for event in story["events"]]
     return loaded
@@ -81,7 +81,7 @@ def generate(
     )
 
 
-def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int) -> Problem | None:
+def _problem(rng: random.Random, story: Json, steps: int, largest: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
     # who, what, and what happens
     people = {name: person for person in texts()["people"] for name in person["names"].split()}
@@ -114,7 +114,7 @@ def _problem(rng: random.Random, story: dict[str, Any], steps: int, largest: int
     )
 
 
-def _choose_events(rng: random.Random, story: dict[str, Any], steps: int) -> list[list[str]]:
+def _choose_events(rng: random.Random, story: Json, steps: int) -> list[list[str]]:
     """Events of a story; one with a question of its own can only come last."""
     inner = [event for event in story["events"] if len(event) == 3]
     last = [event for event in story["events"] if len(event) == 4]
@@ -225,7 +225,7 @@ def _underived(
     return paragraphs
 
 
-def _equations(step: str) -> list[dict[str, Any]]:
+def _equations(step: str) -> list[Json]:
     """The true equations `a op b = c` of a step."""
     equations = []
     for match in _EQUATION.finditer(step):
@@ -236,7 +236,7 @@ def _equations(step: str) -> list[dict[str, Any]]:
     return equations
 
 
-def _false_start(rng: random.Random, equation: dict[str, Any]) -> str:
+def _false_start(rng: random.Random, equation: Json) -> str:
     """A wrong operation or a slip, caught at once."""
     other = rng.choice([operation for operation in "+-*" if operation != equation["op"]])
     wrong = _APPLY[other](equation["a"], equation["b"])

@@ -32,6 +32,7 @@ from typing import Any
 import httpx2
 import openai
 
+from kit import Json
 from kit.backends import tokenizer_alone
 from kit.backends.base import (
     Completion,
@@ -48,8 +49,6 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
-
-Json = dict[str, Any]
 
 REDIRECT_STATUSES = range(300, 400)
 REFUSED_STATUSES = (400, 413, 422)  # of one request: a retry changes nothing

@@ -12,8 +12,9 @@ from argparse import Namespace
 from contextlib import closing
 from functools import partial
 from statistics import median
-from typing import Any, get_args
+from typing import get_args
 
+from kit import Json
 from kit.backends import open_backend
 from kit.backends.base import Request
 from kit.bench import Timing, measure
@@ -36,7 +37,7 @@ FIGURES = ("seconds", "ratio", "token_ratio", "price")
 REFERENCES = {"reference-256": 256, "reference-16": 16}  # new tokens per question
 
 
-def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
+def bench(options: Namespace, progress: Progress) -> Json:
     """Measure every trace that fits the model; the reference loops on the first one, and once.
 
     `verdicts` early, middle, late, or several of them: searches are steered to keep 1, half or all
@@ -68,7 +69,7 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     traces = []
     medians = []
     for verdicts in options.verdicts or [OWN]:
-        alike: list[dict[str, Any]] = []
+        alike: list[Json] = []
         for row in measured:
             references = REFERENCES if verdicts == OWN and not alike else {}
             timings = _measure(judge, row, verdicts, references, options.repeats, progress)
@@ -130,7 +131,7 @@ def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> int:
     return tokens
 
 
-def _trace(row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
+def _trace(row: PrefixRow, timings: dict[str, Timing]) -> Json:
     """One trace's measurements, and the largest distance of a cached margin from the uncached."""
     uncached: dict[int, float] = {}
     differences = [0.0]
@@ -158,7 +159,7 @@ def _trace(row: PrefixRow, timings: dict[str, Timing]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(name: str, traces: list[Json]) -> Json:
     """The medians of one way over traces, as far as it was measured."""
     rows = [row for trace in traces for row in trace["rows"] if row["name"] == name]
     medians = {}

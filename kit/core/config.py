@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from kit import Json
 from kit.core import methods
 from kit.core.errors import ConfigError, nearest
 from kit.core.old_keys import upgrade
@@ -481,7 +482,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return resolve(raw, str(path or "the command line"), mistakes)
 
 
-def resolve(raw: dict[str, Any], where: str, mistakes: Sequence[str] = ()) -> Config:
+def resolve(raw: Json, where: str, mistakes: Sequence[str] = ()) -> Config:
     """Validate a mapping into a `Config`.
 
     Args:
@@ -505,7 +506,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> Json:
     """A config or nested mapping as {dotted key: leaf value}, to compare two of them key by key."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
@@ -517,7 +518,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _override(raw: Json, text: str) -> None:
     """Set one key=value in place (ValueError: in words, what is wrong with it)."""
     key, equals, value = text.partition("=")
     if not key or not equals:

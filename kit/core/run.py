@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kit import __version__
+from kit import Json, __version__
 from kit.core.config import Config, dump, flat, read_yaml
 from kit.core.errors import KitError
 from kit.core.fingerprints import check_trained
@@ -43,8 +43,8 @@ class _Entry(BaseModel):
     """What a manifest says of a stage, as far as its reading depends on it."""
 
     done: bool = False
-    keys: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
+    keys: Json = {}
+    summary: Json = {}
 
 
 class _Manifest(BaseModel):
@@ -212,7 +212,7 @@ class Run:
             path.rename(self.path(f"stale/{prefix}-{path.name}"))
         return existing
 
-    def _rejected(self) -> Iterator[dict[str, Any]]:
+    def _rejected(self) -> Iterator[Json]:
         """Every row that the data or a stage rejected, with the reason."""
         for row in self.manifest.get("rejected", ()):
             yield {"stage": "data", **row}
@@ -241,7 +241,7 @@ class Run:
             ) from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Json:
     """A run folder's manifest, {} where there is none.
 
     Raises:
@@ -266,7 +266,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         reason = error.errors()[0]["msg"]
         raise KitError(f"{path} is no run's manifest ({reason}).", hint, 2) from None
-    manifest: dict[str, Any] = json.loads(content)
+    manifest: Json = json.loads(content)
     check_format(folder, manifest)
     return manifest
 
@@ -297,7 +297,7 @@ def _is_resolved(config: Path) -> bool:
     return isinstance(keys, dict) and keys.keys() == Config.model_fields.keys()
 
 
-def check_format(folder: Path, manifest: dict[str, Any]) -> None:
+def check_format(folder: Path, manifest: Json) -> None:
     """Refuse (KitError) a run folder of another format than this version's."""
     version = manifest.get("format", 0)
     if version == FORMAT:
@@ -323,9 +323,9 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     """What the run runs on; the card's name once torch has been loaded for some stage."""
-    about: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    about: Json = {"system": platform.platform(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()

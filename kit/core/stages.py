@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kit import Json
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, EvalRow, Outcome, PrefixRow, TraceRow
 from kit.core.storage import RowFile, digest
@@ -52,7 +53,7 @@ class Stage:
     rows: Mapping[str, type[Outcome]] = field(default_factory=dict)  # files it writes: row type
     files: tuple[str, ...] = ()  # other files and folders it writes
 
-    def dependencies(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def dependencies(self, config: Mapping[str, Any]) -> Json:
         """Those of a config's dotted keys that the stage's rows depend on."""
         names = self.keys
         if config.get("judge.kind") == "success":
@@ -208,7 +209,7 @@ def check_ids(ids: Iterable[str]) -> None:
             raise KitError(message, "Rename one of the problems in the data.")
 
 
-def tallies(rows: Sequence[Any]) -> dict[str, Any]:
+def tallies(rows: Sequence[Any]) -> Json:
     """For a stage's summary: tokens generated, and how many rows were rejected for which reason."""
     return {
         "tokens": sum(row.processed_tokens for row in rows),

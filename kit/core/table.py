@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from kit import Json
 from kit.core.config import expand, readable
 from kit.core.errors import KitError
 
@@ -21,7 +22,7 @@ _OTHERS = re.compile(
     r"\.(?:xlsx?|ods|arrow|feather|zip|tar|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)$"
 )
 
-Rows = list[tuple[str, dict[str, Any]]]  # each with its place: "line 3" or "row 3"
+Rows = list[tuple[str, Json]]  # each with its place: "line 3" or "row 3"
 
 
 def read_rows(name: str) -> Rows:
@@ -78,7 +79,7 @@ def _parse(content: bytes, name: str) -> Rows:
     return numbered(document)
 
 
-def numbered(rows: Iterable[dict[str, Any]]) -> Rows:
+def numbered(rows: Iterable[Json]) -> Rows:
     """Rows with their place in a table that has no lines."""
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
@@ -103,7 +104,7 @@ def _parse_csv(content: bytes, delimiter: str) -> Rows:
     return rows
 
 
-def _whole(content: bytes) -> list[dict[str, Any]] | None:
+def _whole(content: bytes) -> list[Json] | None:
     """The rows of a file that is one JSON document; None where it holds one object per line."""
     try:
         document = json.loads(content)
@@ -152,7 +153,7 @@ def lookup(value: Any, path: str) -> Any:
     return lookup(lookup(value, head), rest) if rest else None
 
 
-def keys_of(row: dict[str, Any]) -> str:
+def keys_of(row: Json) -> str:
     """The keys of a row with the type of each value, for messages."""
     return ", ".join(f"{key!r} ({_kind(value)})" for key, value in row.items()) or "none"
 

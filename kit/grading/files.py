@@ -8,8 +8,9 @@ numbers can be reproduced. Labels are only compared with, never used.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from kit import Json
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.table import keys_of, lookup, read_rows
@@ -36,7 +37,7 @@ class _Graded(NamedTuple):
     published: list[bool]
 
 
-def grade_file(source: Source | Path, verifier: str = "math") -> dict[str, Any]:
+def grade_file(source: Source | Path, verifier: str = "math") -> Json:
     """Grade every output of a file.
 
     Returns:
@@ -130,7 +131,7 @@ class _Labels(NamedTuple):
 
     agreement: dict[str, int] | None  # of our verdicts; None: the file has no labels
     published: dict[str, int] | None  # of the paper's grader
-    differ: list[dict[str, Any]]  # each output whose label is not our verdict
+    differ: list[Json]  # each output whose label is not our verdict
 
 
 def _labels(graded: list[_Graded]) -> _Labels:

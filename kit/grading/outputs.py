@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from kit import Json
 from kit.core.records import Verifier
 from kit.core.table import keys_of, lookup
 
@@ -20,10 +21,10 @@ VERDICTS = {"correct": True, "wrong": False, "unparsed": False, "timeout": False
 
 
 @functools.cache
-def formats() -> list[dict[str, Any]]:
+def formats() -> list[Json]:
     """The formats of kit/grading/outputs.yaml; the last is any other file's."""
     path = Path(__file__).with_suffix(".yaml")
-    loaded: list[dict[str, Any]] = yaml.safe_load(path.read_bytes())
+    loaded: list[Json] = yaml.safe_load(path.read_bytes())
     return loaded
 
 
@@ -44,7 +45,7 @@ class OutputRow(NamedTuple):
     verifier: str | None
 
 
-def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) -> OutputRow:
+def read_output_row(row: Json, keys: Keys, gold: str | None = None) -> OutputRow:
     """The gold answer, outputs and labels of a row.
 
     Args:
@@ -76,7 +77,7 @@ def read_output_row(row: dict[str, Any], keys: Keys, gold: str | None = None) ->
     return OutputRow(answer, [text or "" for text in texts], labels, verifier)
 
 
-def _paths(row: dict[str, Any], keys: Keys) -> dict[str, list[str]]:
+def _paths(row: Json, keys: Keys) -> dict[str, list[str]]:
     """Where a row has its answer, outputs and labels: as the caller says, else by its format."""
     for known in formats():
         if all(_is_there(lookup(row, path)) for path in known["needs"]):
@@ -91,7 +92,7 @@ def _is_there(value: Any) -> bool:
     return any(item is not None for item in _flat(value))
 
 
-def _gold(row: dict[str, Any], paths: list[str]) -> str:
+def _gold(row: Json, paths: list[str]) -> str:
     """The gold answer as text; of several choices the one that `gold_index` names; "" for none."""
     value = first_value(row, paths)
     if isinstance(value, list):
@@ -102,7 +103,7 @@ def _gold(row: dict[str, Any], paths: list[str]) -> str:
     return "" if value is None or isinstance(value, dict) else str(value)
 
 
-def first_value(row: dict[str, Any], paths: list[str]) -> Any:
+def first_value(row: Json, paths: list[str]) -> Any:
     """The first value that there is."""
     for path in paths:
         value = lookup(row, path)
@@ -111,7 +112,7 @@ def first_value(row: dict[str, Any], paths: list[str]) -> Any:
     return None
 
 
-def _has(row: dict[str, Any], path: str) -> bool:
+def _has(row: Json, path: str) -> bool:
     """Whether a row has a key, even if its value is null."""
     head = path.split(".")[0].lower()
     return any(key.lower() in (head, path.lower()) for key in row)

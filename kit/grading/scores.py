@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
+from kit import Json
 from kit.backends.base import looping
 from kit.core.records import EvalRow, Sample
 from kit.grading import stats
@@ -46,7 +46,7 @@ class Score(Accuracy):
     loop_ratio: float
     mean_tokens: float
     accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
-    as_published: dict[str, Any] | None  # accuracy and pass_at by the paper's grader, if asked
+    as_published: Json | None  # accuracy and pass_at by the paper's grader, if asked
     # {agree, of, undecided}: verdicts of a judge model beside exact match; None: it was not asked
     judge_agreement: dict[str, int] | None
     by_level: dict[str, Accuracy]
@@ -155,7 +155,7 @@ def _judge_agreement(rows: Sequence[EvalRow]) -> dict[str, int] | None:
     return {name: counts[name] for name in ("agree", "of", "undecided")}
 
 
-def _as_published(rows: Sequence[EvalRow]) -> dict[str, Any] | None:
+def _as_published(rows: Sequence[EvalRow]) -> Json | None:
     """The same answers by the paper's grader; None where it was not asked."""
     if not any(row.published for row in rows):
         return None

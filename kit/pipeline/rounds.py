@@ -11,17 +11,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from kit import Json
 from kit.core.config import Config
 from kit.core.progress import Progress
 from kit.core.run import Run, read_manifest
 from kit.pipeline.teach import NAME
 
 
-def run_rounds(
-    config: Config, progress: Progress, run_stages: Callable[..., dict[str, Any]]
-) -> dict[str, Any]:
+def run_rounds(config: Config, progress: Progress, run_stages: Callable[..., Json]) -> Json:
     """All rounds of a config.
 
     Args:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from kit import Json
 from kit.core.config import Config, expand, load, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
@@ -22,7 +23,7 @@ from kit.reporting import compare
 
 def sweep(
     path: str, overrides: Sequence[str], progress: Progress, run_all: Callable[..., Any]
-) -> dict[str, Any]:
+) -> Json:
     """Carry out every run of a sweep, going on after one that fails, and compare them.
 
     Args:
@@ -109,5 +110,5 @@ def _take_over_traces(config: Config, configs: list[Config], progress: Progress)
             return
 
 
-def _stages_of(config: Config) -> dict[str, Any]:
+def _stages_of(config: Config) -> Json:
     return read_manifest(config.folder).get("stages", {})

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from statistics import median_high
-from typing import Any
 
+from kit import Json
 from kit.core.config import Config
 from kit.core.methods import method_of
 from kit.core.progress import Progress
@@ -89,7 +89,7 @@ def truncate(run: Run) -> None:
     run.finish("truncate", digest(rows), len(traces), kept, **summary)
 
 
-def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> dict[str, Any]:
+def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> Json:
     """What a method's rows depend on besides the stage's keys: models, and keys of its own."""
     if rule in ("judge", "forced-answer"):
         return model_fingerprints(config, "student", traces)
@@ -108,10 +108,10 @@ def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> dict[str,
     return {}
 
 
-def _summary(rows: list[PrefixRow]) -> dict[str, Any]:
+def _summary(rows: list[PrefixRow]) -> Json:
     """What the manifest keeps of the rows; the notes and the threshold are a judge's."""
     cut_rows = [row for row in rows if row.rejected is None]
-    summary: dict[str, Any] = {
+    summary: Json = {
         "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
         "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
         "degenerate": degenerate(cut_rows),
@@ -137,7 +137,7 @@ def cut_batch(cut_one: Cut, traces: list[PrefixRow]) -> Iterator[PrefixRow]:
             yield future.result()
 
 
-def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
+def judge_file(config: Config, progress: Progress) -> Json:
     """Judge the traces that `config.teacher.path` names.
 
     Returns:
@@ -161,7 +161,7 @@ def judge_file(config: Config, progress: Progress) -> dict[str, Any]:
     }
 
 
-def summary_of(row: PrefixRow) -> dict[str, Any]:
+def summary_of(row: PrefixRow) -> Json:
     """One judged trace for people and `--json`.
 
     Returns:

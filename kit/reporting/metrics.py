@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment
 
+from kit import Json
 from kit.core.config import load
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, EvalRow, PrefixRow, Row, TraceRow
@@ -40,8 +41,6 @@ JUDGING_TOTALS = (
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
 MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
-
-Json = dict[str, Any]
 
 
 class Files:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from kit import Json
 from kit.backends import open_backend
 from kit.backends.base import Ids, Request, ScoreRequest, common_prefix_len
 from kit.core.config import Config, ModelConfig, Sampling
@@ -97,13 +98,13 @@ class Reference:
             scores = session.score([ScoreRequest(ids, ((len(ids) - 1, first),)) for ids in prompts])
         return cls(answer(backend, prompts), np.array(scores)[:, 0])
 
-    def compare(self, other: Reference) -> dict[str, Any]:
+    def compare(self, other: Reference) -> Json:
         """{logit_difference: largest, of log-probabilities} and see `agreement`."""
         difference = float(np.abs(self.logprobs - other.logprobs).max())
         return {"logit_difference": difference, **agreement(self.answers, other.answers)}
 
 
-def agreement(first: Sequence[Ids], second: Sequence[Ids]) -> dict[str, Any]:
+def agreement(first: Sequence[Ids], second: Sequence[Ids]) -> Json:
     """{equal_answers, equal_tokens: share before the first difference} of answers in order."""
     equal_answers = 0
     equal_tokens = 0
@@ -129,7 +130,7 @@ def in_process(folder: Path, config: Config, prompts: Sequence[Ids]) -> list[Ids
     return list(map(tuple, saved["answers"]))
 
 
-def check(folder: Path, config: Config, backend: Any, progress: Progress) -> dict[str, Any]:
+def check(folder: Path, config: Config, backend: Any, progress: Progress) -> Json:
     """Compare an engine that holds a run's adapter with the adapter in this process.
 
     Args:

@@ -13,8 +13,8 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from kit import Json
 from kit.core import config as configs
 from kit.core.errors import KitError
 from kit.core.fingerprints import cache_folder, check_trained
@@ -64,7 +64,7 @@ class Export:
         return path
 
 
-def export(job: Export) -> dict[str, Any]:
+def export(job: Export) -> Json:
     """Export an adapter.
 
     Returns:
@@ -94,7 +94,7 @@ def export(job: Export) -> dict[str, Any]:
     return targets.get(job.to, to_merged)(job)
 
 
-def to_gguf_lora(job: Export) -> dict[str, Any]:
+def to_gguf_lora(job: Export) -> Json:
     """Write the adapter as a GGUF LoRA, and compare it with the adapter in this process."""
     config = job.config
     base = gguf_file(job.base or config.student.model)
@@ -103,7 +103,7 @@ def to_gguf_lora(job: Export) -> dict[str, Any]:
         return {"gguf_lora": str(path), **canary.check(job.folder, config, backend, job.progress)}
 
 
-def to_merged(job: Export) -> dict[str, Any]:
+def to_merged(job: Export) -> Json:
     """Merge the adapter into its base; the result answers as the adapter did before."""
     student = job.config.student
     # both names are looked at before any work
@@ -131,7 +131,7 @@ def to_merged(job: Export) -> dict[str, Any]:
     return {**result, "gguf": str(gguf), "bytes": size, "gguf_as_adapter": comparison}
 
 
-def _room_for_16_bits(model: str) -> dict[str, Any]:
+def _room_for_16_bits(model: str) -> Json:
     """Keys that put a model with its weights in 16 bits on the CPU, where the card is too small."""
     cuda, free_bytes = limit_bytes()
     shape = shape_of(model)
@@ -152,7 +152,7 @@ def _to_gguf(job: Export, merged: Path, full: Path) -> Path:
     return quantized
 
 
-def to_ollama(job: Export) -> dict[str, Any]:
+def to_ollama(job: Export) -> Json:
     """Write a Modelfile: the base's GGUF with the GGUF LoRA, or a GGUF of the merged weights."""
     student = job.config.eval
     base = resolve(job.base or job.config.student.model)

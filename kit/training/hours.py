@@ -5,8 +5,9 @@ training step are bound by arithmetic. The constants are readings of the pinned 
 makers' data sheets; none was measured on a card by us. Memory is in plan.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from kit import Json
 from kit.core.config import Config
 from kit.core.run import read_manifest
 from kit.shape import NF4_BYTES, ModelShape, card_limit
@@ -136,13 +137,13 @@ def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     }
 
 
-def card_hours(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
+def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
     """Estimate every stage on every card with every backend.
 
     Returns:
         {card: {backend: {stage: hours, total}}}; {total: None} where no sequence fits.
     """
-    hours: dict[str, dict[str, Any]] = {}
+    hours: dict[str, Json] = {}
     for name, card in CARDS.items():
         hours[name] = {}
         for backend, speed in speeds(config, shape, card).items():
@@ -151,7 +152,7 @@ def card_hours(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
     return hours
 
 
-def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
+def _hours(config: Config, speed: Speed, lora_seconds: float) -> Json:
     """Hours of each stage and in total."""
     most = config.student.rows(on_card=True)
     lengths = lengths_of(config)
@@ -179,7 +180,7 @@ def _hours(config: Config, speed: Speed, lora_seconds: float) -> dict[str, Any]:
     return in_hours(seconds)
 
 
-def in_hours(seconds: dict[str, float]) -> dict[str, Any]:
+def in_hours(seconds: dict[str, float]) -> Json:
     """Seconds by stage as hours, with their total."""
     hours = {stage: round(each / 3600, 3) for stage, each in seconds.items()}
     return {**hours, "total": round(sum(hours.values()), 3)}
@@ -208,7 +209,7 @@ def _eval_answers(config: Config) -> int:
     return answers
 
 
-def rows_of(hours: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(hours: dict[str, Json]) -> list[Json]:
     """The hours as rows of a table, without those where no sequence fits."""
     rows = []
     for card, by_backend in hours.items():

@@ -10,11 +10,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from jinja2 import Environment
 
+from kit import Json
 from kit.core.config import Config, flat
 from kit.core.errors import KitError
 from kit.core.run import read_manifest
@@ -26,7 +27,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PRIVATE_KEYS = {"url", "api_key_env", "out", "tokenizer", "served_adapter"}  # not in a card
 
 
-def to_hub(job: Export) -> dict[str, Any]:
+def to_hub(job: Export) -> Json:
     """Write the folders hub/model and hub/dataset, and upload them where a repository is named.
 
     Returns:
@@ -68,7 +69,7 @@ def to_hub(job: Export) -> dict[str, Any]:
             card_class(text).save(folder / "README.md")
         except ValueError as error:
             raise KitError(f"The hub's library refuses the card: {error}") from None
-    result: dict[str, Any] = {
+    result: Json = {
         "model": str(model),
         "dataset": str(dataset),
         "files": {str(path): path.stat().st_size for path in model.parent.glob("*/*")},

@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
+from kit import Json
 from kit.core.config import Config, Train
 from kit.core.errors import KitError
 from kit.core.memory import limit_bytes, return_at_once
@@ -36,7 +37,7 @@ class StepBytes(NamedTuple):
     logits: float
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: Config) -> Json:
     """Estimate memory and time before anything is loaded.
 
     Returns:
@@ -73,7 +74,7 @@ def plan(config: Config) -> dict[str, Any]:
     }
 
 
-def in_words(result: dict[str, Any]) -> dict[str, Any]:
+def in_words(result: Json) -> Json:
     """A result of `plan` as it is printed: what is of this machine, and what of named cards."""
     total = result["train_gib"]["total"]
     verdict = "fits" if result["fits"] else f"does not fit; with {result['change']} it does"
@@ -205,7 +206,7 @@ def _with(config: Config, **keys: Any) -> Config:
 
 def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str:
     """The fewest keys, in the order of what they cost, with which it fits."""
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     for key, value in savers(config.train).items():
         changes[key] = value
         if _total(_with(config, **changes), tokens, cuda) <= limit:
@@ -217,7 +218,7 @@ def _change(config: Config, tokens: int, cuda: bool, limit: float) -> str:
     return as_keys(changes)
 
 
-def savers(settings: Train) -> dict[str, Any]:
+def savers(settings: Train) -> Json:
     """Keys of train with values that take less memory, in the order of what they cost."""
     values = {
         "gradient_checkpointing": True,
@@ -228,6 +229,6 @@ def savers(settings: Train) -> dict[str, Any]:
     return {key: value for key, value in values.items() if getattr(settings, key) != value}
 
 
-def as_keys(changes: dict[str, Any]) -> str:
+def as_keys(changes: Json) -> str:
     """Keys of train with other values, as a user writes them."""
     return ", ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from kit import Json
 from kit.core.card import half_dtype
 from kit.core.config import Config, Train, expand
 from kit.core.errors import KitError
@@ -112,7 +113,7 @@ class AdapterTrainer(Trainer):
         if self.accelerator.scaler:
             self.accelerator.scaler = torch.amp.GradScaler(init_scale=FIRST_SCALE)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch=None) -> Any:
+    def training_step(self, model: Any, inputs: Json, num_items_in_batch=None) -> Any:
         """A micro-batch's forward and backward pass; before the first, the gradient is checked."""
         if not self.is_checked:
             self._check_gradient(model)
@@ -121,7 +122,7 @@ class AdapterTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None
+        self, model: Any, inputs: Json, return_outputs=False, num_items_in_batch=None
     ) -> torch.Tensor:
         """The micro-batch's summed loss over the step's supervised tokens; KitError: not finite."""
         examples = inputs.pop("examples")
@@ -228,7 +229,7 @@ class AdapterTrainer(Trainer):
             write_atomic(folder / MARK, "")
 
 
-def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
+def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> Json:
     """Train, save the adapter, and return the stage's summary for the manifest."""
     config = run.config
     student = config.student
