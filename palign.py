@@ -4,8 +4,6 @@
 Nothing is computed here, and nothing heavy is imported before a command runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

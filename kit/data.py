@@ -6,8 +6,6 @@ came before, is set aside. Training and evaluation may share no question, up to 
 space; rewordings are only counted. What the keys of a row mean is known in kit/formats.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -5,8 +5,6 @@ continuation and its grade, as plain text. On a terminal each step waits for a k
 written.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing

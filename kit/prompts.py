@@ -5,8 +5,6 @@ Training, evaluation and generation go through `render`: their prompt ids are eq
 Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,8 +4,6 @@ Teaching (section 3.1), alignment (3.3) and evaluation (4) go through `Sampler`.
 what becomes of the samples, is up to the stage.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing

@@ -7,8 +7,6 @@ imitates what long chains of thought do (restating, a false start that is caught
 result again and again), not how a model phrases it.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import random

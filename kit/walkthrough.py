@@ -10,8 +10,6 @@ verdicts of a trace share, batches, other backends, resuming, and answers that w
 Each step names the module that has all of that; tests/test_walkthrough.py compares the two.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

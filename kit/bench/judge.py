@@ -6,8 +6,6 @@ greedy generation of up to that many tokens, ended by the end token), uncached (
 uncached, labels constrained), and every other value of `judge.search`.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from contextlib import closing
 from functools import partial

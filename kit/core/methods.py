@@ -4,8 +4,6 @@ A method is a rule from question, trace and answer to a training target. All els
 a difference between two runs is the rule's. How traces are cut and continued is in kit/pipeline.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ of the labels' first tokens. `AnswerJudge` grades free text (`verifier: judge`):
 what the gold answer means? kit/reporting/pairwise.py compares reasoning. Nothing is generated.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import closing

@@ -3,8 +3,6 @@
 Section 3.2 of the paper. An insufficient trace is kept whole. Verdicts come from trace.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

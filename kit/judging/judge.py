@@ -8,8 +8,6 @@ Paper: each verdict is a generation of up to 256 tokens. Here: it is read from l
 the token where the two labels part; `judge.decode: generate` asks the paper's way.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ only the `violations` of a scan can tell. `sweep` assumes nothing. A new search 
 and its name in `TraceJudge.search`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 Ask = Callable[[int], bool]  # ask(k): whether the first k sentences suffice

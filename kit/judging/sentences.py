@@ -5,8 +5,6 @@ prefix is an exact slice of it. Rules, not a model: English and CJK punctuation,
 lists, code. The time is linear in the text. What a sentence means is not looked at.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import pairwise

@@ -5,8 +5,6 @@ rate from a prefix has a uniform prior, and the prefix is enough when the poster
 `judge.success_rate` or more reaches `judge.confidence`. Nothing is drawn or graded here.
 """
 
-from __future__ import annotations
-
 from math import comb
 
 from kit.core.config import Judge

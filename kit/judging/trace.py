@@ -5,8 +5,6 @@ backend reuses it is decided in kit/backends. What is asked is in judge.py, in w
 search.py.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager

@@ -5,8 +5,6 @@ a prefix without a correct continuation may be extended and tried again; each ro
 kept. The baselines' training rows are made here too, so that all methods end alike.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import defaultdict

@@ -5,8 +5,6 @@ a loop. A problem that could not be asked, a sample that could not be read and o
 long to grade count as not correct, and are counted by name. Nothing is trained or drawn here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial

@@ -5,8 +5,6 @@ folder, made and resumed as any other, with the teacher's traces taken over. No 
 here; the report of the first run has the curve (kit/reporting/metrics.py).
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

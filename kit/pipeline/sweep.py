@@ -5,8 +5,6 @@ are made once for each seed: a run takes over those of another one, and its own 
 by keys and digests, whether they are what it would have made. No number is computed here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product

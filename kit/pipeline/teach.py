@@ -5,8 +5,6 @@ and only traces that reach the gold answer go on; traces from a file are graded 
 all go on. Nothing is cut here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -3,8 +3,6 @@
 Rows become token ids in kit/training/sft_data.py; the training itself is kit/training/trainer.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from kit.core.card import check_card

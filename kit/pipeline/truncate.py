@@ -4,8 +4,6 @@ The judge is the untrained student. How it is asked is in kit/judging; here are 
 `judge_file`, which does the same for the command `judge FILE` and keeps nothing.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed

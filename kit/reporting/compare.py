@@ -5,8 +5,6 @@ the group's runs, so seeds make a problem's own score more certain but never cou
 Nothing is graded again here.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -5,8 +5,6 @@ progress can be read; what it has not reached yet is None or empty. The diagnosi
 of templates/findings.yaml, which hold its thresholds, sentences and advice.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ stays when the order changes is a win. Verdicts are read from the labels' log-pr
 an answer is correct is not judged.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ it is escaped and its control characters are shown. The numbers come from kit/re
 several runs are compared in kit/reporting/compare.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

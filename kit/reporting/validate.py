@@ -6,8 +6,6 @@ where the success rate reaches `judge.success_rate`. The rate over the margin is
 regression, which assumes only that it does not fall: nothing is known of a curve's shape.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from contextlib import ExitStack, closing

@@ -5,8 +5,6 @@ llama.cpp's converter brings its own copy of `gguf`, so it has an environment of
 result is compared with the adapter in this process; nothing is uploaded here.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

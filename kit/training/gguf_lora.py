@@ -5,8 +5,6 @@ plain LoRA on linear layers is converted: no DoRA, no saved modules, no layers w
 their own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
