@@ -6,7 +6,6 @@ came before, is set aside. Training and evaluation may share no question, up to 
 space; rewordings are only counted. What the keys of a row mean is known in kit/formats.py.
 """
 
-import hashlib
 import os
 import random
 import re
@@ -21,7 +20,7 @@ from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem
 from kit.core.run import Run
-from kit.core.storage import digest
+from kit.core.storage import digest, text_digest
 from kit.core.table import IS_FILE, Rows, numbered, read_rows
 from kit.formats import (
     Keys,
@@ -209,7 +208,7 @@ def _sort_out(
         values = values_of(row, keys, source.verifier)
         question = normal(values["question"] or "")
         text = f"{question}\0{values['trace'] if traces else ''}"
-        id = values["id"] or f"{reading.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        id = values["id"] or f"{reading.name}-{text_digest(text, 10)}"
         twin = first.get(question)
         reason = missing_role(row, values, keys, needed)
         place = None

@@ -7,17 +7,14 @@ a question be a template (`"{Body} {Question}"`, `"{question} {options}"`). No f
 """
 
 import difflib
-import functools
 import os
 import re
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from kit import Json
+from kit.core.bundled import bundled
 from kit.core.config import DatasetConfig
 from kit.core.errors import KitError, nearest
 from kit.core.records import Verifier, replace_surrogates
@@ -45,14 +42,6 @@ PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-@functools.cache
-def presets() -> dict[str, Json]:
-    """The field's files by name, as kit/presets.yaml explains them."""
-    path = Path(__file__).with_name("presets.yaml")
-    loaded: dict[str, Json] = yaml.safe_load(path.read_bytes())
-    return loaded
-
-
 def with_preset(source: DatasetConfig) -> DatasetConfig:
     """A source with the keys of its preset; what the config sets itself stays.
 
@@ -60,11 +49,12 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
         KitError: no preset of that name, with the nearest one.
     """
     name = source.preset or source.path
-    preset = presets().get(name)
+    preset = bundled("presets").get(name)
     if preset is None or (source.preset is None and os.path.exists(name)):
         if source.preset is None:
             return source
-        raise KitError(f"There is no preset {name!r}; {nearest(name, presets())}", code=2)
+        suggestion = nearest(name, bundled("presets"))
+        raise KitError(f"There is no preset {name!r}; {suggestion}", code=2)
     # what the config sets itself goes first
     given = source.model_dump(exclude_unset=True)
     if source.preset is None:
@@ -75,7 +65,7 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
 
 def fitting_preset(row: Json) -> str | None:
     """The preset whose keys a row has."""
-    for name, preset in presets().items():
+    for name, preset in bundled("presets").items():
         keys = set(re.findall(r"[\w.]+", " ".join(preset.get("fields", {}).values())))
         keys -= {"context", "passage"}
         if keys and all(lookup(row, key) is not None for key in keys):

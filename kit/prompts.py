@@ -5,22 +5,19 @@ Training, evaluation and generation go through `render`: their prompt ids are eq
 Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs.
 """
 
-import hashlib
 import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from kit.backends.base import Tokenizer
+from kit.core.bundled import bundled
 from kit.core.config import Config, Prompts
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import AlignedRow
+from kit.core.storage import text_digest
 from kit.models import FILE_ERRORS
 
 # The tags around a prefix in training targets: plain text, no added tokens.
@@ -34,15 +31,9 @@ SPLIT_CHARACTERS = 200
 PAST_SPLIT_CHARACTERS = 16
 
 
-@cache
-def words() -> dict[str, str]:
-    """Our own texts, by name."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
 def text_of(prompts: Prompts, name: str) -> str:
     """The config's text of a prompt, else ours."""
-    return getattr(prompts, name) or words()[name]
+    return getattr(prompts, name) or bundled("prompts")[name]
 
 
 def fill(template: str, **fields: str) -> str:
@@ -256,7 +247,7 @@ def template_hash(
 ) -> str:
     """Hash of all that shapes a solving prompt; an adapter is evaluated only under its own."""
     parts = [tokenizer.template, text_of(prompts, "instruction"), system, thinking, BEGIN, END]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return text_digest(json.dumps(parts), 16)
 
 
 def target(method: str, row: AlignedRow, continuation: str) -> str:

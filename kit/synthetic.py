@@ -8,17 +8,15 @@ result again and again), not how a model phrases it.
 """
 
 import functools
-import hashlib
 import random
 import re
-from pathlib import Path
-
-import yaml
 
 from kit import Json
+from kit.core.bundled import bundled
 from kit.core.config import Derives
 from kit.core.errors import KitError
 from kit.core.records import Problem
+from kit.core.storage import text_digest
 
 LARGEST = 5000  # of any number in a story
 MOST = 100_000  # problems: seconds to make
@@ -34,8 +32,7 @@ def texts() -> Json:
     """Names, stories and phrases as kit/synthetic.yaml explains them; an event becomes [operation,
     telling, ...].
     """
-    path = Path(__file__).with_suffix(".yaml")
-    loaded: Json = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded: Json = bundled("synthetic")
     for story in loaded["stories"]:
         story["events"] = [[event[0], *event[2:].split(" | ")] for event in story["events"]]
     return loaded
@@ -103,7 +100,7 @@ def _problem(rng: random.Random, story: Json, steps: int, largest: int) -> Probl
     ask = events[-1][3] if len(events[-1]) > 3 else story["ask"]
     question = " ".join([*sentences, ask.format(**words)])
     return Problem(
-        id="b" + hashlib.sha256(question.encode()).hexdigest()[:12],
+        id=f"b{text_digest(question)}",
         question=question,
         answer=str(value),
         solution="\n".join([*solution, f"The answer is \\boxed{{{value}}}."]),

@@ -15,10 +15,10 @@ import pytest
 
 from kit import data
 from kit.core import config as configs
+from kit.core.bundled import bundled
 from kit.core.config import Config, DatasetConfig, resolve
 from kit.core.errors import KitError
 from kit.core.records import Problem
-from kit.formats import presets
 from kit.grading.answers import Grader, Item
 from tests.conftest import ROOT
 
@@ -574,7 +574,7 @@ def test_a_preset_is_named_or_refused() -> None:
     assert data.with_preset(DatasetConfig(path="svamp", verifier="math")).verifier == "math"
     with pytest.raises(KitError, match=r"no preset 'swamp'.*svamp"):
         data.with_preset(DatasetConfig(path="x", preset="swamp"))
-    for name, preset in presets().items():
+    for name, preset in bundled("presets").items():
         DatasetConfig(**preset, name=name)
 
 

@@ -22,6 +22,7 @@ from kit.backends import open_backend
 from kit.backends.base import Completion, Generation, Request, ScoreRequest, looping
 from kit.backends.gguf import ROUNDING_NATS, Context, GgufBackend
 from kit.backends.gguf_generate import draw
+from kit.core.bundled import bundled
 from kit.core.config import ModelConfig, Prompts, Sampling
 from kit.core.errors import KitError
 from kit.judging.sentences import ends
@@ -76,7 +77,7 @@ def judging_requests(
         probes = []
         for cut in sorted({*cuts[every - 1 :: every], cuts[-1]}):
             text = prompts.fill(
-                prompts.words()["judge"], question=row["question"], prefix=row["long_cot"][:cut]
+                bundled("prompts")["judge"], question=row["question"], prefix=row["long_cot"][:cut]
             )
             ids = (*prompts.render(backend.tokenizer, text), *labels[0][:same])
             probes.append(ScoreRequest(ids, ((len(ids) - 1, (labels[0][same], labels[1][same])),)))

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainingArguments
 
+from kit.core.bundled import bundled
 from kit.core.config import Config, dump, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
@@ -25,7 +26,7 @@ from kit.core.records import TrainRow
 from kit.core.run import Run, read_manifest
 from kit.models import hf_folder, load_tokenizer
 from kit.pipeline import train as stage
-from kit.prompts import render, solve_text, template_hash, words
+from kit.prompts import render, solve_text, template_hash
 from kit.training import trackers
 from kit.training import trainer as training
 from kit.training.sft_data import CUT, Example, collate, end_of_turn, order, prepare, read_rows
@@ -73,7 +74,7 @@ def settings(out: Path, model: str, **train) -> Config:
 def rows(count: int = 8) -> list[TrainRow]:
     return [
         TrainRow(
-            instruction=words()["instruction"],
+            instruction=bundled("prompts")["instruction"],
             input=f"Ann has {i} pens and buys {i % 3} more. How many has she?",
             output=(
                 f"<Begin_of_Prefix>{i} + {i % 3}.{' So it goes.' * (i % 4)}<End_of_Prefix>\n"
@@ -630,7 +631,7 @@ def test_a_step_whose_labels_are_all_masked_is_refused(
 
 
 def test_another_instruction_than_evaluations_is_refused(tiny: str) -> None:
-    odd = rows()[0].model_copy(update={"instruction": words()["instruction"] + "\n"})
+    odd = rows()[0].model_copy(update={"instruction": bundled("prompts")["instruction"] + "\n"})
     with pytest.raises(KitError, match="line 1 asks"):
         prepare([odd], load_tokenizer(tiny), settings(Path("unused"), tiny))
 

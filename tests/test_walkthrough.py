@@ -13,6 +13,7 @@ import pytest
 
 import palign
 from kit import prompts, walkthrough
+from kit.core.bundled import bundled
 from kit.core.config import Prompts
 from kit.core.records import AlignedRow
 from kit.grading.answers import Grader, Item
@@ -87,7 +88,7 @@ def test_its_sentences_are_the_kits(printed: dict[str, str], problem: dict[str, 
 
 
 def test_its_prompts_are_the_kits() -> None:
-    words = prompts.words()
+    words = bundled("prompts")
     fields = {"question": "What is {3} + 4?", "prefix": "First, \\boxed{3} + 4."}
     assert walkthrough.JUDGE.format(**fields) == prompts.fill(words["judge"], **fields)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import math
 import os
@@ -49,6 +48,7 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
+from kit.core.fingerprints import file_hash
 
 REDIRECT_STATUSES = range(300, 400)
 REFUSED_STATUSES = (400, 413, 422)  # of one request: a retry changes nothing
@@ -477,7 +477,7 @@ class HttpSession:
 def _digest(adapter: Path) -> str:
     """Tells an adapter from one that was trained into the same folder before; "" without one."""
     weights = adapter / "adapter_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights.exists() else ""
+    return file_hash(weights)[:12] if weights.exists() else ""
 
 
 def cancel(futures: Sequence[Future]) -> None:

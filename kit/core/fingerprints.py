@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kit.core.config import expand
 from kit.core.errors import KitError
-from kit.core.storage import write_atomic
+from kit.core.storage import text_digest, write_atomic
 
 BASE = "base.json"  # beside an adapter: fingerprints of the base that it was trained on
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE)
@@ -53,7 +53,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a whole file, from the cache where nothing about the file has changed."""
     stat = path.stat()
     about = (path.resolve(), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
-    note = cache_folder() / "hashes" / _digest(repr(about))
+    note = cache_folder() / "hashes" / text_digest(repr(about), 32)
     if note.is_file():
         return note.read_text()
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def file_hash(path: Path) -> str:
 def content_hash(paths: Iterable[Path], *texts: str) -> str:
     """One hash (32 hex digits) of files, by name and content, and of texts."""
     names = [f"{path.name} {file_hash(path)}" for path in sorted(paths) if path.is_file()]
-    return _digest("\n".join([*names, *texts]))
+    return text_digest("\n".join([*names, *texts]), 32)
 
 
 def folder_hash(folder: Path) -> str:
@@ -122,7 +122,3 @@ def check_trained(folder: Path, trained: str) -> None:
             "a file was changed, damaged or replaced.",
             "Restore it, or run train again: it goes on from the last checkpoint.",
         )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]

@@ -5,10 +5,9 @@ refused by its format (kit/core/run.py).
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
-import yaml
+from kit.core.bundled import bundled
 
 BUILTIN_SUBSET = re.compile(r"(\d)(?:-(\d))?(?: to (\d+))?")  # "1 to 10", "1-3"
 
@@ -16,7 +15,7 @@ BUILTIN_SUBSET = re.compile(r"(\d)(?:-(\d))?(?: to (\d+))?")  # "1 to 10", "1-3"
 def upgrade(raw: dict[str, Any]) -> list[str]:
     """Rename old keys and values of a config in place. Returns a note about each."""
     notes = []
-    old = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_bytes())
+    old = bundled("core/old_keys")
     for name, new in old["keys"].items():
         section, keys, key = _find(raw, name)
         if key not in keys:

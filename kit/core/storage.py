@@ -73,7 +73,7 @@ class RowFile(Generic[R]):
             recorded = raw.pop("sha")
         except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
             raise ValueError("incomplete, or not a row of this kit") from None
-        if recorded != _digest(_canonical(raw)):
+        if recorded != text_digest(_canonical(raw)):
             raise ValueError(f"row {raw.get('id')!r} was edited: its digest differs")
         try:
             return self.kind.model_validate(raw)
@@ -85,7 +85,7 @@ class RowFile(Generic[R]):
 def line_of(row: Row) -> str:
     """A row as its JSON line, digest last."""
     raw = row.model_dump(mode="json")
-    raw["sha"] = _digest(_canonical(raw))
+    raw["sha"] = text_digest(_canonical(raw))
     return as_line(json.dumps(raw, ensure_ascii=False))
 
 
@@ -100,7 +100,7 @@ def digest(rows: Iterable[BaseModel]) -> str:
     It is equal for an interrupted and an uninterrupted run.
     """
     lines = [_canonical(row.model_dump(mode="json", exclude=VOLATILE)) for row in rows]
-    return _digest("".join(sorted(lines)), 16)
+    return text_digest("".join(sorted(lines)), 16)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -144,5 +144,6 @@ def _canonical(raw: Any) -> str:
     return json.dumps(raw, ensure_ascii=False, sort_keys=True)
 
 
-def _digest(text: str, digits: int = 12) -> str:
+def text_digest(text: str, digits: int = 12) -> str:
+    """SHA-256 of a text, its first hex digits."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import Json
+from kit.core.bundled import bundled
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.table import keys_of, lookup, read_rows
 from kit.grading.answers import Grade, Grader, Item
-from kit.grading.outputs import Keys, OutputRow, first_value, formats, read_output_row
+from kit.grading.outputs import Keys, OutputRow, first_value, read_output_row
 from kit.grading.scores import score
 
 
@@ -97,9 +98,10 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
                     raise ValueError(f"{source.gold} has no row whose {source.on} is {shared!r}")
             rows.append((where, read_output_row(row, source.keys, gold)))
         except ValueError as error:
+            any_file = bundled("grading/outputs")[-1]
             hint = "Name the keys by --answer, --outputs and --labels. Without them, the first of: "
             for role in Keys._fields:
-                hint += f"{role}: {' '.join(formats()[-1][role])}. "
+                hint += f"{role}: {' '.join(any_file[role])}. "
             message = f"{source.path}, {where}, cannot be graded: {error}."
             raise KitError(message, hint) from None
     return rows
@@ -108,7 +110,7 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
 def _read_golds(source: Source) -> dict[str, str]:
     """The gold answers of another file by the shared key."""
     key = (source.on or "").split("=")[-1]
-    names = [source.keys.answer] if source.keys.answer else formats()[-1]["answer"]
+    names = [source.keys.answer] if source.keys.answer else bundled("grading/outputs")[-1]["answer"]
     golds = {}
     for where, row in read_rows(str(source.gold)):
         answer = first_value(row, names)

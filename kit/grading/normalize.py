@@ -8,9 +8,8 @@ removed.
 import functools
 import re
 import unicodedata
-from pathlib import Path
 
-import yaml
+from kit.core.bundled import bundled
 
 FONTS = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|rm|mbox|operatorname|ce)"
 
@@ -24,7 +23,7 @@ def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
     """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain
     ones.
     """
-    loaded = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_bytes())
+    loaded = bundled("grading/normalize")
     characters = str.maketrans(loaded["characters"])
     for code in range(0xFF01, 0xFF5F):
         characters[code] = chr(code - 0xFEE0)

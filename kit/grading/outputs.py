@@ -7,25 +7,14 @@ this kit's eval/*.jsonl and the paper's released files. Anything else is read by
 caller names.
 """
 
-import functools
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import yaml
-
 from kit import Json
+from kit.core.bundled import bundled
 from kit.core.records import Verifier
 from kit.core.table import keys_of, lookup
 
 VERDICTS = {"correct": True, "wrong": False, "unparsed": False, "timeout": False}  # our own labels
-
-
-@functools.cache
-def formats() -> list[Json]:
-    """The formats of kit/grading/outputs.yaml; the last is any other file's."""
-    path = Path(__file__).with_suffix(".yaml")
-    loaded: list[Json] = yaml.safe_load(path.read_bytes())
-    return loaded
 
 
 class Keys(NamedTuple):
@@ -79,7 +68,8 @@ def read_output_row(row: Json, keys: Keys, gold: str | None = None) -> OutputRow
 
 def _paths(row: Json, keys: Keys) -> dict[str, list[str]]:
     """Where a row has its answer, outputs and labels: as the caller says, else by its format."""
-    for known in formats():
+    # the last is any other file's
+    for known in bundled("grading/outputs"):
         if all(_is_there(lookup(row, path)) for path in known["needs"]):
             break
     paths = {}

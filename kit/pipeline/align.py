@@ -5,7 +5,6 @@ a prefix without a correct continuation may be extended and tried again; each ro
 kept. The baselines' training rows are made here too, so that all methods end alike.
 """
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from kit.backends.base import Generation
+from kit.core.fingerprints import file_hash
 from kit.core.methods import method_of
 from kit.core.records import AlignedRow, PrefixRow, TrainRow
 from kit.core.run import Run
@@ -181,7 +181,5 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
 def _output(run: Run) -> str:
     """Digest of both files, so that either one's loss is noticed."""
     path = run.folder / TRAIN
-    train_digest = "none"
-    if path.exists():
-        train_digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    train_digest = file_hash(path)[:16] if path.exists() else "none"
     return f"{file_digest(run, NAME, AlignedRow)} {train_digest}"

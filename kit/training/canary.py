@@ -9,7 +9,6 @@ untrained model is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,6 +23,7 @@ from kit.backends import open_backend
 from kit.backends.base import Ids, Request, ScoreRequest, common_prefix_len
 from kit.core.config import Config, ModelConfig, Sampling
 from kit.core.errors import KitError
+from kit.core.fingerprints import file_hash
 from kit.core.progress import Progress
 from kit.core.storage import write_atomic
 from kit.models import load_tokenizer
@@ -119,7 +119,7 @@ def agreement(first: Sequence[Ids], second: Sequence[Ids]) -> Json:
 def in_process(folder: Path, config: Config, prompts: Sequence[Ids]) -> list[Ids]:
     """What the adapter answers on transformers, computed once for an adapter and its prompts."""
     adapter = folder / "adapter"
-    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    weights = file_hash(adapter / "adapter_model.safetensors")
     key = [weights, config.student.model, config.eval.dtype, list(map(list, prompts))]
     path = adapter / ANSWERS
     saved = json.loads(path.read_bytes()) if path.exists() else {}
