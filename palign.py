@@ -177,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     tame_libraries(args.verbose or args.debug)
     interrupts.watch()
     try:
-        return args.run(args, Progress(quiet=args.quiet))
+        args.progress = Progress(quiet=args.quiet)
+        return args.run(args)
     except KeyboardInterrupt:
         interrupts.leave()
         return 130
@@ -213,11 +214,11 @@ def _defect(error: Exception) -> str:
     )
 
 
-def _stages(args: Namespace, progress: Any) -> int:
+def _stages(args: Namespace) -> int:
     from kit.reporting import report
 
     carry_out = _run_rounds if args.command == "run" else _run_stages
-    numbers = carry_out(_config(args), progress, args.command)
+    numbers = carry_out(_config(args), args.progress, args.command)
     if numbers and (args.json or not args.quiet):
         _print(args, numbers, report.show)
     return 0
@@ -272,16 +273,16 @@ def _run_rounds(config: Any, progress: Any, command: str) -> Json:
     return rounds.run_rounds(config, progress, _run_stages)
 
 
-def _sweep(args: Namespace, progress: Any) -> int:
+def _sweep(args: Namespace) -> int:
     from kit.pipeline import sweep
     from kit.reporting import compare
 
-    result = sweep.sweep(args.config, args.overrides, progress, _run_rounds)
+    result = sweep.sweep(args.config, args.overrides, args.progress, _run_rounds)
     _print(args, result, lambda result: compare.show(result["compare"]))
     return int(any(run["error"] for run in result["runs"]))
 
 
-def _grade(args: Namespace, progress: Any) -> int:
+def _grade(args: Namespace) -> int:
     from kit.grading.files import Source, grade_file
     from kit.grading.outputs import Keys
 
@@ -290,7 +291,7 @@ def _grade(args: Namespace, progress: Any) -> int:
     return _print(args, grade_file(source, args.verifier))
 
 
-def _data(args: Namespace, progress: Any) -> int:
+def _data(args: Namespace) -> int:
     from kit import data
     from kit.core import config as configs
 
@@ -299,7 +300,7 @@ def _data(args: Namespace, progress: Any) -> int:
     return _print(args, data.describe(configs.load(None, overrides).data.train, args.all))
 
 
-def _judge(args: Namespace, progress: Any) -> int:
+def _judge(args: Namespace) -> int:
     from kit import interactive
     from kit.pipeline import truncate
     from kit.reporting import report, validate
@@ -313,17 +314,17 @@ def _judge(args: Namespace, progress: Any) -> int:
     if args.interactive:
         return interactive.walk(config)
     if args.validate:
-        return _print(args, validate.validate(config, args.out, progress), validate.show)
-    return _print(args, truncate.judge_file(config, progress), report.show_judged)
+        return _print(args, validate.validate(config, args.out, args.progress), validate.show)
+    return _print(args, truncate.judge_file(config, args.progress), report.show_judged)
 
 
-def _bench(args: Namespace, progress: Any) -> int:
+def _bench(args: Namespace) -> int:
     from kit import bench
 
-    return _print(args, bench.run(args, progress))
+    return _print(args, bench.run(args, args.progress))
 
 
-def _compare(args: Namespace, progress: Any) -> int:
+def _compare(args: Namespace) -> int:
     from kit.backends import open_backend
     from kit.core import config as configs
     from kit.reporting import compare, pairwise
@@ -340,7 +341,7 @@ def _compare(args: Namespace, progress: Any) -> int:
     return _print(args, compare.compare(folders, args.out, judge), compare.show)
 
 
-def _workshop(args: Namespace, progress: Any) -> int:
+def _workshop(args: Namespace) -> int:
     from kit.reporting import workshop
 
     if args.check:
@@ -348,13 +349,13 @@ def _workshop(args: Namespace, progress: Any) -> int:
     return _print(args, workshop.workshop(args.runs, args.out, args.participants), workshop.show)
 
 
-def _plan(args: Namespace, progress: Any) -> int:
+def _plan(args: Namespace) -> int:
     from kit.training import plan
 
     return _print(args, plan.plan(_config(args)), lambda result: _show(plan.in_words(result)))
 
 
-def _check(args: Namespace, progress: Any) -> int:
+def _check(args: Namespace) -> int:
     from kit import preflight
 
     result = preflight.check(args.config, args.overrides)
@@ -362,7 +363,7 @@ def _check(args: Namespace, progress: Any) -> int:
     return 0 if result["ok"] else 2
 
 
-def _doctor(args: Namespace, progress: Any) -> int:
+def _doctor(args: Namespace) -> int:
     from kit import doctor
 
     result = doctor.examine(args.full)
@@ -370,15 +371,15 @@ def _doctor(args: Namespace, progress: Any) -> int:
     return 0 if result["ok"] else 1
 
 
-def _export(args: Namespace, progress: Any) -> int:
+def _export(args: Namespace) -> int:
     from kit.training import export
 
     keys = ("folder", "to", "out", "base", "quantize", "repo", "update", "dry_run")
-    job = export.Export(progress=progress, **{key: getattr(args, key) for key in keys})
+    job = export.Export(progress=args.progress, **{key: getattr(args, key) for key in keys})
     return _print(args, export.export(job))
 
 
-def _prompt(args: Namespace, progress: Any) -> int:
+def _prompt(args: Namespace) -> int:
     from kit import interactive
 
     return _print(args, interactive.prompt(_config(args), args.of))

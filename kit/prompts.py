@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kit.backends.base import Tokenizer
+from kit.backends.base import Ids, Tokenizer
 from kit.core.bundled import bundled
 from kit.core.config import Config, Prompts
 from kit.core.errors import KitError
@@ -135,7 +135,7 @@ def render(
     answer: str = "",
     thinking: bool = False,
     encode: Callable[[str], list[int]] | None = None,
-) -> tuple[int, ...]:
+) -> Ids:
     r"""Render a chat to token ids (T,), up to where the assistant goes on writing.
 
     Special tokens come from the template alone. While it is rendered, a numbered mark stands for

@@ -459,12 +459,12 @@ def check_requests(vocabulary: int, length: int) -> list[ScoreRequest]:
     return requests
 
 
-def looping(ids: Sequence[int], longest: int = 64) -> bool:
+def looping(ids: Sequence[int]) -> bool:
     """Whether a sample ends in an n-gram that repeats at least 4 times and over 24 tokens.
 
-    Tries n of 1 to `longest` tokens. Cheap: each n fails at its first differing token.
+    Tries n of 1 to 64 tokens. Cheap: each n fails at its first differing token.
     """
-    for n in range(1, longest + 1):
+    for n in range(1, 65):
         span = n * max(4, -(-24 // n))
         if len(ids) >= span and all(ids[-i] == ids[-i - n] for i in range(1, span - n + 1)):
             return True

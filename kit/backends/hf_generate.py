@@ -19,6 +19,7 @@ import torch
 from kit.backends.base import (
     ActiveSample,
     Generation,
+    Ids,
     Request,
     Trunk,
     common_prefix_len,
@@ -57,7 +58,7 @@ class Scheduler:
         self.rows: list[ActiveSample] = []  # running, in the batch's order
         self.batch: DecodeBatch | None = None
         # The prompts evaluated last and their states, for further samples of them.
-        self.prompts: list[tuple[int, ...]] = []
+        self.prompts: list[Ids] = []
         self.prefilled: DecodeBatch | None = None
 
     def run(self) -> Iterator[Generation]:

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, ScoreRequest, Tokenizer
+from kit.backends.base import Backend, Ids, ScoreRequest, Tokenizer
 from kit.core.config import ModelConfig, Prompts
 from kit.core.errors import KitError
 from kit.prompts import fill, render, text_of
@@ -30,7 +30,7 @@ class Opinion(NamedTuple):
     probabilities: list[float]  # of all labels together, in each order
 
 
-def label_tokens(tokenizer: Tokenizer, labels: Sequence[str], name: str) -> tuple[int, ...]:
+def label_tokens(tokenizer: Tokenizer, labels: Sequence[str], name: str) -> Ids:
     """The first token of each label.
 
     Raises:

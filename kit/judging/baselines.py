@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 from kit.backends import open_backend
-from kit.backends.base import common_prefix_len
+from kit.backends.base import Ids, common_prefix_len
 from kit.core.config import Config, expand
 from kit.core.errors import KitError
 from kit.core.methods import method_of
@@ -201,9 +201,7 @@ def step_entropy(config: Config, backend: HfBackend, row: PrefixRow) -> PrefixRo
     return keep_text(row, "".join(parts), len(sums) - len(dropped))
 
 
-def _token_bounds(
-    config: Config, backend: HfBackend, row: PrefixRow
-) -> tuple[tuple[int, ...], list[int]]:
+def _token_bounds(config: Config, backend: HfBackend, row: PrefixRow) -> tuple[Ids, list[int]]:
     """The student's prompt and the trace as token ids, and where each sentence's tokens begin.
 
     The last bound is the number of ids.
@@ -213,7 +211,7 @@ def _token_bounds(
     encode = PrefixEncoder(tokenizer.encode).encode
     user = solve_text(config.prompts, row.question)
 
-    def rendered(end: int) -> tuple[int, ...]:
+    def rendered(end: int) -> Ids:
         answer = row.trace[:end]
         return render(tokenizer, user, student.system, answer, student.thinking, encode)
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Logprobs, ScoreRequest, common_prefix_len
+from kit.backends.base import Backend, Ids, Logprobs, ScoreRequest, common_prefix_len
 from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.methods import method_of
@@ -104,7 +104,7 @@ class Judge(ExitStack):
         encode = backend.tokenizer.encode
         self._encoder_of_trace = lru_cache(maxsize=64)(lambda _row_id: PrefixEncoder(encode))
 
-    def prompt(self, row: PrefixRow, prefix: str) -> tuple[int, ...]:
+    def prompt(self, row: PrefixRow, prefix: str) -> Ids:
         """The question about a prefix as token ids (T,), up to where the model answers.
 
         verbal: the prefix stands in the user's turn, and the answer is a label. answer: the prefix
@@ -194,9 +194,7 @@ def open_judge(config: Config) -> Iterator[Judge]:
         yield judge
 
 
-def split_labels(
-    first: Sequence[int], second: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, int]]:
+def split_labels(first: Sequence[int], second: Sequence[int]) -> tuple[Ids, tuple[int, int]]:
     """The tokens that two labels begin with alike, and the two tokens where they part.
 
     Raises:
