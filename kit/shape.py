@@ -7,6 +7,7 @@ experts, recurrent layers) are counted as if they were dense.
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from kit.core.bundled import bundled
 from kit.core.errors import KitError
 from kit.models import hf_folder
 
@@ -75,17 +76,8 @@ class ModelShape(NamedTuple):
         return norms + adapters + gated + attention
 
 
-# Those of the bundled configs, so that a plan needs no network and no conversion.
-SHAPES = {
-    "smollm2-135m": ModelShape(30, 576, 1536, 9, 576, 192, 49152, 8192, tied=True),
-    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(
-        28, 1536, 8960, 12, 1536, 256, 151936, 32768, tied=True
-    ),
-    "Qwen/Qwen2.5-7B-Instruct": ModelShape(
-        28, 3584, 18944, 28, 3584, 512, 152064, 32768, tied=False
-    ),
-    "Qwen/Qwen3-8B": ModelShape(36, 4096, 12288, 32, 4096, 1024, 151936, 40960, tied=False),
-}
+# Those of the bundled configs.
+SHAPES = {name: ModelShape(**sizes) for name, sizes in bundled("shapes").items()}
 
 
 def card_limit(size_gib: float) -> int:

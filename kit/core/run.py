@@ -271,13 +271,18 @@ def read_manifest(folder: Path) -> Json:
     return manifest
 
 
+def stage_entry(folder: Path, stage: str) -> Json:
+    """What a run folder's manifest says of a stage, {} where it has not begun; raises likewise."""
+    return read_manifest(folder).get("stages", {}).get(stage, {})
+
+
 def trained_adapter(folder: Path) -> Path:
     """The adapter that a run's training wrote.
 
     Raises:
         KitError: it has not trained, or its adapter is another one now.
     """
-    trained = read_manifest(folder).get("stages", {}).get("train", {}).get("output")
+    trained = stage_entry(folder, "train").get("output")
     if not trained:
         raise KitError(
             f"student.adapter={folder} has never trained an adapter.",

@@ -21,7 +21,7 @@ from kit.core.config import Config, expand
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import PrefixRow
-from kit.core.run import read_manifest
+from kit.core.run import stage_entry
 from kit.core.storage import RowFile
 from kit.data import normal
 from kit.grading.answers import Grader, Item, gold_of, last_box
@@ -237,7 +237,7 @@ def matched_ratio(config: Config) -> float | None:
         return None
     name = str(config.baseline.matched_run).replace("{seed}", str(config.seed))
     folder = expand(name)
-    if not read_manifest(folder).get("stages", {}).get("truncate", {}).get("done"):
+    if not stage_entry(folder, "truncate").get("done"):
         raise KitError(
             f"baseline.matched_run={name} holds no run whose traces are cut.",
             "Set it to the folder of a P-ALIGN run that is done.",

@@ -13,7 +13,7 @@ from pathlib import Path
 from kit import Json
 from kit.core.config import Config
 from kit.core.progress import Progress
-from kit.core.run import Run, read_manifest
+from kit.core.run import Run, stage_entry
 from kit.pipeline.teach import NAME
 
 
@@ -43,7 +43,7 @@ def take_over_traces(run: Run, source: Path) -> None:
     """Copy another run's traces, where this run's are others; its stage teach then decides, by keys
     and digests, whether they are what it would have made.
     """
-    entry = read_manifest(source)["stages"]["teach"]
+    entry = stage_entry(source, "teach")
     stages = run.manifest["stages"]
     if stages.get("teach", {}).get("output") != entry["output"]:
         # the entry last, so that a kill before it only costs another copy

@@ -14,7 +14,7 @@ from kit import Json
 from kit.core.config import Config, expand, load, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
-from kit.core.run import Run, read_manifest
+from kit.core.run import Run, stage_entry
 from kit.pipeline.rounds import take_over_traces
 from kit.reporting import compare
 
@@ -98,15 +98,11 @@ def plan(path: str, overrides: Sequence[str]) -> list[Config]:
 
 def _take_over_traces(config: Config, configs: list[Config], progress: Progress) -> None:
     """Give a run that has not begun the traces of one with its seed that has them all."""
-    if config.method == "zero-shot" or "teach" in _stages_of(config):
+    if config.method == "zero-shot" or stage_entry(config.folder, "teach"):
         return
     for other in configs:
-        entry = _stages_of(other).get("teach", {})
+        entry = stage_entry(other.folder, "teach")
         if other.seed == config.seed and entry.get("done") and entry["rows_in"]:
             with Run(config, progress, "sweep") as run:
                 take_over_traces(run, other.folder)
             return
-
-
-def _stages_of(config: Config) -> Json:
-    return read_manifest(config.folder).get("stages", {})

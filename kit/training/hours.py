@@ -8,6 +8,7 @@ makers' data sheets; none was measured on a card by us. Memory is in plan.py.
 from typing import NamedTuple
 
 from kit import Json
+from kit.core.bundled import bundled
 from kit.core.config import Config
 from kit.core.run import read_manifest
 from kit.shape import NF4_BYTES, ModelShape, card_limit
@@ -52,16 +53,7 @@ class Card(NamedTuple):
     memory_gib: float
 
 
-CARDS = {
-    "T4": Card(320e9, 65e12, 15),
-    "3060 12 GB": Card(360e9, 25e12, 12),
-    "4060 Ti 16 GB": Card(288e9, 44e12, 16),
-    "3090": Card(936e9, 71e12, 24),
-    "4090": Card(1008e9, 165e12, 24),
-    "A100": Card(2039e9, 312e12, 80),
-    "H100": Card(3350e9, 989e12, 80),
-}
-
+CARDS = {name: Card(**sheet) for name, sheet in bundled("training/cards").items()}
 
 # bytes that a weight takes, and that a step moves for it
 SIXTEEN_BITS = (2.0, 2.0)
