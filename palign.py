@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -22,30 +23,145 @@ if __name__ == "__main__":
 from kit import Json, __version__
 from kit.core.errors import KitError, machine_fault
 
-# Of arguments, by their names in kit/commands.yaml.
-TYPES = {"int": int, "path": lambda text: Path(os.path.expanduser(text))}
+# Adds an argument to a command; argparse's own add_argument.
+Option = Callable[..., Any]
+STAGE_COMMANDS = {
+    "run": "run all stages, skipping what is done",
+    "teach": "a trace for every problem, from a model, a file or the problem itself",
+    "truncate": "cut each trace at the shortest prefix that the student judges sufficient",
+    "align": "let the student continue from each prefix; keep correct ones as training rows",
+    "train": "QLoRA on the training rows",
+    "eval": "grade the student before and after, on problems it never saw",
+    "report": "metrics.json and report.html of a run",
+}
+SHARED_OPTIONS = {
+    "--json": "print one machine-readable object on standard output",
+    "--quiet": "print only warnings and errors",
+    "--verbose": "print the libraries' own messages too",
+    "--debug": "print tracebacks instead of one clear paragraph",
+}
+# Flags of `judge`: the config key that each sets, which the config then checks.
+JUDGE_FLAGS = {
+    "--model": ("student.model", "smollm2-135m (default), a GGUF file, a folder or a hub id"),
+    "--backend": ("student.backend", "hf (default), gguf or http"),
+    "--url": ("student.url", "http: the server's address, ending in /v1"),
+    "--dtype": ("student.dtype", "auto (default), fp32, bf16, int8 or nf4"),
+    "--search": ("judge.search", "binary (default), gallop, sweep, scan or uncached"),
+    "--kind": ("judge.kind", "verbal (default), answer or success"),
+    "--threshold": ("judge.threshold", "a margin at or above it is ENOUGH"),
+    "--calibration": ("judge.calibration", "none (default), content-free or a file"),
+    "--limit": ("data.train.limit", "only the first N traces"),
+}
 
 
 def parser() -> ArgumentParser:
-    """The whole command line, as kit/commands.yaml has it; nothing heavy is imported for it."""
-    from kit.core.bundled import bundled
-
-    table = bundled("commands")
-    top = ArgumentParser(prog="palign.py", description=table["description"], epilog=table["epilog"])
+    """The whole command line; nothing heavy is imported for it."""
+    top = ArgumentParser(
+        prog="palign.py",
+        description="Reproduce, study and teach P-ALIGN on one GPU.",
+        epilog="palign.py COMMAND --help shows more. Start with: palign.py run configs/smoke.yaml",
+    )
     top.add_argument("--version", action="version", version=f"palign {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in table["commands"].items():
-        about = command["help"]
+
+    def command(name: str, run: Callable[..., int], about: str, config: bool = False) -> Option:
         description = f"{about[0].upper()}{about[1:]}."
         added = commands.add_parser(name, help=about, description=description)
-        config = table["config"] if command.get("config") else {}
-        options = {**table["shared"], **config, **command.get("options", {})}
-        for flag, settings in options.items():
-            # argparse takes a type itself
-            if "type" in settings:
-                settings = {**settings, "type": TYPES[settings["type"]]}
-            added.add_argument(flag, **settings)
+        added.set_defaults(run=run)
+        option = added.add_argument
+        for flag, meaning in SHARED_OPTIONS.items():
+            option(flag, action="store_true", help=meaning)
+        if config:
+            option("config", metavar="CONFIG", help="a YAML file, see configs/")
+            example = "e.g. data.train=PATH align.samples=4"
+            option("overrides", nargs="*", metavar="key=value", help=example)
+        return option
+
+    for name, about in STAGE_COMMANDS.items():
+        command(name, _stages, about, config=True)
+    about = "runs of several methods and seeds, e.g. method=palign,ratio-0.5 seed=1,2, compared"
+    command("sweep", _sweep, about, config=True)
+    option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
+    option("file", type=_path, metavar="FILE", help="rows with an answer and one or more outputs")
+    option("--verifier", choices=("math", "number", "choice", "text"), default="math")
+    _grade_options(option)
+    option = command("data", _data, "show what a file, a preset or a hub dataset becomes")
+    option("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml) or a hub id")
+    option("overrides", nargs="*", metavar="key=value", help="e.g. fields={question: q}")
+    option("--all", action="store_true", help="show all problems, not the first three")
+    _judge_options(command("judge", _judge, "show the verdicts along the traces of a JSONL"))
+    _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
+    option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
+    option("runs", nargs="+", type=_path, metavar="RUN", help="run folders")
+    option("--reference", type=_path, metavar="RUN", help="the run that others are held against")
+    option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
+    option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
+    about = "a leader's and participants' pages from finished runs; check their exercises"
+    option = command("workshop", _workshop, about)
+    option("runs", nargs="+", type=_path, metavar="RUN", help="of palign and of a fixed cut")
+    option("--out", default="workshop", type=_path, metavar="DIR", help="the pages' folder")
+    option("--participants", type=int, default=8, metavar="N", help="a page each")
+    option("--check", nargs="+", type=_path, metavar="RUN", help="write nothing, check these")
+    command("check", _check, "find what would stop a run, before it starts", config=True)
+    command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
+    about = "check this machine; each finding with the command that fixes it"
+    option = command("doctor", _doctor, about)
+    option("--full", action="store_true", help="measure generation, judging and training too")
+    _export_options(command("export", _export, "a run's adapter for llama.cpp, Ollama, the hub"))
+    option = command("prompt", _prompt, "show a prompt as the model sees it", config=True)
+    option("--of", choices=("solve", "judge", "draft"), default="solve")
     return top
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _grade_options(option: Option) -> None:
+    option("--answer", metavar="KEY", help="key of the gold answer; a.b for a nested one")
+    option("--outputs", metavar="KEY", help="key of one output or several")
+    option("--labels", metavar="KEY", help="key of the file's own verdicts, to compare with")
+    option("--gold", type=_path, metavar="FILE", help="take the gold answers from this file")
+    option("--on", metavar="KEY", help="the key that both files share, or KEY=KEY_OF_GOLD")
+    option("--bare", action="store_true", help="the outputs are extracted answers")
+
+
+def _judge_options(option: Option) -> None:
+    option(
+        "teacher.path",
+        metavar="FILE",
+        help="rows with a question, an answer and a trace",
+    )
+    option("--config", metavar="CONFIG", help="take everything else from this config")
+    option("--interactive", action="store_true", help="walk through a trace interactively")
+    option("--validate", action="store_true", help="hold the judges against the student's success")
+    option("--out", default="validation", type=_path, metavar="DIR", help="--validate: its files")
+    for flag, (key, meaning) in JUDGE_FLAGS.items():
+        option(flag, dest=key, metavar="VALUE", help=meaning)
+
+
+def _bench_options(option: Option) -> None:
+    option("subject", choices=("judge", "generate", "overhead"))
+    option("--traces", metavar="FILE", type=_path, help="judge: rows with traces")
+    option("--limit", type=int, help="how many traces or prompts")
+    option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
+    option("--model", default="smollm2-135m")
+    option("--verdicts", nargs="+", choices=("early", "middle", "late"), help="judge: force paths")
+    option("--repeats", type=int, default=3)
+    option("--neighbour", action="store_true", help="again beside a process that computes")
+    option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
+
+
+def _export_options(option: Option) -> None:
+    targets = ("merged", "gguf-lora", "gguf", "ollama", "hub")
+    option("folder", type=_path, metavar="RUN", help="run folder")
+    option("--to", choices=targets, default="merged")
+    option("--out", type=_path, metavar="DIR", help="default: RUN/export")
+    option("--base", help="the base model's GGUF (gguf-lora, ollama) or hub id (hub)")
+    option("--quantize", choices=("q8_0", "q4_k_m"), help="gguf, ollama: default f16")
+    option("--repo", metavar="OWNER/NAME", help="hub: upload to it, private, with OWNER/NAME-data")
+    option("--update", action="store_true", help="hub: it may exist; its README stays")
+    option("--dry-run", action="store_true", help="hub: show everything, upload nothing")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,16 +170,15 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 bad usage or config, 130 interrupted.
     """
+    args = _parse(argv)
     from kit.core import interrupts
     from kit.core.progress import Progress, tame_libraries, visible
 
-    args = Namespace(debug=False)
+    tame_libraries(args.verbose or args.debug)
+    interrupts.watch()
     try:
-        args = _parse(argv)
-        tame_libraries(args.verbose or args.debug)
-        interrupts.watch()
         args.progress = Progress(quiet=args.quiet)
-        return HANDLERS.get(args.command, _stages)(args)
+        return args.run(args)
     except KeyboardInterrupt:
         interrupts.leave()
         return 130
@@ -310,22 +425,6 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
-
-# By command; those without one are stages.
-HANDLERS = {
-    "sweep": _sweep,
-    "grade": _grade,
-    "data": _data,
-    "judge": _judge,
-    "bench": _bench,
-    "compare": _compare,
-    "workshop": _workshop,
-    "check": _check,
-    "plan": _plan,
-    "doctor": _doctor,
-    "export": _export,
-    "prompt": _prompt,
-}
 
 if __name__ == "__main__":
     # A terminal without our characters shows their codes.
