@@ -22,21 +22,9 @@ from kit.core.table import Rows, keys_of, lookup
 from kit.grading.answers import letters
 from kit.grading.extract import last_box
 
-Keys = dict[str, tuple[str, ...]]  # of each role: the keys or the template that may hold it
+Keys = dict[str, Sequence[str]]  # of each role: the keys or the template that may hold it
 
 S1K_TRACE = "deepseek_thinking_trajectory"
-# What a row may hold, and its keys, best first.
-ROLES = {
-    "id": ("id", "unique_id", "problem_id"),
-    "question": ("question", "problem"),
-    "answer": ("answer",),
-    "solution": ("solution",),
-    "trace": ("trace", "long_cot", S1K_TRACE),
-    "attempt": ("deepseek_attempt",),
-    "level": ("level",),
-    "subject": ("subject", "type"),
-    "verifier": ("verifier",),
-}
 # Keys that belong to a question: a row that has one which is not used has only half of it.
 PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -80,7 +68,7 @@ def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
         KitError: a key that `fields` names and no row has.
     """
     # every key that the config names must be there
-    keys: Keys = dict(ROLES)
+    keys: Keys = dict(bundled("formats"))
     for role, named in source.fields.items():
         keys[role] = (named,)
         for key in _template_keys(named) or [named]:
@@ -137,7 +125,7 @@ def _letter(row: Json, template: str, answer: str, verifier: str) -> str | None:
     return named if not options or options.keys() >= set(named) else None
 
 
-def _first_text(row: Json, names: tuple[str, ...]) -> str | None:
+def _first_text(row: Json, names: Sequence[str]) -> str | None:
     """The first of the keys or templates, in any case, that gives text; None where none does."""
     for name in names:
         text = _fill(row, name) if _template_keys(name) else _text(lookup(row, name))

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from kit import data, prompts
 from kit.core import config
+from kit.core.bundled import bundled
 from kit.core.config import Config, DatasetConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem, Sample, TraceRow
 from kit.core.storage import RowFile, line_of
-from kit.formats import ROLES
 from kit.grading.answers import find
 from kit.judging.sentences import ends, split
 
@@ -53,6 +53,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
     max_leaves=8,
 )
+ROLES = bundled("formats")
 KEYS = sorted({key for keys in ROLES.values() for key in keys} | {"Problem", "ANSWER", "other"})
 
 
