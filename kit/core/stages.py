@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kit import Json
-from kit.core import records
-from kit.core.bundled import bundled
 from kit.core.errors import KitError
-from kit.core.records import Outcome
+from kit.core.records import AlignedRow, EvalRow, Outcome, PrefixRow, TraceRow
 from kit.core.storage import RowFile, digest
 
 if TYPE_CHECKING:
@@ -26,21 +24,38 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 R = TypeVar("R", bound=Outcome)
 
+# Config keys that change no row: only where, how fast or how safely it is made. Another
+# max_num_seqs may decide a near-tie of two tokens in the rows that are still to come.
+NEUTRAL = {
+    "n_threads",
+    "timeout_seconds",
+    "retries",
+    "url",
+    "api_key_env",
+    "kv_cache_gib",
+    "save_minutes",
+    "max_num_seqs",
+    "on_low_memory",
+    "served_adapter",
+    "report_to",
+    "matched_run",
+}
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run, as kit/core/stages.yaml has it."""
+    """One stage of a run."""
 
     entry_point: str  # module:function, imported when the stage runs; it takes the run
-    keys: Sequence[str] = ()  # config keys and sections that its rows depend on
-    success_keys: Sequence[str] = ()  # likewise, where judge.kind is success
+    keys: tuple[str, ...] = ()  # config keys and sections that its rows depend on
+    success_keys: tuple[str, ...] = ()  # likewise, where judge.kind is success
     input: str = ""  # what else they depend on, in words
     rows: Mapping[str, type[Outcome]] = field(default_factory=dict)  # files it writes: row type
-    files: Sequence[str] = ()  # other files and folders it writes
+    files: tuple[str, ...] = ()  # other files and folders it writes
 
     def dependencies(self, config: Mapping[str, Any]) -> Json:
         """Those of a config's dotted keys that the stage's rows depend on."""
-        names = [*self.keys]
+        names = self.keys
         if config.get("judge.kind") == "success":
             names += self.success_keys
         sections = tuple(f"{name}." for name in names)
@@ -68,12 +83,75 @@ class Stage:
         return ", ".join(changes)
 
 
-# The table names the types of rows; here they are looked up.
-NEUTRAL = bundled("core/stages")["neutral"]
-STAGE_TABLE: dict[str, Stage] = {}
-for _name, _fields in bundled("core/stages")["stages"].items():
-    _rows = {file: getattr(records, kind) for file, kind in _fields.get("rows", {}).items()}
-    STAGE_TABLE[_name] = Stage(**{**_fields, "rows": _rows})
+# The order of a run, and what each stage depends on and writes.
+STAGE_TABLE = {
+    "teach": Stage(
+        "kit.pipeline.teach:teach",
+        keys=("teacher", "answer_judge", "prompts.instruction", "prompts.grade", "seed"),
+        input="the training problems",
+        rows={"traces.jsonl": TraceRow},
+    ),
+    "truncate": Stage(
+        "kit.pipeline.truncate:truncate",
+        keys=(
+            "method",
+            "student",
+            "answer_judge",
+            "judge",
+            "prompts.grade",
+            "prompts.judge",
+            "prompts.instruction",
+            "prompts.answer_cue",
+        ),
+        success_keys=(
+            "align.mode",
+            "align.sampling",
+            "prompts.instruction",
+            "prompts.draft",
+            "seed",
+        ),
+        input="traces.jsonl",
+        rows={"prefixes.jsonl": PrefixRow},
+    ),
+    "align": Stage(
+        "kit.pipeline.align:align",
+        keys=(
+            "method",
+            "student",
+            "answer_judge",
+            "align",
+            "prompts.grade",
+            "prompts.instruction",
+            "prompts.draft",
+            "seed",
+        ),
+        input="the prefixes",
+        rows={"aligned.jsonl": AlignedRow},
+        files=("train.jsonl",),
+    ),
+    "train": Stage(
+        "kit.pipeline.train:train",
+        keys=(
+            "method",
+            "student.model",
+            "student.adapter",
+            "student.system",
+            "student.thinking",
+            "train",
+            "prompts.instruction",
+            "seed",
+        ),
+        input="train.jsonl",
+        files=("adapter", "checkpoints", "train_log.jsonl"),
+    ),
+    "eval": Stage(
+        "kit.pipeline.evaluate:evaluate",
+        keys=("method", "answer_judge", "eval", "prompts.instruction", "prompts.grade", "seed"),
+        input="the evaluation problems",
+        rows={"eval/*.jsonl": EvalRow},
+    ),
+    "report": Stage("kit.reporting.report:report"),
+}
 STAGES = tuple(STAGE_TABLE)
 
 
