@@ -251,7 +251,7 @@ def template_hash(
 
 
 def target(method: str, row: AlignedRow, continuation: str) -> str:
-    """What the student learns to write under a method, see kit/core/methods.yaml."""
+    """What the student learns to write under a method, see kit/core/methods.py."""
     boxed = f"\\boxed{{{row.answer}}}"
     trace = row.prefix if "\\boxed{" in row.prefix else f"{row.prefix}\n\n{boxed}"
     concluded = row.prefix if boxed in row.prefix else f"{row.prefix.rstrip()}\n\n{boxed}"

@@ -7,20 +7,46 @@ a difference between two runs is the rule's. How traces are cut and continued is
 import re
 from dataclasses import dataclass
 
-from kit.core.bundled import bundled
 from kit.core.errors import nearest
 
 
 @dataclass(frozen=True)
 class Method:
-    """One rule; kit/core/methods.yaml says what its words mean."""
+    """One rule.
 
+    In a target, {tagged} is the prefix in its tags, {trace} the prefix as it is, with the boxed
+    answer after it where it has no box of its own, {concluded} likewise, where it has not this very
+    box, and {boxed} the gold answer in a box.
+    """
+
+    # judge: where the student judges; ratio: at a share of the sentences; whole: not at all;
+    # none: there are no training rows; forced-answer: where the student's forced answer is right;
+    # the others: kit/judging/baselines.py
     cut: str
     target: str  # what the student learns to write
     continued: bool = False  # whether the student writes on from the prefix
 
 
-METHODS = {name: Method(**rule) for name, rule in bundled("core/methods").items()}
+# Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without a
+# box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
+METHODS = {
+    "palign": Method("judge", "{tagged}\n{continuation}", continued=True),
+    "zero-shot": Method("none", ""),
+    "label-only": Method("whole", "{boxed}"),
+    "long-trace": Method("whole", "{trace}"),
+    "prefix-only": Method("judge", "{tagged}\n{boxed}"),
+    "continuation-only": Method("judge", "{continuation}", continued=True),
+    "no-search": Method("ratio", "{tagged}\n{continuation}", continued=True),
+    "post-think": Method("attempt", "{concluded}"),
+    "first-correct": Method("first-correct", "{concluded}"),
+    "binary-cut": Method("forced-answer", "{concluded}"),
+    "step-entropy": Method("entropy", "{concluded}"),
+    "no-verify": Method("no-checks", "{concluded}"),
+    "mix-long-short": Method("long-and-short", "{concluded}"),
+    "fixed-prefix-matched": Method("matched-ratio", "{tagged}\n{continuation}", continued=True),
+    # ratio-0.25 keeps this share of the sentences
+    "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
+}
 RATIO = re.compile(r"ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)")
 
 

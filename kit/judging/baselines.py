@@ -2,7 +2,7 @@
 
 A rule takes a whole trace and returns a copy of its row: a beginning of the trace, some of its
 sentences in their order, or what the teacher wrote after its thinking; or rejected, with the
-reason. Which method has which rule is in kit/core/methods.yaml. `binary-cut` and the fixed shares are
+reason. Which method has which rule is in kit/core/methods.py. `binary-cut` and the fixed shares are
 cuts of cut.py. How the kept text is trained on is not known here.
 """
 
