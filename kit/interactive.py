@@ -76,9 +76,8 @@ def _steps(config: Config) -> Generator[str, None, None]:
 
 def _continuation(config: Config, judge: Judge, row: PrefixRow) -> Iterator[str]:
     """The student's continuation from the kept prefix, and its grade."""
-    student = config.student
     user, answer = draft_turns(config, row.question, row.prefix)
-    ids = render(judge.backend.tokenizer, user, student.system, answer, student.thinking)
+    ids = render(judge.backend.tokenizer, user, config.student, answer)
     sampling = config.align.sampling.model_copy(update={"max_new_tokens": MAX_TOKENS})
     request = Request(row.id, ids, sampling, seed=config.seed)
     [generation] = judge.backend.generate([request])
@@ -120,7 +119,7 @@ def prompt(config: Config, of: str) -> dict[str, Any]:
     }
     user, answer = turns[of]
     tokenizer = load_tokenizer(student.tokenizer or student.model)
-    ids = render(tokenizer, user, student.system, answer, student.thinking)
+    ids = render(tokenizer, user, student, answer)
     special = sum(tokenizer.decode([i]) in tokenizer.special for i in ids)
     return {"of": of, "tokens": len(ids), "special": special, "text": tokenizer.decode(ids)}
 

@@ -223,7 +223,7 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
         tokenizer = tokenizer_alone(engine.model)
         if engine.backend == "hf" and lacks_copy(engine.model):
             _check_writable(cache_folder(), "Free some space, or set PALIGN_CACHE.")
-    render(tokenizer, "What is 1 + 1?", engine.system, "", engine.thinking)
+    render(tokenizer, "What is 1 + 1?", engine)
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kit.backends.base import Ids, Tokenizer
 from kit.core.bundled import bundled
-from kit.core.config import Config, Prompts
+from kit.core.config import Config, ModelConfig, Prompts
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import AlignedRow
@@ -23,6 +23,7 @@ from kit.models import FILE_ERRORS
 # The tags around a prefix in training targets: plain text, no added tokens.
 BEGIN = "<Begin_of_Prefix>"
 END = "<End_of_Prefix>"
+PLAIN = ModelConfig()  # has neither a system message nor thinking
 MARK = "\ue000"  # of Unicode's private use area; see `render`
 # Where texts are cut for `PrefixEncoder`: at a single space between words, every so many
 # characters. Two texts must be equal for some characters past a cut to be cut there alike.
@@ -131,9 +132,8 @@ def _parts(known: EncodedText, split: tuple[int, int], text: str) -> bool:
 def render(
     tokenizer: Tokenizer,
     user: str,
-    system: str | None = None,
+    engine: ModelConfig = PLAIN,
     answer: str = "",
-    thinking: bool = False,
     encode: Callable[[str], list[int]] | None = None,
 ) -> Ids:
     r"""Render a chat to token ids (T,), up to where the assistant goes on writing.
@@ -151,9 +151,9 @@ def render(
         tokenizer: the model's; without a chat template the user's text is alone, with a newline
             after it.
         user: the user's turn.
-        system: a system message; folded into the user's turn where the template refuses the role.
+        engine: has the system message, which is folded into the user's turn where the template
+            refuses the role, and the template's switch for thinking, where it has one.
         answer: the beginning of the assistant's answer, kept to the last space.
-        thinking: the template's switch, where it has one.
         encode: encodes what is not a name, if not the tokenizer: see `PrefixEncoder`.
     """
     encode = encode or tokenizer.encode
@@ -165,7 +165,8 @@ def render(
     def marked(text: str) -> str:
         return pattern.sub(lambda match: f"{MARK}{names.index(match[0])}{MARK}", text)
 
-    text = render_text(tokenizer, marked(user), marked(system or ""), thinking) + marked(answer)
+    system = marked(engine.system or "")
+    text = render_text(tokenizer, marked(user), system, engine.thinking) + marked(answer)
     ids: list[int] = []
     # Every second piece is between two marks: it is the number of a name.
     for position, piece in enumerate(text.split(MARK)):
@@ -242,11 +243,10 @@ def render_text(
     return text
 
 
-def template_hash(
-    tokenizer: Tokenizer, prompts: Prompts, system: str | None, thinking: bool
-) -> str:
+def template_hash(tokenizer: Tokenizer, prompts: Prompts, engine: ModelConfig) -> str:
     """Hash of all that shapes a solving prompt; an adapter is evaluated only under its own."""
-    parts = [tokenizer.template, text_of(prompts, "instruction"), system, thinking, BEGIN, END]
+    instruction = text_of(prompts, "instruction")
+    parts = [tokenizer.template, instruction, engine.system, engine.thinking, BEGIN, END]
     return text_digest(json.dumps(parts), 16)
 
 

@@ -95,7 +95,6 @@ class Sampler(ExitStack):
             samples: per item; None: as the settings say.
         """
         config = self.run.config
-        engine = self.engine
         by_id = {}
         requests = []
         for item in items:
@@ -104,7 +103,7 @@ class Sampler(ExitStack):
             answer = ""
             if turns:
                 user, answer = turns(item)
-            ids = render(self.backend.tokenizer, user, engine.system, answer, engine.thinking)
+            ids = render(self.backend.tokenizer, user, self.engine, answer)
             count = samples or self.settings.samples
             requests.append(Request(item.id, ids, self.settings.sampling, count, config.seed))
 

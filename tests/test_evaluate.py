@@ -8,6 +8,7 @@ import pytest
 
 from kit.backends.scripted import ByteTokenizer
 from kit.core import config as configs
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 from kit.core.fingerprints import adapter_hash
 from kit.core.progress import Progress
@@ -49,7 +50,7 @@ def trained(run, template=None, weights="adapter-1"):
     run.path("adapter/adapter_model.safetensors").write_text(weights)
     run.finish("train", adapter_hash(run.folder / "adapter"), 1, 1)
     run.record(
-        template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, None, False)
+        template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, ModelConfig())
     )
 
 
@@ -127,7 +128,7 @@ def test_a_deleted_row_is_regenerated_equal(settings):
 def test_another_template_is_refused_before_anything_is_asked(settings):
     with opened(settings) as run:
         trained(run, template="0123456789abcdef")
-        now = template_hash(ByteTokenizer(), run.config.prompts, None, False)
+        now = template_hash(ByteTokenizer(), run.config.prompts, ModelConfig())
         with pytest.raises(KitError, match=f"0123456789abcdef.*{now}"):
             evaluate(run)
         assert not any((run.folder / "eval").glob("*.jsonl"))

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from kit.core import config as configs
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 from kit.core.fingerprints import BASE, adapter_hash
 from kit.core.progress import Progress
@@ -64,7 +65,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = adapter_hash(folder / "adapter")
         run.finish("train", weights, 3, 3, rows=3, fixed_batch_rows=3, **LOSSES)
         tokenizer = load_tokenizer("smollm2-135m")
-        run.record(template_hash=template_hash(tokenizer, config.prompts, None, False))
+        run.record(template_hash=template_hash(tokenizer, config.prompts, ModelConfig()))
     return folder
 
 

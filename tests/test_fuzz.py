@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kit import data, prompts
 from kit.core import config
 from kit.core.bundled import bundled
-from kit.core.config import Config, DatasetConfig
+from kit.core.config import Config, DatasetConfig, ModelConfig
 from kit.core.errors import KitError
 from kit.core.records import Problem, Sample, TraceRow
 from kit.core.storage import RowFile, line_of
@@ -258,11 +258,11 @@ TALK = st.lists(NAMES | MATHS, max_size=6).map("".join)
 def test_rendering(user: str, system: str | None, answer: str, template: str | None) -> None:
     """All text is in the prompt, character for character, and none of it is a special token."""
     toy = Toy(template)
-    ids = prompts.render(toy, user, system, answer)
+    ids = prompts.render(toy, user, ModelConfig(system=system), answer)
     text = toy.decode(ids)
     for said in (user, answer, system or ""):
         assert said in text
-    frame = prompts.render(toy, "", "x" if system else None)
+    frame = prompts.render(toy, "", ModelConfig(system="x" if system else None))
     for name in toy.special:
         assert as_special(ids).count(name) == as_special(frame).count(name)
 
@@ -283,8 +283,10 @@ def test_rendering_for_the_packaged_model(
     special = {
         tokenizer.encode(name)[0] for name in tokenizer.special if len(tokenizer.encode(name)) == 1
     }
-    ids = prompts.render(tokenizer, user, system, answer)
-    plain = prompts.render(tokenizer, "x", "x" if system else None, "x" if answer else "")
+    ids = prompts.render(tokenizer, user, ModelConfig(system=system), answer)
+    plain = prompts.render(
+        tokenizer, "x", ModelConfig(system="x" if system else None), "x" if answer else ""
+    )
     assert sum(i in special for i in ids) == sum(i in special for i in plain)
 
 

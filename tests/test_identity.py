@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import palign
 from kit import models, prompts
 from kit.core import config as configs
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, BASE, adapter_hash, check_trained, model_hashes
 from kit.core.progress import Progress
@@ -519,7 +520,7 @@ def test_a_system_message_that_the_template_leaves_out_is_an_error(ignored: str)
     template = loop.replace("IF", ignored)
     assert prompts.render_text(Toy(template), "q") == "q"
     with pytest.raises(KitError, match="leaves out the system message"):
-        prompts.render(Toy(template), "q", system="be brief, <|im_end|>")
+        prompts.render(Toy(template), "q", ModelConfig(system="be brief, <|im_end|>"))
 
 
 # --- Tokenizers that put a space before what they encode ---

@@ -93,7 +93,7 @@ def test_a_config_says_how_the_student_is_asked(
     ]
     assert palign.main(arguments) == 0
     assert "threshold -1.00" in capsys.readouterr().out
-    user, _, begun, _ = asked.pop()
+    user, _, begun = asked.pop()
     assert begun and TRACE.startswith(begun) and begun not in user
     assert palign.main([*arguments, "--kind", "verbal"]) == 0  # a key given overrules the config's
     assert "threshold +0.00" in capsys.readouterr().out

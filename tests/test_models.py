@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kit import models, prompts
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 
 NAME = "smollm2-135m"
@@ -121,7 +122,9 @@ def test_rendering_equals_transformers_own(tokenizer: models.HfTokenizer) -> Non
         wanted = tokenizer.inner.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False
         )
-        assert list(prompts.render(tokenizer, turns[-1]["content"], system)) == list(wanted)
+        assert list(
+            prompts.render(tokenizer, turns[-1]["content"], ModelConfig(system=system))
+        ) == list(wanted)
 
 
 def test_special_text_in_a_prompt_stays_text(tokenizer: models.HfTokenizer) -> None:
@@ -142,7 +145,7 @@ def test_a_template_without_system_role_gets_it_in_the_user_turn(
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "<|im_start|>assistant{{ '\\n' }}"
     )
-    text = refusing.decode(prompts.render(refusing, "Question?", "Rules."))
+    text = refusing.decode(prompts.render(refusing, "Question?", ModelConfig(system="Rules.")))
     assert text == "<|im_start|>user\nRules.\n\nQuestion?<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from kit import prompts
 from kit.core import config as configs
+from kit.core.config import ModelConfig
 from kit.core.errors import KitError
 
 SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2}
@@ -96,11 +97,14 @@ def test_prompts_come_from_text_or_a_file_and_missing_parts_are_named(tmp_path):
 
 
 def test_the_template_hash_sees_what_shapes_a_prompt():
-    base = prompts.template_hash(Toy(), configs.Prompts(), None, False)
-    assert base == prompts.template_hash(Toy(), configs.Prompts(), None, False)
+    base = prompts.template_hash(Toy(), configs.Prompts(), ModelConfig())
+    assert base == prompts.template_hash(Toy(), configs.Prompts(), ModelConfig())
     others = [
-        (Toy(NO_SYSTEM), configs.Prompts(), None, False),
-        (Toy(), configs.Prompts(instruction="x"), None, False),
+        (Toy(NO_SYSTEM), configs.Prompts(), ModelConfig()),
+        (Toy(), configs.Prompts(instruction="x"), ModelConfig()),
     ]
-    others += [(Toy(), configs.Prompts(), "system", False), (Toy(), configs.Prompts(), None, True)]
+    others += [
+        (Toy(), configs.Prompts(), ModelConfig(**keys))
+        for keys in ({"system": "x"}, {"thinking": True})
+    ]
     assert len({base, *(prompts.template_hash(*args) for args in others)}) == 5

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainingArguments
 
 from kit.core.bundled import bundled
-from kit.core.config import Config, dump, resolve
+from kit.core.config import Config, ModelConfig, dump, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import TrainRow
@@ -154,7 +154,7 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     assert not list(
         config.folder.rglob("*.bin")
     )  # nothing pickled, in adapter/ and in checkpoints/
-    hash_now = template_hash(load_tokenizer(tiny), config.prompts, None, False)
+    hash_now = template_hash(load_tokenizer(tiny), config.prompts, ModelConfig())
     assert manifest["template_hash"] == hash_now
     again = run_stage(config)  # done before: nothing is trained again
     assert again["stages"]["train"] == manifest["stages"]["train"]

@@ -206,14 +206,13 @@ def _token_bounds(config: Config, backend: HfBackend, row: PrefixRow) -> tuple[I
 
     The last bound is the number of ids.
     """
-    student = config.student
     tokenizer = backend.tokenizer
     encode = PrefixEncoder(tokenizer.encode).encode
     user = solve_text(config.prompts, row.question)
 
     def rendered(end: int) -> Ids:
         answer = row.trace[:end]
-        return render(tokenizer, user, student.system, answer, student.thinking, encode)
+        return render(tokenizer, user, config.student, answer, encode)
 
     ids = rendered(len(row.trace))
     bounds = [common_prefix_len(ids, rendered(end)) for end in (0, *ends(row.trace)[:-1])]

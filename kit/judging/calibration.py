@@ -22,7 +22,7 @@ def setup_of(judge: Judge) -> dict[str, str]:
     """What margins depend on besides the trace: the model by content, the prompts, the template."""
     student = judge.config.student
     prompts = judge.config.prompts
-    template = template_hash(judge.backend.tokenizer, prompts, student.system, student.thinking)
+    template = template_hash(judge.backend.tokenizer, prompts, student)
     return {
         "student.model": student.model,
         "student.dtype": student.dtype,

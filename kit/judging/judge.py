@@ -111,7 +111,6 @@ class Judge(ExitStack):
         and the cue begin the model's own turn, which goes on with the gold answer. success: as
         `align` shows a draft.
         """
-        student = self.config.student
         prompts = self.config.prompts
         if self.settings.kind == "verbal":
             user = judge_text(prompts, row.question, prefix)
@@ -123,7 +122,7 @@ class Judge(ExitStack):
             answer = prefix + text_of(prompts, "answer_cue")
         encode = self._encoder_of_trace(row.id).encode
         tokenizer = self.backend.tokenizer
-        return render(tokenizer, user, student.system, answer, student.thinking, encode)
+        return render(tokenizer, user, self.config.student, answer, encode)
 
     def request(self, row: PrefixRow, prefix: str) -> ScoreRequest:
         """The question with the positions where its verdict is read; none where it is generated.

@@ -104,10 +104,7 @@ def answers(
 ) -> Iterator[EvalRow]:
     """Graded rows of a batch of problems, as they finish, asked in the way of the training."""
     run = student.run
-    engine = student.engine
-    template = template_hash(
-        student.backend.tokenizer, run.config.prompts, engine.system, engine.thinking
-    )
+    template = template_hash(student.backend.tokenizer, run.config.prompts, student.engine)
     trained = run.manifest.get("template_hash", template)
     if run.config.method != "zero-shot" and trained != template:
         raise KitError(

@@ -47,14 +47,8 @@ def engine(kind: str, model: str, adapter: str | None = None, **keys: Any) -> An
 def prompts_of(folder: Path, config: Config, tokenizer: Any) -> list[Ids]:
     """A run's first training questions, asked as the evaluation asks."""
     questions = dict.fromkeys(row.input for row in read_rows(folder / "train.jsonl"))
-    student = config.eval
     return [
-        render(
-            tokenizer,
-            solve_text(config.prompts, question),
-            student.system,
-            thinking=student.thinking,
-        )
+        render(tokenizer, solve_text(config.prompts, question), config.eval)
         for question in list(questions)[:PROMPTS]
     ]
 

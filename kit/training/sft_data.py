@@ -66,7 +66,6 @@ def prepare(
     """
     limit = config.train.max_seq_tokens
     end = end_of_turn(tokenizer)
-    student = config.student
     instruction = text_of(config.prompts, "instruction")
     examples: list[Example] = []
     lost: dict[str, list[str]] = {}
@@ -78,7 +77,7 @@ def prepare(
                 "Set prompts.instruction to the rows' own, or run align again.",
             )
         question = f"{row.instruction}\n{row.input}"
-        prompt = render(tokenizer, question, student.system, thinking=student.thinking)
+        prompt = render(tokenizer, question, config.student)
         ids = (*prompt, *encode_answer(tokenizer, row.output), end)
         name = f"line {line} ({' '.join(row.input.split())[:60]})"
 

@@ -233,9 +233,7 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> Json:
     """Train, save the adapter, and return the stage's summary for the manifest."""
     config = run.config
     student = config.student
-    run.record(
-        template_hash=template_hash(tokenizer, config.prompts, student.system, student.thinking)
-    )
+    run.record(template_hash=template_hash(tokenizer, config.prompts, student))
     reset_peak()
     model = make_model(config)
     trainer = AdapterTrainer(run, model, examples)
