@@ -158,7 +158,7 @@ def _is_done(config: Config, stage: str, entry: Json) -> bool:
     section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")
     engine = getattr(config, section)
     if stage == "train":
-        engine = engine.model_copy(update={"backend": "hf"})
+        engine = engine.on_hf
     about = STAGE_TABLE[stage]
     now = {**about.dependencies(flat(config)), **fingerprints(section, engine)}
     before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
@@ -243,7 +243,7 @@ def _check_labels(config: Config) -> None:
 def _check_training(config: Config) -> None:
     """The end of a turn."""
     # It trains on backend hf, whatever backend it judges on.
-    tokenizer = _open_tokenizer(config.student.model_copy(update={"backend": "hf"}))
+    tokenizer = _open_tokenizer(config.student.on_hf)
     if isinstance(tokenizer, HfTokenizer):
         from kit.training.sft_data import end_of_turn
 

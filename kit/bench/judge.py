@@ -22,8 +22,7 @@ from kit.core.config import Sampling, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
-from kit.data import load_traces
-from kit.judging.cut import cut, from_problem
+from kit.judging.cut import cut, traces_in_file
 from kit.judging.judge import Judge
 from kit.judging.sentences import ends
 
@@ -58,7 +57,7 @@ def bench(options: Namespace, progress: Progress) -> Json:
     config = resolve({"student": student, "teacher": teacher}, "the command line")
     backend = open_backend(config.student)
     judge = Judge(config, backend)
-    rows = [from_problem(problem) for problem in load_traces(config)]
+    rows = traces_in_file(config)
     fitting = [row for row in rows if len(judge.request(row, row.trace).ids) <= judge.limit_tokens]
     # A prompt longer than the context cannot be judged.
     if not fitting:

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -149,6 +149,11 @@ class ModelConfig(BaseConfig):
     retries: NonNegativeInt = 6
     system: str | None = None  # a system message
     thinking: bool = False  # for models whose template has the switch
+
+    @property
+    def on_hf(self) -> Self:
+        """The same model on transformers, which trains it and gives whole distributions."""
+        return self.model_copy(update={"backend": "hf"})
 
     def rows(self, on_card: bool = False) -> int:
         """Most sequences at a time."""

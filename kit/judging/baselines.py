@@ -57,8 +57,7 @@ def open_rule(config: Config) -> Iterator[Cut]:
     if name in ("ratio", "matched-ratio"):
         yield partial(cut_at_ratio, ratio=config.ratio or matched_ratio(config) or 1.0)
     elif name == "entropy":
-        # only transformers gives whole distributions
-        with closing(open_backend(on_transformers(config).student)) as backend:
+        with closing(open_backend(config.student.on_hf)) as backend:
             rule = partial(step_entropy, config, cast("HfBackend", backend))
             yield partial(within_memory, rule)
     else:
@@ -70,12 +69,6 @@ def open_rule(config: Config) -> Iterator[Cut]:
         }
         with grader_of(config) as grader:
             yield partial(rules[name], grader)
-
-
-def on_transformers(config: Config) -> Config:
-    """The config with its student on transformers."""
-    student = config.student.model_copy(update={"backend": "hf"})
-    return config.model_copy(update={"student": student})
 
 
 def post_think(grader: Grader, row: PrefixRow) -> PrefixRow:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from kit.core.config import Config
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 from kit.core.records import PrefixRow, Problem, Sample, TraceRow
+from kit.data import load_traces
 from kit.judging.judge import Judge
 from kit.judging.search import violations
 from kit.judging.sentences import ends
@@ -168,3 +170,8 @@ def from_problem(problem: Problem) -> PrefixRow:
     sample = Sample(text=problem.trace or "", verdict="unparsed")
     row = TraceRow(**fields, samples=(sample,), kept=(0,))
     return row.whole(ends)[0]
+
+
+def traces_in_file(config: Config) -> list[PrefixRow]:
+    """The traces that `config.teacher.path` names, each as `from_problem` gives it."""
+    return [from_problem(problem) for problem in load_traces(config)]

@@ -33,8 +33,7 @@ def train(run: Run) -> None:
     if not path.exists():
         raise KitError(f"{path} does not exist.", "Run the stages before it: palign.py run CONFIG.")
     # whatever asks the student, it is trained with transformers
-    model = run.config.student.model_copy(update={"backend": "hf"})
-    content = partial(fingerprints, "student", model)
+    content = partial(fingerprints, "student", run.config.student.on_hf)
     if not run.begin("train", file_hash(path)[:16], lambda: adapter_hash(adapter), content):
         return
     # rows to examples, which must fit the memory of this process's card

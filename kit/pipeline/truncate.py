@@ -20,9 +20,8 @@ from kit.core.records import PrefixRow, TraceRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
-from kit.data import load_traces
-from kit.judging.baselines import long_and_short, matched_ratio, on_transformers, open_rule
-from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, from_problem
+from kit.judging.baselines import long_and_short, matched_ratio, open_rule
+from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, traces_in_file
 from kit.judging.judge import open_judge
 from kit.judging.sentences import ends
 from kit.models import fingerprints
@@ -95,7 +94,7 @@ def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> Json:
         return {
             "baseline.drop_ratio": config.baseline.drop_ratio,
             "baseline.skip_marker": config.baseline.skip_marker,
-            **fingerprints("student", on_transformers(config).student),
+            **fingerprints("student", config.student.on_hf),
         }
     if rule == "matched-ratio":
         return {"share of baseline.matched_run": matched_ratio(config)}
@@ -141,7 +140,7 @@ def judge_file(config: Config, progress: Progress) -> Json:
     Returns:
         {model, search, kind, threshold, degenerate, notes, traces}; each trace as `summary_of` it.
     """
-    traces = [from_problem(problem) for problem in load_traces(config)]
+    traces = traces_in_file(config)
     rows = []
     with open_judge(config) as judge, progress.bar("judge", len(traces), "traces") as bar:
         for trace in traces:

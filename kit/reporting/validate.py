@@ -23,10 +23,9 @@ from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
 from kit.core.storage import digest, write_atomic
-from kit.data import load_traces
 from kit.grading.stats import auc
 from kit.judging.calibration import setup_of
-from kit.judging.cut import from_problem
+from kit.judging.cut import traces_in_file
 from kit.judging.judge import Judge
 from kit.judging.trace import open_trace
 from kit.reporting.metrics import Json
@@ -56,7 +55,7 @@ def validate(config: Config, folder: Path, progress: Progress) -> Json:
     """
     raw = config.model_dump()
     uncalibrated = {**raw["judge"], "threshold": None, "calibration": "none"}
-    rows = [from_problem(problem) for problem in load_traces(config)]
+    rows = traces_in_file(config)
     (folder / "measured").mkdir(parents=True, exist_ok=True)
     traces = []
     judges = {}
