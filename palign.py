@@ -247,8 +247,10 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
         trackers.send(run, {"seed": config.seed})
         # What can be known is reported at once, not after hours.
         preflight.refuse(config, partial(problems_of, run), command)
+        progress.stages = len(names)
         try:
-            for name in names:
+            for number, name in enumerate(names):
+                progress.stages_done = number
                 before = run.manifest["stages"].get(name)
                 resolve_name(STAGE_TABLE[name].entry_point)(run)
                 if run.manifest["stages"].get(name) is not before:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
 from kit.core import progress
 from kit.core.progress import Progress, visible
+from tests.conftest import ROOT
 
 
 def test_control_characters_and_direction_marks_are_shown_by_name():
@@ -49,6 +59,71 @@ def test_without_a_terminal_lines_come_every_few_seconds(capsys, monkeypatch):
     with Progress().bar("align", 2) as bar:
         bar.advance(outcome="no right continuation")
     assert capsys.readouterr().err.endswith("s left, last row no right continuation\n")
+
+
+LONG_RUN = """
+import time
+from kit.core.progress import Progress
+progress = Progress(stages=6, stages_done=2)
+progress.started -= 3720
+with progress.bar("truncate", 1000, done=120) as bar:
+    time.sleep(0.5)
+    bar.advance(1234, "no correct continuation")
+"""
+
+
+def on_a_terminal(command: list[str], width: int) -> list[str]:
+    """Run Python with its errors on a terminal; the lines of every picture that it drew there."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    for name in ("CI", "COLUMNS", "NO_COLOR"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=its,
+    )
+    os.close(its)
+    drawn = b""
+    # the end of a pseudo-terminal is an error
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 65536):
+            drawn += part
+    os.close(ours)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[\d;]*m", "", drawn.decode())
+    lines = [line.strip() for line in re.split(r"\x1b\[[?\d]*[A-Za-z]|[\r\n]", plain)]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize(("width", "whole"), [(50, False), (80, False), (140, True)])
+def test_on_a_terminal_a_bar_over_the_whole_run_is_above_and_no_number_is_cut(
+    width: int, whole: bool
+) -> None:
+    lines = on_a_terminal(["-c", LONG_RUN], width)
+    run, stage = [line for line in lines if line.startswith(("run ", "truncate "))][-2:]
+    assert re.match(r"run .* 2/6 +stages +1:02:\d\d$", run) and len(run) == len(stage) == width
+    assert re.match(r"truncate .* 121/1000 \d+ tokens/s.* 0:00:0\d$", stage)
+    assert ("no correct continuation" in stage) == whole
+
+
+def test_a_run_counts_its_stages_on_a_terminal_and_a_stage_alone_does_not(tmp_path: Path) -> None:
+    """A method that loads no model: teach, truncate, align and the report."""
+    keys = ["teacher.backend=reference", "method=long-trace", f"out={tmp_path / 'r'}"]
+    command = ["palign.py", "run", "configs/smoke.yaml", *keys, "stop_after=align"]
+    lines = on_a_terminal(command, 80)
+    counts = [
+        re.findall(r" (\d/\d) +stages ", above)[0]
+        for above, line in itertools.pairwise(lines)
+        if line.startswith(("teach ", "align "))
+    ]
+    assert list(dict.fromkeys(counts)) == ["0/4", "2/4"]
+    lines = on_a_terminal(["palign.py", "teach", *command[2:], "seed=1"], 80)
+    assert [line for line in lines if line.startswith("teach ")]
+    assert not [line for line in lines if line.startswith("run ")]
 
 
 def test_the_cards_allocator_is_told_before_torch_loads(monkeypatch: pytest.MonkeyPatch) -> None:

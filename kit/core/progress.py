@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -58,6 +58,9 @@ class Progress:
 
     quiet: bool = False
     log: Path | None = None  # a run sets its own
+    stages: int = 0  # of the whole run, and how many of them are done
+    stages_done: int = 0
+    started: float = field(default_factory=time.monotonic)
 
     def say(self, text: str, always: bool = False) -> None:
         """One line for the user and the log; with --quiet only in the log."""
@@ -75,7 +78,9 @@ class Progress:
 
     @contextlib.contextmanager
     def bar(self, name: str, total: int, unit: str = "rows", done: int = 0) -> Iterator[Bar]:
-        """A bar over `total` units, of which `done` were finished before."""
+        """A bar over `total` units, of which `done` were finished before; on a terminal below one
+        over the whole run, without a time left: no stage tells how long the next will take.
+        """
         if self.quiet or os.environ.get("CI") or not sys.stderr.isatty():
 
             def print_line(count: int, rate: str) -> None:
@@ -85,16 +90,22 @@ class Progress:
             return
         from rich import progress as rich
         from rich.console import Console
+        from rich.table import Column
 
+        # On a narrow terminal the bar and the words give way, never a number.
         with rich.Progress(
             "{task.description}",
-            rich.BarColumn(),
+            rich.BarColumn(None, table_column=Column(ratio=1)),
             rich.MofNCompleteColumn(),
-            "{task.fields[rate]}",
+            rich.TextColumn("{task.fields[rate]}", table_column=Column(ratio=3, no_wrap=True)),
             rich.TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
+            expand=True,
         ) as live:
+            if self.stages > 1:
+                live.add_task("run", total=self.stages, completed=self.stages_done, rate="stages")
+                live.tasks[0].start_time = self.started
             task = live.add_task(name, total=total, completed=done, rate="")
             yield Bar(total, done, lambda n, rate: live.update(task, completed=n, rate=rate))
 
