@@ -243,8 +243,11 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
         # A run that stops early gets a report too.
         names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
     # Some trackers print; standard output is for the result.
-    with Run(config, progress, command) as run, contextlib.redirect_stdout(sys.stderr):
-        trackers.send(run, {"seed": config.seed})
+    with (
+        Run(config, progress, command) as run,
+        contextlib.redirect_stdout(sys.stderr),
+        trackers.opened(run),
+    ):
         # What can be known is reported at once, not after hours.
         preflight.refuse(config, partial(problems_of, run), command)
         progress.stages = len(names)

@@ -9,8 +9,12 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -730,51 +734,126 @@ def test_a_tracker_that_takes_nothing_is_an_error_before_the_run(
             trackers.send(run, {"seed": 0})
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_gets_the_curves_and_each_stages_numbers(
-    tmp_path: Path, tiny: str, name: str
-) -> None:
-    """Offline; what was written is read back. In a process of its own: trackers are global."""
-    pytest.importorskip(name)
-    write_rows(tmp_path / "r", rows())
-    config = settings(tmp_path / "r", tiny, epochs=2, report_to=name)
-    (tmp_path / "config.yaml").write_text(dump(config))
+TRACKERS = ("tensorboard", "wandb", "trackio")
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+    """The folder of a run of all stages, watched offline by every tracker that is installed.
+
+    In a process of its own: trackers are global.
+    """
+    folder = tmp_path_factory.mktemp("tracked")
+    installed = [name for name in TRACKERS if find_spec(name)]
+    keys = f"""
+        teacher.backend=reference method=long-trace student.model={tiny} out={folder / "r"}
+        data.train.limit=4 data.eval.limit=3 eval.sampling.max_new_tokens=4
+        train.dtype=fp32 train.batch_size=2 train.epochs=2 train.report_to=[{",".join(installed)}]
+    """
+    own = {f"WANDB_{name}_DIR": str(folder / "wandb") for name in ("CONFIG", "CACHE", "DATA")}
     environment = {
         **os.environ,
+        **own,
+        "TRACKIO_DIR": str(folder / "trackio"),
         "WANDB_MODE": "offline",
-        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "WANDB_API_KEY": SECRET,
+        "HF_TOKEN": f"hf_{SECRET}",
     }
     done = subprocess.run(
-        [sys.executable, "palign.py", "train", str(tmp_path / "config.yaml"), "--quiet", "--json"],
+        [sys.executable, "palign.py", "run", "configs/smoke.yaml", *keys.split(), "--json"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) > 5  # and nothing else
-    logged_losses = losses(tmp_path / "r")
-    if name == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert json.loads(done.stdout)["scores"]  # and nothing else on standard output
+    return folder
 
-        events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
-        assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
-            logged_losses, rel=1e-5
-        )
-        assert [event.value for event in events.Scalars("train/rows_out")] == [8]
-    elif name == "trackio":
-        import sqlite3
 
-        [database] = (tmp_path / "trackio").glob("palign*.db")
-        with sqlite3.connect(database) as connection:
-            text = str(connection.execute("select metrics from metrics").fetchall())
-        assert "train/loss" in text and "train/rows_out" in text
-    else:
-        files = list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
-        text = b"".join(file.read_bytes() for file in files)
-        assert b"train/loss" in text and b"train/rows_out" in text
-    written = [path for path in (tmp_path / "r").rglob("*") if path.is_file()]
-    assert not [path for path in written if b"0123456789abcdef0123" in path.read_bytes()]
+def tensorboard_values(folder: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "r" / "tensorboard")).Reload()
+    return {key: [e.value for e in events.Scalars(key)] for key in events.Tags()["scalars"]}
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """What an offline run's file holds: LevelDB's log format, after seven bytes of its own."""
+    data, place, record = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # no header fits into the rest of a block
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def wandb_values(folder: Path) -> dict[str, list[float]]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = (folder / "r" / "wandb").glob("offline-run-*/*.wandb")
+    assert len(list((folder / "r" / "wandb").glob("offline-run-*"))) == 1
+    records = list(map(Record.FromString, wandb_records(path)))
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [0]
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for item in record.history.item:
+            key = item.key or "/".join(item.nested_key)
+            values.setdefault(key, []).append(json.loads(item.value_json))
+    return values
+
+
+def trackio_values(folder: Path) -> dict[str, list[float]]:
+    [database] = (folder / "trackio").glob("palign*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select metrics, run_name from metrics order by id").fetchall()
+    assert {name for _, name in rows} == {"smoke"}
+    values: dict[str, list[float]] = {}
+    for metrics, _ in rows:
+        for key, value in json.loads(metrics).items():
+            values.setdefault(key, []).append(value)
+    return values
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_a_tracker_wrote_offline_are_the_runs_own_curves_and_numbers(
+    tracked: Path, name: str
+) -> None:
+    pytest.importorskip(name, reason=f"pip install {name} to test it")
+    read_back = {
+        "tensorboard": tensorboard_values,
+        "wandb": wandb_values,
+        "trackio": trackio_values,
+    }
+    values = read_back[name](tracked)
+    log = logged(tracked / "r")
+    assert len({row["loss"] for row in log}) > 2 and values["seed"] == [0]
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert values[f"train/{key}"] == pytest.approx([row[key] for row in log], rel=1e-5)
+    stages = read_manifest(tracked / "r")["stages"]
+    assert list(stages) == ["teach", "truncate", "align", "train", "eval"]
+    for stage_name, entry in stages.items():
+        for key in {"rows_in", "rows_out", "seconds"} & entry.keys():
+            assert values[f"{stage_name}/{key}"] == pytest.approx([entry[key]], rel=1e-5)
+    before = stages["train"]["summary"]["fixed_batch_before"]
+    assert values["train/fixed_batch_before"] == pytest.approx([before], rel=1e-5)
+    scores = stages["eval"]["summary"]["scores"]
+    assert {score["which"] for score in scores} == {"base", "tuned"}
+    for score in scores:
+        key = f"eval/{score['dataset']}/{score['which']}"
+        assert values[key] == pytest.approx([score["accuracy"]])
+
+
+def test_no_key_is_written_by_a_run_that_is_watched(tracked: Path) -> None:
+    files = [path for path in tracked.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET[:20].encode() in path.read_bytes()]

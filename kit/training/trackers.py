@@ -6,7 +6,8 @@ offline modes their own: WANDB_MODE=offline; Trackio and TensorBoard write local
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -17,23 +18,41 @@ PROJECT = "palign"
 FOLDER = "tensorboard"  # in the run's
 
 
+@contextmanager
+def opened(run: Run) -> Iterator[None]:
+    """Prove by the seed that the trackers take numbers (raises as `send`); close them at the end.
+
+    At the process's end wandb would print to standard output, and a later run would go on in it;
+    a run that fails is closed as failed.
+    """
+    send(run, {"seed": run.config.seed})
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if "wandb" in run.config.train.report_to:
+            import_module("wandb").finish(exit_code)
+
+
 def report(run: Run, stage: str) -> None:
     """Send a finished stage's rows, seconds, scalars and accuracies; raises as `send`."""
     entry = run.manifest["stages"][stage]
     numbers = {**entry, **entry["summary"]}
-    for score in entry["summary"].get("scores", ()):
+    for score in numbers.get("scores", ()):
         numbers[f"{score['dataset']}/{score['which']}"] = score["accuracy"]
-    scalars = {key: value for key, value in numbers.items() if type(value) in (int, float)}
-    send(run, {f"{stage}/{key}": value for key, value in scalars.items()})
+    scalars = {
+        f"{stage}/{key}": value for key, value in numbers.items() if type(value) in (int, float)
+    }
+    send(run, scalars)
 
 
 def send(run: Run, numbers: dict[str, float]) -> None:
-    """Send numbers to the run's trackers; sent first, the seed proves that they take some.
+    """Send numbers to the run's trackers.
 
     Raises:
         KitError: a tracker is not installed or takes none: no key, no network, no folder.
     """
-    os.environ["WANDB_DIR"] = str(run.folder)
     for name in run.config.train.report_to if run.is_main_process else ():
         if not find_spec(name):
             message = f"train.report_to names {name}, which is not installed."
@@ -56,12 +75,12 @@ def _send(name: str, run: Run, numbers: dict[str, float]) -> None:
             for key, value in numbers.items():
                 writer.add_scalar(key, value)
         return
-    # Both go on with the run that is open under this name; the Trainer's callbacks do, too.
+    # The Trainer's callbacks go on with the run that is open, or under this name.
     tracker = import_module(name)
-    # a sweep and rounds train several runs in one process
-    if name == "wandb" and tracker.run and tracker.run.name != run.config.name:
-        tracker.finish()
-    tracker.init(project=PROJECT, name=run.config.name, resume="allow")
+    if name == "trackio":
+        tracker.init(project=PROJECT, name=run.config.name, resume="allow")
+    elif not tracker.run:
+        tracker.init(project=PROJECT, name=run.config.name, dir=str(run.folder))
     tracker.log(numbers)
     if name == "trackio":
         tracker.finish()

@@ -339,10 +339,8 @@ class OneDevice(TrainingArguments):
 
 def _arguments(run: Run) -> TrainingArguments:
     settings = run.config.train
-    # where the Trainer's own callbacks write, which takes no argument
+    # where the Trainer's own callback writes, which takes no argument
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / trackers.FOLDER)
-    os.environ["WANDB_PROJECT"] = trackers.PROJECT
-    os.environ["WANDB_DIR"] = str(run.folder)
     if os.environ.get("ACCELERATE_USE_FSDP"):
         message = "FSDP shards the gradients and the adapter, which training reads whole."
         raise KitError(message, "Run accelerate launch without it: each card has the base.", 2)
