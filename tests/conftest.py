@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a long proof: run with --slow"))
         if "gpu" in item.keywords and not os.environ["CUDA_VISIBLE_DEVICES"]:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card: set CUDA_VISIBLE_DEVICES"))
+
+
+def pytest_collection_finish() -> None:
+    """Every stage collects garbage; without this it would visit all modules' objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

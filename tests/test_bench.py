@@ -15,6 +15,7 @@ from kit.bench import measure
 from kit.bench.judge import SEARCHES
 from kit.core.errors import KitError
 from kit.core.progress import Progress
+from tests.test_train import tiny  # noqa: F401  (a fixture)
 
 OPTIONS = {
     "traces": None,
@@ -52,7 +53,10 @@ def test_judging_without_traces_is_bad_usage():
     assert caught.value.code == 2
 
 
-@pytest.fixture(scope="module", params=["gguf", pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["tiny", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gguf", "hf"))],
+)
 def judged(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "traces.jsonl"
     row = {"id": "t", "question": "How many apples?", "answer": "7", "long_cot": TRACE}
@@ -61,10 +65,12 @@ def judged(request, tmp_path_factory):
         # The reference loops generate a few tokens in place of 256 and 16.
         patch.setattr("kit.bench.judge.REFERENCES", {"reference-256": 3, "reference-16": 2})
         options = {"subject": "judge", "traces": path, "backend": request.param}
+        if request.param == "tiny":
+            options.update(backend="hf", model=request.getfixturevalue("tiny"))
         own = run(**options)
     steered = run(**options, verdicts=["early", "middle", "late"])
     # llama.cpp sums the tails in another order, and rounds to 16 bits
-    bound = 1e-3 if request.param == "hf" else max(ROUNDING_NATS.values())
+    bound = max(ROUNDING_NATS.values()) if request.param == "gguf" else 1e-3
     return own, steered, bound
 
 

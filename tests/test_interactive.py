@@ -34,7 +34,12 @@ def configured(folder: Path, model: str, *rows: dict[str, str]) -> Config:
     path = folder / "traces.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return resolve(
-        {"student": {"model": model}, "teacher": {"backend": "file", "path": str(path)}}, "test"
+        {
+            "student": {"model": model},
+            "teacher": {"backend": "file", "path": str(path)},
+            "align": {"sampling": {"max_new_tokens": 8}},
+        },
+        "test",
     )
 
 
@@ -81,7 +86,7 @@ def test_a_config_says_how_the_student_is_asked(
     keys = {
         "student": {"model": config.student.model},
         "judge": {"kind": "answer"},
-        "align": {"mode": "prefill"},
+        "align": {"mode": "prefill", "sampling": {"max_new_tokens": 8}},
     }
     (tmp_path / "workshop.yaml").write_text(json.dumps(keys))
     arguments = [

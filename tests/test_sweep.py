@@ -118,7 +118,7 @@ def test_a_sweep_keeps_what_a_scan_of_all_would_and_reads_no_stretch_more(
     [
         pytest.param("verbal", "hf", marks=pytest.mark.slow),
         pytest.param("answer", "hf", marks=pytest.mark.slow),
-        ("answer", "gguf"),
+        pytest.param("answer", "gguf", marks=pytest.mark.slow),
     ],
 )
 def test_a_sweep_finds_the_first_sufficient_boundary_of_a_real_trace(
@@ -229,6 +229,7 @@ def test_a_trace_whose_first_sentence_does_not_fit_has_its_own_reason() -> None:
     assert cut(judge, single).rejected == "no boundary within the context"
 
 
+@pytest.mark.slow
 def test_real_traces_over_the_context_are_kept_where_a_prefix_within_suffices(
     student: Any, real_traces: list[dict[str, str]]
 ) -> None:

@@ -207,6 +207,7 @@ def test_the_step_loss_is_the_token_mean_over_all_its_rows(tmp_path: Path, tiny:
     assert losses(config.folder)[0] == pytest.approx(total / count, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(tmp_path: Path, tiny: str) -> None:
     """As accelerate launch starts them: the same steps, tokens and losses, and one writer."""
     alone = settings(tmp_path / "one", tiny, dropout=0)

@@ -66,6 +66,7 @@ def judged(problem: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return trace
 
 
+@pytest.mark.slow
 def test_its_verdicts_and_its_cut_are_the_kits(printed: dict[str, str], judged: dict) -> None:
     verdicts = VERDICT.findall(printed["3"])
     assert [int(k) for k, *_ in verdicts] == [v["sentences"] for v in judged["verdicts"]]
@@ -76,11 +77,13 @@ def test_its_verdicts_and_its_cut_are_the_kits(printed: dict[str, str], judged: 
     assert int(verdicts[0][1]) == judged["sentences"]
 
 
+@pytest.mark.slow
 def test_it_shows_both_labels_and_a_cut_inside_the_trace(judged: dict) -> None:
     assert {verdict["label"] for verdict in judged["verdicts"]} == {"ENOUGH", "NOT_ENOUGH"}
     assert 1 < judged["kept"] < judged["sentences"]
 
 
+@pytest.mark.slow
 def test_its_sentences_are_the_kits(printed: dict[str, str], problem: dict[str, str]) -> None:
     lines = printed["2"].strip().splitlines()
     shown = [line.split(maxsplit=1)[1] for line in lines]
@@ -104,6 +107,7 @@ def test_its_prompt_ids_are_the_kits() -> None:
     assert tuple(ids) == prompts.render(tokenizer, text)
 
 
+@pytest.mark.slow
 def test_its_grades_are_the_kits(printed: dict[str, str], problem: dict[str, str]) -> None:
     grades = re.findall(r"^(correct|wrong): +(.+)$", printed["6"], flags=re.MULTILINE)
     assert {grade for grade, _ in grades} == {"correct", "wrong"}
@@ -117,6 +121,7 @@ def test_its_grades_are_the_kits(printed: dict[str, str], problem: dict[str, str
                 assert grade == "wrong"
 
 
+@pytest.mark.slow
 def test_its_training_row_is_the_kits(
     printed: dict[str, str], problem: dict[str, str], judged: dict
 ) -> None:
@@ -133,6 +138,7 @@ def test_its_training_row_is_the_kits(
     assert row["output"] == prompts.target("palign", aligned, continuation)
 
 
+@pytest.mark.slow
 def test_one_step_lowers_the_loss(printed: dict[str, str]) -> None:
     losses = re.search(r"loss before ([\d.]+), after ([\d.]+)", printed["8"])
     assert losses is not None
