@@ -104,9 +104,26 @@ def write_config(folder: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("pipeline"), {})
+def of_tiny(model: str) -> dict[str, Any]:
+    """Changes for a random model, which never continues correctly: its rows are prefixes alone."""
+    train = {
+        "dtype": "fp32",
+        "batch_size": 1,
+        "max_steps": 3,
+        "learning_rate": 5e-3,
+        "warmup_ratio": 0,
+        "save_minutes": 0,
+    }
+    student = {"model": model, "max_num_seqs": 2}
+    return {"method": "prefix-only", "student": student, "train": train}
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("packaged", marks=pytest.mark.slow)])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {}
+    if request.param == "tiny":
+        changes = of_tiny(request.getfixturevalue("tiny"))
+    return write_config(tmp_path_factory.mktemp("pipeline"), changes)
 
 
 def run_command(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -303,11 +320,7 @@ def test_killed_in_its_stages_a_run_of_a_tiny_student_ends_as_if_it_had_not_been
     fork_server: ForkServer,
     tmp_path: Path,
 ) -> None:
-    """A random model never continues correctly: its training rows are the prefixes alone."""
-    train = {"dtype": "fp32", "batch_size": 1, "max_steps": 3, "save_minutes": 0}
-    student = {"model": tiny, "max_num_seqs": 2}
-    changes = {"method": "prefix-only", "student": student, "train": train}
-    config = write_config(tmp_path, changes)
+    config = write_config(tmp_path, of_tiny(tiny))
     reference = tmp_path / "whole"
     assert fork_server.run(["run", str(config), f"out={reference}", "--quiet"]) == 0
     kills = ["truncate", "train", "eval"]
@@ -321,6 +334,7 @@ def test_killed_in_its_stages_a_run_of_a_tiny_student_ends_as_if_it_had_not_been
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["packaged"], indirect=True)
 def test_killed_twenty_times_the_run_ends_as_if_it_had_not_been(
     config: Path,
     whole: tuple[Path, dict[str, Any]],
