@@ -133,6 +133,7 @@ def test_reads_along_one_request_equal_separate_ones(backend: GgufBackend) -> No
     session.close()
 
 
+@pytest.mark.slow
 def test_labels_agree_with_transformers(backend: GgufBackend, real_traces: Traces) -> None:
     """Of the same weights, dequantized: labels differ only at near-ties of the threshold."""
     hf = open_backend(ModelConfig(backend="hf", model=ENGINE.model))

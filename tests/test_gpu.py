@@ -126,7 +126,7 @@ def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) 
 @pytest.mark.parametrize(
     ("device", "dtype"),
     [
-        ("cpu", "auto"),
+        pytest.param("cpu", "auto", marks=pytest.mark.slow),
         pytest.param("cpu", "nf4", marks=pytest.mark.slow),
         pytest.param("cuda", "auto", marks=pytest.mark.gpu),
         pytest.param("cuda", "nf4", marks=pytest.mark.gpu),
@@ -176,7 +176,7 @@ SMALL = [1536, 8960, 28, 12, 2, 151936]
         pytest.param("cuda", SEVEN, 8192, 16, marks=pytest.mark.gpu),
         pytest.param("cuda", SEVEN, 4096, 12, marks=pytest.mark.gpu),
         pytest.param("cuda", SMALL, 8192, 8, marks=pytest.mark.gpu),
-        ("cpu", [64, 128, 2, 4, 2, 49152], 64, 1),
+        pytest.param("cpu", [64, 128, 2, 4, 2, 49152], 64, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_on_random_weights_fits_a_card_of_that_size(

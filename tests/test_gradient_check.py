@@ -345,9 +345,8 @@ def cosines(model: Any, expected: dict[int, torch.Tensor]) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize(
-    "dtype", ["nf4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "bf16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["nf4", "int8", "bf16"])
 def test_the_packaged_students_gradient_is_that_of_its_own_weights_in_fp32(
     dtype: str, avx512_bf16: None, tmp_path: Path
 ) -> None:

@@ -327,6 +327,7 @@ def test_out_of_memory_with_one_row_is_its_requests_error(backend: HfBackend) ->
     assert all("memory" in result.error for result in results.values())
 
 
+@pytest.mark.slow
 def test_nf4_generates_on_real_weights() -> None:
     backend = HfBackend(ModelConfig(dtype="nf4", max_num_seqs=2))
     results = run(backend, ask(backend, GREEDY)[:2])

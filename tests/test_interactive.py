@@ -71,6 +71,7 @@ def test_without_a_terminal_every_step_is_plain_text(
     assert "\033" not in shown
 
 
+@pytest.mark.slow
 def test_a_config_says_how_the_student_is_asked(
     config: Config,
     tmp_path: Path,

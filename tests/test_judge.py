@@ -169,6 +169,7 @@ def test_seeded_boundaries_of_longer_traces_equal_uncached_ones(
         compare(tuple(single.verdicts.values()), uncached, judge.threshold)
 
 
+@pytest.mark.slow
 def test_a_cut_inside_a_word_merges_tokens(student: Any, traces: list[PrefixRow]) -> None:
     judge = Judge(judge_config(), student)
     row = traces[0]

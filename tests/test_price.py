@@ -137,6 +137,7 @@ def quantize(source: Path, target: Path) -> None:
     assert not llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_s_verdicts_near_the_threshold_are_uncached_ones(
     quantized: GgufBackend,
 ) -> None:

@@ -190,7 +190,8 @@ def same_up_to_near_ties(a: tuple[Sample, ...], b: tuple[Sample, ...]) -> int:
     return sum(x.text == y.text for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["prompt", pytest.param("prefill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["prompt", "prefill"])
 def test_the_trunk_is_evaluated_once_for_all_boundaries_and_samples(
     student: Any, mode: str
 ) -> None:
