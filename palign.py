@@ -141,7 +141,7 @@ def _judge_options(option: Option) -> None:
 
 
 def _bench_options(option: Option) -> None:
-    option("subject", choices=("judge", "generate", "overhead"))
+    option("subject", choices=("judge", "generate", "train", "overhead"))
     option("--traces", metavar="FILE", type=_path, help="judge: rows with traces")
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")

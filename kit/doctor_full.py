@@ -123,6 +123,7 @@ def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
     """
     import torch
 
+    from kit.bench.train import step
     from kit.core import memory
     from kit.core.config import resolve
     from kit.training.plan import training_bytes
@@ -140,28 +141,15 @@ def step_peak(tokens: int, keys: dict[str, Any]) -> tuple[int, float]:
     memory.reset_peak()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    take_step(model, tokens)
+    step(model, tokens)
     optimizer.step()
     estimated = sum(training_bytes(config, tokens, _cuda()))
     return memory.peak_bytes() - before, estimated
 
 
-def take_step(model: Any, tokens: int) -> float:
-    """Forward and backward of a row of random tokens; its loss."""
-    import torch
-
-    from kit.core.card import half_dtype
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
-    with torch.autocast("cuda", half_dtype(), enabled=ids.is_cuda):
-        loss = model(input_ids=ids, labels=ids)["loss"]
-    loss.backward()
-    return loss.item()
-
-
 def memory_returned() -> Finding:
     """A model that trained and one that generated, in turn, each gone before the next."""
+    from kit.bench.train import step
     from kit.core.config import resolve
     from kit.core.memory import release
     from kit.training.canary import answer
@@ -169,7 +157,7 @@ def memory_returned() -> Finding:
 
     def train() -> None:
         config = resolve({"student": {"model": MODEL}}, "doctor")
-        take_step(make_model(config).train(), 64)
+        step(make_model(config).train(), 64)
 
     def infer() -> None:
         with _open("nf4") as backend:

@@ -145,3 +145,10 @@ def test_a_neighbour_computes_while_the_rows_are_measured_again(monkeypatch):
     time.sleep(0.2)
     children = psutil.Process().children()
     assert not [child for child in children if "while True" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_a_training_step_is_timed():
+    result = run(subject="train")
+    [row] = result["rows"]
+    assert row["name"] == "step" and row["seconds"] > 0 and row["tokens"] == 512

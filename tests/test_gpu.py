@@ -84,7 +84,7 @@ def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) 
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from kit.core.config import resolve
-    from kit.doctor_full import take_step
+    from kit.bench.train import step
     from kit.training.plan import training_bytes
     from kit.training.trainer import make_model
 
@@ -111,7 +111,7 @@ def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) 
         torch.cuda.set_per_process_memory_fraction((card_gib * GIB - 0.4 * GIB) / total)
     settings = {"student": {"model": folder}, "train": {"logits_bytes": 1 << 26}}
     run_config = resolve(settings, "test")
-    loss = take_step(make_model(run_config).train(), tokens)
+    loss = step(make_model(run_config).train(), tokens)
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return {
         "loss": loss,
