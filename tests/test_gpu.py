@@ -83,8 +83,8 @@ def peak_of_a_step(folder: str, shape: list[int], tokens: int, card_gib: float) 
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from kit.core.config import resolve
     from kit.bench.train import step
+    from kit.core.config import resolve
     from kit.training.plan import training_bytes
     from kit.training.trainer import make_model
 
