@@ -173,7 +173,7 @@ def findings(run: Json, config: Json) -> list[dict[str, str]]:
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
     """A ratio in percent; a dash for None."""
-    return "–" if value is None else f"{value:{sign}.{digits}%}"
+    return "–" if value is None else f"{value:{sign}z.{digits}%}"
 
 
 def _share(part: int, of: int) -> str:
