@@ -160,6 +160,15 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_in_a_real_training(
     assert (tmp_path / "hot" / "report.html").exists()
 
 
+@pytest.mark.parametrize("command", [["run", "configs/smoke.yaml"], ["doctor"]])
+def test_without_the_packages_it_says_how_to_install_them(command: list[str]) -> None:
+    """-S: Python's own library alone, as on a fresh machine."""
+    line = [sys.executable, "-S", "palign.py", *command]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
 PLACES = {
     "without docstrings": (["-OO"], {}),
     "safe path": (["-P"], {}),

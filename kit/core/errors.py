@@ -53,19 +53,20 @@ def machine_fault(error: BaseException) -> KitError | None:
     Returns:
         None: neither the error nor what it came from says so.
     """
-    from kit.core.memory import is_out_of_memory
-
     cause: BaseException | None = error
     while cause:
         text = " ".join(str(cause).split())[:400]
+        if isinstance(cause, ImportError) and not str(cause.name).startswith("kit"):
+            hint = "Run pip install -r requirements.txt in this environment."
+            return KitError(f"A package is missing or broken: {text}.", hint)
+        # it needs a package itself, so it comes after missing ones
+        from kit.core.memory import is_out_of_memory
+
         if isinstance(cause, MemoryError) or is_out_of_memory(text):
             hint = "Close other programs, or set a smaller max_num_seqs or model."
             return KitError(f"The memory is used up: {text or type(cause).__name__}.", hint)
         if isinstance(cause, OSError) or _DISK.search(text):
             hint = "Free some space or fix what it names, then run the same command again."
             return KitError(f"A file or a connection failed: {text}.", hint)
-        if isinstance(cause, ImportError) and not str(cause.name).startswith("kit"):
-            hint = "Run pip install -r requirements.txt in this environment."
-            return KitError(f"A package is missing or broken: {text}.", hint)
         cause = cause.__cause__
     return None
