@@ -50,6 +50,10 @@ CONFIGS = {
     "wide": transformers.LlamaConfig(**TINY, head_dim=16, initializer_range=0.3),
     "sliding": transformers.Gemma3TextConfig(**TINY, **SLIDING, head_dim=16),
     "convolution": transformers.Lfm2Config(**TINY, **CONVOLUTION),
+    # Positions are learned: there is none after the last one.
+    "learned": transformers.GPT2Config(
+        vocab_size=49152, n_embd=32, n_layer=2, n_head=2, n_positions=120, initializer_range=0.3
+    ),
 }
 TOKEN_BYTES = 2 * 2 * 16 * 4  # of the tiny full model's cache: keys and values, layers, dim, fp32
 
@@ -150,6 +154,40 @@ def test_padding_moves_no_logits(either: HfBackend) -> None:
     lengths = (joined.columns - joined.starts)[:, 0].tolist()
     assert lengths == [len(ids[index]) + 2 for index in order]
     assert (joined.logits - torch.cat(fresh)).abs().max() < TIE
+
+
+@pytest.mark.parametrize("kind", ["wide", "learned"])
+def test_rows_take_the_places_of_ended_ones(
+    backend: HfBackend, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of 1 to 117 tokens after prompts of 3 to 40: as if alone, and few new batches."""
+    made = []
+
+    def count(parts: list[Part], keep: object) -> object:
+        batch = assemble(parts, keep)
+        made.append(batch.columns)
+        return batch
+
+    monkeypatch.setattr(hf_generate, "assemble", count)
+    dice = random.Random(5)
+    requests = []
+    for number in range(40):
+        prompt = tuple(dice.randrange(100, 40_000) for _ in range(dice.randint(3, 40)))
+        # Half of them up to the model's last position.
+        limit = 120 - len(prompt) if number % 2 else dice.randint(1, 80)
+        sampling = Sampling(temperature=0, max_new_tokens=limit)
+        requests.append(Request(f"q{number}", prompt, sampling))
+    # Double precision: no batch shape moves a token.
+    model = tiny(kind).double()
+    alone = run(limited(backend, 1, model, context_tokens=120), requests)
+    assert len(made) >= 40
+    made.clear()
+    together = run(limited(backend, 8, model, context_tokens=120), requests)
+    for name, result in alone.items():
+        assert together[name].completions == result.completions
+    assert len(made) < 30
+    # The columns of rows that have ended leave, too.
+    assert max(made) <= 120
 
 
 def test_samples_share_a_prefill_and_have_their_own_draws(either: HfBackend) -> None:

@@ -1,8 +1,9 @@
 """Rows that decode together on a transformers model: prefill, assemble, step and draw.
 
 Rows are padded on the left and end at the same column of the cache, so rows of any length can join
-a running batch, and finished ones leave it. Knows token ids and tensors only: what is generated,
-and for whom, is in hf_generate.py. Serves every stage that generates (sections 3.1, 3.3).
+a running batch: in the place of a finished row, or in a new batch. Knows token ids and tensors
+only: what is generated, and for whom, is in hf_generate.py. Serves every stage that generates
+(sections 3.1, 3.3).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -36,6 +36,24 @@ class GrowingLayer(DynamicLayer):
     room_tokens = ROOM_TOKENS
     buffers: tuple[torch.Tensor, ...] = ()
 
+    def reserve(
+        self, rows: int, columns: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """Get zeros for so many rows and columns, shaped otherwise as these states are."""
+        self.lazy_initialization(key_states, value_states)
+        buffers = []
+        for states in (key_states, value_states):
+            heads, _, size = states.shape[1:]
+            buffers.append(states.new_zeros(rows, heads, columns + self.room_tokens, size))
+        self.buffers = tuple(buffers)
+        self._show(columns)
+
+    def _show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
+        self.keys = keys
+        self.values = values
+        return keys, values
+
     def update(
         self,
         key_states: torch.Tensor,
@@ -44,22 +62,16 @@ class GrowingLayer(DynamicLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new states (B, H, t, D) after the old ones; returns all keys and values so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.buffers or end > self.buffers[0].shape[2]:
-            room = (0, 0, 0, self.room_tokens)
-            old: Any = self  # its tensors exist by now
-            keys = torch.cat([old.keys, pad(key_states, room)], 2)
-            values = torch.cat([old.values, pad(value_states, room)], 2)
-            self.buffers = (keys, values)
-        keys, values = self.buffers
-        keys.narrow(2, start, end - start).copy_(key_states)
-        values.narrow(2, start, end - start).copy_(value_states)
-        self.keys = keys.narrow(2, 0, end)
-        self.values = values.narrow(2, 0, end)
-        return self.keys, self.values
+            old: tuple[Any, ...] = (self.keys, self.values) if start else ()
+            self.reserve(len(key_states), end, key_states, value_states)
+            for buffer, states in zip(self.buffers, old, strict=False):
+                buffer.narrow(2, 0, start).copy_(states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.narrow(2, start, end - start).copy_(states)
+        return self._show(end)
 
 
 @dataclass
@@ -103,12 +115,35 @@ class DecodeBatch:
         self.columns = width
         self.logits = output.logits[:, -1]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next step would have to copy the whole cache to a larger place."""
+        layer = self.cache.layers[0]
+        return isinstance(layer, GrowingLayer) and self.columns == layer.buffers[0].shape[2]
+
+    def free(self, places: Sequence[int]) -> None:
+        """The rows at these places have ended. They go on with a token of their own, unread."""
+        self.starts[list(places)] = self.columns
+        self.is_padded = True
+
+    def put(self, places: Sequence[int], part: "Part") -> None:
+        """Write rows, none of them longer than `columns`, over the ended ones at these places."""
+        for layer, other in zip(self.cache.layers, part.batch.cache.layers, strict=True):
+            _write(layer, places, other, part)
+        self.starts[list(places)] = self.columns - part.lengths
+        self.is_padded = True
+
 
 class Part(NamedTuple):
     """Rows to take from a batch; a row may be taken several times."""
 
     batch: DecodeBatch
     rows: list[int]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B, 1), tokens of each row."""
+        return self.batch.columns - self.batch.starts[self.rows]
 
 
 def supports_continuous_batching(model: Any) -> bool:
@@ -157,31 +192,30 @@ def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBa
         batch.cache.reorder_cache(order)
         return DecodeBatch(batch.cache, batch.starts[rows], batch.columns)
 
-    lengths = torch.cat([part.batch.columns - part.batch.starts[part.rows] for part in parts])
+    lengths = torch.cat([part.lengths for part in parts])
     columns = int(lengths.max())
     cache = DynamicCache()
-    for index in range(len(batch.cache.layers)):
+    for index, old in enumerate(batch.cache.layers):
         layer = GrowingLayer()
-        layer.update(
-            _gather(parts, index, "keys", columns),
-            _gather(parts, index, "values", columns),
-        )
-        cache.layers.append(layer)
+        layer.reserve(len(lengths), columns, old.keys, old.values)
+        begin = 0
+        for part in parts:
+            end = begin + len(part.rows)
+            _write(layer, range(begin, end), part.batch.cache.layers[index], part)
+            begin = end
         for part in parts:
             if part.batch is not keep:
                 part.batch.cache.layers[index] = None
+        cache.layers.append(layer)
     return DecodeBatch(cache, columns - lengths, columns)
 
 
-def _gather(parts: Sequence[Part], index: int, name: str, columns: int) -> torch.Tensor:
-    """A layer's keys or values of the chosen rows, padded on the left to so many columns."""
-    padded = []
-    for part in parts:
-        tensor = getattr(part.batch.cache.layers[index], name)
-        tensor = tensor[part.rows, :, -columns:]
-        padding = columns - tensor.shape[2]
-        padded.append(pad(tensor, (0, 0, padding, 0)))
-    return torch.cat(padded)
+def _write(layer: Any, places: Sequence[int], other: Any, part: Part) -> None:
+    """Copy rows' keys and values of another layer, so that they end at the same column."""
+    for own, source in ((layer.keys, other.keys), (layer.values, other.values)):
+        width = min(own.shape[2], source.shape[2])
+        for place, row in zip(places, part.rows, strict=True):
+            own[place, :, own.shape[2] - width :] = source[row, :, source.shape[2] - width :]
 
 
 def _transposed_linear(

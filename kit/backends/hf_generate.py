@@ -55,7 +55,9 @@ class Scheduler:
         # Longest prompts first, so that the rows of a batch have similar lengths.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
         self.queue, self.finished = samples_of(ordered, backend.context_tokens, random.Random)
-        self.rows: list[ActiveSample] = []  # running, in the batch's order
+        # Running, by their place in the batch; None where a row has ended.
+        self.rows: list[ActiveSample | None] = []
+        self.joining: list[ActiveSample] = []  # taken from the queue, not running yet
         self.batch: DecodeBatch | None = None
         # The prompts evaluated last and their states, for further samples of them.
         self.prompts: list[Ids] = []
@@ -72,6 +74,7 @@ class Scheduler:
         """Admit waiting rows, then draw one token for every running row."""
         try:
             with torch.inference_mode():
+                self._clear_out()
                 self._admit()
                 self._decode()
             # So many fit; the next call of generate begins with them.
@@ -83,40 +86,73 @@ class Scheduler:
             # Handled after this block, where the traceback no longer holds the tensors.
         self._shrink()
 
+    def _clear_out(self) -> None:
+        """Take ended rows out if they are many, or if the cache must be copied anyway."""
+        if self.batch is None:
+            return
+        ended = self.rows.count(None)
+        over_budget = self.batch.columns * len(self.rows) > self.budget_tokens
+        if self.batch.is_full or 4 * ended > len(self.rows) or (ended and over_budget):
+            self._assemble()
+
     def _admit(self) -> None:
         """Prefill waiting rows while they fit, draw their first tokens, and let them join."""
-        running = len(self.rows)
         while self._fits():
-            self.rows.append(self.queue.popleft())
-        joining = self.rows[running:]
-        if not joining:
+            self.joining.append(self.queue.popleft())
+        if not self.joining:
             return
 
         # Rows are prefilled one by one where they can join a batch, else padded together.
-        groups = [[row] for row in joining] if self.continuous else [joining]
+        groups = [[row] for row in self.joining] if self.continuous else [self.joining]
         parts = []
-        if self.batch is not None:
-            parts.append(Part(self.batch, list(range(running))))
+        rows = []
         for group in groups:
             prefilled = self._prefill(group)
             places = [self.prompts.index(row.tokens) for row in group]
             going_on = self._draw(group, prefilled.logits[places])
-            parts.append(Part(prefilled, [places[index] for index in going_on]))
-        self._assemble(parts)
+            if going_on:
+                parts.append(Part(prefilled, [places[index] for index in going_on]))
+                rows += [group[index] for index in going_on]
+        self._join(parts, rows)
 
+        self.joining = []
         if not self.queue or not self.continuous:
             self.prefilled = None
 
     def _fits(self) -> bool:
         """Whether the first waiting row can join; there is always room for one row."""
-        if not self.queue or len(self.rows) >= self.max_rows:
+        rows = [row for row in self.rows if row is not None] + self.joining
+        if not self.queue or len(rows) >= self.max_rows:
             return False
-        if not self.rows:
+        if not rows:
             return True
         if self.batch is not None and not self.continuous:
             return False
-        longest = max(len(row.tokens) for row in (self.queue[0], *self.rows))
-        return (len(self.rows) + 1) * (longest + HEADROOM_TOKENS) <= self.budget_tokens
+        longest = max(len(row.tokens) for row in (self.queue[0], *rows))
+        places = max(len(rows) + 1, len(self.rows))
+        return places * (longest + HEADROOM_TOKENS) <= self.budget_tokens
+
+    def _join(self, parts: Sequence[Part], rows: Sequence[ActiveSample]) -> None:
+        """Let new rows run: in the places of ended ones if they fit there, else in a new batch."""
+        free = [place for place, row in enumerate(self.rows) if row is None]
+        longest = max((int(part.lengths.max()) for part in parts), default=0)
+        if self.batch is None or len(rows) > len(free) or longest > self.batch.columns:
+            self._assemble(parts, rows)
+            return
+        for place, row in zip(free, rows, strict=False):
+            self.rows[place] = row
+        for part in parts:
+            self.batch.put(free[: len(part.rows)], part)
+            del free[: len(part.rows)]
+
+    def _assemble(self, parts: Sequence[Part] = (), rows: Sequence[ActiveSample] = ()) -> None:
+        """Make a new batch, of the running rows and of new ones, without ended ones."""
+        running = [place for place, row in enumerate(self.rows) if row is not None]
+        self.rows = [*(self.rows[place] for place in running), *rows]
+        parts = list(parts)
+        if running and self.batch is not None:
+            parts.insert(0, Part(self.batch, running))
+        self.batch = assemble(parts, keep=self.prefilled) if parts else None
 
     def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
         """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""
@@ -147,48 +183,50 @@ class Scheduler:
         """Compute what follows every running row's last token, and draw from it."""
         if self.batch is None:
             return
-        self.batch.step(self.model, [row.ids[-1] for row in self.rows])
-        going_on = self._draw(list(self.rows), self.batch.logits)
+        # A row that has ended takes any token: its place is cheaper to keep than to take out.
+        self.batch.step(self.model, [row.ids[-1] if row else 0 for row in self.rows])
+        running = [place for place, row in enumerate(self.rows) if row]
+        going_on = self._draw(self.rows, self.batch.logits)
 
         # Past the budget, the later half of the rows waits again.
         if len(going_on) > 1 and self.batch.columns * len(going_on) > self.budget_tokens:
             half = len(going_on) // 2
-            self.queue.extendleft(reversed(self.rows[half:]))
-            del self.rows[half:]
+            waiting = [self.rows[place] for place in going_on[half:]]
+            self.queue.extendleft(row for row in reversed(waiting) if row)
             del going_on[half:]
-        if len(going_on) < len(self.batch.logits):
-            self._assemble([Part(self.batch, going_on)])
+        ended = sorted(set(running) - set(going_on))
+        for place in ended:
+            self.rows[place] = None
+        if ended:
+            self.batch.free(ended)
 
-    def _draw(self, rows: Sequence[ActiveSample], logits: torch.Tensor) -> list[int]:
+    def _draw(self, rows: Sequence[ActiveSample | None], logits: torch.Tensor) -> list[int]:
         """Draw each row's next token from logits (B, V), and finish the rows that end with it.
+
+        Args:
+            rows: None for one that has ended already.
 
         Returns:
             Indices of the rows that go on.
         """
-        by_sampling: dict[Sampling, list[int]] = {}
+        by_sampling: dict[Sampling, list[tuple[int, ActiveSample]]] = {}
         for index, row in enumerate(rows):
-            by_sampling.setdefault(row.active.request.sampling, []).append(index)
+            if row is not None:
+                by_sampling.setdefault(row.active.request.sampling, []).append((index, row))
 
         going_on = []
-        for sampling, indices in by_sampling.items():
+        for sampling, chosen in by_sampling.items():
             seen = None
             if sampling.repetition_penalty != 1:
-                seen = torch.stack([_mark_seen(rows[index], logits[index]) for index in indices])
-            uniforms = [rows[index].uniform() for index in indices]
-            tokens = draw(logits[indices], sampling, uniforms, seen)
-            for index, token in zip(indices, tokens, strict=True):
-                row = rows[index]
-                if not row.push(token, self.backend.tokenizer):
+                seen = torch.stack([_mark_seen(row, logits[index]) for index, row in chosen])
+            uniforms = [row.uniform() for _, row in chosen]
+            tokens = draw(logits[[index for index, _ in chosen]], sampling, uniforms, seen)
+            for (index, row), token in zip(chosen, tokens, strict=True):
+                if row.push(token, self.backend.tokenizer):
+                    self.finished.extend(row.active.result())
+                else:
                     going_on.append(index)
-                    continue
-                self.rows.remove(row)
-                self.finished.extend(row.active.result())
         return sorted(going_on)
-
-    def _assemble(self, parts: Sequence[Part]) -> None:
-        """Make the batch of the running rows."""
-        parts = [part for part in parts if part.rows]
-        self.batch = assemble(parts, keep=self.prefilled) if parts else None
 
     def _shrink(self) -> None:
         """After running out of memory: half as many rows.
@@ -196,9 +234,11 @@ class Scheduler:
         Running rows wait again with what they have drawn. A single row that does not fit is its
         request's error.
         """
-        running = len(self.rows)
-        self.queue.extendleft(reversed(self.rows))
+        rows = [row for row in (*self.rows, *self.joining) if row is not None]
+        rows = [row for row in rows if row.number not in row.active.done]
+        self.queue.extendleft(reversed(rows))
         self.rows = []
+        self.joining = []
         self.batch = None
         self.prefilled = None
         trunk = self.queue[0].active.request.trunk
@@ -206,8 +246,8 @@ class Scheduler:
             trunk.ids = ()
             trunk.state = None
         torch.cuda.empty_cache()
-        if running > 1:
-            self.max_rows = running // 2
+        if len(rows) > 1:
+            self.max_rows = len(rows) // 2
             note = f"Out of memory: going on with {self.max_rows} rows at a time."
             self.backend.notes.append(note)
             return
