@@ -44,9 +44,12 @@ _NEGATED = re.compile(
 )
 _IS = re.compile(
     r"(?:[\s:]|\bto\s+th(?:e|is)\s+(?:question|problem)|\(\s*in[^()\n]*\))*"
-    r"(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as)\b|[:=：为是]|(?=\n)|(?<=选))"
-    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|the|option|choice|number|final|"
-    r"answer|is|about)\s+:*)*",
+    r"(?:(?:\w+\s+){0,3}?(?:is|are|was|be|of|as|equals|remains|(?:comes|works)(?:\s+out)?\s+to)\b|"
+    r"[:=：为是]|(?=\n)|(?<=选))"
+    r"[\s:]*(?:(?:therefore|simply|thus|then|just|exactly|indeed|actually|definitely|certainly|"
+    r"clearly|obviously|probably|really|still|also|always|only|now|in\s+fact|"
+    r"equal\s+to|given\s+by|approximately|roughly|about|the|option|choice|number|final|answer|is)"
+    r"[\s,]+:*)*",
     re.IGNORECASE,
 )
 _NUMBER = (
