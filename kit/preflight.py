@@ -125,9 +125,9 @@ def _checks(
 def _student_checks(config: Config, todo: list[str]) -> Iterator[Check]:
     """What the method asks of the student before its training, and of another run."""
     method = method_of(config.method)
-    if "truncate" in todo and method.cut == "matched-ratio":
+    if "truncate" in todo and method.cut == "fixed-prefix-matched":
         yield "baseline", partial(matched_ratio, config)
-    if "truncate" in todo and method.cut in ("judge", "forced-answer"):
+    if "truncate" in todo and method.is_judged:
         yield "student", partial(_check_labels, config)
     elif "align" in todo and method.continued:
         yield "student", partial(_open_tokenizer, config.student)
@@ -251,9 +251,15 @@ def _check_training(config: Config) -> None:
 
 
 def _check_memory(config: Config, warnings: list[str]) -> None:
-    """Memory for the longest row."""
+    """Memory for the longest row, and whether rows as long as `align` may write are trained on."""
     from kit.training import plan
 
+    written = config.align.sampling.max_new_tokens
+    if method_of(config.method).continued and written > config.train.max_seq_tokens:
+        warnings.append(
+            f"align may write {written} tokens, but rows over train.max_seq_tokens="
+            f"{config.train.max_seq_tokens} are not trained on: lower the one or raise the other."
+        )
     model = config.student.model
     if isinstance(resolve(model), Path) and model not in SHAPES:
         # It would be converted for its plan, which takes minutes.
@@ -269,4 +275,5 @@ def _check_eval(config: Config, todo: list[str]) -> None:
     student = config.student
     if (asked.system, asked.thinking) != (student.system, student.thinking) and "train" in todo:
         hint = "Match eval.system and eval.thinking to the student's."
-        raise KitError("Evaluation would ask in another way than training.", hint)
+        message = "Evaluation would use another system message or thinking mode than training."
+        raise KitError(message, hint)

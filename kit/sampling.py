@@ -64,7 +64,7 @@ class Sampler(ExitStack):
             backend.merge_adapter()
         return backend
 
-    def sweep(
+    def write_rows(
         self,
         stage: str,
         name: str,
@@ -108,6 +108,9 @@ class Sampler(ExitStack):
             requests.append(Request(item.id, ids, self.settings.sampling, count, config.seed))
 
         for generation in self.backend.generate(requests):
+            # a server's say how much its cache has served so far
+            if self.engine.backend != "http":
+                self.run.progress.tell(self.backend.notes)
             item = by_id[generation.id]
             yield item, grade_samples(self.grader, generation.completions, item), generation
 

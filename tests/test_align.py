@@ -15,7 +15,7 @@ from kit.core.records import AlignedRow, PrefixRow, Sample, TraceRow, TrainRow
 from kit.core.run import Run
 from kit.core.storage import RowFile
 from kit.judging.sentences import ends
-from kit.pipeline.align import align, extend, holds_answer, longer, training_rows
+from kit.pipeline.align import align, continue_prefixes, holds_answer, longer, training_rows
 from kit.prompts import BEGIN, END, target
 from kit.sampling import Sampler
 
@@ -104,7 +104,7 @@ class Recorder(ScriptedBackend):
 
 def test_extending_moves_the_cut_to_the_whole_trace_and_records_it(tmp_path):
     with continuing(tmp_path, right_from=2, extend_rounds=2, samples=3) as student:
-        (row,) = extend(student, [prefix_row()])
+        (row,) = continue_prefixes(student, [prefix_row()])
     cuts = ends(TRACE)
     assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
     assert row.prefix == TRACE and sorted(student.backend.prompts) == ["a", "a+1", "a+2"]
@@ -124,7 +124,7 @@ def test_every_round_shows_more_and_the_last_one_all(kept, rounds):
 
 def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
     with continuing(tmp_path, right_from=99, extend_rounds=1, samples=2) as student:
-        rows = list(extend(student, [prefix_row("a"), prefix_row("b", kept=5)]))
+        rows = list(continue_prefixes(student, [prefix_row("a"), prefix_row("b", kept=5)]))
     assert {row.id: row.lengthened for row in rows} == {"a": 1, "b": 0}, (
         "a whole trace cannot be lengthened"
     )
@@ -137,7 +137,7 @@ def test_a_row_is_given_up_with_its_reason_and_never_kept_wrong(tmp_path):
 @pytest.mark.parametrize("mode", ["prompt", "prefill"])
 def test_the_draft_stands_in_the_prompt_unchanged(tmp_path, mode):
     with continuing(tmp_path, mode=mode) as student:
-        (row,) = extend(student, [prefix_row(kept=3)])
+        (row,) = continue_prefixes(student, [prefix_row(kept=3)])
     prompt = student.backend.prompts["a"]
     assert TRACE.startswith(row.prefix) and row.prefix in prompt
     assert prompt.endswith(row.prefix) == (mode == "prefill"), (
@@ -171,7 +171,7 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
 
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
     with continuing(tmp_path, keep="all", samples=3) as student:
-        lines = training_rows(student.run, list(extend(student, [prefix_row()])))
+        lines = training_rows(student.run, list(continue_prefixes(student, [prefix_row()])))
     assert [line.output.split("\n")[1] for line in lines] == [
         f" sample {j} \\boxed{{9}}" for j in range(3)
     ]

@@ -96,7 +96,7 @@ def test_prompts_without_room_for_an_answer_are_errors() -> None:
         generation = too_long(Request("r", (5,) * size, Sampling()), 64)
         assert (generation is None) == fits
         if generation:
-            assert f"{size} tokens, the context 64" in generation.error
+            assert f"{size} tokens, but the context is 64" in generation.error
 
 
 def test_each_read_is_a_prompt_of_its_own() -> None:

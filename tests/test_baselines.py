@@ -326,7 +326,7 @@ def test_a_run_without_a_judged_cut_cannot_be_matched(tmp_path: Path) -> None:
 def test_a_judge_models_content_is_part_of_the_cuts_it_grades() -> None:
     trace = whole(WANDERING).model_copy(update={"verifier": "judge"})
     for method, is_graded in (("first-correct", True), ("no-verify", False)):
-        keys = _depends_on(configs.resolve({}, "test"), METHODS[method].cut, [trace])
+        keys = _depends_on(configs.resolve({}, "test"), METHODS[method], [trace])
         assert any("answer_judge" in key for key in keys) == is_graded
 
 
@@ -342,8 +342,16 @@ def test_a_matched_run_that_changed_reruns_the_cut(tmp_path: Path, capsys: Any) 
 
 
 def test_every_rule_of_the_table_is_one_that_truncate_knows() -> None:
-    known = {"judge", "ratio", "whole", "none", "forced-answer", "entropy", "matched-ratio"}
-    known |= {"attempt", "first-correct", "no-checks", "long-and-short"}
+    known = {
+        "judge",
+        "ratio",
+        "whole",
+        "none",
+        "binary-cut",
+        "step-entropy",
+        "fixed-prefix-matched",
+    }
+    known |= {"post-think", "first-correct", "no-verify", "mix-long-short"}
     assert {method.cut for method in METHODS.values()} == known
 
 
@@ -355,7 +363,7 @@ def test_keys_of_step_entropy_rerun_its_cut_and_no_other(tmp_path: Path) -> None
         for drop_ratio in (0.5, 0.8):
             raw = {"method": method, "baseline": {"drop_ratio": drop_ratio}}
             config = configs.resolve(raw, "test")
-            keys.append(_depends_on(config, METHODS[method].cut, []))
+            keys.append(_depends_on(config, METHODS[method], []))
         assert (keys[0] != keys[1]) == reruns, method
     rows = run_truncate(tmp_path, problems, method="no-verify", baseline={"drop_ratio": 0.5})
     again = run_truncate(tmp_path, problems, method="no-verify", baseline={"drop_ratio": 0.8})

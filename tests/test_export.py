@@ -141,7 +141,7 @@ def test_wrong_rows_of_query_are_noticed(
     try:
         equal = export(Export(folder, QUIET, "gguf-lora"))["equal_tokens"]
     except KitError as error:
-        assert "does not answer as the adapter" in str(error)
+        assert "does not apply the adapter" in str(error)
     else:
         assert equal < 0.9
 
@@ -276,7 +276,7 @@ def test_a_server_that_ignores_or_parses_is_refused_before_any_row(
 
     proxy = Proxy(served.port, forget, parse if fault == "text" else None)
     message = {
-        "lora": "does not answer as the adapter",
+        "lora": "does not apply the adapter",
         "text": "without a reasoning parser",
     }.get(fault, "ignores top_k or repetition_penalty")
     with pytest.raises(KitError, match=message):

@@ -254,7 +254,7 @@ def test_generation_is_untouched() -> None:
 
 def test_prompt_longer_than_the_context() -> None:
     backend = tiny_backend("llama", context_tokens=100)
-    with pytest.raises(KitError, match=r"205 tokens.*context 100"):
+    with pytest.raises(KitError, match=r"205 tokens.*context is 100"):
         open_session(backend).score(questions((200,)))
 
 

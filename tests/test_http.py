@@ -403,7 +403,7 @@ def test_a_refused_prompt_costs_no_other(backend: HttpBackend) -> None:
     requests += [Request("bad", (5, 10**8), GREEDY), Request("empty", (), GREEDY)]
     results = {g.id: g for g in backend.generate(requests)}
     assert (
-        "2100 tokens, the context 2048" in results["long"].error
+        "2100 tokens, but the context is 2048" in results["long"].error
         and "invalid tokens" in results["bad"].error
     )
     assert (

@@ -110,6 +110,8 @@ def test_a_cards_config_agrees_with_its_plan(name: str) -> None:
         assert section.max_num_seqs >= 32
     for sampling in (config.align.sampling, config.eval.sampling):
         assert sampling.stop_loops
+    # what is written must also be trained on
+    assert config.align.sampling.max_new_tokens < row_tokens
     # what its first lines say
     said = re.search(r"not run by us: ([\d.]+) GiB to train, ([\d.]+) hours on a (.*)\. For", text)
     assert said and said[3] == card

@@ -94,7 +94,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     ([*WHOLE, "eval.backend=gguf", "eval.model={base}"], "eval", "no model"),
     ([*WHOLE, "eval.backend=http", f"eval.{DEAD}"], "eval", "does not answer"),
     (WHOLE, "student.model", "not a GGUF file"),
-    ([*WHOLE, "eval.system=Be brief."], "eval", "in another way than training"),
+    ([*WHOLE, "eval.system=Be brief."], "eval", "another system message"),
 ]
 
 
@@ -187,10 +187,13 @@ def test_a_copy_for_transformers_that_cannot_be_cached_is_found(
     copied = tmp_path / "mine.gguf"
     copied.symlink_to(gguf_file("smollm2-135m"))
     monkeypatch.delenv("PALIGN_CACHE")
+    lengths = ["align.sampling.max_new_tokens=300", "train.max_seq_tokens=200"]
     result = preflight.check(
-        str(base / "config.yaml"), [*keys[:2], f"student.model={copied}", *WHOLE]
+        str(base / "config.yaml"), [*keys[:2], f"student.model={copied}", *WHOLE, *lengths]
     )
-    assert "is not checked for a GGUF" in " ".join(result["warnings"]), result
+    told = " ".join(result["warnings"])
+    assert "is not checked for a GGUF" in told, result
+    assert "align may write 300 tokens, but rows over train.max_seq_tokens=200" in told
 
 
 def test_a_check_without_a_card_loads_no_torch(tmp_path: Path) -> None:

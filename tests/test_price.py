@@ -151,10 +151,10 @@ def test_a_quantized_model_s_verdicts_near_the_threshold_are_uncached_ones(
     with closing(quantized.session()) as session:
         cached = np.array([judge.margin(logprobs) for logprobs in session.score(requests)])
     moves = np.abs(cached - fresh)
-    print(f"cached margins moved by {moves}, the check says {quantized.cache_move:.2g}")
-    assert quantized.cache_move > 0
+    print(f"cached margins moved by {moves}, the check says {quantized.cache_error:.2g}")
+    assert quantized.cache_error > 0
     [note] = [note for note in quantized.notes if "moves margins by up to" in note]
-    assert f"{quantized.cache_move:.2g}" in note
+    assert f"{quantized.cache_error:.2g}" in note
 
     # Between a cached margin and its uncached one, the cache alone would tell the wrong verdict.
     furthest = int(moves.argmax())
@@ -168,7 +168,7 @@ def test_a_quantized_model_s_verdicts_near_the_threshold_are_uncached_ones(
 class MovingBackend(LengthBackend):
     """Its cached margins are off by 0.19, of which a check has seen 0.15."""
 
-    cache_move = 0.15
+    cache_error = 0.15
 
     def session(self, uncached: bool = False) -> Any:
         session = super().session(uncached)

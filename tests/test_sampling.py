@@ -58,5 +58,5 @@ def test_a_card_or_a_server_gets_one_work_list_and_a_cpu_batches(
         yield from map(trace_row, batch)
 
     with open_run(tmp_path) as run, Sampler(run, engine, run.config.align) as sampler:
-        sampler.sweep("teach", "traces.jsonl", TraceRow, problems, work)
+        sampler.write_rows("teach", "traces.jsonl", TraceRow, problems, work)
     assert batches == sizes

@@ -131,7 +131,7 @@ def test_a_sweep_finds_the_first_sufficient_boundary_of_a_real_trace(
         near = 0.015  # see ROUNDING_NATS in kit/backends/gguf.py
         model = open_backend(configs.ModelConfig(backend="gguf"))
         # what is nearer to the threshold is not asked again here: see test_price.py
-        monkeypatch.setattr(type(model), "cache_move", 0.0)
+        monkeypatch.setattr(type(model), "cache_error", 0.0)
     with Judge(judge_config(kind=kind), model) as judge:
         margins = judged(judge, row)
         m = row.sentences_total

@@ -22,6 +22,7 @@ def tiny_backend(name: str, context_tokens: int = 2048) -> HfBackend:
     backend.notes = []
     backend.cache_kind = None
     backend.tokenizer = ByteTokenizer()
+    backend.most_tokens = None
     backend.max_rows = 8
     backend.context_tokens = context_tokens
     return backend

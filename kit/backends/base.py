@@ -237,7 +237,7 @@ class Backend(Protocol):
     notes: list[str]  # what the user must know: fallbacks, measured hit rates, self-checks
     # nats by which a cached margin may be off an uncached one: verdicts that are nearer to the
     # threshold are asked again without a cache
-    cache_move: float
+    cache_error: float
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's result as it finishes; a prompt that is too long is an error."""
@@ -270,10 +270,10 @@ def stretch(request: ScoreRequest, start: int, end: int | None = None, number: i
 class TrunkSession(ABC):
     """Scores requests by a trunk and the tails that branch off it (hf, gguf).
 
-    The trunk is the longest request so far, and stays in the cache. It grows piece by piece. After
-    each piece come the tails that branch off by then, many in one pass: so a tail attends to little
-    more of the trunk than it sees, and no pass is so short that reading the weights takes longest.
-    A backend says how tokens are evaluated.
+    The trunk is the longest request so far, or a later one that leaves it early; it stays in the
+    cache. It grows piece by piece. After each piece come the tails that branch off by then, many in
+    one pass: so a tail attends to little more of the trunk than it sees, and no pass is so short
+    that reading the weights takes longest. A backend says how tokens are evaluated.
 
     Args:
         piece_tokens: of one pass, at most.
@@ -300,7 +300,7 @@ class TrunkSession(ABC):
         shared = self._shared(request)
         start = len(self.trunk)
         if len(request.ids) > start or len(request.ids) - shared > self.piece_tokens:
-            self._keep(shared)
+            self._cut_cache(shared)
             start = shared
             self.trunk = np.asarray(request.ids)
             results[longest] = []
@@ -332,8 +332,8 @@ class TrunkSession(ABC):
         """Evaluate a request from its first token."""
 
     @abstractmethod
-    def _keep(self, tokens: int) -> None:
-        """Drop the cache's tokens from this one on."""
+    def _cut_cache(self, tokens: int) -> None:
+        """Keep the cache's first tokens, so many, and drop the others."""
 
     @abstractmethod
     def _extend(self, piece: Tail) -> Logprobs:
@@ -402,7 +402,7 @@ def too_long(request: Request, context_tokens: int) -> Generation | None:
     size = len(request.prompt)
     if 0 < size < context_tokens:
         return None
-    error = f"The prompt has {size} tokens, the context {context_tokens}."
+    error = f"The prompt has {size} tokens, but the context is {context_tokens}."
     return Generation(request.id, prompt_tokens=size, error=error)
 
 

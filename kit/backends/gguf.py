@@ -376,7 +376,7 @@ class GgufBackend:
         return GgufSession(self, uncached)
 
     @cached_property
-    def cache_move(self) -> float:
+    def cache_error(self) -> float:
         """See kit.backends.base.Backend; measured once, by random prompts that branch.
 
         Weights in 16 bits give the same logits, up to rounding, whatever is evaluated together.
@@ -415,7 +415,7 @@ class GgufSession(TrunkSession):
     """Sequence 0 holds the trunk; each tail has a sequence that shares the trunk's beginning.
 
     A tail's cells lie after the trunk's, not where they would lie alone: sums run in another order,
-    which moves margins by up to a hundredth with weights in 16 bits. `cache_move` has more.
+    which moves margins by up to a hundredth with weights in 16 bits. `cache_error` has more.
 
     Args:
         backend: the model.
@@ -452,7 +452,7 @@ class GgufSession(TrunkSession):
         rows = self._context.prefill(0, request.ids, dict(request.reads))
         return [_logprobs(*row) for row in zip(rows, request.reads, strict=True)]
 
-    def _keep(self, tokens: int) -> None:
+    def _cut_cache(self, tokens: int) -> None:
         if not self._context.cut(0, tokens):
             raise UncuttableError
 

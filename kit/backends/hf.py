@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit.backends.base import Generation, Request, ScoringSession, slug
 from kit.core.config import ModelConfig
-from kit.core.memory import limit_bytes, release
+from kit.core.memory import FREE_RATIO, limit_bytes, release
 from kit.core.threads import watch
 from kit.models import load_model, load_tokenizer, lora_layers
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 MOST_LOST_RATIO = 0.05  # of an adapter's update, by its norm
-FREE_RATIO = 0.7  # of free memory that caches may take when the config names no budget
 
 
 class HfBackend:
@@ -34,7 +33,7 @@ class HfBackend:
         KitError: the model or the adapter does not load; see kit.models.
     """
 
-    cache_move = 0.0
+    cache_error = 0.0
 
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         self.engine = engine
@@ -48,8 +47,10 @@ class HfBackend:
             lean_adapter(self.model)
         watch(self.model, engine.n_threads)
         self.device: torch.device = self.model.device
-        # Most rows at a time; fewer once memory ran out.
         self.max_rows = engine.rows(on_card=self.device.type == "cuda")
+        self.most_tokens: int | None = (
+            None  # that a batch's cache may hold; set once memory ran out
+        )
         text_config = self.model.config.get_text_config()
         trained_tokens = getattr(text_config, "max_position_embeddings", None) or 4096
         self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
@@ -57,7 +58,7 @@ class HfBackend:
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's samples as they finish; prompts without room come first, as errors.
 
-        Running out of memory halves the number of rows, and a note says so.
+        Running out of memory halves the tokens that rows may hold together, and a note says so.
         """
         from kit.backends.hf_generate import Scheduler
 
@@ -98,7 +99,8 @@ class HfBackend:
         if self.engine.kv_cache_gib:
             budget_bytes = self.engine.kv_cache_gib * 2**30
         token_bytes = shape_in(self.model.config).cached * self.model.dtype.itemsize
-        return int(budget_bytes) // token_bytes
+        tokens = int(budget_bytes) // token_bytes
+        return min(tokens, self.most_tokens or tokens)
 
 
 def lean_adapter(model: Any) -> None:

@@ -39,7 +39,7 @@ class GrowingLayer(DynamicLayer):
     def reserve(
         self, rows: int, columns: int, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> None:
-        """Get zeros for so many rows and columns, shaped otherwise as these states are."""
+        """Allocate zeros (rows, H, columns + room, D), with H, D and dtype of these states."""
         self.lazy_initialization(key_states, value_states)
         buffers = []
         for states in (key_states, value_states):
@@ -101,7 +101,7 @@ class DecodeBatch:
         takes_any_mask = getattr(model, "_supports_attention_backend", False)
         is_growing = isinstance(self.cache.layers[0], GrowingLayer)
         if ids.shape[1] == 1 and takes_any_mask and is_growing:
-            # As transformers would make it, at every step and with a wait for the card.
+            # transformers would make the same mask, but wait for the card at every step.
             mask = seen[:, None, None] if self.is_padded else None
         with few_tokens(ids.numel(), ids.device):
             output = model(
@@ -121,13 +121,13 @@ class DecodeBatch:
         layer = self.cache.layers[0]
         return isinstance(layer, GrowingLayer) and self.columns == layer.buffers[0].shape[2]
 
-    def free(self, places: Sequence[int]) -> None:
-        """The rows at these places have ended. They go on with a token of their own, unread."""
+    def vacate(self, places: Sequence[int]) -> None:
+        """Empty places. Each goes on with tokens that nobody reads and that see no older ones."""
         self.starts[list(places)] = self.columns
         self.is_padded = True
 
     def put(self, places: Sequence[int], part: "Part") -> None:
-        """Write rows, none of them longer than `columns`, over the ended ones at these places."""
+        """Write rows, none of them longer than `columns`, into empty places."""
         for layer, other in zip(self.cache.layers, part.batch.cache.layers, strict=True):
             _write(layer, places, other, part)
         self.starts[list(places)] = self.columns - part.lengths
@@ -158,8 +158,8 @@ def prefill(
     """Evaluate prompts (token ids, of any lengths) together, one row each.
 
     Args:
-        trunk: `GrowingLayer`s of another prompt, which begins like the only one here; unchanged.
-        shared_tokens: so many tokens are taken from it.
+        trunk: layers of an earlier prompt, for a single prompt that begins like it; not changed.
+        shared_tokens: how many of its first tokens are taken from there.
     """
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)

@@ -49,8 +49,8 @@ class Scheduler:
     def __init__(self, backend: HfBackend, requests: Sequence[Request]) -> None:
         self.backend = backend
         self.model = backend.model
-        self.max_rows = backend.max_rows
-        self.budget_tokens = backend.cache_tokens()
+        self.budget_tokens = backend.cache_tokens()  # that rows may hold together
+        self.proven_tokens = self.budget_tokens  # with which a step succeeded
         self.continuous = supports_continuous_batching(self.model)
         # Longest prompts first, so that the rows of a batch have similar lengths.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
@@ -74,11 +74,12 @@ class Scheduler:
         """Admit waiting rows, then draw one token for every running row."""
         try:
             with torch.inference_mode():
-                self._clear_out()
                 self._admit()
+                self._clear_out()
                 self._decode()
-            # So many fit; the next call of generate begins with them.
-            self.backend.max_rows = self.max_rows
+            # So much fits; the next call of generate begins with it.
+            if self.budget_tokens < self.proven_tokens:
+                self.proven_tokens = self.backend.most_tokens = self.budget_tokens
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -87,12 +88,12 @@ class Scheduler:
         self._shrink()
 
     def _clear_out(self) -> None:
-        """Take ended rows out if they are many, or if the cache must be copied anyway."""
+        """Copy the cache without empty places if they are many, or if it must be copied anyway."""
         if self.batch is None:
             return
-        ended = self.rows.count(None)
+        empty = self.rows.count(None)
         over_budget = self.batch.columns * len(self.rows) > self.budget_tokens
-        if self.batch.is_full or 4 * ended > len(self.rows) or (ended and over_budget):
+        if self.batch.is_full or 4 * empty > len(self.rows) or (empty and over_budget):
             self._assemble()
 
     def _admit(self) -> None:
@@ -108,10 +109,10 @@ class Scheduler:
         rows = []
         for group in groups:
             prefilled = self._prefill(group)
-            places = [self.prompts.index(row.tokens) for row in group]
-            going_on = self._draw(group, prefilled.logits[places])
+            prompt_rows = [self.prompts.index(row.tokens) for row in group]
+            going_on = self._draw(group, prefilled.logits[prompt_rows])
             if going_on:
-                parts.append(Part(prefilled, [places[index] for index in going_on]))
+                parts.append(Part(prefilled, [prompt_rows[index] for index in going_on]))
                 rows += [group[index] for index in going_on]
         self._join(parts, rows)
 
@@ -122,7 +123,7 @@ class Scheduler:
     def _fits(self) -> bool:
         """Whether the first waiting row can join; there is always room for one row."""
         rows = [row for row in self.rows if row is not None] + self.joining
-        if not self.queue or len(rows) >= self.max_rows:
+        if not self.queue or len(rows) >= self.backend.max_rows:
             return False
         if not rows:
             return True
@@ -134,16 +135,16 @@ class Scheduler:
 
     def _join(self, parts: Sequence[Part], rows: Sequence[ActiveSample]) -> None:
         """Let new rows run: in the places of ended ones if they fit there, else in a new batch."""
-        free = [place for place, row in enumerate(self.rows) if row is None]
+        empty_places = [place for place, row in enumerate(self.rows) if row is None]
         longest = max((int(part.lengths.max()) for part in parts), default=0)
-        if self.batch is None or len(rows) > len(free) or longest > self.batch.columns:
+        if self.batch is None or len(rows) > len(empty_places) or longest > self.batch.columns:
             self._assemble(parts, rows)
             return
-        for place, row in zip(free, rows, strict=False):
+        for place, row in zip(empty_places, rows, strict=False):
             self.rows[place] = row
         for part in parts:
-            self.batch.put(free[: len(part.rows)], part)
-            del free[: len(part.rows)]
+            self.batch.put(empty_places[: len(part.rows)], part)
+            del empty_places[: len(part.rows)]
 
     def _assemble(self, parts: Sequence[Part] = (), rows: Sequence[ActiveSample] = ()) -> None:
         """Make a new batch, of the running rows and of new ones, without ended ones."""
@@ -173,6 +174,7 @@ class Scheduler:
             self.prefilled = prefill(self.model, prompts, trunk.state, shared_tokens)
             if len(prompts[0]) > len(trunk.ids):
                 trunk.ids = prompts[0]
+                # A list of its own: `assemble` empties that of a batch.
                 trunk.state = [*self.prefilled.cache.layers]
             self.prompts = prompts
             for prompt, row in by_prompt.items():
@@ -188,17 +190,21 @@ class Scheduler:
         running = [place for place, row in enumerate(self.rows) if row]
         going_on = self._draw(self.rows, self.batch.logits)
 
-        # Past the budget, the later half of the rows waits again.
+        # Past the budget, a row waits again: the one that takes least to evaluate anew.
         if len(going_on) > 1 and self.batch.columns * len(going_on) > self.budget_tokens:
-            half = len(going_on) // 2
-            waiting = [self.rows[place] for place in going_on[half:]]
-            self.queue.extendleft(row for row in reversed(waiting) if row)
-            del going_on[half:]
-        ended = sorted(set(running) - set(going_on))
-        for place in ended:
+            rows = {place: row for place, row in enumerate(self.rows) if row and place in going_on}
+            shortest = min(rows, key=lambda place: len(rows[place].tokens))
+            self.queue.appendleft(rows[shortest])
+            going_on.remove(shortest)
+        if not going_on:
+            self.rows = []
+            self.batch = None
+            return
+        leaving = sorted(set(running) - set(going_on))
+        for place in leaving:
             self.rows[place] = None
-        if ended:
-            self.batch.free(ended)
+        if leaving:
+            self.batch.vacate(leaving)
 
     def _draw(self, rows: Sequence[ActiveSample | None], logits: torch.Tensor) -> list[int]:
         """Draw each row's next token from logits (B, V), and finish the rows that end with it.
@@ -229,7 +235,7 @@ class Scheduler:
         return sorted(going_on)
 
     def _shrink(self) -> None:
-        """After running out of memory: half as many rows.
+        """After running out of memory: half as many tokens, so that short rows stay many.
 
         Running rows wait again with what they have drawn. A single row that does not fit is its
         request's error.
@@ -247,12 +253,14 @@ class Scheduler:
             trunk.state = None
         torch.cuda.empty_cache()
         if len(rows) > 1:
-            self.max_rows = len(rows) // 2
-            note = f"Out of memory: going on with {self.max_rows} rows at a time."
+            count = len(rows) // 2
+            longest = max(len(row.tokens) for row in rows)
+            self.budget_tokens = count * (longest + HEADROOM_TOKENS)
+            note = f"Out of memory: going on with {count} rows of {longest} tokens at a time."
             self.backend.notes.append(note)
             return
         # What does not fit alone says nothing about how many others do.
-        self.max_rows = self.backend.max_rows
+        self.budget_tokens = self.proven_tokens
         failed = self.queue[0].active
         self.queue = deque(row for row in self.queue if row.active is not failed)
         size = len(failed.request.prompt)

@@ -78,7 +78,7 @@ class TreeSession(TrunkSession):
         longest = max(len(request.ids) for request in requests)
         if longest > self.backend.context_tokens:
             raise KitError(
-                f"A judging prompt has {longest} tokens, the model's context "
+                f"A judging prompt has {longest} tokens, but the model's context is "
                 f"{self.backend.context_tokens}.",
                 "Set judge.limit_tokens, or judge with a model of longer context.",
             )
@@ -99,7 +99,7 @@ class TreeSession(TrunkSession):
     def _score_uncached(self, request: ScoreRequest) -> Logprobs:
         return forward(self.model, [request])[0]
 
-    def _keep(self, tokens: int) -> None:
+    def _cut_cache(self, tokens: int) -> None:
         # DynamicCache.crop takes minus the tokens to remove.
         self.cache.crop(tokens - self.cache.get_seq_length())
 
@@ -113,7 +113,7 @@ class TreeSession(TrunkSession):
         results = forward(
             self.model, tails, self.cache, attention_mask=mask, position_ids=positions
         )
-        self._keep(trunk_tokens)
+        self._cut_cache(trunk_tokens)
         return results
 
 

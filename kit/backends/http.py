@@ -95,7 +95,7 @@ class HttpBackend:
             server's token ids are not those of the tokenizer.
     """
 
-    cache_move = 0.0
+    cache_error = 0.0
 
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         if not engine.url:
@@ -331,7 +331,7 @@ class HttpBackend:
         if status in REDIRECT_STATUSES:
             return KitError(
                 f"{self.root} redirects to another address: {text}",
-                "Set url to the address that answers itself; prompts and key go nowhere else.",
+                "Set url to the final address: prompts and key are not sent to another one.",
             )
         if status in REFUSED_STATUSES:
             return Refused(f"{self.root} refuses a prompt: {text}")

@@ -51,7 +51,7 @@ class ScriptedBackend:
 
     name = "scripted"
     tokenizer = ByteTokenizer()
-    cache_move = 0.0
+    cache_error = 0.0
 
     def __init__(self, engine: ModelConfig, adapter: str | None = None) -> None:
         self.context_tokens = engine.context_tokens or 1 << 20

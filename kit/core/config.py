@@ -287,7 +287,7 @@ class Train(BaseConfig):
     warmup_ratio: Ratio = 0.1
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     batch_size: PositiveInt = 32  # rows per optimizer step
-    micro_batch_size: PositiveInt = 1  # rows per forward pass; the rest is gradient accumulation
+    micro_batch_size: PositiveInt = 1  # rows per forward pass; batch_size is a multiple
     group_by_length: bool = True
     max_seq_tokens: PositiveInt = 32768
     on_too_long: Literal["drop", "truncate"] = "drop"
@@ -379,7 +379,7 @@ class Config(BaseConfig):
     @model_validator(mode="after")
     def _later_rounds_learn_something(self) -> Config:
         rule = methods.method_of(self.method)
-        asks_student = rule.continued or rule.cut in ("judge", "forced-answer")
+        asks_student = rule.continued or rule.is_judged
         if self.rounds > 1 and not asks_student:
             raise ValueError(f"method {self.method} asks the student nothing: set rounds to 1")
         if self.rounds > 1 and self.student.backend not in ("hf", "scripted"):

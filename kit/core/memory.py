@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+FREE_RATIO = 0.7  # of free memory that caches may take when the config names no budget
 # CUDA's allocator and libraries, torch's allocator on the CPU, Python, C++, and llama.cpp.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|MemoryError|bad_alloc|_ALLOC_FAILED|cublasCreate"

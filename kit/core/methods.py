@@ -14,17 +14,30 @@ from kit.core.errors import nearest
 class Method:
     """One rule.
 
-    In a target, {tagged} is the prefix in its tags, {trace} the prefix as it is, with the boxed
-    answer after it where it has no box of its own, {concluded} likewise, where it has not this very
-    box, and {boxed} the gold answer in a box.
+    In a target stand for:
+        {boxed}: the gold answer in a box
+        {tagged}: the prefix in its tags
+        {trace}: the prefix, and {boxed} after it if it has no box
+        {concluded}: the prefix, and {boxed} after it if it has not this very box
+        {continuation}: what the student wrote after the prefix
     """
 
     # judge: where the student judges; ratio: at a share of the sentences; whole: not at all;
-    # none: there are no training rows; forced-answer: where the student's forced answer is right;
-    # the others: kit/judging/baselines.py
+    # none: there are no training rows; the others are named after their method, see
+    # kit/judging/baselines.py
     cut: str
     target: str  # what the student learns to write
     continued: bool = False  # whether the student writes on from the prefix
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the student gives verdicts on prefixes."""
+        return self.cut in ("judge", "binary-cut")
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether the cut is found by grading sentences or attempts."""
+        return self.cut in ("post-think", "first-correct", "mix-long-short")
 
 
 # Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without a
@@ -37,13 +50,15 @@ METHODS = {
     "prefix-only": Method("judge", "{tagged}\n{boxed}"),
     "continuation-only": Method("judge", "{continuation}", continued=True),
     "no-search": Method("ratio", "{tagged}\n{continuation}", continued=True),
-    "post-think": Method("attempt", "{concluded}"),
+    "post-think": Method("post-think", "{concluded}"),
     "first-correct": Method("first-correct", "{concluded}"),
-    "binary-cut": Method("forced-answer", "{concluded}"),
-    "step-entropy": Method("entropy", "{concluded}"),
-    "no-verify": Method("no-checks", "{concluded}"),
-    "mix-long-short": Method("long-and-short", "{concluded}"),
-    "fixed-prefix-matched": Method("matched-ratio", "{tagged}\n{continuation}", continued=True),
+    "binary-cut": Method("binary-cut", "{concluded}"),
+    "step-entropy": Method("step-entropy", "{concluded}"),
+    "no-verify": Method("no-verify", "{concluded}"),
+    "mix-long-short": Method("mix-long-short", "{concluded}"),
+    "fixed-prefix-matched": Method(
+        "fixed-prefix-matched", "{tagged}\n{continuation}", continued=True
+    ),
     # ratio-0.25 keeps this share of the sentences
     "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
 }

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Progress:
     stages: int = 0  # of the whole run, and how many of them are done
     stages_done: int = 0
     started: float = field(default_factory=time.monotonic)
+    told: set[str] = field(default_factory=set)
 
     def say(self, text: str, always: bool = False) -> None:
         """One line for the user and the log; with --quiet only in the log."""
@@ -75,6 +76,13 @@ class Progress:
     def warn(self, text: str) -> None:
         """One line that is shown even with --quiet."""
         self.say(f"note: {text}", always=True)
+
+    def tell(self, notes: Iterable[str]) -> None:
+        """Warn of each note once: a model's grow while it works."""
+        for note in notes:
+            if note not in self.told:
+                self.told.add(note)
+                self.warn(note)
 
     @contextlib.contextmanager
     def bar(self, name: str, total: int, unit: str = "rows", done: int = 0) -> Iterator[Bar]:

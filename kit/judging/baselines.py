@@ -54,18 +54,18 @@ _CHECK = re.compile(
 def open_rule(config: Config) -> Iterator[Cut]:
     """The rule of the config's method; the model or grader that it needs is closed on leaving."""
     name = method_of(config.method).cut
-    if name in ("ratio", "matched-ratio"):
+    if name in ("ratio", "fixed-prefix-matched"):
         yield partial(cut_at_ratio, ratio=config.ratio or matched_ratio(config) or 1.0)
-    elif name == "entropy":
+    elif name == "step-entropy":
         with closing(open_backend(config.student.on_hf)) as backend:
             rule = partial(step_entropy, config, cast("HfBackend", backend))
             yield partial(within_memory, rule)
     else:
         rules = {
-            "attempt": post_think,
+            "post-think": post_think,
             "first-correct": first_correct,
-            "no-checks": no_verify,
-            "long-and-short": long_or_short,
+            "no-verify": no_verify,
+            "mix-long-short": long_or_short,
         }
         with grader_of(config) as grader:
             yield partial(rules[name], grader)
@@ -176,7 +176,7 @@ def step_entropy(config: Config, backend: HfBackend, row: PrefixRow) -> PrefixRo
         return reject(
             row,
             "trace over the context",
-            f"question and trace have {len(ids)} tokens, the context {backend.context_tokens}",
+            f"question and trace: {len(ids)} tokens; the context: {backend.context_tokens}",
         )
     # A token that runs over a sentence's end belongs to the next sentence. How uncertain it is,
     # the token before it says.
@@ -225,7 +225,7 @@ def matched_ratio(config: Config) -> float | None:
     Raises:
         KitError: (exit 2) no run is named, or no judge cut its traces.
     """
-    if method_of(config.method).cut != "matched-ratio":
+    if method_of(config.method).cut != "fixed-prefix-matched":
         return None
     name = str(config.baseline.matched_run).replace("{seed}", str(config.seed))
     folder = expand(name)

@@ -44,10 +44,10 @@ def calibrated_threshold(judge: Judge, calibration: Calibration) -> float:
     differing = sorted(dict(setup_of(judge).items() ^ calibration.setup.items()))
     threshold = calibration.thresholds.get(judge.settings.kind)
     if judge.generates_verdicts or threshold is None:
-        differing.append("judge: it has no threshold for judge.kind as it is here")
+        differing.append("judge.kind, for which it has no threshold")
     if differing or threshold is None:
         raise KitError(
-            f"The file of judge.calibration is for another {', another '.join(differing)}.",
+            f"The file of judge.calibration was measured with a different {', '.join(differing)}.",
             "Make one with this config (judge FILE --config CONFIG --validate), or set "
             "judge.calibration=none.",
             2,

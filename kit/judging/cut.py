@@ -48,7 +48,7 @@ def cut(
         return reject(row, "no gold answer", detail)
     reachable = judge.boundaries_within(row)
     if not reachable:
-        detail = f"the first sentence's question is over the limit of {judge.limit_tokens} tokens"
+        detail = f"the first judging prompt is over the limit of {judge.limit_tokens} tokens"
         return reject(row, "no boundary within the context", detail)
     if row.sentences_total == 1:
         return cut_at_ratio(row)
@@ -85,7 +85,7 @@ def _judge_and_cut(
         verdicts = tuple(trace.verdicts.values())
         isolated = None
         if sufficient and not steer:
-            isolated = trace.is_isolated(sufficient, reachable, search)
+            isolated = trace.ask_isolated(sufficient, reachable, search)
 
     # 2. Keep what suffices; a trace without a sufficient prefix is kept whole.
     kept = sufficient or row.sentences_total

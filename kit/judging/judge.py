@@ -44,7 +44,7 @@ FORCED_ANSWER = {
     "calibration": "none",
 }
 LABEL_OF_GRADE: dict[str, Label] = {"correct": "ENOUGH", "wrong": "NOT_ENOUGH"}
-LABEL_ROOM_TOKENS = 16  # left free after a prompt where the label is generated
+ROOM_RATIO = 0.25  # of the limit, at most, that is left free where something is generated
 
 # A generated answer begins inside the box that `prompts.answer_cue` opens: its text up to the brace
 # that closes this box, with two levels of braces inside.
@@ -57,7 +57,7 @@ class Judge(ExitStack):
     A context manager: leaving it, or `close`, ends the grader; the backend stays open.
 
     Raises:
-        KitError: (exit 2) one label's tokens begin the other's.
+        KitError: (exit 2) one label's tokens begin the other's; another judge's calibration.
     """
 
     def __init__(self, config: Config, backend: Backend) -> None:
@@ -69,7 +69,7 @@ class Judge(ExitStack):
         # leaving the judge ends the grader, see ExitStack
         self.grader = self.enter_context(grader_of(config))
 
-        # 1. How a verdict comes about: the model writes it, or it is read from log-probabilities.
+        # 1. How a verdict comes about: by what the model writes, or by log-probabilities.
         self.generates_verdicts = {
             "verbal": settings.decode == "generate",
             "answer": settings.answer_scoring == "greedy",
@@ -84,20 +84,22 @@ class Judge(ExitStack):
         # mean log-likelihood per gold token in nats; -1 is a token with a probability of 0.37.
         default = {"verbal": 0.0, "answer": -1.0, "success": settings.confidence}[settings.kind]
         self.threshold = default if settings.threshold is None else settings.threshold
+        # content-free is an offset of each trace, see trace.py
         if isinstance(settings.calibration, Calibration):
             self.threshold = calibrated_threshold(self, settings.calibration)
 
-        # 3. Where the labels part. Their first tokens may be equal ("[" in ours); the verdict is
-        # read after them.
+        # 3. Where verbal's labels part. Their first tokens may be equal ("[" in ours); the verdict
+        # is read after them.
         self.shared_label_tokens, self.label_tokens = split_labels(
             *(encode_answer(backend.tokenizer, label) for label in settings.labels)
         )
 
-        # 4. How long a question may be.
+        # 4. How long a judging prompt may be.
         limit_tokens = settings.limit_tokens or backend.context_tokens
         self.limit_tokens = min(limit_tokens, backend.context_tokens)
         if self.generates_verdicts:
-            self.limit_tokens -= LABEL_ROOM_TOKENS
+            room_tokens = int(ROOM_RATIO * self.limit_tokens)
+            self.limit_tokens -= min(self.sampling.max_new_tokens, room_tokens)
 
         # The prompts of a trace begin alike, so it has an encoder of its own, which tokenizes from
         # where they part. A server judges several traces at once.
@@ -155,6 +157,8 @@ class Judge(ExitStack):
     def margin(self, logprobs: Logprobs) -> float:
         """Log-odds of the first label (verbal), or mean log-likelihood per gold token (answer).
 
+        That of success comes from its samples, see trace.py.
+
         Args:
             logprobs: what a session reads for `request`: at one position the two labels, or at each
                 position a token of the gold answer.
@@ -186,7 +190,7 @@ class Judge(ExitStack):
 @contextmanager
 def open_judge(config: Config) -> Iterator[Judge]:
     """Open the student and a judge on it; both are closed on leaving."""
-    if method_of(config.method).cut == "forced-answer":
+    if method_of(config.method).cut == "binary-cut":
         settings = config.judge.model_copy(update=FORCED_ANSWER)
         config = config.model_copy(update={"judge": settings})
     with closing(open_backend(config.student)) as backend, Judge(config, backend) as judge:
@@ -197,7 +201,7 @@ def split_labels(first: Sequence[int], second: Sequence[int]) -> tuple[Ids, tupl
     """The tokens that two labels begin with alike, and the two tokens where they part.
 
     Raises:
-        KitError: (exit 2) one label's tokens begin the other's.
+        KitError: (exit 2) one label's tokens begin the other's; another judge's calibration.
     """
     shared = common_prefix_len(first, second)
     if shared == min(len(first), len(second)):

@@ -1,9 +1,9 @@
 """Which boundaries of a trace are asked, and which one is kept (section 3.2 of the paper).
 
-Boundary k is the first k of m sentences. A search is pure: it calls `ask` and knows no model.
+Boundary k is the first k of m sentences. A search knows no model, only `ask`.
 `binary` and `gallop` assume that verdicts turn once, from NOT_ENOUGH to ENOUGH; whether they do,
-only the `violations` of a scan can tell. `sweep` assumes nothing. A new search is a function here
-and its name in `TraceJudge.search`.
+only the `violations` of a scan can tell. `sweep` assumes nothing. A new search is a function here,
+and its name in `TraceJudge.search`, in config.py and in palign.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ def gallop(m: int, ask: Ask) -> int | None:
             return None
         insufficient = k
         k = min(2 * k, m)
-    return binary(k - 1, ask, insufficient + 1, k)
+    return binary(k - 1, ask, low=insufficient + 1, kept=k)
 
 
 def sweep(
@@ -71,8 +71,9 @@ def sweep(
         first = len(enough) + 1
         enough += ask_many(range(first, stretch_end(first) + 1))
         kept = first_run(enough, confirm)
-        # A run at the edge of what is read may still break off.
-        if kept and (kept + confirm <= len(enough) + 1 or len(enough) == m):
+        # At the edge of what is read, a run may still break off.
+        is_complete = kept is not None and kept + confirm - 1 <= len(enough)
+        if is_complete or len(enough) == m:
             return kept
     return None
 

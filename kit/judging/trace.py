@@ -61,9 +61,9 @@ class TraceJudge:
         judge = self.judge
         # Is a verdict read from a cache that the other boundaries share, and so cheap?
         self.reads_cache = not (self.session.uncached or judge.generates_verdicts)
-        # How far a cached margin may be off, in nats: what the backend knows, or what was seen of
-        # this trace, if it is more.
-        self.cache_move = judge.backend.cache_move if self.reads_cache else 0.0
+        # Largest known distance of a cached margin from the uncached one, in nats. It grows with
+        # what this trace shows.
+        self.cache_error = judge.backend.cache_error if self.reads_cache else 0.0
         if judge.settings.calibration == "content-free" and not judge.generates_verdicts:
             [logprobs] = self.session.score([judge.request(self.row, "")])
             self.calibration_offset = judge.margin(logprobs)
@@ -96,11 +96,11 @@ class TraceJudge:
             last = bisect_right(self.ends, self.ends[first - 1] + STRETCH_CHARACTERS)
         return min(last, m)
 
-    def is_isolated(self, kept: int, m: int, search: str) -> bool | None:
-        """Whether the boundary after the kept one, of m, is not ENOUGH; None: not known.
+    def ask_isolated(self, kept: int, m: int, search: str) -> bool | None:
+        """Whether the boundary after the kept one is not ENOUGH; None: not known, or it is after m.
 
         It is asked where the cache makes that cheap. Elsewhere only a sweep or a scan can tell, if
-        it asked there: after binary and gallop the next boundary is ENOUGH or was not asked.
+        it asked there: binary and gallop never ask a later boundary that is not ENOUGH.
         """
         after = kept + 1
         if after > m:
@@ -150,14 +150,14 @@ class TraceJudge:
         for k, logprobs in zip(boundaries, scores, strict=True):
             margins[k] = self.judge.margin(logprobs) - self.calibration_offset
 
-        # A verdict that the cache may have turned is read again without it. One that was off by
-        # more than known so far puts others in doubt; the nearest to the threshold come first.
+        # Margins within `cache_error` of the threshold are read again without the cache, nearest
+        # first. A larger error widens the band, so that more of the others are read again.
         threshold = self.judge.threshold
         for k in sorted(margins, key=lambda k: abs(margins[k] - threshold)):
-            if abs(margins[k] - threshold) < self.cache_move:
+            if abs(margins[k] - threshold) < self.cache_error:
                 cached_margin = margins[k]
                 margins[k] = self._uncached_margin(requests[k])
-                self.cache_move = max(self.cache_move, abs(margins[k] - cached_margin))
+                self.cache_error = max(self.cache_error, abs(margins[k] - cached_margin))
         return {k: self._verdict(k, margin) for k, margin in margins.items()}
 
     def _uncached_margin(self, request: ScoreRequest) -> float:
@@ -178,11 +178,12 @@ class TraceJudge:
     def _draw_verdicts(self, boundaries: Sequence[int]) -> dict[int, Verdict]:
         """Draw at all boundaries together until the success rate of each is decided."""
         settings = self.judge.settings
-        undecided = list(boundaries)
-        while undecided:
-            missing = {k: missing_draws(*self._successes(k), settings) for k in undecided}
-            undecided = [k for k in undecided if missing[k]]
-            self.draw({k: missing[k] for k in undecided})
+        while True:
+            missing = {k: missing_draws(*self._successes(k), settings) for k in boundaries}
+            undecided = {k: draws for k, draws in missing.items() if draws}
+            if not undecided:
+                break
+            self.draw(undecided)
         verdicts = {}
         for k in boundaries:
             margin = success_probability(*self._successes(k), settings.success_rate)

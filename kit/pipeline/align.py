@@ -7,10 +7,11 @@ kept. The baselines' training rows are made here too, so that all methods end al
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from kit import Json
 from kit.backends.base import Generation
 from kit.core.fingerprints import file_hash
 from kit.core.methods import method_of
@@ -39,13 +40,16 @@ def align(run: Run) -> None:
     """The stage: one `AlignedRow` per prefix, and train.jsonl from the kept ones."""
     config = run.config
     prefixes = _prefixes(run)
-    work = extend if method_of(config.method).continued else take_over
-    model = partial(model_fingerprints, config, "student", prefixes) if work is extend else dict
-    if not run.begin("align", digest(prefixes), lambda: _output(run), model):
+    work = pass_through
+    models: Callable[[], Json] = dict
+    if method_of(config.method).continued:
+        work = continue_prefixes
+        models = partial(model_fingerprints, config, "student", prefixes)
+    if not run.begin("align", digest(prefixes), lambda: _output(run), models):
         return
     prefixes = [row for row in prefixes if not row.rejected]
     with Sampler(run, config.student, config.align) as student:
-        rows = student.sweep("align", NAME, AlignedRow, prefixes, partial(work, student))
+        rows = student.write_rows("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)
     # as LLaMA-Factory reads it: no digest in the lines
     lines = [as_line(row.model_dump_json()) for row in train_rows]
@@ -65,13 +69,13 @@ def _prefixes(run: Run) -> list[PrefixRow]:
     return run.rows("prefixes.jsonl", PrefixRow)
 
 
-def take_over(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
+def pass_through(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows of the methods that need no continuation."""
     for row in rows:
         yield _aligned(row, row, kept_by=student.run.config.method)
 
 
-def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
+def continue_prefixes(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
     """Rows with the student's continuations, each as it is finished.
 
     A prefix without a correct continuation comes again in the next round, with a longer prefix, as
@@ -96,7 +100,7 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
             verdicts[row.id] += [sample.verdict for sample in samples]
             seconds[row.id] += generation.seconds
 
-            # 2. Without a correct continuation, it is the next round's.
+            # 2. No correct continuation: the next round tries a longer prefix.
             kept = choose(samples, settings.keep)
             rounds = min(settings.extend_rounds, row.sentences_total - row.sentences)
             if not kept and not generation.error and round_number < rounds:
@@ -104,10 +108,11 @@ def extend(student: Sampler, rows: list[PrefixRow]) -> Iterator[AlignedRow]:
                 continue
 
             # 3. A row, kept or given up.
-            outcome = rejection(generation, "no right continuation", samples)
             if kept:
                 kept_by = f"{settings.keep}+{round_number}" if round_number else settings.keep
                 outcome = {"continuation": samples[kept[0]].text, "kept_by": kept_by}
+            else:
+                outcome = rejection(generation, "no right continuation", samples)
             correct = verdicts[row.id].count("correct")
             yield _aligned(
                 row,
@@ -170,8 +175,8 @@ def training_rows(run: Run, rows: list[AlignedRow]) -> list[TrainRow]:
         if row.rejected:
             continue
         kept = choose(row.samples, config.align.keep)
-        # the methods that draw no samples have their (empty) continuation
         texts = [row.samples[index].text for index in kept]
+        # methods that draw no samples have an empty continuation
         for text in texts or [row.continuation]:
             output = target(config.method, row, text)
             lines.append(TrainRow(instruction=instruction, input=row.question, output=output))

@@ -85,7 +85,7 @@ def evaluate(run: Run) -> None:
             for dataset, asked in datasets.items():
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])
-                rows[dataset][which] = student.sweep("eval", file, EvalRow, asked, work)
+                rows[dataset][which] = student.write_rows("eval", file, EvalRow, asked, work)
     _finish(run, rows, output())
 
 

@@ -36,7 +36,7 @@ def teach(run: Run) -> None:
     if not run.begin("teach", digest(problems), lambda: file_digest(run, NAME, TraceRow), model):
         return
     with Sampler(run, config, config) as teacher:
-        rows = teacher.sweep(
+        rows = teacher.write_rows(
             "teach", NAME, TraceRow, problems, lambda batch: traces(teacher, batch)
         )
     kept = sum(len(row.kept) for row in rows)

@@ -14,7 +14,7 @@ from statistics import median_high
 
 from kit import Json
 from kit.core.config import Config
-from kit.core.methods import method_of
+from kit.core.methods import Method, method_of
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow, TraceRow
 from kit.core.run import Run
@@ -49,12 +49,13 @@ SHOWN = {
 def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
     config = run.config
-    rule = method_of(config.method).cut
+    method = method_of(config.method)
+    rule = method.cut
     traces = [] if rule in ("whole", "none") else whole_traces(run)
-    if rule == "long-and-short":
+    if rule == "mix-long-short":
         traces = list(chain(*map(long_and_short, traces)))
-    is_judged = bool(traces) and rule in ("judge", "forced-answer")
-    depends_on = partial(_depends_on, config, rule, traces) if traces else dict
+    is_judged = bool(traces) and method.is_judged
+    depends_on = partial(_depends_on, config, method, traces) if traces else dict
     output = partial(file_digest, run, NAME, PrefixRow)
     if not run.begin("truncate", digest(traces), output, depends_on):
         return
@@ -65,7 +66,7 @@ def truncate(run: Run) -> None:
     with ExitStack() as stack:
         if is_judged:
             judge = stack.enter_context(open_judge(config))
-            cut_one = partial(cut_at_answer if rule == "forced-answer" else cut, judge)
+            cut_one = partial(cut_at_answer if rule == "binary-cut" else cut, judge)
         elif traces:
             cut_one = stack.enter_context(open_rule(config))
         # a server judges several traces at once; in this process one after the other is as fast
@@ -73,7 +74,13 @@ def truncate(run: Run) -> None:
         batch_traces = config.student.rows() if is_served else 1
         file = RowFile(run.path(NAME), PrefixRow)
         units = [(trace.id, trace) for trace in traces]
-        work = partial(cut_batch, cut_one)
+
+        def work(batch: list[PrefixRow]) -> Iterator[PrefixRow]:
+            for row in cut_batch(cut_one, batch):
+                if judge and not is_served:
+                    run.progress.tell(judge.backend.notes)
+                yield row
+
         rows = work_through(run, "truncate", file, units, batch_traces, work)
 
     # 2. Count what became of them.
@@ -86,21 +93,19 @@ def truncate(run: Run) -> None:
     run.finish("truncate", digest(rows), len(traces), kept, **summary)
 
 
-def _depends_on(config: Config, rule: str, traces: list[PrefixRow]) -> Json:
+def _depends_on(config: Config, method: Method, traces: list[PrefixRow]) -> Json:
     """What a method's rows depend on besides the stage's keys: models, and keys of its own."""
-    if rule in ("judge", "forced-answer"):
+    if method.is_judged:
         return model_fingerprints(config, "student", traces)
-    if rule == "entropy":
+    if method.cut == "step-entropy":
         return {
             "baseline.drop_ratio": config.baseline.drop_ratio,
             "baseline.skip_marker": config.baseline.skip_marker,
             **fingerprints("student", config.student.on_hf),
         }
-    if rule == "matched-ratio":
+    if method.cut == "fixed-prefix-matched":
         return {"share of baseline.matched_run": matched_ratio(config)}
-    # these grade sentences or attempts
-    is_graded = rule in ("attempt", "first-correct", "long-and-short")
-    if is_graded and any(trace.verifier == "judge" for trace in traces):
+    if method.is_graded and any(trace.verifier == "judge" for trace in traces):
         return fingerprints("answer_judge", config.answer_judge)
     return {}
 

@@ -167,8 +167,9 @@ def check(folder: Path, config: Config, backend: Any, progress: Progress) -> Jso
             is_unproven = answer(plain, prompts) != here
     if is_unproven or equal["equal_tokens"] <= with_base < 1:
         raise KitError(
-            f"{backend.name} does not answer as the adapter in {folder}, or always does: of its "
-            f"tokens {equal['equal_tokens']:.0%} are the adapter's, without it {with_base:.0%}.",
+            f"{backend.name} does not apply the adapter in {folder}, or applies it to the base as "
+            f"well: {equal['equal_tokens']:.0%} of its tokens are the adapter's, {with_base:.0%} "
+            "when asked without it.",
             "Serve this run's adapter, on the base that it was trained on, by a server that can "
             "leave it out.",
         )

@@ -36,9 +36,11 @@ import torch
 from kit.core.errors import KitError
 from kit.core.run import versions
 
-# predicted change of the loss, as a share of it
+# predicted change of the loss, as a share of it; in 16 bits at least so many nats, for rounding
+# moves a small loss as much as a large one
 STEP = 0.003
 BF16_STEP = 0.03
+BF16_LEAST = 0.03
 HALVES = (torch.bfloat16, torch.float16)
 NOISE = 0.02  # standard deviation, compared with an A of about sqrt(1 / 3 in)
 TOLERANCE = 0.35  # of slope / gradient from 1
@@ -105,7 +107,9 @@ def check_gradient(
                 weight.copy_(original[name] + NOISE * torch.randn_like(weight))
             compute_gradient()
             in_16_bits = any(weight.dtype in HALVES for weight in model.parameters())
-            step = (BF16_STEP if in_16_bits else STEP) * read_loss()
+            step = STEP * read_loss()
+            if in_16_bits:
+                step = max(BF16_STEP * read_loss(), BF16_LEAST)
             slopes = _slopes(weights, step, read_loss)
         finally:
             for name, weight in weights.items():
@@ -135,6 +139,8 @@ def _has_gradient(weight: torch.nn.Parameter) -> bool:
 def _find_lost(outer: Weights, read_loss: Callable[[], float]) -> None:
     """Raise where weights (changed by this) have no gradient but move the loss."""
     lost = [name for name, weight in outer.items() if not _has_gradient(weight)]
+    if not lost:
+        return
     before = read_loss()
     for name in lost:
         outer[name].normal_(std=NOISE)

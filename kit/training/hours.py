@@ -10,6 +10,7 @@ from typing import NamedTuple
 from kit import Json
 from kit.core.bundled import bundled
 from kit.core.config import Config
+from kit.core.memory import FREE_RATIO
 from kit.core.run import read_manifest
 from kit.shape import NF4_BYTES, ModelShape, card_limit
 
@@ -78,7 +79,7 @@ class Speed(NamedTuple):
     def rows(self, context_tokens: float, most: int) -> int:
         """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
         held = self.shape.linear * self.weights[0] + self.shape.other * 2
-        room = 0.9 * (card_limit(self.card.memory_gib) - held)
+        room = FREE_RATIO * (card_limit(self.card.memory_gib) - held)
         return max(0, min(most, int(room / (2 * self.shape.cached * context_tokens))))
 
     def step(self, rows: int, context_tokens: float, lora_seconds: float = 0.0) -> float:
