@@ -95,6 +95,9 @@ def test_how_names_the_place_and_the_method(warm):
 def test_answer_is_recorded_as_it_stands_in_the_text():
     assert find(r"so \boxed{\frac{1}{2}}") == (r"\frac{1}{2}", "boxed")
     assert find("The answer is 12 apples.", "number") == ("12", "phrase")
+    # a judge model reads words
+    assert find("So the answer is a mammal.", "judge") == ("a mammal", "phrase")
+    assert find("He ate.\n#### a warm meal", "judge") == ("a warm meal", "hashes")
     assert last_box(r"\boxed{a {b} \{ c}") == r"a {b} \{ c"
     assert find("") == (None, "none")
 

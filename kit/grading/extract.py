@@ -176,7 +176,7 @@ def _after_hashes(text: str, verifier: str) -> str | None:
     """What follows the last `####` that is no heading of a section."""
     for line in reversed(_HASHES.findall(text)[-1000:]):
         line = line.strip()
-        if verifier == "text" or not _HEADING.match(line):
+        if verifier in ("text", "judge") or not _HEADING.match(line):
             return str(line)
     return None
 
@@ -205,7 +205,7 @@ def _named(rest: str, verifier: str) -> str | None:
     if copula is None or _NEGATED.search(copula[0]):
         return None
     rest = rest[copula.end() :].lstrip()
-    if verifier in ("choice", "text"):
+    if verifier in ("choice", "text", "judge"):
         answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
         if verifier == "choice" and not re.match(r"[^\w]*[a-jA-J]\b|[A-J]{2,}\b", answer):
             return None
