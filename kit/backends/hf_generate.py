@@ -253,10 +253,9 @@ class Scheduler:
             trunk.state = None
         torch.cuda.empty_cache()
         if len(rows) > 1:
-            count = len(rows) // 2
             longest = max(len(row.tokens) for row in rows)
-            self.budget_tokens = count * (longest + HEADROOM_TOKENS)
-            note = f"Out of memory: going on with {count} rows of {longest} tokens at a time."
+            self.budget_tokens = len(rows) // 2 * (longest + HEADROOM_TOKENS)
+            note = f"Out of memory: going on with {self.budget_tokens} tokens at a time."
             self.backend.notes.append(note)
             return
         # What does not fit alone says nothing about how many others do.
