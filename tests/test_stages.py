@@ -39,6 +39,10 @@ def test_a_stage_depends_on_its_sections_but_not_on_keys_that_change_no_row():
     assert {"prompts.judge", "prompts.instruction", "prompts.answer_cue"} <= keys.keys()
     neutral = {"student.n_threads", "student.url", "student.max_num_seqs", "student.kv_cache_gib"}
     assert not {*neutral, "train.rank", "name", "seed"} & keys.keys()
+    keys = STAGE_TABLE["train"].dependencies(flat(Config()))
+    assert {"train.rank", "train.batch_size", "train.dtype"} <= keys.keys()
+    neutral = {"save_minutes", "gradient_checkpointing", "logits_bytes", "on_low_memory"}
+    assert not {f"train.{key}" for key in neutral} & keys.keys()
 
 
 def test_changes_are_named_by_key_and_a_changed_input_in_words():

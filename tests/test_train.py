@@ -164,6 +164,20 @@ def test_the_stage_learns_and_says_what_it_did(learned: tuple[Config, dict], tin
     assert again["stages"]["train"] == manifest["stages"]["train"]
 
 
+def test_an_evaluation_in_this_process_merges_the_adapter(
+    learned: tuple[Config, dict], tiny: str
+) -> None:
+    """A step of a merged model is half as many operations."""
+    from kit.models import lora_layers
+    from kit.sampling import Sampler
+
+    config, _ = learned
+    with Run(config, Progress(quiet=True)) as run:
+        adapter = str(run.folder / "adapter")
+        with Sampler(run, config.eval, config.eval, adapter) as sampler:
+            assert not lora_layers(sampler.backend.model)
+
+
 def test_labels_shifted_by_one_do_not_teach_the_fixed_batch(
     tmp_path: Path, tiny: str, learned: tuple[Config, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +354,30 @@ def test_fp16_with_a_gradient_scaler_learns_the_same_and_passes_the_gradient_che
         assert one["gradient"] == pytest.approx(other["gradient"], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "halves"),
+    [((7, 5), "nf4", ["fp16"]), ((8, 0), "nf4", ["bf16"]), ((7, 5), "fp32", [])],
+)
+def test_a_training_takes_the_half_precision_that_its_card_has(
+    capability: tuple[int, int],
+    dtype: str,
+    halves: list[str],
+    tmp_path: Path,
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fp16 with a gradient scaler, which the Trainer then makes; no card is asked for anything."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    # counts emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(training, "OneDevice", lambda folder, **keys: keys)
+    with Run(settings(tmp_path / "r", tiny, dtype=dtype), Progress(quiet=True)) as run:
+        keys = training._arguments(run)
+    assert [name for name in ("fp16", "bf16") if keys[name]] == halves
+    assert keys["use_cpu"] is False and keys["optim"] == "paged_adamw_8bit"
+
+
 def test_an_overflow_under_a_gradient_scaler_is_skipped_not_refused(
     tmp_path: Path,
     tiny: str,
@@ -366,7 +404,7 @@ def test_an_overflow_under_a_gradient_scaler_is_skipped_not_refused(
     ],
 )
 def test_running_out_of_memory_names_the_keys_to_change(
-    error: Exception, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tmp_path: Path, tiny: str, whole: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = training.AdapterTrainer.compute_loss
 
@@ -385,10 +423,13 @@ def test_running_out_of_memory_names_the_keys_to_change(
     for key in ("gradient_checkpointing=true", "logits_bytes=67108864", "max_seq_tokens="):
         assert f"train.{key}" in hint
     assert "micro_batch_size" not in hint
-    # what it had is kept, and the training goes on where there is room again
+    # what it had is kept, and with keys that only save memory the training goes on
+    first = logged(config.folder)
+    assert len(first) == 1
     monkeypatch.setattr(training.AdapterTrainer, "compute_loss", real)
-    run_stage(config)
-    assert len(logged(config.folder)) == 6
+    run_stage(settings(tmp_path / "r", tiny, logits_bytes=1 << 26))
+    assert logged(config.folder)[:1] == first  # seconds and all
+    assert losses(config.folder) == losses(whole.folder)
 
 
 def test_another_error_in_a_training_stays_what_it_is(

@@ -36,6 +36,8 @@ NEUTRAL = {
     "save_minutes",
     "max_num_seqs",
     "on_low_memory",
+    "gradient_checkpointing",
+    "logits_bytes",
     "served_adapter",
     "report_to",
     "matched_run",
