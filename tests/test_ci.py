@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,23 @@ def test_the_workflow_runs_the_script() -> None:
 def test_the_script_runs_the_readmes_test_command() -> None:
     assert TEST_COMMAND in read("README.md")
     assert f"'{TEST_COMMAND}' README.md" in read(".ci/run")
+
+
+def test_the_image_builds_and_tests_itself_without_a_card() -> None:
+    text = read("Dockerfile")
+    [flags] = re.findall(r'CMAKE_ARGS="(.*?)"', text)
+    options = dict(flag.removeprefix("-D").split("=", 1) for flag in shlex.split(flags))
+    assert options["GGML_CUDA"] == "on"
+    # native architectures are those of a card that the builder lacks: T4 to RTX 50 are named
+    assert options["GGML_NATIVE"] == "off"
+    architectures = options["CMAKE_CUDA_ARCHITECTURES"].split(";")
+    assert set(architectures) >= {"75", "80", "86", "89", "90", "120"}
+    # llama.cpp is linked with the driver's library: without --gpus, the toolkit's stub of it
+    stubs = "/usr/local/cuda/lib64/stubs"
+    assert f"LIBRARY_PATH={stubs}" in text and f"ln -s libcuda.so {stubs}/libcuda.so.1" in text
+    comment = text.split("FROM")[0]
+    command = comment[comment.rindex("docker run") :]
+    assert TEST_COMMAND in command and f":{stubs} " in command and "--gpus" not in command
 
 
 # --- configs/github-workflow.yml ---

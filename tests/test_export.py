@@ -7,6 +7,7 @@ documented endpoints: no vLLM runs here.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -37,7 +38,13 @@ from kit.training import export as exporting
 from kit.training.export import Export, export
 from tests.test_gguf_lora import write_adapter
 from tests.test_http import Proxy, Server
-from tests.test_train import rows, run_stage, settings, tiny  # noqa: F401  (a fixture)
+from tests.test_train import (
+    models_alive,
+    rows,
+    run_stage,
+    settings,
+    tiny,  # noqa: F401  (a fixture)
+)
 
 QUIET = Progress(quiet=True)
 
@@ -459,6 +466,30 @@ def test_a_card_too_small_for_sixteen_bits_merges_on_the_cpu(
     weights = load_file(f"{same['merged']}/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert same["as_adapter"]["equal_tokens"] > 0.5
+
+
+def test_no_model_is_alive_when_the_next_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any collection but the export's own."""
+    gc.collect()
+    before = models_alive()
+    counted: list[int] = []
+    real = canary.engine
+
+    def spy(*more: Any, **keys: Any) -> Any:
+        counted.append(models_alive() - before)
+        return real(*more, **keys)
+
+    monkeypatch.setattr(canary, "engine", spy)
+    gc.disable()
+    try:
+        export(Export(trained, QUIET, out=tmp_path))
+        counted.append(models_alive() - before)
+    finally:
+        gc.enable()
+    # before the base with its adapter, before the merged model, after both
+    assert counted == [0, 0, 0]
 
 
 def test_a_merge_that_went_wrong_shows(

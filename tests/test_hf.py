@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,6 +16,8 @@ from kit.backends import hf_generate
 from kit.backends.base import Generation, Request
 from kit.backends.hf import HfBackend, lean_adapter
 from kit.backends.hf_batch import (
+    ROOM_TOKENS,
+    DecodeBatch,
     Part,
     assemble,
     draw,
@@ -21,6 +25,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
+from kit.bench import overhead
 from kit.core.config import ModelConfig, Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -327,6 +332,51 @@ def test_under_a_tight_budget_little_is_evaluated_twice(
     assert 0 < again < 600
 
 
+def test_a_card_runs_32_rows_unless_the_config_says_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = SimpleNamespace(
+        device=torch.device("cuda"), config=CONFIGS["full"], register_forward_pre_hook=id
+    )
+    monkeypatch.setattr("kit.backends.hf.load_model", lambda *_, **__: model)
+    rows = [HfBackend(ModelConfig(max_num_seqs=most)).max_rows for most in (None, 4)]
+    assert rows == [32, 4]
+
+
+def test_the_budget_decides_how_many_rows_run_and_the_key_is_the_most(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = []
+    real = DecodeBatch.step
+
+    def count(batch: DecodeBatch, model: object, tokens: list[int]) -> None:
+        running.append(len(tokens))
+        real(batch, model, tokens)
+
+    monkeypatch.setattr(DecodeBatch, "step", count)
+    # a row is admitted with 40 + 256 tokens: three of them are within 1,000
+    prompts_of_40 = [tuple(range(200 + number, 240 + number)) for number in range(8)]
+    requests = [Request(f"r{i}", prompt, GREEDY) for i, prompt in enumerate(prompts_of_40)]
+    most = {}
+    for rows in (2, 32):
+        running.clear()
+        run(limited(backend, rows, tiny(), kv_cache_gib=1000 * TOKEN_BYTES / 2**30), requests)
+        most[rows] = max(running)
+    assert most == {2: 2, 32: 3}
+
+
+def test_a_step_copies_no_cache() -> None:
+    """Only every 64th does, where transformers' own cache is copied at each."""
+    model = tiny()
+    with torch.inference_mode():
+        batch = prefill(model, [[1, 2, 3], [4, 5]])
+        places = set()
+        for _ in range(ROOM_TOKENS):
+            batch.step(model, [6, 7])
+            places.add(batch.cache.layers[0].buffers[0].data_ptr())
+    assert len(places) == 1
+
+
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("too many rows"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -459,6 +509,32 @@ def test_a_lean_adapter_computes_what_pefts_does(dtype: torch.dtype) -> None:
             assert not torch.equal(adapted(ids).logits, expected)
         lean_adapter(adapted)
         assert torch.equal(adapted(ids).logits, expected)
+
+
+def test_a_step_with_a_lean_adapter_makes_half_of_pefts_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """28 tiny layers: on a card, a step takes as long as Python does to launch it."""
+
+    def calls() -> int:
+        count = 0
+
+        def profile(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        model = overhead._tiny_model(adapter=True)
+        with torch.inference_mode():
+            batch = prefill(model, [[1, 2, 3]] * 8)
+            batch.step(model, [4] * 8)
+            sys.setprofile(profile)
+            batch.step(model, [4] * 8)
+            sys.setprofile(None)
+        return count
+
+    lean = calls()
+    monkeypatch.setattr("kit.backends.hf.lean_adapter", id)
+    assert lean < 0.65 * calls()
 
 
 def test_an_adapter_is_merged_where_rounding_loses_little(backend: HfBackend) -> None:

@@ -254,13 +254,9 @@ def test_an_adapter_loads_on_its_base(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_fp16_repeats_grouped_heads_and_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a card without bf16, whose fused attention takes no grouped heads."""
-    import torch
+def write_tiny(folder: Path) -> None:
+    """A random model with grouped heads."""
     from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.integrations import sdpa_attention
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -271,7 +267,16 @@ def test_fp16_repeats_grouped_heads_and_computes_the_same(
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def test_fp16_repeats_grouped_heads_and_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without bf16, whose fused attention takes no grouped heads."""
+    from transformers.integrations import sdpa_attention
+
+    write_tiny(tmp_path)
     ids = torch.arange(12)[None]
     expected = models.load_model(str(tmp_path), "fp32")(ids).logits
     grouped = sdpa_attention.use_gqa_in_sdpa
@@ -282,3 +287,25 @@ def test_fp16_repeats_grouped_heads_and_computes_the_same(
     heads = torch.zeros(1, 2, 12, 8)
     assert grouped(None, heads, heads) and not sdpa_attention.use_gqa_in_sdpa(None, heads, heads)
     assert torch.allclose(model(ids).logits.float(), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize(("rank", "place"), [(None, "cuda:0"), ("1", "cuda:1")])
+def test_every_process_loads_on_a_card_of_its_own(
+    rank: str | None, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate launch starts them; no card is there, so nothing is loaded."""
+    from transformers import AutoModelForCausalLM
+
+    write_tiny(tmp_path)
+
+    def refuse(*_: object, device_map: dict[str, str], **__: object) -> None:
+        raise OSError(f"would be on {device_map['']}")
+
+    monkeypatch.setattr("kit.core.card.check_card", lambda: "two cards")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(KitError, match=f"would be on {place}"):
+        models.load_model(str(tmp_path))

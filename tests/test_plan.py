@@ -19,7 +19,14 @@ from kit.core.run import FORMAT, Run
 from kit.shape import GIB, RESERVE_BYTES, SHAPES, card_limit, shape_of
 from kit.training import hours
 from kit.training import plan as planning
-from kit.training.plan import check_fit, check_longest, longest, plan, training_bytes
+from kit.training.plan import (
+    LEAST_LOGITS,
+    check_fit,
+    check_longest,
+    longest,
+    plan,
+    training_bytes,
+)
 from tests.conftest import ROOT
 from tests.test_train import settings, tiny  # noqa: F401  (a fixture)
 
@@ -112,10 +119,14 @@ def test_a_cards_config_agrees_with_its_plan(name: str) -> None:
         assert sampling.stop_loops
     # what is written must also be trained on
     assert config.align.sampling.max_new_tokens < row_tokens
+    # smaller slices of the logits would reread the head more often, and save nothing
+    assert config.train.logits_bytes > LEAST_LOGITS
+    in_small_slices = planning._with(config, logits_bytes=LEAST_LOGITS)
+    estimated = sum(training_bytes(config, row_tokens, cuda=True)) / GIB
+    assert sum(training_bytes(in_small_slices, row_tokens, True)) / GIB == pytest.approx(estimated)
     # what its first lines say
     said = re.search(r"not run by us: ([\d.]+) GiB to train, ([\d.]+) hours on a (.*)\. For", text)
     assert said and said[3] == card
-    estimated = sum(training_bytes(config, row_tokens, cuda=True)) / GIB
     assert float(said[1]) == pytest.approx(estimated, abs=0.06)
     by_backend = hours.card_hours(config, shape_of(config.student.model))[card]
     assert float(said[2]) == pytest.approx(by_backend["hf"]["total"], abs=0.06)
