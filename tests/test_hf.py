@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import weakref
 from types import SimpleNamespace
 
 import peft
@@ -463,6 +464,19 @@ def test_a_row_that_fits_nowhere_does_not_narrow_the_others(backend: HfBackend) 
 def test_out_of_memory_with_one_row_is_its_requests_error(backend: HfBackend) -> None:
     results = run(limited(backend, 4, SmallCard(0)), ask(backend, GREEDY, n=2)[:2])
     assert all("memory" in result.error for result in results.values())
+
+
+def test_a_closed_model_leaves_its_memory_to_other_libraries(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card, llama.cpp cannot have what torch's allocator keeps of a model that is gone."""
+    one = limited(backend, 1, tiny())
+    model = weakref.ref(one.model)
+    gone_when_emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gone_when_emptied.append(not model()))
+    one.close()
+    assert gone_when_emptied == [True]
 
 
 @pytest.mark.slow
