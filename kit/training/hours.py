@@ -122,12 +122,15 @@ def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     served = Speed(shape, card, SIXTEEN_BITS)
     if served.rows(PAPER.trace, SERVED_ROWS) < SERVED_ROWS:
         served = Speed(shape, card, FOUR_BITS)
-    held = NF4 if config.student.dtype == "nf4" else SIXTEEN_BITS
     return {
-        "hf": Speed(shape, card, held, LAYER_SECONDS),
+        "hf": Speed(shape, card, _weights(config.student.dtype), LAYER_SECONDS),
         "gguf": Speed(shape, card, FOUR_BITS, row_seconds=0.0005),
         "http": served,
     }
+
+
+def _weights(dtype: str) -> tuple[float, float]:
+    return NF4 if dtype == "nf4" else SIXTEEN_BITS
 
 
 def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
@@ -140,12 +143,26 @@ def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
     for name, card in CARDS.items():
         hours[name] = {}
         for backend, speed in speeds(config, shape, card).items():
-            lora_seconds = LORA_SECONDS if backend == "hf" else 0.0
-            hours[name][backend] = _hours(config, speed, lora_seconds)
+            evaluating = speed
+            lora_seconds = 0.0
+            if backend == "hf":
+                evaluating, lora_seconds = _evaluating(config, speed)
+            hours[name][backend] = _hours(config, speed, evaluating, lora_seconds)
     return hours
 
 
-def _hours(config: Config, speed: Speed, lora_seconds: float) -> Json:
+def _evaluating(config: Config, speed: Speed) -> tuple[Speed, float]:
+    """Speed of the hf backend at evaluation, and an unmerged adapter's seconds a layer.
+
+    In 16 bits the adapter is merged. Where they do not fit, 4 bits are reckoned.
+    """
+    in_16_bits = speed._replace(weights=SIXTEEN_BITS)
+    if config.eval.dtype == "nf4" or not in_16_bits.rows(PAPER.trace, 1):
+        return speed, LORA_SECONDS
+    return in_16_bits, 0.0
+
+
+def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float) -> Json:
     """Hours of each stage and in total."""
     most = config.student.rows(on_card=True)
     lengths = lengths_of(config)
@@ -157,9 +174,9 @@ def _hours(config: Config, speed: Speed, lora_seconds: float) -> Json:
         teaching = 0
     verdict = speed.prefill(TAIL_TOKENS) + speed.step(1, lengths.trace)
     draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
-    answer = speed.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
+    answer = evaluating.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
     if config.eval.base:
-        answer += speed.answer(QUESTION_TOKENS, lengths.base, most)
+        answer += evaluating.answer(QUESTION_TOKENS, lengths.base, most)
     seconds = {
         "teach": teaching * speed.answer(QUESTION_TOKENS, lengths.trace, most),
         "truncate": problems * (speed.prefill(JUDGED_RATIO * lengths.trace) + VERDICTS * verdict),
@@ -189,7 +206,8 @@ def assumptions(config: Config) -> str:
         f"{_eval_answers(config)} answers of {lengths.base} tokens before training, of "
         f"{lengths.tuned} after it\n"
         f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic\n"
-        "gguf in 4 bits; http: vLLM in 16 bits, in 4 where those do not fit; train runs on hf\n"
+        "gguf in 4 bits; http: vLLM in 16 bits; hf evaluates as eval.dtype says; both in 4 bits "
+        "where 16 do not fit; train runs on hf\n"
         "teach: as if the teacher had the student's size"
     )
 
