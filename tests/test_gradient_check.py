@@ -142,6 +142,22 @@ def test_healthy_models_of_many_seeds_and_shapes_pass(
     assert max(errors) < TOLERANCE
 
 
+@pytest.mark.parametrize("seed", [9, 11])
+def test_a_row_that_is_known_by_heart_is_no_false_alarm(seed: int, tmp_path: Path) -> None:
+    """In 16 bits rounding moves a small loss as much as a large one. A step of 3% of it is lost in
+    that: healthy models of these seeds were refused.
+    """
+    model = make_tiny(tmp_path, "bf16", is_resumed=True, seed=seed)
+    row = Row(model, seed)
+    adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.Adam(adapter, lr=5e-3)
+    while float(row.loss()) > 0.04:
+        optimizer.zero_grad()
+        row.backward()
+        optimizer.step()
+    assert max(one.error for one in row.check()) < TOLERANCE
+
+
 def layer_of(model: Any, number: int) -> Any:
     return model.get_base_model().model.layers[number]
 
