@@ -100,6 +100,16 @@ def test_a_row_without_a_gold_answer_is_rejected_with_the_reason(kind: str) -> N
     assert cut(Judge(judge_config(), LengthBackend()), row).rejected is None
 
 
+def test_a_judging_prompt_leaves_room_for_what_is_drawn() -> None:
+    """All of a continuation, but no more than a quarter of the context."""
+    context_tokens = LengthBackend().context_tokens
+    for new_tokens, room in ((40, 40), (2 * context_tokens, context_tokens // 4)):
+        with Judge(config_of(new_tokens=new_tokens), LengthBackend()) as judge:
+            assert judge.limit_tokens == context_tokens - room
+    with Judge(judge_config(), LengthBackend()) as judge:
+        assert judge.limit_tokens == context_tokens
+
+
 # --- searches, with a student whose success is given ---
 
 
