@@ -51,6 +51,8 @@ def test_changes_are_named_by_key_and_a_changed_input_in_words():
     scan = flat(resolve({"judge": {"search": "scan"}}, "test"))
     now = {**stage.dependencies(scan), "input": "a"}
     assert stage.changes(before, now) == "judge.search changed from binary to scan"
+    assert stage.changes(before, {**now, "seed": 3}) == "judge.search changed from binary to scan"
+    assert stage.changes(now, {**now, "seed": 3}) == "seed counts now"
     assert stage.changes(before, {**before, "input": "b"}) == "traces.jsonl changed"
     assert stage.changes(before, before) == ""
 

@@ -70,6 +70,7 @@ class Stage:
     def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         """What of the dependencies of now was different before, in words; empty: nothing."""
         changes = []
+        added = []
         for key, new in sorted(now.items()):
             old = before.get(key)
             # "weights of student.model": a fingerprint. None: the model was not on this machine.
@@ -80,9 +81,12 @@ class Stage:
                 changes.append(f"the {key} changed")
             elif key == "input":
                 changes.append(f"{self.input} changed")
-            else:
+            elif key in before:
                 changes.append(f"{key} changed from {old!s:.40} to {new!s:.40}")
-        return ", ".join(changes)
+            else:
+                added.append(f"{key} counts now")
+        # Another judge or method brings keys of its own: it is what changed.
+        return ", ".join(changes or added)
 
 
 # The order of a run, and what each stage depends on and writes.
