@@ -5,7 +5,7 @@ The judge is the untrained student. How it is asked is in kit/judging; here are 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import partial
@@ -74,13 +74,8 @@ def truncate(run: Run) -> None:
         batch_traces = config.student.rows() if is_served else 1
         file = RowFile(run.path(NAME), PrefixRow)
         units = [(trace.id, trace) for trace in traces]
-
-        def work(batch: list[PrefixRow]) -> Iterator[PrefixRow]:
-            for row in cut_batch(cut_one, batch):
-                if judge and not is_served:
-                    run.progress.tell(judge.backend.notes)
-                yield row
-
+        notes = judge.backend.notes if judge and not is_served else []
+        work = partial(cut_batch, cut_one, tell=partial(run.progress.tell, notes))
         rows = work_through(run, "truncate", file, units, batch_traces, work)
 
     # 2. Count what became of them.
@@ -131,12 +126,16 @@ def whole_traces(run: Run) -> list[PrefixRow]:
     return [row for trace in run.rows("traces.jsonl", TraceRow) for row in trace.whole(ends)]
 
 
-def cut_batch(cut_one: Cut, traces: list[PrefixRow]) -> Iterator[PrefixRow]:
-    """Cut traces side by side; yields each row as it is finished."""
+def cut_batch(
+    cut_one: Cut, traces: list[PrefixRow], tell: Callable[[], None] = lambda: None
+) -> Iterator[PrefixRow]:
+    """Cut traces side by side; yields each row as it is finished, after calling `tell`."""
     with ThreadPoolExecutor(len(traces)) as pool:
         futures = [pool.submit(cut_one, trace) for trace in traces]
         for future in as_completed(futures):
-            yield future.result()
+            row = future.result()
+            tell()
+            yield row
 
 
 def judge_file(config: Config, progress: Progress) -> Json:
