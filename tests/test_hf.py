@@ -6,6 +6,7 @@ import random
 import sys
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -26,6 +27,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
+from kit.backends.hf_graphs import GraphDecoder
 from kit.bench import overhead
 from kit.core.config import ModelConfig, Sampling
 
@@ -166,15 +168,19 @@ def test_padding_moves_no_logits(either: HfBackend) -> None:
     assert (joined.logits - torch.cat(fresh)).abs().max() < TIE
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
 @pytest.mark.parametrize("kind", ["small", "learned"])
 def test_rows_take_the_places_of_ended_ones(
-    backend: HfBackend, kind: str, monkeypatch: pytest.MonkeyPatch
+    backend: HfBackend, kind: str, fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples of 1 to 117 tokens after prompts of 3 to 40: as if alone, and few new batches."""
+    """Samples of 1 to 117 tokens after prompts of 3 to 40: as if alone, and few new batches.
+
+    Also with the steps that a card records as graphs, which a CPU computes one by one.
+    """
     made = []
 
-    def count(parts: list[Part], keep: object) -> object:
-        batch = assemble(parts, keep)
+    def count(parts: list[Part], *rest: Any) -> object:
+        batch = assemble(parts, *rest)
         made.append(batch.columns)
         return batch
 
@@ -192,9 +198,14 @@ def test_rows_take_the_places_of_ended_ones(
     alone = run(limited(backend, 1, model, context_tokens=120), requests)
     assert len(made) >= 40
     made.clear()
-    together = run(limited(backend, 8, model, context_tokens=120), requests)
+    eight = limited(backend, 8, model, context_tokens=120)
+    decoder = GraphDecoder(model, eight.notes)
+    if fixed:
+        eight.graphs = lambda: decoder
+    together = run(eight, requests)
     for name, result in alone.items():
         assert together[name].completions == result.completions
+    assert (decoder.fixed is not None) == fixed
     assert len(made) < 30
     # The columns of rows that have ended leave, too.
     assert max(made) <= 120

@@ -19,6 +19,8 @@ from kit.models import load_model, load_tokenizer, lora_layers
 if TYPE_CHECKING:
     import torch
 
+    from kit.backends.hf_graphs import GraphDecoder
+
 MOST_LOST_RATIO = 0.05  # of an adapter's update, by its norm
 
 
@@ -90,6 +92,14 @@ class HfBackend:
         """Drop the weights, so that the next model has their memory."""
         self.model = None
         release()
+
+    def graphs(self) -> GraphDecoder | None:
+        """What replays decoding steps; None: each is computed, as always on a CPU."""
+        from kit.backends.hf_graphs import GraphDecoder
+
+        if not self.engine.cuda_graphs or self.device.type != "cuda":
+            return None
+        return GraphDecoder(self.model, self.notes)
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""

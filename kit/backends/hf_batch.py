@@ -46,9 +46,10 @@ class GrowingLayer(DynamicLayer):
             heads, _, size = states.shape[1:]
             buffers.append(states.new_zeros(rows, heads, columns + self.room_tokens, size))
         self.buffers = tuple(buffers)
-        self._show(columns)
+        self.show(columns)
 
-    def _show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take so many columns of the buffers as the keys and values; returns them."""
         keys, values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
         self.keys = keys
         self.values = values
@@ -71,7 +72,7 @@ class GrowingLayer(DynamicLayer):
                 buffer.narrow(2, 0, start).copy_(states)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer.narrow(2, start, end - start).copy_(states)
-        return self._show(end)
+        return self.show(end)
 
 
 @dataclass
@@ -116,10 +117,12 @@ class DecodeBatch:
         self.logits = output.logits[:, -1]
 
     @property
-    def is_full(self) -> bool:
-        """Whether the next step would have to copy the whole cache to a larger place."""
+    def free_columns(self) -> int | None:
+        """Steps until the whole cache must be copied to a larger place; None: it has no buffers."""
         layer = self.cache.layers[0]
-        return isinstance(layer, GrowingLayer) and self.columns == layer.buffers[0].shape[2]
+        if not isinstance(layer, GrowingLayer):
+            return None
+        return layer.buffers[0].shape[2] - self.columns
 
     def vacate(self, places: Sequence[int]) -> None:
         """Empty places. Each goes on with tokens that nobody reads and that see no older ones."""
@@ -178,13 +181,16 @@ def prefill(
     return batch
 
 
-def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBatch:
+def assemble(
+    parts: Sequence[Part], keep: DecodeBatch | None = None, room_tokens: int = ROOM_TOKENS
+) -> DecodeBatch:
     """One batch of the rows of several, in the order given.
 
     Args:
         parts: what to take. Of models without continuous batching: one part only.
         keep: a batch that is used again and stays unchanged. All others are used up layer by layer,
             so that there are never two whole caches at a time.
+        room_tokens: free columns of the new batch.
     """
     batch, rows = parts[0]
     if not isinstance(batch.cache.layers[0], GrowingLayer):
@@ -197,6 +203,7 @@ def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBa
     cache = DynamicCache()
     for index, old in enumerate(batch.cache.layers):
         layer = GrowingLayer()
+        layer.room_tokens = room_tokens
         layer.reserve(len(lengths), columns, old.keys, old.values)
         begin = 0
         for part in parts:

@@ -26,6 +26,7 @@ from kit.backends.base import (
     samples_of,
 )
 from kit.backends.hf_batch import (
+    ROOM_TOKENS,
     DecodeBatch,
     Part,
     assemble,
@@ -33,6 +34,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
+from kit.backends.hf_graphs import GRAPH_ROOM_TOKENS
 from kit.core.config import Sampling
 from kit.core.memory import is_out_of_memory
 
@@ -52,6 +54,8 @@ class Scheduler:
         self.budget_tokens = backend.cache_tokens()  # that rows may hold together
         self.proven_tokens = self.budget_tokens  # with which a step succeeded
         self.continuous = supports_continuous_batching(self.model)
+        self.graphs = backend.graphs() if self.continuous else None
+        self.room_tokens = GRAPH_ROOM_TOKENS if self.graphs else ROOM_TOKENS
         # Longest prompts first, so that the rows of a batch have similar lengths.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
         self.queue, self.finished = samples_of(ordered, backend.context_tokens, random.Random)
@@ -93,7 +97,7 @@ class Scheduler:
             return
         empty = self.rows.count(None)
         over_budget = self.batch.columns * len(self.rows) > self.budget_tokens
-        if self.batch.is_full or 4 * empty > len(self.rows) or (empty and over_budget):
+        if self.batch.free_columns == 0 or 4 * empty > len(self.rows) or (empty and over_budget):
             self._assemble()
 
     def _admit(self) -> None:
@@ -153,7 +157,7 @@ class Scheduler:
         parts = list(parts)
         if running and self.batch is not None:
             parts.insert(0, Part(self.batch, running))
-        self.batch = assemble(parts, keep=self.prefilled) if parts else None
+        self.batch = assemble(parts, self.prefilled, self.room_tokens) if parts else None
 
     def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
         """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""
@@ -186,7 +190,11 @@ class Scheduler:
         if self.batch is None:
             return
         # A row that has ended takes any token: its place is cheaper to keep than to take out.
-        self.batch.step(self.model, [row.ids[-1] if row else 0 for row in self.rows])
+        tokens = [row.ids[-1] if row else 0 for row in self.rows]
+        if self.graphs:
+            self.graphs.step(self.batch, tokens)
+        else:
+            self.batch.step(self.model, tokens)
         running = [place for place, row in enumerate(self.rows) if row]
         going_on = self._draw(self.rows, self.batch.logits)
 

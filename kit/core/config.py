@@ -140,6 +140,7 @@ class ModelConfig(BaseConfig):
     # llama.cpp: faster prefill; a CPU's margins move by some tenths; always on a card
     flash_attention: bool = False
     kv_cache_gib: PositiveFloat | None = None  # hf: KV-cache budget of a batch; None: what is free
+    cuda_graphs: bool = True  # hf: on a card, decoding steps are recorded and replayed
     # http: the server's address, ending in /v1, without credentials
     url: str | None = Field(default=None, pattern=r"^https?://[^@?#\s]+$")
     tokenizer: str | None = None  # http: a hub id, folder or .gguf; None: as the server names it

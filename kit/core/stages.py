@@ -33,6 +33,7 @@ NEUTRAL = {
     "url",
     "api_key_env",
     "kv_cache_gib",
+    "cuda_graphs",
     "save_minutes",
     "max_num_seqs",
     "on_low_memory",
