@@ -70,10 +70,12 @@ def _examine(name: str) -> Json:
 
 def _run_alone(name: str) -> Finding:
     command = [sys.executable, "-m", "kit.doctor", name]
+    # packages may lie where only this variable says, as a cluster's modules do
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
         timeout=ALONE_SECONDS,

@@ -50,6 +50,15 @@ def test_everything_is_examined(examined: dict[str, Any]) -> None:
     assert hub["ok"] is None and "HF_HUB_OFFLINE" in hub["found"]
 
 
+def test_a_check_sees_packages_that_only_pythonpath_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor._run_alone("Python")[0]
+    assert (tmp_path / "seen").exists()
+
+
 @pytest.mark.slow
 def test_the_gradients_of_the_packaged_model_are_sound_in_every_dtype() -> None:
     """The default suite trains it in NF4 (tests/test_pipeline.py), which makes the same check."""

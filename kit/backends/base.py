@@ -319,13 +319,17 @@ class TrunkSession(ABC):
                 start = end
             ready = [tail for tail in waiting if tail.cut <= end]
             waiting = waiting[len(ready) :]
-            for group in self._groups(ready):
-                for tail, logprobs in zip(group, self._score_tails(group), strict=True):
-                    results[tail.number] = logprobs
-                    self.cost.add(TokenUsage(len(tail.ids), tail.cut))
+            results.update(self._scored(ready))
         for number in apart:
             [results[number]] = self.score([requests[number]])
         return [results[number] for number in range(len(requests))]
+
+    def _scored(self, tails: Sequence[Tail]) -> Iterator[tuple[int, Logprobs]]:
+        """Score tails whose trunk is in the cache, many in a pass; yield them by number."""
+        for group in self._groups(tails):
+            for tail, logprobs in zip(group, self._score_tails(group), strict=True):
+                self.cost.add(TokenUsage(len(tail.ids), tail.cut))
+                yield tail.number, logprobs
 
     @abstractmethod
     def _score_uncached(self, request: ScoreRequest) -> Logprobs:

@@ -1,8 +1,9 @@
 """How long a run takes on named cards, from their bandwidth and arithmetic; and as measured.
 
 A decoding step of B sequences reads every weight once and every sequence's cache; a prefill and a
-training step are bound by arithmetic. The constants are readings of the pinned libraries and of the
-makers' data sheets; none was measured on a card by us. Memory is in plan.py.
+training step are bound by arithmetic. The cards' figures are of the makers' data sheets. What the
+hf backend adds to a step, and how much of a card's arithmetic it reaches, was measured on an H100
+with a 7B shape; other cards are assumed to be like it. Memory is in plan.py.
 """
 
 from typing import NamedTuple
@@ -26,9 +27,17 @@ JUDGED_RATIO = 0.58  # of a trace, that a binary search prefills
 # Shares of the data sheet's figures that are reached.
 BANDWIDTH_RATIO = 0.85
 ARITHMETIC_RATIO = 0.5
-# Launching a layer's kernels in a step of the hf backend, and those of an unmerged adapter.
+# Training moves so many bytes a token for every row of a weight matrix (casts, dropout, adapters,
+# forward twice and back). An H100 spends more time on that than on the matrices themselves.
+TRAINING_BYTES = 170
+# A step of the hf backend: what is not the card's own work, and a row's share of it.
+STEP_SECONDS = 0.0045
+ROW_SECONDS = 0.0001
+# Launching a layer's kernels where no CUDA graph does, and those of an unmerged adapter; readings
+# of the libraries, as is the time that a replayed adapter takes.
 LAYER_SECONDS = 0.0006
 LORA_SECONDS = 0.00056
+REPLAYED_LORA_SECONDS = 0.0001
 SERVED_ROWS = 8  # that must fit beside 16-bit weights, or a server takes 4-bit ones
 THIS_RUN = "this run"  # where the hours of named cards are listed
 
@@ -60,7 +69,7 @@ CARDS = {name: Card(**sheet) for name, sheet in bundled("training/cards").items(
 SIXTEEN_BITS = (2.0, 2.0)
 FOUR_BITS = (0.6, 0.6)  # Q4_K_M, AWQ
 # transformers dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache
-NF4 = (NF4_BYTES, 3.0)
+NF4 = (NF4_BYTES, 3.5)
 
 
 class Speed(NamedTuple):
@@ -70,11 +79,17 @@ class Speed(NamedTuple):
     card: Card
     weights: tuple[float, float]  # see SIXTEEN_BITS
     layer_seconds: float = 0.0  # launching a layer in a step
-    row_seconds: float = 0.0  # on the CPU, per token drawn
+    step_seconds: float = 0.0  # on the CPU, while the card waits
+    row_seconds: float = 0.0  # likewise, per token drawn
 
     def prefill(self, tokens: float) -> float:
         """Seconds to evaluate so many tokens of a prompt."""
         return 2 * self.shape.linear * tokens / (ARITHMETIC_RATIO * self.card.arithmetic)
+
+    def train(self, tokens: float) -> float:
+        """Seconds to train on a row: forward, again for the checkpoints, back through the base."""
+        moved = TRAINING_BYTES * self.shape.linear / self.shape.hidden * tokens
+        return 3 * self.prefill(tokens) + moved / (BANDWIDTH_RATIO * self.card.bandwidth)
 
     def rows(self, context_tokens: float, most: int) -> int:
         """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
@@ -91,7 +106,7 @@ class Speed(NamedTuple):
         bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
         launching = shape.layers * self.layer_seconds
         bound = max(weights / bandwidth, launching, self.prefill(rows))
-        added = shape.layers * lora_seconds + rows * self.row_seconds
+        added = shape.layers * lora_seconds + self.step_seconds + rows * self.row_seconds
         return bound + cache / bandwidth + added
 
     def answer(self, prompt: float, tokens: float, most: int, lora_seconds: float = 0.0) -> float:
@@ -122,15 +137,15 @@ def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     served = Speed(shape, card, SIXTEEN_BITS)
     if served.rows(PAPER.trace, SERVED_ROWS) < SERVED_ROWS:
         served = Speed(shape, card, FOUR_BITS)
+    weights = NF4 if config.student.dtype == "nf4" else SIXTEEN_BITS
+    on_hf = Speed(shape, card, weights, 0.0, STEP_SECONDS, ROW_SECONDS)
+    if not config.student.cuda_graphs:
+        on_hf = Speed(shape, card, weights, LAYER_SECONDS)
     return {
-        "hf": Speed(shape, card, _weights(config.student.dtype), LAYER_SECONDS),
+        "hf": on_hf,
         "gguf": Speed(shape, card, FOUR_BITS, row_seconds=0.0005),
         "http": served,
     }
-
-
-def _weights(dtype: str) -> tuple[float, float]:
-    return NF4 if dtype == "nf4" else SIXTEEN_BITS
 
 
 def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
@@ -158,7 +173,7 @@ def _evaluating(config: Config, speed: Speed) -> tuple[Speed, float]:
     """
     in_16_bits = speed._replace(weights=SIXTEEN_BITS)
     if config.eval.dtype == "nf4" or not in_16_bits.rows(PAPER.trace, 1):
-        return speed, LORA_SECONDS
+        return speed, REPLAYED_LORA_SECONDS if config.student.cuda_graphs else LORA_SECONDS
     return in_16_bits, 0.0
 
 
@@ -183,8 +198,7 @@ def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float)
         "align": problems
         * config.align.samples
         * speed.answer(draft_tokens, lengths.continuation, most),
-        # forward, again for the checkpoints, and back through frozen weights
-        "train": problems * config.train.epochs * 3 * speed.prefill(lengths.target),
+        "train": problems * config.train.epochs * speed.train(lengths.target),
         "eval": _eval_answers(config) * answer,
     }
     return in_hours(seconds)
@@ -205,7 +219,9 @@ def assumptions(config: Config) -> str:
         f"continuations of {lengths.continuation} tokens, training rows of {lengths.target}\n"
         f"{_eval_answers(config)} answers of {lengths.base} tokens before training, of "
         f"{lengths.tuned} after it\n"
-        f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic\n"
+        f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic, "
+        f"{STEP_SECONDS * 1000:.1f} ms\n"
+        "a step beside the card's work (hf): as measured on an H100\n"
         "gguf in 4 bits; http: vLLM in 16 bits; hf evaluates as eval.dtype says; both in 4 bits "
         "where 16 do not fit; train runs on hf\n"
         "teach: as if the teacher had the student's size"
