@@ -162,38 +162,26 @@ def test_every_card_has_hours_for_every_backend_and_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "lora_seconds", "by_hand"),
+    ("dtype", "rows", "replayed_ms", "launched_ms"),
     [
-        ("nf4", 0.0, (160, 310, 590, 980)),
-        ("bf16", 0.0, (210, 410, 780, 1400)),
-        ("nf4", hours.LORA_SECONDS, (100, 200, 370, 620)),
+        ("nf4", 8, 16.9, 102.6),
+        ("nf4", 32, 16.3, 147.6),
+        ("bf16", 1, 9.7, 41.2),
+        ("bf16", 8, 10.1, 41.5),
+        ("bf16", 32, 14.3, 32.2),
     ],
 )
-def test_tokens_a_second_are_near_the_audits(
-    dtype: str, lora_seconds: float, by_hand: tuple[int, ...]
-) -> None:
-    """A 7B on a 4090 at 4, 8, 16 and 32 rows, every step launched from Python."""
-    keys = {"model": "Qwen/Qwen2.5-7B-Instruct", "dtype": dtype, "cuda_graphs": False}
-    config = resolve({"student": keys}, "test")
-    shape, card = shape_of(config.student.model), hours.CARDS["4090"]
-    on_hf = hours.speeds(config, shape, card)["hf"]
-    for rows, expected in zip((4, 8, 16, 32), by_hand, strict=True):
-        speed = rows / on_hf.step(rows, 3000, lora_seconds)
-        assert speed == pytest.approx(expected, rel=0.15)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rows", "measured_ms"),
-    [("nf4", 8, 16.9), ("nf4", 32, 16.3), ("bf16", 1, 9.7), ("bf16", 8, 10.1), ("bf16", 32, 14.3)],
-)
+@pytest.mark.parametrize("graphs", [True, False])
 def test_a_step_takes_about_what_it_took_on_an_h100(
-    dtype: str, rows: int, measured_ms: float
+    dtype: str, rows: int, replayed_ms: float, launched_ms: float, graphs: bool
 ) -> None:
-    """A 7B shape with random weights, contexts of 512 to 641 tokens, torch 2.11, CUDA graphs."""
-    config = resolve({"student": {"model": "Qwen/Qwen2.5-7B-Instruct", "dtype": dtype}}, "test")
+    """A 7B shape with random weights, contexts of 512 to 641 tokens, torch 2.11."""
+    keys = {"model": "Qwen/Qwen2.5-7B-Instruct", "dtype": dtype, "cuda_graphs": graphs}
+    config = resolve({"student": keys}, "test")
+    measured_ms = replayed_ms if graphs else launched_ms
     shape, card = shape_of(config.student.model), hours.CARDS["H100"]
     estimated = hours.speeds(config, shape, card)["hf"].step(rows, 576)
-    assert 1000 * estimated == pytest.approx(measured_ms, rel=0.2)
+    assert 1000 * estimated == pytest.approx(measured_ms, rel=0.3)
 
 
 def test_prefill_and_training_take_about_what_they_took_on_an_h100() -> None:

@@ -33,9 +33,10 @@ TRAINING_BYTES = 170
 # A step of the hf backend: what is not the card's own work, and a row's share of it.
 STEP_SECONDS = 0.0045
 ROW_SECONDS = 0.0001
-# Launching a layer's kernels where no CUDA graph does, and those of an unmerged adapter; readings
-# of the libraries, as is the time that a replayed adapter takes.
-LAYER_SECONDS = 0.0006
+# Launching a layer's kernels from Python, in each pass that no CUDA graph replays. bitsandbytes'
+# layers take longest. Not measured: an adapter that stays apart, launched and replayed.
+LAYER_SECONDS = 0.0014
+NF4_LAYER_SECONDS = 0.0037
 LORA_SECONDS = 0.00056
 REPLAYED_LORA_SECONDS = 0.0001
 SERVED_ROWS = 8  # that must fit beside 16-bit weights, or a server takes 4-bit ones
@@ -78,13 +79,18 @@ class Speed(NamedTuple):
     shape: ModelShape
     card: Card
     weights: tuple[float, float]  # see SIXTEEN_BITS
-    layer_seconds: float = 0.0  # launching a layer in a step
+    layer_seconds: float = 0.0  # launching a layer from Python
+    replayed: bool = False  # whether CUDA graphs launch the steps instead
     step_seconds: float = 0.0  # on the CPU, while the card waits
     row_seconds: float = 0.0  # likewise, per token drawn
 
     def prefill(self, tokens: float) -> float:
         """Seconds to evaluate so many tokens of a prompt."""
         return 2 * self.shape.linear * tokens / (ARITHMETIC_RATIO * self.card.arithmetic)
+
+    def evaluate(self, tokens: float) -> float:
+        """Seconds of a pass over so many tokens, launched from Python."""
+        return max(self.prefill(tokens), self.shape.layers * self.layer_seconds)
 
     def train(self, tokens: float) -> float:
         """Seconds to train on a row: forward, again for the checkpoints, back through the base."""
@@ -104,7 +110,7 @@ class Speed(NamedTuple):
         weights = shape.linear * self.weights[1] + head
         cache = 2 * shape.cached * rows * context_tokens
         bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
-        launching = shape.layers * self.layer_seconds
+        launching = 0.0 if self.replayed else shape.layers * self.layer_seconds
         bound = max(weights / bandwidth, launching, self.prefill(rows))
         added = shape.layers * lora_seconds + self.step_seconds + rows * self.row_seconds
         return bound + cache / bandwidth + added
@@ -113,7 +119,7 @@ class Speed(NamedTuple):
         """Seconds per answer of so many tokens, when as many as fit run side by side."""
         context_tokens = prompt + tokens / 2
         rows = self.rows(context_tokens, most)
-        return self.prefill(prompt) + tokens * self.step(rows, context_tokens, lora_seconds) / rows
+        return self.evaluate(prompt) + tokens * self.step(rows, context_tokens, lora_seconds) / rows
 
 
 def lengths_of(config: Config) -> Lengths:
@@ -137,10 +143,11 @@ def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     served = Speed(shape, card, SIXTEEN_BITS)
     if served.rows(PAPER.trace, SERVED_ROWS) < SERVED_ROWS:
         served = Speed(shape, card, FOUR_BITS)
-    weights = NF4 if config.student.dtype == "nf4" else SIXTEEN_BITS
-    on_hf = Speed(shape, card, weights, 0.0, STEP_SECONDS, ROW_SECONDS)
-    if not config.student.cuda_graphs:
-        on_hf = Speed(shape, card, weights, LAYER_SECONDS)
+    on_hf = Speed(shape, card, SIXTEEN_BITS, LAYER_SECONDS)
+    if config.student.dtype == "nf4":
+        on_hf = Speed(shape, card, NF4, NF4_LAYER_SECONDS)
+    if config.student.cuda_graphs:
+        on_hf = on_hf._replace(replayed=True, step_seconds=STEP_SECONDS, row_seconds=ROW_SECONDS)
     return {
         "hf": on_hf,
         "gguf": Speed(shape, card, FOUR_BITS, row_seconds=0.0005),
@@ -171,7 +178,7 @@ def _evaluating(config: Config, speed: Speed) -> tuple[Speed, float]:
 
     In 16 bits the adapter is merged. Where they do not fit, 4 bits are reckoned.
     """
-    in_16_bits = speed._replace(weights=SIXTEEN_BITS)
+    in_16_bits = speed._replace(weights=SIXTEEN_BITS, layer_seconds=LAYER_SECONDS)
     if config.eval.dtype == "nf4" or not in_16_bits.rows(PAPER.trace, 1):
         return speed, REPLAYED_LORA_SECONDS if config.student.cuda_graphs else LORA_SECONDS
     return in_16_bits, 0.0
@@ -187,7 +194,7 @@ def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float)
     teaching = problems * config.teacher.samples
     if config.teacher.backend in ("file", "reference"):
         teaching = 0
-    verdict = speed.prefill(TAIL_TOKENS) + speed.step(1, lengths.trace)
+    verdict = speed.evaluate(TAIL_TOKENS) + speed.step(1, lengths.trace)
     draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
     answer = evaluating.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
     if config.eval.base:
