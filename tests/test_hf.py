@@ -27,7 +27,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
-from kit.backends.hf_graphs import GraphDecoder
+from kit.backends.hf_graphs import FixedStep, GraphDecoder
 from kit.bench import overhead
 from kit.core.config import ModelConfig, Sampling
 
@@ -178,10 +178,15 @@ def test_rows_take_the_places_of_ended_ones(
     Also with the steps that a card records as graphs, which a CPU computes one by one.
     """
     made = []
+    buffers = []
 
     def count(parts: list[Part], *rest: Any) -> object:
+        old = buffers.pop() if buffers else None
         batch = assemble(parts, *rest)
         made.append(batch.columns)
+        # never two whole caches
+        assert old is None or old() is None
+        buffers.append(weakref.ref(batch.cache.layers[0].buffers[0]))
         return batch
 
     monkeypatch.setattr(hf_generate, "assemble", count)
@@ -199,13 +204,20 @@ def test_rows_take_the_places_of_ended_ones(
     assert len(made) >= 40
     made.clear()
     eight = limited(backend, 8, model, context_tokens=120)
-    decoder = GraphDecoder(model, eight.notes)
+    fixed_steps = []
+
+    def run_fixed(step: FixedStep, batch: DecodeBatch, tokens: list[int]) -> None:
+        fixed_steps.append(batch.columns)
+        compute(step, batch, tokens)
+
+    compute = FixedStep.run
+    monkeypatch.setattr(FixedStep, "run", run_fixed)
     if fixed:
-        eight.graphs = lambda: decoder
+        eight.graphs = lambda: GraphDecoder(model, eight.notes)
     together = run(eight, requests)
     for name, result in alone.items():
         assert together[name].completions == result.completions
-    assert (decoder.fixed is not None) == fixed
+    assert (len(fixed_steps) > 100) == fixed
     assert len(made) < 30
     # The columns of rows that have ended leave, too.
     assert max(made) <= 120

@@ -157,6 +157,8 @@ class Scheduler:
         parts = list(parts)
         if running and self.batch is not None:
             parts.insert(0, Part(self.batch, running))
+        if self.graphs:
+            self.graphs.drop()
         self.batch = assemble(parts, self.prefilled, self.room_tokens) if parts else None
 
     def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
@@ -206,7 +208,7 @@ class Scheduler:
             going_on.remove(shortest)
         if not going_on:
             self.rows = []
-            self.batch = None
+            self._assemble()
             return
         leaving = sorted(set(running) - set(going_on))
         for place in leaving:
@@ -253,7 +255,7 @@ class Scheduler:
         self.queue.extendleft(reversed(rows))
         self.rows = []
         self.joining = []
-        self.batch = None
+        self._assemble()
         self.prefilled = None
         trunk = self.queue[0].active.request.trunk
         if trunk:

@@ -114,6 +114,10 @@ class GraphDecoder:
         self.fixed: FixedStep | None = None
         self.works = getattr(model, "_supports_attention_backend", False)
 
+    def drop(self) -> None:
+        """Forget the recording, which holds its batch's cache: before another takes its place."""
+        self.fixed = None
+
     def step(self, batch: DecodeBatch, tokens: list[int]) -> None:
         """As `DecodeBatch.step`."""
         if self.fixed is not None and not self.fixed.serves(batch):
