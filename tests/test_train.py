@@ -26,8 +26,10 @@ from kit.core.bundled import bundled
 from kit.core.config import Config, ModelConfig, dump, resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
-from kit.core.records import TrainRow
+from kit.core.records import PrefixRow, Problem, TrainRow
 from kit.core.run import Run, read_manifest
+from kit.core.storage import RowFile
+from kit.judging.cut import from_problem, reject
 from kit.models import hf_folder, load_tokenizer
 from kit.pipeline import train as stage
 from kit.prompts import render, solve_text, template_hash
@@ -658,6 +660,17 @@ def test_rows_with_nothing_to_learn_are_counted_and_none_left_is_refused(
         prepare([empty, empty], tokenizer, config)
     with pytest.raises(KitError, match="None of 0 training rows"):
         prepare([], tokenizer, config)
+
+
+def test_where_no_row_is_left_the_reasons_are_named(tmp_path: Path, tiny: str) -> None:
+    config = settings(tmp_path / "r", tiny)
+    config.folder.mkdir()
+    lost = RowFile(config.folder / "prefixes.jsonl", PrefixRow)
+    for number in range(2):
+        row = from_problem(Problem(id=f"p{number}", question="1 + 1?", answer="2", trace="2."))
+        lost.append(reject(row, "no attempt", "the teacher wrote nothing"))
+    with pytest.raises(KitError, match=r"No row is left to train on: 2 no attempt \(truncate\)"):
+        run_stage(config, [])
 
 
 def test_a_step_whose_labels_are_all_masked_is_refused(

@@ -183,7 +183,7 @@ class Run:
             seconds=round(seconds, 3),
         )
         self.record(machine={**self.manifest["machine"], **machine()})
-        lines = [as_line(json.dumps(row, ensure_ascii=False)) for row in self._rejected()]
+        lines = [as_line(json.dumps(row, ensure_ascii=False)) for row in self.rejected()]
         self._write("rejected.jsonl", "".join(lines))
 
     def record(self, **entries: Any) -> None:
@@ -212,7 +212,7 @@ class Run:
             path.rename(self.path(f"stale/{prefix}-{path.name}"))
         return existing
 
-    def _rejected(self) -> Iterator[Json]:
+    def rejected(self) -> Iterator[Json]:
         """Every row that the data or a stage rejected, with the reason."""
         for row in self.manifest.get("rejected", ()):
             yield {"stage": "data", **row}

@@ -3,6 +3,7 @@
 Rows become token ids in kit/training/sft_data.py; the training itself is kit/training/trainer.py.
 """
 
+from collections import Counter
 from functools import partial
 
 from kit.core.card import check_card
@@ -39,6 +40,13 @@ def train(run: Run) -> None:
     # rows to examples, which must fit the memory of this process's card
     check_card()
     rows = read_rows(path)
+    if not rows:
+        counts = Counter(f"{row['reason']} ({row['stage']})" for row in run.rejected())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise KitError(
+            f"No row is left to train on: {reasons or f'{path} is empty'}.",
+            "rejected.jsonl says why, row by row: more problems or samples, or another method.",
+        )
     tokenizer = load_tokenizer(run.config.student.model)
     examples, lost = prepare(rows, tokenizer, run.config)
     for reason, names in lost.items():
