@@ -60,8 +60,18 @@ def recorded(dtype: str, adapter: str | None) -> dict[str, Any]:
 
     from kit import doctor_full
     from kit.backends.base import Request
+    from kit.backends.hf_graphs import FixedStep
     from kit.core.config import Sampling
     from kit.training.canary import engine
+
+    run = FixedStep.run
+    graphs_used = []
+
+    def counted(step: FixedStep, *arguments: Any) -> None:
+        run(step, *arguments)
+        graphs_used.append(step.graph is not None)
+
+    FixedStep.run = counted  # type: ignore[method-assign]
 
     dice = random.Random(0)
     answers: dict[str, Any] = {}
@@ -78,6 +88,7 @@ def recorded(dtype: str, adapter: str | None) -> dict[str, Any]:
             results = {one.id: one.completions[0].ids for one in backend.generate(requests)}
             answers[f"graphs {graphs}"] = [results[str(number)] for number in range(24)]
             answers["notes"] = backend.notes
+    answers["replayed"] = sum(graphs_used)
     return answers
 
 
@@ -200,7 +211,7 @@ def test_replayed_steps_answer_as_computed_ones(
 ) -> None:
     adapter = run(device, "adapter_in", str(tmp_path / "adapter")) if tuned else None
     answers = run(device, "recorded", dtype, adapter)
-    assert answers["notes"] == []
+    assert answers["notes"] == [] and answers["replayed"] > 100
     computed, replayed = answers["graphs False"], answers["graphs True"]
     assert all(map(len, replayed))
     equal = sum(one == other for one, other in zip(computed, replayed, strict=True))

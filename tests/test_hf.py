@@ -27,7 +27,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
-from kit.backends.hf_graphs import FixedStep, GraphDecoder
+from kit.backends.hf_graphs import LEAST_STEPS, FixedStep, GraphDecoder, can_be_recorded
 from kit.bench import overhead
 from kit.core.config import ModelConfig, Sampling
 
@@ -213,7 +213,7 @@ def test_rows_take_the_places_of_ended_ones(
     compute = FixedStep.run
     monkeypatch.setattr(FixedStep, "run", run_fixed)
     if fixed:
-        eight.graphs = lambda: GraphDecoder(model, eight.notes)
+        eight.graphs = lambda: GraphDecoder(model)
     together = run(eight, requests)
     for name, result in alone.items():
         assert together[name].completions == result.completions
@@ -221,6 +221,54 @@ def test_rows_take_the_places_of_ended_ones(
     assert len(made) < 30
     # The columns of rows that have ended leave, too.
     assert max(made) <= 120
+
+
+def test_a_model_that_reads_the_caches_length_is_not_recorded(backend: HfBackend) -> None:
+    """OPT does: a recording would keep the length of its first step."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(
+        vocab_size=1000, max_position_embeddings=200, word_embed_proj_dim=32, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().double()
+    requests = []
+    for number in range(4):
+        prompt = tuple(range(100, 110 + number))
+        requests.append(Request(f"q{number}", prompt, Sampling(temperature=0, max_new_tokens=40)))
+    growing = limited(backend, 4, model, context_tokens=200)
+    fixed = limited(backend, 4, model, context_tokens=200)
+    decoder = GraphDecoder(model)
+    fixed.graphs = lambda: decoder
+    assert decoder.works
+    expected = run(growing, requests)
+    for name, result in run(fixed, requests).items():
+        assert result.completions == expected[name].completions
+    assert not decoder.works
+
+
+def test_a_model_that_asks_the_card_for_values_is_not_recorded() -> None:
+    assert can_be_recorded(tiny("small"))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(**TINY, head_dim=16, rope_parameters=rope)
+    assert not can_be_recorded(transformers.AutoModelForCausalLM.from_config(config))
+    in_8_bits = tiny("small")
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    in_8_bits.hf_quantizer = transformers.quantizers.AutoHfQuantizer.from_config(quantization)
+    assert not can_be_recorded(in_8_bits)
+
+
+def test_short_answers_are_not_recorded(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict of some tokens is over before a recording would pay."""
+    fixed_steps = []
+    monkeypatch.setattr(FixedStep, "run", lambda *_: fixed_steps.append(1))
+    model = tiny("small")
+    few = limited(backend, 4, model)
+    few.graphs = lambda: GraphDecoder(model)
+    sampling = Sampling(temperature=0, max_new_tokens=LEAST_STEPS)
+    assert run(few, [Request("q", (100, 101), sampling)])["q"].completions
+    assert not fixed_steps
 
 
 def test_samples_share_a_prefill_and_have_their_own_draws(either: HfBackend) -> None:

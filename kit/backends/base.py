@@ -130,6 +130,11 @@ class ActiveSample:
         """The prompt and what was drawn so far."""
         return (*self.active.request.prompt, *self.ids)
 
+    @property
+    def left_tokens(self) -> int:
+        """How many more may be drawn."""
+        return self.active.limit_tokens - len(self.ids)
+
     def push(self, token: int, tokenizer: Tokenizer) -> bool:
         """Add a drawn token; whether it ends the sample, which is then done."""
         self.ids.append(token)

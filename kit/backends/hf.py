@@ -49,6 +49,7 @@ class HfBackend:
             lean_adapter(self.model)
         watch(self.model, engine.n_threads)
         self.device: torch.device = self.model.device
+        self._graphs: GraphDecoder | None = None
         self.max_rows = engine.rows(on_card=self.device.type == "cuda")
         self.most_tokens: int | None = (
             None  # that a batch's cache may hold; set once memory ran out
@@ -91,6 +92,7 @@ class HfBackend:
     def close(self) -> None:
         """Drop the weights, so that the next model has their memory."""
         self.model = None
+        self._graphs = None
         release()
 
     def graphs(self) -> GraphDecoder | None:
@@ -99,7 +101,9 @@ class HfBackend:
 
         if not self.engine.cuda_graphs or self.device.type != "cuda":
             return None
-        return GraphDecoder(self.model, self.notes)
+        if self._graphs is None or self._graphs.model is not self.model:
+            self._graphs = GraphDecoder(self.model)
+        return self._graphs
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""

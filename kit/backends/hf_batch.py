@@ -49,7 +49,7 @@ class GrowingLayer(DynamicLayer):
         self.show(columns)
 
     def show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take so many columns of the buffers as the keys and values; returns them."""
+        """Make the first columns of the buffers the keys and values, and return them."""
         keys, values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
         self.keys = keys
         self.values = values

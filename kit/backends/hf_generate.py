@@ -69,10 +69,14 @@ class Scheduler:
 
     def run(self) -> Iterator[Generation]:
         """Yield each request's result as it finishes."""
-        while self.finished or self.queue or self.rows:
-            while self.finished:
-                yield self.finished.popleft()
-            self._advance()
+        try:
+            while self.finished or self.queue or self.rows:
+                while self.finished:
+                    yield self.finished.popleft()
+                self._advance()
+        finally:
+            if self.graphs:
+                self.graphs.drop()
 
     def _advance(self) -> None:
         """Admit waiting rows, then draw one token for every running row."""
@@ -194,7 +198,8 @@ class Scheduler:
         # A row that has ended takes any token: its place is cheaper to keep than to take out.
         tokens = [row.ids[-1] if row else 0 for row in self.rows]
         if self.graphs:
-            self.graphs.step(self.batch, tokens)
+            most_steps = max(row.left_tokens for row in self.rows if row)
+            self.graphs.step(self.batch, tokens, most_steps)
         else:
             self.batch.step(self.model, tokens)
         running = [place for place, row in enumerate(self.rows) if row]

@@ -13,10 +13,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kit.backends.hf_batch import DecodeBatch, GrowingLayer, few_tokens
+from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 
-GRAPH_ROOM_TOKENS = 128  # steps that one recording serves; recording takes as long as a few steps
-LEAST_STEPS = 8  # fewer are not worth a recording
+GRAPH_ROOM_TOKENS = 128  # steps that one recording serves at most
+LEAST_STEPS = 16  # recording takes as long as a few computed steps
+
+
+class LengthAsked(Exception):
+    """A model reads the cache's length, which a recording would keep for all later steps."""
 
 
 class FixedLayer(DynamicLayer):
@@ -27,6 +32,9 @@ class FixedLayer(DynamicLayer):
         self.buffers = layer.buffers
         self.column = column
         self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        raise LengthAsked
 
     def update(
         self,
@@ -70,11 +78,9 @@ class FixedStep:
     def run(self, batch: DecodeBatch, tokens: list[int]) -> None:
         """Append one token to every row of the batch and compute the logits after it."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
+        # The first step is computed, which loads the kernels.
         if self.graph is None and self.steps and self.ids.is_cuda:
-            # The first step was computed: it loaded the kernels. Recording computes nothing.
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self._compute()
+            self.graph = self._record()
         if self.graph is None:
             self._compute()
         else:
@@ -84,6 +90,28 @@ class FixedStep:
         batch.logits = self.logits
         for layer in self.layers:
             layer.show(batch.columns)
+
+    def _record(self) -> Any:
+        """A graph of the step; nothing is computed.
+
+        Raises:
+            KitError: the model asks the card for a value. What a broken recording leaves behind is
+                not to be computed with.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._compute()
+        except RuntimeError as error:
+            # Ending a broken recording may fail, too, and hide why it broke.
+            for reason in (error, error.__context__):
+                if isinstance(reason, RuntimeError) and is_out_of_memory(reason):
+                    raise reason from None
+            raise KitError(
+                f"The steps of this model cannot be recorded as CUDA graphs: {error}",
+                "Set student.cuda_graphs=false; rows that are written stay.",
+            ) from error
+        return graph
 
     def _compute(self) -> None:
         columns = torch.arange(self.buffer.shape[2], device=self.ids.device)[None]
@@ -102,39 +130,41 @@ class FixedStep:
 
 
 class GraphDecoder:
-    """Steps of one batch after another: replayed where that pays, else computed.
+    """Steps of one batch after another: replayed where that pays, else computed."""
 
-    Args:
-        notes: gets a sentence where the model cannot be recorded; every step is computed then.
-    """
-
-    def __init__(self, model: Any, notes: list[str]) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.notes = notes
         self.fixed: FixedStep | None = None
-        self.works = getattr(model, "_supports_attention_backend", False)
+        self.works = can_be_recorded(model)
 
     def drop(self) -> None:
         """Forget the recording, which holds its batch's cache: before another takes its place."""
         self.fixed = None
 
-    def step(self, batch: DecodeBatch, tokens: list[int]) -> None:
-        """As `DecodeBatch.step`."""
+    def step(self, batch: DecodeBatch, tokens: list[int], most_steps: int) -> None:
+        """As `DecodeBatch.step`; at most so many steps of these rows will follow."""
         if self.fixed is not None and not self.fixed.serves(batch):
             self.fixed = None
         free = batch.free_columns or 0
-        if self.fixed is None and self.works and free >= LEAST_STEPS:
+        if self.fixed is None and self.works and min(free, most_steps) >= LEAST_STEPS:
             self.fixed = FixedStep(self.model, batch)
-        if self.fixed is None or not free:
-            batch.step(self.model, tokens)
-            return
-        try:
-            self.fixed.run(batch, tokens)
-        except RuntimeError as error:
-            # A step that asks the card for a value cannot be recorded.
-            if is_out_of_memory(error) or "captur" not in str(error):
-                raise
-            self.works = False
-            self.fixed = None
-            self.notes.append("This model's steps cannot be recorded as CUDA graphs.")
-            batch.step(self.model, tokens)
+        if self.fixed is not None and free:
+            try:
+                self.fixed.run(batch, tokens)
+                return
+            except LengthAsked:
+                self.works = False
+                self.fixed = None
+        batch.step(self.model, tokens)
+
+
+def can_be_recorded(model: Any) -> bool:
+    """Whether a step takes any mask and, as far as is known, asks the card for no value.
+
+    LLM.int8() looks for outliers in every layer, and a dynamic RoPE at the length.
+    """
+    takes_any_mask = getattr(model, "_supports_attention_backend", False)
+    quantizer = getattr(model, "hf_quantizer", None)
+    in_8_bits = getattr(getattr(quantizer, "quantization_config", None), "load_in_8bit", False)
+    rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    return takes_any_mask and not in_8_bits and "dynamic" not in rope
