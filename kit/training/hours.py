@@ -1,9 +1,9 @@
 """How long a run takes on named cards, from their bandwidth and arithmetic; and as measured.
 
-A decoding step of B sequences reads every weight once and every sequence's cache; a prefill and a
-training step are bound by arithmetic. The cards' figures are of the makers' data sheets. What the
-hf backend adds to a step, and how much of a card's arithmetic it reaches, was measured on an H100
-with a 7B shape; other cards are assumed to be like it. Memory is in plan.py.
+A decoding step of B sequences reads every weight once and every sequence's cache; a prefill is
+bound by arithmetic; a training step by both. The cards' figures come from the makers' data sheets.
+What the hf backend adds to a step, and what training moves, was fitted to measurements of a 7B
+shape on an H100; other cards are assumed to be like it. Memory is in plan.py.
 """
 
 from typing import NamedTuple
@@ -27,14 +27,15 @@ JUDGED_RATIO = 0.58  # of a trace, that a binary search prefills
 # Shares of the data sheet's figures that are reached.
 BANDWIDTH_RATIO = 0.85
 ARITHMETIC_RATIO = 0.5
-# Training moves so many bytes a token for every row of a weight matrix (casts, dropout, adapters,
-# forward twice and back). An H100 spends more time on that than on the matrices themselves.
+# The rest of a training step (casts, dropout, adapters, norms; forward twice and back), as bytes
+# moved per token: so many times linear / hidden. Fitted to steps of 4,096 and 16,384 tokens.
 TRAINING_BYTES = 170
-# A step of the hf backend: what is not the card's own work, and a row's share of it.
+# The rest of a replayed step of the hf backend, and what each row adds. Fitted; includes the
+# recording, of which there is one in some hundred steps.
 STEP_SECONDS = 0.0045
 ROW_SECONDS = 0.0001
 # Launching a layer's kernels from Python, in each pass that no CUDA graph replays. bitsandbytes'
-# layers take longest. Not measured: an adapter that stays apart, launched and replayed.
+# layers take longest. Not measured: an unmerged adapter, launched and replayed.
 LAYER_SECONDS = 0.0014
 NF4_LAYER_SECONDS = 0.0037
 LORA_SECONDS = 0.00056
@@ -69,7 +70,8 @@ CARDS = {name: Card(**sheet) for name, sheet in bundled("training/cards").items(
 # bytes that a weight takes, and that a step moves for it
 SIXTEEN_BITS = (2.0, 2.0)
 FOUR_BITS = (0.6, 0.6)  # Q4_K_M, AWQ
-# transformers dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache
+# bitsandbytes dequantizes in each step: reads 4 bits, writes and reads 16, in part in the cache (a
+# single row takes less: its 4-bit kernel writes no 16 bits)
 NF4 = (NF4_BYTES, 3.5)
 
 
@@ -81,7 +83,7 @@ class Speed(NamedTuple):
     weights: tuple[float, float]  # see SIXTEEN_BITS
     layer_seconds: float = 0.0  # launching a layer from Python
     replayed: bool = False  # whether CUDA graphs launch the steps instead
-    step_seconds: float = 0.0  # on the CPU, while the card waits
+    step_seconds: float = 0.0  # beside the card's own work
     row_seconds: float = 0.0  # likewise, per token drawn
 
     def prefill(self, tokens: float) -> float:
@@ -94,8 +96,10 @@ class Speed(NamedTuple):
 
     def train(self, tokens: float) -> float:
         """Seconds to train on a row: forward, again for the checkpoints, back through the base."""
-        moved = TRAINING_BYTES * self.shape.linear / self.shape.hidden * tokens
-        return 3 * self.prefill(tokens) + moved / (BANDWIDTH_RATIO * self.card.bandwidth)
+        shape = self.shape
+        moved = TRAINING_BYTES * shape.linear / shape.hidden * tokens
+        seconds = 3 * self.prefill(tokens) + moved / (BANDWIDTH_RATIO * self.card.bandwidth)
+        return max(seconds, 3 * shape.layers * self.layer_seconds)
 
     def rows(self, context_tokens: float, most: int) -> int:
         """Sequences of so many tokens that run side by side, at most `most`; 0: none fits."""
@@ -143,16 +147,20 @@ def speeds(config: Config, shape: ModelShape, card: Card) -> dict[str, Speed]:
     served = Speed(shape, card, SIXTEEN_BITS)
     if served.rows(PAPER.trace, SERVED_ROWS) < SERVED_ROWS:
         served = Speed(shape, card, FOUR_BITS)
-    on_hf = Speed(shape, card, SIXTEEN_BITS, LAYER_SECONDS)
-    if config.student.dtype == "nf4":
-        on_hf = Speed(shape, card, NF4, NF4_LAYER_SECONDS)
-    if config.student.cuda_graphs:
-        on_hf = on_hf._replace(replayed=True, step_seconds=STEP_SECONDS, row_seconds=ROW_SECONDS)
     return {
-        "hf": on_hf,
+        "hf": _on_hf(shape, card, config.student.dtype == "nf4", config.student.cuda_graphs),
         "gguf": Speed(shape, card, FOUR_BITS, row_seconds=0.0005),
         "http": served,
     }
+
+
+def _on_hf(shape: ModelShape, card: Card, in_4_bits: bool, graphs: bool) -> Speed:
+    speed = Speed(shape, card, SIXTEEN_BITS, LAYER_SECONDS)
+    if in_4_bits:
+        speed = Speed(shape, card, NF4, NF4_LAYER_SECONDS)
+    if graphs:
+        speed = speed._replace(replayed=True, step_seconds=STEP_SECONDS, row_seconds=ROW_SECONDS)
+    return speed
 
 
 def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
@@ -178,10 +186,12 @@ def _evaluating(config: Config, speed: Speed) -> tuple[Speed, float]:
 
     In 16 bits the adapter is merged. Where they do not fit, 4 bits are reckoned.
     """
-    in_16_bits = speed._replace(weights=SIXTEEN_BITS, layer_seconds=LAYER_SECONDS)
-    if config.eval.dtype == "nf4" or not in_16_bits.rows(PAPER.trace, 1):
-        return speed, REPLAYED_LORA_SECONDS if config.student.cuda_graphs else LORA_SECONDS
-    return in_16_bits, 0.0
+    graphs = config.eval.cuda_graphs
+    in_16_bits = _on_hf(speed.shape, speed.card, False, graphs)
+    if config.eval.dtype != "nf4" and in_16_bits.rows(PAPER.trace, 1):
+        return in_16_bits, 0.0
+    in_4_bits = _on_hf(speed.shape, speed.card, True, graphs)
+    return in_4_bits, REPLAYED_LORA_SECONDS if graphs else LORA_SECONDS
 
 
 def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float) -> Json:
@@ -220,15 +230,17 @@ def in_hours(seconds: dict[str, float]) -> Json:
 def assumptions(config: Config) -> str:
     """What `card_hours` assumes, a line each."""
     lengths = lengths_of(config)
+    overhead = f"hf launches a layer in {LAYER_SECONDS * 1000} to {NF4_LAYER_SECONDS * 1000} ms"
+    if config.student.cuda_graphs:
+        overhead = f"hf adds {STEP_SECONDS * 1000} ms to a step and {ROW_SECONDS * 1000} ms a row"
     return (
         f"{config.data.train.limit or PROBLEMS} problems, traces of {lengths.trace} tokens, "
         f"{VERDICTS} verdicts each\n"
         f"continuations of {lengths.continuation} tokens, training rows of {lengths.target}\n"
         f"{_eval_answers(config)} answers of {lengths.base} tokens before training, of "
         f"{lengths.tuned} after it\n"
-        f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic, "
-        f"{STEP_SECONDS * 1000:.1f} ms\n"
-        "a step beside the card's work (hf): as measured on an H100\n"
+        f"{BANDWIDTH_RATIO:.0%} of a card's bandwidth, {ARITHMETIC_RATIO:.0%} of its arithmetic\n"
+        f"{overhead}\n"
         "gguf in 4 bits; http: vLLM in 16 bits; hf evaluates as eval.dtype says; both in 4 bits "
         "where 16 do not fit; train runs on hf\n"
         "teach: as if the teacher had the student's size"
