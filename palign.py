@@ -371,7 +371,13 @@ def _check(args: Namespace) -> int:
 def _doctor(args: Namespace) -> int:
     from kit import doctor
 
-    result = doctor.examine(args.full)
+    def tell(check: Json) -> None:
+        # at once: a check takes up to a minute
+        if not (args.json and args.quiet):
+            stream = sys.stderr if args.json else sys.stdout
+            print(doctor.in_words(check), file=stream, flush=True)
+
+    result = doctor.examine(args.full, tell)
     _print(args, result, doctor.show)
     return 0 if result["ok"] else 1
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -32,29 +33,33 @@ LABELS = {True: "ok", False: "FAIL", None: "note"}
 Finding = tuple[bool | None, str]
 
 
-def examine(full: bool = False) -> Json:
+def examine(full: bool = False, tell: Callable[[Json], None] = lambda check: None) -> Json:
     """Run all checks; about a minute, most of it for the gradients of the packaged model.
 
     Args:
         full: also those of doctor_full.py, one after the other, since they measure; some minutes.
+        tell: called with each check as it ends, in the order of the result.
 
     Returns:
         {ok: nothing that every run needs is broken, checks: [{name, ok, found, fix: a command, or
         empty}]}.
     """
+    checks = []
     with ThreadPoolExecutor(4) as pool:
-        checks = list(pool.map(_examine, CHECKS))
-    if full:
-        checks += map(_examine, FULL_CHECKS)
+        for check in chain(pool.map(_examine, CHECKS), map(_examine, FULL_CHECKS if full else ())):
+            tell(check)
+            checks.append(check)
     return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
+def in_words(check: Json) -> str:
+    """A check as a line of a table; what to do has a line of its own, to be copied."""
+    line = f"{LABELS[check['ok']]:<5} {check['name']:<15} {check['found']}"
+    return f"{line}\n{'':<21} -> {check['fix']}" if check["fix"] else line
+
+
 def show(result: Json) -> None:
-    """Print a result of `examine`; commands have lines of their own, to be copied."""
-    for check in result["checks"]:
-        print(f"{LABELS[check['ok']]:<5} {check['name']:<15} {check['found']}")
-        if check["fix"]:
-            print(f"{'':<21} -> {check['fix']}")
+    """Print what a result of `examine` comes to."""
     print("Everything a run needs is here." if result["ok"] else "Fix the FAIL items and rerun.")
 
 

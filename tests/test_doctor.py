@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import palign
 from kit import doctor, doctor_full
 from tests.conftest import ROOT
 
@@ -72,15 +73,24 @@ def test_result_is_json_and_shown(
     examined: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert json.loads(json.dumps(examined)) == examined
-    doctor.show(examined)
-    shown = capsys.readouterr().out
-    assert all(check["name"] in shown for check in examined["checks"])
     monkeypatch.setattr(doctor, "CHECKS", {"thing": (lambda: (False, "broken"), "fix it")})
-    result = doctor.examine()
-    assert result["ok"] is False
-    doctor.show(result)
+    assert palign.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "FAIL  thing" in shown and "-> fix it" in shown and "Fix the FAIL items" in shown
+    # for programs, with what is known so far for people
+    assert palign.main(["doctor", "--json"]) == 1
+    shown, said = capsys.readouterr()
+    assert json.loads(shown)["checks"][0]["found"] == "broken"
+    assert "FAIL  thing" in said
+
+
+def test_each_check_is_told_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(doctor, "CHECKS", {"one": (lambda: (True, "there"), "")})
+    quick = {"two": (lambda: (told == ["one"], "after one was told"), "tell at once")}
+    monkeypatch.setattr(doctor, "FULL_CHECKS", quick)
+    result = doctor.examine(True, lambda check: told.append(check["name"]))
+    assert result["ok"] and told == ["one", "two"]
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
