@@ -168,10 +168,9 @@ def test_padding_moves_no_logits(either: HfBackend) -> None:
     assert (joined.logits - torch.cat(fresh)).abs().max() < TIE
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
 @pytest.mark.parametrize("kind", ["small", "learned"])
 def test_rows_take_the_places_of_ended_ones(
-    backend: HfBackend, kind: str, fixed: bool, monkeypatch: pytest.MonkeyPatch
+    backend: HfBackend, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples of 1 to 117 tokens after prompts of 3 to 40: as if alone, and few new batches.
 
@@ -202,8 +201,6 @@ def test_rows_take_the_places_of_ended_ones(
     model = tiny(kind).double()
     alone = run(limited(backend, 1, model, context_tokens=120), requests)
     assert len(made) >= 40
-    made.clear()
-    eight = limited(backend, 8, model, context_tokens=120)
     fixed_steps = []
 
     def run_fixed(step: FixedStep, batch: DecodeBatch, tokens: list[int]) -> None:
@@ -212,15 +209,17 @@ def test_rows_take_the_places_of_ended_ones(
 
     compute = FixedStep.run
     monkeypatch.setattr(FixedStep, "run", run_fixed)
-    if fixed:
-        eight.graphs = lambda: GraphDecoder(model)
-    together = run(eight, requests)
-    for name, result in alone.items():
-        assert together[name].completions == result.completions
-    assert (len(fixed_steps) > 100) == fixed
-    assert len(made) < 30
-    # The columns of rows that have ended leave, too.
-    assert max(made) <= 120
+    eight = limited(backend, 8, model, context_tokens=120)
+    for graphs in (None, GraphDecoder(model)):
+        made.clear()
+        eight.graphs = lambda graphs=graphs: graphs
+        together = run(eight, requests)
+        for name, result in alone.items():
+            assert together[name].completions == result.completions
+        assert (len(fixed_steps) > 100) == bool(graphs)
+        assert len(made) < 30
+        # The columns of rows that have ended leave, too.
+        assert max(made) <= 120
 
 
 def test_a_model_that_reads_the_caches_length_is_not_recorded(backend: HfBackend) -> None:
