@@ -295,8 +295,7 @@ class TrunkSession(ABC):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Read log-probabilities; see ScoringSession."""
         if self.uncached:
-            self.cost.prefill_tokens += sum(len(request.ids) for request in requests)
-            return list(map(self._score_uncached, requests))
+            return self._score_all_uncached(requests)
 
         # 1. The longest request becomes the trunk, if it is longer or leaves it for over a pass.
         results: dict[int, Logprobs] = {}
@@ -328,6 +327,10 @@ class TrunkSession(ABC):
         for number in apart:
             [results[number]] = self.score([requests[number]])
         return [results[number] for number in range(len(requests))]
+
+    def _score_all_uncached(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
+        self.cost.prefill_tokens += sum(len(request.ids) for request in requests)
+        return list(map(self._score_uncached, requests))
 
     def _scored(self, tails: Sequence[Tail]) -> Iterator[tuple[int, Logprobs]]:
         """Score tails whose trunk is in the cache, many in a pass; yield them by number."""

@@ -195,13 +195,7 @@ class Scheduler:
         """Compute what follows every running row's last token, and draw from it."""
         if self.batch is None:
             return
-        # A row that has ended takes any token: its place is cheaper to keep than to take out.
-        tokens = [row.ids[-1] if row else 0 for row in self.rows]
-        if self.graphs:
-            most_steps = max(row.left_tokens for row in self.rows if row)
-            self.graphs.step(self.batch, tokens, most_steps)
-        else:
-            self.batch.step(self.model, tokens)
+        self._step(self.batch)
         running = [place for place, row in enumerate(self.rows) if row]
         going_on = self._draw(self.rows, self.batch.logits)
 
@@ -220,6 +214,16 @@ class Scheduler:
             self.rows[place] = None
         if leaving:
             self.batch.vacate(leaving)
+
+    def _step(self, batch: DecodeBatch) -> None:
+        """Append every row's last token and compute the logits after it."""
+        # A row that has ended takes any token: its place is cheaper to keep than to take out.
+        tokens = [row.ids[-1] if row else 0 for row in self.rows]
+        if self.graphs is None:
+            batch.step(self.model, tokens)
+            return
+        most_steps = max(row.left_tokens for row in self.rows if row)
+        self.graphs.step(batch, tokens, most_steps)
 
     def _draw(self, rows: Sequence[ActiveSample | None], logits: torch.Tensor) -> list[int]:
         """Draw each row's next token from logits (B, V), and finish the rows that end with it.

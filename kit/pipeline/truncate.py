@@ -22,7 +22,7 @@ from kit.core.stages import file_digest, work_through
 from kit.core.storage import RowFile, digest
 from kit.judging.baselines import long_and_short, matched_ratio, open_rule
 from kit.judging.cut import Cut, cut, cut_at_answer, cut_at_ratio, traces_in_file
-from kit.judging.judge import open_judge
+from kit.judging.judge import Judge, open_judge
 from kit.judging.sentences import ends
 from kit.models import fingerprints
 from kit.reporting.metrics import degenerate
@@ -54,29 +54,13 @@ def truncate(run: Run) -> None:
     traces = [] if rule in ("whole", "none") else whole_traces(run)
     if rule == "mix-long-short":
         traces = list(chain(*map(long_and_short, traces)))
-    is_judged = bool(traces) and method.is_judged
     depends_on = partial(_depends_on, config, method, traces) if traces else dict
     output = partial(file_digest, run, NAME, PrefixRow)
     if not run.begin("truncate", digest(traces), output, depends_on):
         return
 
-    # 1. Cut. The student is opened only where there is something to judge.
-    judge = None
-    cut_one: Cut = cut_at_ratio
-    with ExitStack() as stack:
-        if is_judged:
-            judge = stack.enter_context(open_judge(config))
-            cut_one = partial(cut_at_answer if rule == "binary-cut" else cut, judge)
-        elif traces:
-            cut_one = stack.enter_context(open_rule(config))
-        # a server judges several traces at once; in this process one after the other is as fast
-        is_served = is_judged and config.student.backend == "http"
-        batch_traces = config.student.rows() if is_served else 1
-        file = RowFile(run.path(NAME), PrefixRow)
-        units = [(trace.id, trace) for trace in traces]
-        notes = judge.backend.notes if judge and not is_served else []
-        work = partial(cut_batch, cut_one, tell=partial(run.progress.tell, notes))
-        rows = work_through(run, "truncate", file, units, batch_traces, work)
+    # 1. Cut.
+    rows, judge = _cut_all(run, method, traces)
 
     # 2. Count what became of them.
     summary = _summary(rows)
@@ -86,6 +70,29 @@ def truncate(run: Run) -> None:
         summary.update(notes=judge.backend.notes, threshold=judge.threshold)
     kept = sum(row.rejected is None for row in rows)
     run.finish("truncate", digest(rows), len(traces), kept, **summary)
+
+
+def _cut_all(
+    run: Run, method: Method, traces: list[PrefixRow]
+) -> tuple[list[PrefixRow], Judge | None]:
+    """Cut every trace; the rows, and the judge where there was something to judge."""
+    config = run.config
+    judge = None
+    cut_one: Cut = cut_at_ratio
+    with ExitStack() as stack:
+        if traces and method.is_judged:
+            judge = stack.enter_context(open_judge(config))
+            cut_one = partial(cut_at_answer if method.cut == "binary-cut" else cut, judge)
+        elif traces:
+            cut_one = stack.enter_context(open_rule(config))
+        # a server judges several traces at once; in this process one after the other is as fast
+        is_served = judge is not None and config.student.backend == "http"
+        batch_traces = config.student.rows() if is_served else 1
+        file = RowFile(run.path(NAME), PrefixRow)
+        units = [(trace.id, trace) for trace in traces]
+        notes = judge.backend.notes if judge and not is_served else []
+        work = partial(cut_batch, cut_one, tell=partial(run.progress.tell, notes))
+        return work_through(run, "truncate", file, units, batch_traces, work), judge
 
 
 def _depends_on(config: Config, method: Method, traces: list[PrefixRow]) -> Json:
