@@ -29,10 +29,12 @@ from kit.formats import (
     missing_role,
     unused_parts,
     values_of,
+    why_missing,
     with_preset,
 )
 from kit.models import leave_out_dead_hub
 
+SHOWN_TRACE = 100  # characters of a trace that `palign.py data` shows
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
 
 
@@ -112,7 +114,9 @@ def _read_train(config: Config) -> tuple[DatasetConfig, Reading]:
     source = config.data.train
     teacher = config.teacher
     from_file = teacher.backend == "file"
+    fields_key = "data.train.fields"
     if from_file and teacher.path:
+        fields_key = "teacher.fields"
         changes = {"path": teacher.path, "fields": teacher.fields, "name": None}
         source = source.model_copy(update=changes)
     elif source.path == "holdout" or (from_file and source.path == "builtin"):
@@ -122,7 +126,7 @@ def _read_train(config: Config) -> tuple[DatasetConfig, Reading]:
             "or data.train to a file or hub id."
         )
         raise KitError(message, hint, 2)
-    return source, read(source, config.seed, traces=from_file)
+    return source, read(source, config.seed, traces=from_file, fields_key=fields_key)
 
 
 def _read_eval(
@@ -161,7 +165,13 @@ def _refuse_overlap(
     raise KitError(message, "Take them out of one of the two, or evaluate on `holdout`.")
 
 
-def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool = False) -> Reading:
+def read(
+    source: DatasetConfig,
+    seed: int,
+    held_out: bool = False,
+    traces: bool = False,
+    fields_key: str = "fields",
+) -> Reading:
     """All rows of a source, before any subset (built-in problems aside: they are as many as asked
     for).
 
@@ -170,6 +180,7 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
         held_out: for evaluation: built-in problems of the held-out half; a hub dataset's split
             `test`.
         traces: rows need a trace, and a question may come more than once.
+        fields_key: the config key of the source's `fields`, for messages.
 
     Raises:
         KitError: no such file or dataset, damage (with its line), a key of `fields` that no row
@@ -188,20 +199,34 @@ def read(source: DatasetConfig, seed: int, held_out: bool = False, traces: bool 
     if not reading.problems:
         first = reading.rejected[0]["detail"]
         message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
-        fitting = fitting_preset(rows[0][1])
+        role = missing_role(values_of(rows[0][1], keys, source.verifier), _needed(traces))
+        fitting = fitting_preset(rows[0][1], role or "question")
         hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
-        raise KitError(message, f"{hint} the keys: fields={{question: KEY, answer: KEY}}.")
+        if fitting and traces:
+            preset = f"data.train={{path: {source.path}, preset: {fitting}}}"
+            hint = f"It looks like {fitting}: set {preset} without teacher.path. Or name"
+        named = "trace: KEY" if role == "trace" else "question: KEY, answer: KEY"
+        raise KitError(message, f"{hint} the keys: {fields_key}={{{named}}}.")
+    if reading.rejected:
+        [(reason, times)] = Counter(row["reason"] for row in reading.rejected).most_common(1)
+        reading.warnings.append(
+            f"{source.path}: {len(reading.rejected)} of {len(rows)} rows are set aside, "
+            f"{times} because of: {reason}."
+        )
     warning = unused_parts(keys, rows)
     if warning:
         reading.warnings.append(f"{source.path} {warning}")
     return reading
 
 
+def _needed(traces: bool) -> tuple[str, ...]:
+    return ("question", "answer", "trace") if traces else ("question", "answer")
+
+
 def _sort_out(
     reading: Reading, source: DatasetConfig, rows: Rows, keys: Keys, traces: bool
 ) -> None:
     """Add every row to the problems, or to the rejected ones with its reason."""
-    needed = ("question", "answer", "trace") if traces else ("question", "answer")
     places: dict[str, str] = {}  # of each id
     first: dict[str, Problem] = {}  # by question
     for where, row in rows:
@@ -210,9 +235,10 @@ def _sort_out(
         text = f"{question}\0{values['trace'] if traces else ''}"
         id = values["id"] or f"{reading.name}-{text_digest(text, 10)}"
         twin = first.get(question)
-        reason = missing_role(row, values, keys, needed)
+        role = missing_role(values, _needed(traces))
+        reason = why_missing(row, role, keys, values["verifier"]) if role else None
         place = None
-        if not reason and not traces and twin and twin.answer != values["answer"]:
+        if not reason and twin and twin.answer != values["answer"]:
             reason = "same question, different answer"
             place = places[twin.id]
         elif not reason and id in places:
@@ -236,7 +262,8 @@ def describe(source: DatasetConfig, everything: bool = False) -> Json:
 
     Returns:
         rows, usable, rejected: [{reason, rows}], problems: [{id, question, answer}] (the first
-        three, or all), warnings where there are any.
+        three, or all), warnings where there are any. Of a file with traces also with_trace (rows)
+        and each problem's trace, its beginning.
     """
     reading = read(source, seed=0)
     reasons = Counter(row["reason"] for row in reading.rejected)
@@ -247,9 +274,20 @@ def describe(source: DatasetConfig, everything: bool = False) -> Json:
         "rejected": [{"reason": reason, "rows": rows} for reason, rows in reasons.most_common()],
         "problems": [problem.model_dump(include={"id", "question", "answer"}) for problem in shown],
     }
+    traces = sum(problem.trace is not None for problem in reading.problems)
+    if traces:
+        description["with_trace"] = traces
+        for row, problem in zip(description["problems"], shown, strict=True):
+            row["trace"] = _beginning(problem.trace)
     if reading.warnings:
         description["warnings"] = [{"warning": warning} for warning in reading.warnings]
     return description
+
+
+def _beginning(trace: str | None) -> str | None:
+    if trace is None or len(trace) <= SHOWN_TRACE:
+        return trace
+    return f"{trace[:SHOWN_TRACE]}... ({len(trace)} characters)"
 
 
 def subset(problems: list[Problem], source: DatasetConfig, seed: int) -> list[Problem]:

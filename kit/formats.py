@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import chain
 from typing import Any, get_args
 
@@ -27,7 +28,14 @@ Keys = dict[str, Sequence[str]]  # of each role: the keys or the template that m
 S1K_TRACE = "deepseek_thinking_trajectory"
 # Keys that belong to a question: a row that has one which is not used has only half of it.
 PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
+# Parts that are one text each; a list under any other key of a template holds options.
+TEXT_PARTS = ("question", "problem", "body", "context", "passage")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Where several values stand for one, as OlympiadBench's answers do. Two texts of any other role
+# are two texts: messages, samples, a column.
+MAY_BE_SEVERAL = ("answer", "level", "subject")
+# What stands in the answer's column where there is no answer: NuminaMath's marks, a table's blank.
+NO_ANSWER = ("proof", "notfound", "nan", "null")
 
 
 def with_preset(source: DatasetConfig) -> DatasetConfig:
@@ -51,14 +59,16 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
     return DatasetConfig(**{**preset, **given, "fields": fields})
 
 
-def fitting_preset(row: Json) -> str | None:
-    """The preset whose keys a row has."""
+def fitting_preset(row: Json, role: str) -> str | None:
+    """The preset whose keys a row has, with one for this role; the one with the most keys."""
+    best: tuple[int, str] | None = None
     for name, preset in bundled("presets").items():
-        keys = set(re.findall(r"[\w.]+", " ".join(preset.get("fields", {}).values())))
+        fields = preset.get("fields", {})
+        keys = set(chain.from_iterable(map(_named_keys, fields.values())))
         keys -= {"context", "passage"}
-        if keys and all(lookup(row, key) is not None for key in keys):
-            return name
-    return None
+        if role in fields and all(lookup(row, key) is not None for key in keys):
+            best = max(best or (0, ""), (len(keys), name))
+    return best and best[1]
 
 
 def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
@@ -71,7 +81,7 @@ def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
     keys: Keys = dict(bundled("formats"))
     for role, named in source.fields.items():
         keys[role] = (named,)
-        for key in _template_keys(named) or [named]:
+        for key in _named_keys(named):
             if any(_has(row, key) for _, row in rows):
                 continue
             matches = difflib.get_close_matches(key, rows[0][1], 1, cutoff=0.3)
@@ -86,15 +96,24 @@ def _has(row: Json, path: str) -> bool:
     return any(key.lower() == path.lower() for key in row) or lookup(row, path) is not None
 
 
+def _named_keys(named: str) -> list[str]:
+    """The keys of a value of `fields`: of a template, of `texts where flags`, or the one."""
+    return _template_keys(named) or named.split(" where ")
+
+
 def _template_keys(named: str) -> list[str]:
     return re.findall(r"\{([^{}]+)\}", named)
 
 
 def values_of(row: Json, keys: Keys, verifier: Verifier) -> Json:
     """What a row holds, by role; `verifier` where it names none of its own."""
-    values: Json = {role: _first_text(row, names) for role, names in keys.items()}
+    values: Json = {}
+    for role, names in keys.items():
+        values[role] = _first_text(row, names, several=role in MAY_BE_SEVERAL)
     if values["verifier"] not in get_args(Verifier):
         values["verifier"] = verifier
+    if values["verifier"] == "math" and (values["answer"] or "").casefold() in NO_ANSWER:
+        values["answer"] = None
     answer = values["answer"]
     solution = values["solution"]
     if answer and "####" in answer:
@@ -105,48 +124,87 @@ def values_of(row: Json, keys: Keys, verifier: Verifier) -> Json:
     elif not answer and solution:
         values["answer"] = last_box(solution) or (solution if S1K_TRACE in row else None)
     elif answer:
-        values["answer"] = _letter(row, keys["question"][0], answer, values["verifier"])
+        values["answer"] = _choice(row, keys, answer, values["verifier"])
     return values
 
 
-def _letter(row: Json, template: str, answer: str, verifier: str) -> str | None:
-    """The letter of an answer that is an index into the question's options, from 0, or (verifier
-    choice) the text of one of them; any other answer as it is. Empty where it names no option.
+def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
+    """The letter of an answer that is an option's own label (ARC has 1 to 4), its index from 0 or,
+    for the verifier choice, its text; any other answer as it is. None where it names no option, or
+    one by its text and another by its index.
     """
     options: Json = {}
-    for key in _template_keys(template):
-        options = options or _by_letter(lookup(row, key)) or {}
-    if options and answer.isdigit():
-        return dict(enumerate(options)).get(int(answer))
+    labels: list[str] = []
+    for key in _template_keys(keys["question"][0]):
+        value = lookup(row, key)
+        if not options and (options := _by_letter(value) or {}) and isinstance(value, dict):
+            labels = [str(label) for label in value.get("label") or ()]
+    if answer in labels:
+        return list(options)[labels.index(answer)]
+    is_number = any(type(lookup(row, name)) in (int, float) for name in keys["answer"])
+    by_index = dict(enumerate(options)).get(int(answer)) if answer.isdecimal() else None
     if verifier != "choice":
-        return answer
+        return by_index if options and is_number else answer
+    # MMLU: 2 among options that are text is an index, whatever they say
     equal = [letter for letter, option in options.items() if str(option) == answer]
-    named = "".join(equal[:1]) or letters(answer)
+    if is_number and any(isinstance(option, str) for option in options.values()):
+        equal = []
+    by_text = "".join(equal[:1])
+    if by_index and by_text and by_index != by_text:
+        return None
+    named = by_text or by_index or letters(answer)
     return named if not options or options.keys() >= set(named) else None
 
 
-def _first_text(row: Json, names: Sequence[str]) -> str | None:
-    """The first of the keys or templates, in any case, that gives text; None where none does."""
+def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:
+    """The first of the keys or templates, in any case, that gives text; None where none does.
+
+    Args:
+        several: a list of values is one text, with commas.
+    """
     for name in names:
-        text = _fill(row, name) if _template_keys(name) else _text(lookup(row, name))
+        if _template_keys(name):
+            text = _fill(row, name)
+        else:
+            value = _value(row, name)
+            is_several = isinstance(value, list) and len(value) > 1
+            text = None if is_several and not several else _text(value)
         if text:
             return text
     return None
+
+
+def _value(row: Json, name: str) -> Any:
+    """What a key leads to; of `texts where flags`, the first with a true flag (OpenR1-Math)."""
+    name, _, flags = name.partition(" where ")
+    value = lookup(row, name)
+    if not flags:
+        return value
+    good = [text for text, flag in zip(value or (), lookup(row, flags) or (), strict=False) if flag]
+    return next(iter(good), None)
 
 
 def _fill(row: Json, template: str) -> str | None:
     """A template with the values of a row; None where a part other than a context is missing,
     never half a question.
     """
-    text = template
+    parts = {}
     for key in _template_keys(template):
-        part = _options(lookup(row, key))
+        part = _part(row, key)
         if part is None and key.lower() not in ("context", "passage"):
             return None
         if part and key.lower() in ("body", "context", "passage") and part[-1].isalnum():
             part += "."
-        text = text.replace(f"{{{key}}}", part or "")
-    return text.strip()
+        parts[key] = part or ""
+    # at once: a value may hold braces of its own, as \sqrt{B} does
+    return re.sub(r"\{([^{}]+)\}", lambda match: parts[match[1]], template).strip()
+
+
+def _part(row: Json, key: str) -> str | None:
+    value = lookup(row, key)
+    if isinstance(value, list) and key.lower() in TEXT_PARTS:
+        return _text(value) if len(value) == 1 else None
+    return _options(value)
 
 
 def _by_letter(value: Any) -> Json | None:
@@ -175,7 +233,7 @@ def _text(value: Any) -> str | None:
     """Text, a finite number, or a list of these, as text; None for anything else."""
     if isinstance(value, str) and value.strip():
         return replace_surrogates(value)
-    if type(value) in (int, float) and abs(value) < float("inf"):  # neither True nor NaN
+    if type(value) in (int, float, Decimal) and abs(value) < float("inf"):  # not True, not NaN
         return str(value).removesuffix(".0")
     if not isinstance(value, list):
         return None
@@ -188,21 +246,26 @@ def _text(value: Any) -> str | None:
     return ", ".join(texts) or None
 
 
-def missing_role(row: Json, values: Json, keys: Keys, needed: Sequence[str]) -> str | None:
-    """What is wrong with the keys of the first role that a row lacks; None where it has all."""
-    for role in needed:
-        if values[role]:
-            continue
-        names = [name.lower() for name in keys[role]]
-        present = {key: value for key, value in row.items() if key.lower() in names}
-        if role == "answer" and values["verifier"] == "choice" and any(present.values()):
-            return "the answer names none of the options"
-        parts = chain.from_iterable(map(_template_keys, keys[role]))
-        missing = [part for part in parts if _options(lookup(row, part)) is None]
-        if missing:
-            return f"no {role}: nothing in {', '.join(missing)}"
-        return f"no {role} in {keys_of(present) if present else f'any key of {keys_of(row)}'}"
-    return None
+def missing_role(values: Json, needed: Sequence[str]) -> str | None:
+    """The first role that a row lacks; None where it has all."""
+    return next((role for role in needed if not values[role]), None)
+
+
+def why_missing(row: Json, role: str, keys: Keys, verifier: str) -> str:
+    """What is wrong with the keys of a role that a row lacks."""
+    names = [name.lower() for name in keys[role]]
+    present = {key: value for key, value in row.items() if key.lower() in names}
+    if role == "answer" and verifier == "choice" and any(present.values()):
+        return "the answer names none of the options, or two of them"
+    parts = chain.from_iterable(map(_template_keys, keys[role]))
+    missing = [part for part in parts if _part(row, part) is None]
+    if missing:
+        return f"no {role}: nothing in {', '.join(missing)}"
+    for name in keys[role]:
+        value = _value(row, name)
+        if isinstance(value, list) and len(value) > 1 and role not in MAY_BE_SEVERAL:
+            return f"no {role}: {name!r} holds {len(value)} values (name one of them by its number)"
+    return f"no {role} in {keys_of(present) if present else f'any key of {keys_of(row)}'}"
 
 
 def unused_parts(keys: Keys, rows: Rows) -> str | None:

@@ -104,6 +104,9 @@ def test_post_think_keeps_the_attempt_exactly_or_says_why_not(grader: Grader) ->
     assert (row.prefix, row.sentences, row.rejected) == (attempt, 0, None)
     in_one = whole(f"<think>{WANDERING}</think>\n\n{attempt}")
     assert baselines.post_think(grader, in_one).prefix == attempt
+    # thinking that speaks of the tag
+    speaking = whole(f"<think>I close with </think> at last. {WANDERING}</think>\n\n{attempt}")
+    assert baselines.post_think(grader, speaking).prefix == attempt
     assert baselines.post_think(grader, whole(WANDERING)).rejected == "no attempt"
     wrong = baselines.post_think(grader, whole(WANDERING, attempt="So \\boxed{55}."))
     assert wrong.rejected == "wrong attempt" and "55" in str(wrong.detail)

@@ -142,8 +142,14 @@ def test_marks_of_other_systems(tmp_path: Path, mangle: Any) -> None:
         ),
         (b'{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2: broken JSON .list, not an object"),
         (b'{"question": "a", "answer": "1"}\n\n3\n', "line 3: broken JSON .int, not an object"),
-        (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken JSON .*utf-8"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}', "line 2: broken text, not"),
         (b"[" * 100_000, "line 1: broken JSON"),
+        (b"[]", "is empty"),
+        (b"{}", "is empty"),
+        (b'[{"question": "a", "answer": "1"}, null]', "row 2: broken JSON .NoneType"),
+        (b'[{"question": "a", "answer": "1"},\n{"question": \x00}]', "line 2: broken JSON"),
+        (b'{\n"data": [\n{"question": "a" "answer"}]}', "line 3: broken JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
         (
             b'{"question": "", "answer": "1"}',
             r"none of 1 rows is usable. The first: .*line 1: no question in 'question' .text.",
@@ -434,12 +440,126 @@ def test_the_answer_to_a_choice_is_an_options_letter(
     assert one(tmp_path, row, fields=template, verifier="choice").answer == letter
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "letter"),
+    [
+        # ARC: the options have labels of their own, sometimes numbers
+        ({"text": ["water", "oxygen", "iron"], "label": ["1", "2", "3"]}, "2", "B"),
+        ({"text": ["water", "oxygen", "iron"], "label": ["A", "B", "C"]}, "B", "B"),
+        # options that are numbers: the text goes before an index that is out of range
+        (["2", "8", "5"], "8", "B"),
+        ([4, 8, 16], 8, "B"),
+        # MMLU: the index of an option that is text
+        (["0", "4", "2", "6"], 1, "B"),
+        (["0", "4", "2", "6"], 2, "C"),
+        # both at once, by text and by index: nobody can tell
+        (["1", "2", "3", "4"], "2", None),
+        ([0, 2, 1, 3], 2, None),
+        # and where they say the same
+        (["0", "1", "2"], "1", "B"),
+        ([0, 1, 2], 1, "B"),
+    ],
+)
+def test_an_answer_among_options_that_are_numbers(
+    tmp_path: Path, choices: Any, answer: Any, letter: str | None
+) -> None:
+    row = {"question": "Which?", "choices": choices, "answer": answer}
+    template = {"question": "{question}\n{choices}"}
+    if letter:
+        assert one(tmp_path, row, fields=template, verifier="choice").answer == letter
+    else:
+        with pytest.raises(KitError, match=r"names none of the options, or two of them"):
+            one(tmp_path, row, fields=template, verifier="choice")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "said"),
+    [
+        ({"q": ["One?", "Two?"], "answer": "1"}, {"question": "q"}, "'q' holds 2 values"),
+        ({"q": ["One?", "Two?"], "answer": "1"}, {"question": "{q.0} {n}"}, "names 'n'"),
+        (
+            {"messages": [{"content": "You are."}, {"content": "One?"}], "answer": "1"},
+            {"question": "messages.content"},
+            "'messages.content' holds 2 values",
+        ),
+        ({"question": ["One?", "Two?"], "answer": ["1", "2"]}, {}, "'question' holds 2 values"),
+    ],
+)
+def test_several_texts_are_never_glued_into_one(
+    tmp_path: Path, row: Any, fields: Any, said: str
+) -> None:
+    with pytest.raises(KitError, match=said):
+        one(tmp_path, row, fields=fields)
+    first = {"question": "messages.1.content"} if "messages" in row else {"question": "q.0"}
+    if fields:
+        assert one(tmp_path, row, fields=first).question == "One?"
+
+
+def test_openr1s_trace_is_the_first_that_was_found_right(tmp_path: Path) -> None:
+    """As in the hub's rows: several generations, of which the first may be wrong or cut off."""
+    row = {
+        "problem": "7 times 7?",
+        "answer": "49",
+        "solution": "It is $\\boxed{49}$.",
+        "problem_type": "Algebra",
+        "uuid": "u1",
+        "generations": ["<think>\nSo 3", "<think>\nSo 49.</think>\n\n\\boxed{49}"],
+        "correctness_math_verify": [False, True],
+    }
+    wrong = {**row, "uuid": "u2", "problem": "8 times 8?", "correctness_math_verify": [False, None]}
+    source = DatasetConfig(path=write(tmp_path, [row, wrong]), preset="openr1-math")
+    reading = data.read(source, 0, traces=True)
+    assert [problem.trace for problem in reading.problems] == [row["generations"][1]]
+    assert [rejected["id"] for rejected in reading.rejected] == ["u2"]
+    # without the preset its keys are not known, and the message names it
+    bare = DatasetConfig(path=source.path)
+    with pytest.raises(KitError, match=r"looks like openr1-math.*preset: openr1-math.*trace: KEY"):
+        data.read(bare, 0, traces=True)
+
+
+def test_braces_in_the_data_are_no_part_of_a_template(tmp_path: Path) -> None:
+    row = {"question": "Is $\\bar{A}$ the set $\\sqrt{B}$?", "A": "yes", "B": "no", "answer": "B"}
+    template = {"question": "{question}\nA) {A}\nB) {B}"}
+    problem = one(tmp_path, row, fields=template, verifier="choice")
+    assert problem.question == "Is $\\bar{A}$ the set $\\sqrt{B}$?\nA) yes\nB) no"
+
+
+def test_the_exact_key_goes_before_another_case(tmp_path: Path) -> None:
+    row = {"question": "2 and 2?", "Answer": "Because they make four.", "answer": "4"}
+    assert one(tmp_path, row).answer == "4"
+    assert one(tmp_path, row, fields={"answer": "Answer"}).answer == row["Answer"]
+
+
+@pytest.mark.parametrize("mark", ["proof", "notfound", "NaN", "null"])
+def test_a_mark_for_no_answer_is_no_answer(tmp_path: Path, mark: str) -> None:
+    row = {"question": "Prove it.", "answer": mark}
+    with pytest.raises(KitError, match="no answer in 'answer'"):
+        one(tmp_path, row)
+    assert one(tmp_path, row, verifier="text").answer == mark
+
+
+def test_rows_set_aside_are_told(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"{n}?", "answer": "1", "long_cot": "So 1." if n else ""} for n in range(5)
+    ]
+    path = write(tmp_path, rows)
+    config = configured({"path": path}, "builtin", teacher={"backend": "file"})
+    [warning] = data.load_all(config).warnings
+    assert "1 of 5 rows are set aside, 1 because of: no trace in 'long_cot'" in warning
+    # a trace under an unknown key: the role and the section that would name it
+    limo = write(tmp_path, [{"question": "1?", "answer": "1", "solution": "So 1."}], "limo.jsonl")
+    config = configured("builtin", "builtin", teacher={"backend": "file", "path": limo})
+    with pytest.raises(KitError, match=r"teacher\.fields={trace: KEY}") as caught:
+        data.load_all(config)
+    assert "looks like" not in str(caught.value)
+
+
 def test_a_choice_without_options_or_with_an_answer_among_none_is_set_aside(tmp_path: Path) -> None:
-    whole = {"question": "Which?", "choices": ["red", "blue"], "answer": "B"}
+    whole: dict[str, Any] = {"question": "Which?", "choices": ["red", "blue"], "answer": "B"}
     rows = [whole]
-    for number, change in enumerate(
-        [{"choices": []}, {"choices": None}, {"answer": "C"}, {"answer": "green"}, {"answer": 2}]
-    ):
+    changes: list[dict[str, Any]] = [{"choices": []}, {"choices": None}]
+    changes += [{"answer": "C"}, {"answer": "green"}, {"answer": 2}]
+    for number, change in enumerate(changes):
         rows.append({**whole, "question": f"Which, {number}?", **change})
     source = DatasetConfig(
         path=write(tmp_path, rows),
@@ -450,10 +570,101 @@ def test_a_choice_without_options_or_with_an_answer_among_none_is_set_aside(tmp_
     assert [problem.answer for problem in reading.problems] == ["B"]
     reasons = [row["reason"] for row in reading.rejected]
     missing = "no question: nothing in choices"
-    unknown = "the answer names none of the options"
+    unknown = "the answer names none of the options, or two of them"
     assert reasons == [missing, missing, unknown, unknown, unknown]
     # mathematics may speak of options without being a choice
     assert one(tmp_path, {"question": "Who?", "answer": "green"}, verifier="text").answer == "green"
+
+
+ROWS = '{"question": "a?", "answer": "1"}, {"question": "b?", "answer": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", f"[{ROWS}]".encode()),
+        ("rows.json", f'{{"version": 1, "data": [{ROWS}]}}'.encode()),
+        ("rows.json", f'{{\n  "version": 1,\n  "data": [\n{ROWS}]\n}}'.encode()),
+        ("rows.json", f'{{"aime": [{ROWS}]}}'.encode()),
+        ("rows.json", f"[{ROWS}]".replace("{", "{\n  ").encode("utf-16")),
+        ("ROWS.JSONL", ROWS.replace("}, {", "}\n{").encode("utf-16")),
+        ("rows.jsonl", ROWS.replace("}, {", "}\r\n\r\n{").encode("utf-8-sig")),
+        ("rows.json", f'{{"x1": {ROWS}}}'.replace(", {", ', "x2": {').encode()),
+        ("ROWS.CSV", b"question,answer\na?,1\n\nb?,2\n"),
+        ("rows.csv", "question,answer\r\na?,1\r\nb?,2\r\n".encode("utf-16")),
+        ("rows.TSV", b'"question"\tanswer\n"a?"\t1\n"b?"\t2\n'),
+    ],
+)  # fmt: skip
+def test_layouts_of_others(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    problems = load(DatasetConfig(path=str(tmp_path / name)), 0)
+    assert [(problem.question, problem.answer) for problem in problems] == [
+        ("a?", "1"),
+        ("b?", "2"),
+    ]
+
+
+def test_a_file_of_traces_shows_what_its_traces_are(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"question": "a?", "answer": "1", "long_cot": "So it is 1. " * 20},
+        {"question": "b?", "answer": "2", "long_cot": "So 2."},
+        {"question": "c?", "answer": "3"},
+    ]
+    described = data.describe(DatasetConfig(path=write(tmp_path, rows)))
+    assert (described["usable"], described["with_trace"]) == (3, 2)
+    shown = [problem["trace"] for problem in described["problems"]]
+    assert shown[1:] == ["So 2.", None]
+    assert shown[0].startswith("So it is 1. So") and shown[0].endswith("... (240 characters)")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "user", "value": "a?"}, {"from": "gpt", "value": "1"}]},
+        {"question": {"value": "a?"}, "conversations": [{"value": "a?"}, {"value": "1"}]},
+    ],
+)
+def test_one_row_is_a_row_like_others(tmp_path: Path, row: Any) -> None:
+    fields = {"question": "conversations.0.value", "answer": "conversations.1.value"}
+    assert one(tmp_path, row, fields=fields).question == "a?"
+    for key in ("conversations.value", "conversations.7.value", "conversations.0.text"):
+        with pytest.raises(KitError, match=r"names|holds 2 values"):
+            one(tmp_path, row, fields={**fields, "question": key})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"question,answer,answer\na?,1,2\n", "line 1: .*two columns are called 'answer'"),
+        (b"question,answer\na?,1\nquestion,answer\nb?,2\n", "line 3: .*the header again"),
+        (b'question,answer\na?,1\n"b" x,3\n', "line 3: broken table"),
+        (b"question,answer\na?,1\nb?,2,3\n", "line 3: .*2 columns in the header, 3 here"),
+        (b"question,answer\na?\n", "line 2: .*2 columns in the header, 1 here"),
+    ],
+)
+def test_broken_tables(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(KitError, match=said) as caught:
+        load(DatasetConfig(path=str(tmp_path / "bad.csv")), 0)
+    assert "the header's columns" in str(caught.value)
+
+
+def test_a_column_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
+    trace = "So 1. " * 50_000
+    (tmp_path / "long.csv").write_text(f"question,answer,trace\na?,1,{trace}\n")
+    source = DatasetConfig(path=str(tmp_path / "long.csv"))
+    [problem] = data.read(source, 0, traces=True).problems
+    assert problem.trace == trace
+
+
+def test_a_gzip_file_damaged_in_its_middle(tmp_path: Path) -> None:
+    import gzip
+
+    content = bytearray(gzip.compress(Path(write(tmp_path, QA)).read_bytes()))
+    content[30:40] = b"\xff" * 10
+    (tmp_path / "bad.jsonl.gz").write_bytes(content)
+    with pytest.raises(KitError, match=r"bad\.jsonl\.gz cannot be read .*decompressing"):
+        load(DatasetConfig(path=str(tmp_path / "bad.jsonl.gz")), 0)
 
 
 def test_an_unused_part_of_a_question_raises_a_warning(tmp_path: Path) -> None:
@@ -476,6 +687,10 @@ def test_the_same_question_with_another_answer_is_set_aside(tmp_path: Path) -> N
     assert [problem.id for problem in reading.problems] == ["a", "c"]
     assert reading.rejected[0]["reason"] == "same question, different answer"
     assert reading.rejected[0]["detail"].endswith("already in line 1")
+    # likewise of traces, of which a question may have many
+    traces = [{**row, "trace": f"So {n}."} for n, row in enumerate(rows)]
+    reading = data.read(DatasetConfig(path=write(tmp_path, traces)), 0, traces=True)
+    assert [problem.id for problem in reading.problems] == ["a", "c"]
 
 
 def test_other_formats_give_the_same_rows(tmp_path: Path) -> None:

@@ -229,6 +229,12 @@ def test_vllm_batch_outputs_take_their_golds_from_another_file(tmp_path):
     assert graded["verdicts"] == {"correct": 1, "wrong": 1} and graded["agreement"] is None
     with pytest.raises(KitError, match="no row whose custom_id=id is 'q1'"):
         grade_file(Source(outputs, gold=write(golds, {"id": "q0", "answer": 8}), on="custom_id=id"))
+    # an answer twice is none too many, two different ones are
+    twice = [{"id": "q0", "answer": 8}, {"id": "q1", "answer": 8}, {"id": "q1", "answer": 8}]
+    grade_file(Source(outputs, gold=write(golds, *twice), on="custom_id=id"))
+    twice[2] = {"id": "q1", "answer": 9}
+    with pytest.raises(KitError, match=r"line 3: a second, other answer for id 'q1'"):
+        grade_file(Source(outputs, gold=write(golds, *twice), on="custom_id=id"))
 
 
 def test_keys_may_be_named(tmp_path):

@@ -98,7 +98,8 @@ class TraceRow(Outcome):
         for index in self.kept:
             trace = self.samples[index].text
             sentences = len(sentence_ends(trace))
-            _, _, after_thinking = trace.partition("</think>")
+            # the last tag: thinking may speak of it
+            _, closed, after_thinking = trace.rpartition("</think>")
             prefixes.append(
                 PrefixRow(
                     id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
@@ -106,7 +107,7 @@ class TraceRow(Outcome):
                     answer=self.answer,
                     verifier=self.verifier,
                     trace=trace,
-                    attempt=self.attempt or after_thinking.strip(),
+                    attempt=self.attempt or (after_thinking.strip() if closed else ""),
                     end=len(trace),
                     sentences=sentences,
                     sentences_total=sentences,

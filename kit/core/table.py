@@ -9,6 +9,8 @@ import gzip
 import io
 import json
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +19,19 @@ from kit.core.config import expand, readable
 from kit.core.errors import KitError
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
-IS_FILE = re.compile(rf"[./~].*|.*\.(?:{'|'.join(FORMATS)})(?:\.gz)?", re.DOTALL)
+IS_FILE = re.compile(rf"[./~].*|.*\.(?:{'|'.join(FORMATS)})(?:\.gz)?", re.DOTALL | re.IGNORECASE)
 _OTHERS = re.compile(
-    r"\.(?:xlsx?|ods|arrow|feather|zip|tar|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)$"
+    r"\.(?:xlsx?|ods|arrow|feather|zip|tar|tgz|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)(?:\.gz)?$"
 )
+_MARKS = {  # at the beginning of a text: its encoding
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_LFS_POINTER = b"version https://git-lfs"
+# What is one object's own list, and no list of rows.
+_LISTS_OF_A_ROW = ("conversations", "messages")
+_WHOLE_COLUMN = 2**31 - 1  # characters: a trace is longer than the csv module's 131,072
 
 Rows = list[tuple[str, Json]]  # each with its place: "line 3" or "row 3"
 
@@ -43,15 +54,14 @@ def read_rows(name: str) -> Rows:
         content = readable(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        rows = _parse(content, path.name.removesuffix(".gz"))
+        rows = _parse(content, path.name.lower().removesuffix(".gz"))
     except _DamageError as damage:
-        hint = "Each line should hold one object {key: value, ...}. Nothing was done yet."
-        raise KitError(f"{path}, {damage}.", hint) from None
+        raise KitError(f"{path}, {damage}.", damage.hint) from None
     except OSError as error:
         raise KitError(
-            f"{path} cannot be read: {error.strerror or error}.", "Fix the path."
+            f"{path} cannot be read: {error.strerror or error}.", "Fix the path, or the file."
         ) from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise KitError(f"{path} cannot be read ({error}).", "Check the file.") from None
     if not rows:
         raise KitError(
@@ -61,22 +71,39 @@ def read_rows(name: str) -> Rows:
 
 
 class _DamageError(Exception):
-    """Where a file is broken, and how."""
+    """Where a file is broken, and how; `hint` says what it should be like."""
+
+    hint = "Each line should hold one object {key: value, ...}. Nothing was done yet."
+
+
+class _TableDamageError(_DamageError):
+    hint = "Each line should have the header's columns, or be quoted. Nothing was done yet."
 
 
 def _parse(content: bytes, name: str) -> Rows:
+    if content.startswith(_LFS_POINTER):
+        raise ValueError("a pointer of Git LFS, not the file itself: run `git lfs pull`")
     if name.endswith(".parquet"):
         from pyarrow import parquet
 
         table = parquet.read_table(io.BytesIO(content))
         return numbered(table.to_pylist())
-    content = content.removeprefix(codecs.BOM_UTF8)
+    text = _decode(content)
     if name.endswith((".csv", ".tsv")):
-        return _parse_csv(content, "\t" if name.endswith(".tsv") else ",")
-    document = _whole(content)
-    if document is None:
-        return _parse_lines(content)
-    return numbered(document)
+        return _parse_csv(text, "\t" if name.endswith(".tsv") else ",")
+    return _parse_json(text)
+
+
+def _decode(content: bytes) -> str:
+    """The text of a file: UTF-8, or what its first bytes name."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            return content.removeprefix(mark).decode(encoding)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _DamageError(f"line {line}: broken text, not UTF-8 ({error})") from None
 
 
 def numbered(rows: Iterable[Json]) -> Rows:
@@ -84,69 +111,122 @@ def numbered(rows: Iterable[Json]) -> Rows:
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _parse_csv(content: bytes, delimiter: str) -> Rows:
-    try:
-        lines = io.StringIO(content.decode(), newline="")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise _DamageError(f"line {line}: broken text ({error})") from None
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+def _parse_csv(text: str, delimiter: str) -> Rows:
+    csv.field_size_limit(_WHOLE_COLUMN)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error(
-                    f"{len(reader.fieldnames or ())} columns in the header, a different number here"
-                )
-            rows.append((f"line {reader.line_num}", row))
+        header = next(reader, [])
+        twice = [name for name, times in Counter(header).items() if times > 1]
+        if twice:
+            raise csv.Error(f"two columns are called {twice[0]!r}")
+        for values in reader:
+            if values == header:
+                raise csv.Error("the header again, as where files were put together")
+            if values and len(values) != len(header):
+                raise csv.Error(f"{len(header)} columns in the header, {len(values)} here")
+            if values:
+                rows.append((f"line {reader.line_num}", dict(zip(header, values, strict=True))))
     except csv.Error as error:
-        raise _DamageError(f"line {reader.line_num}: broken table ({error})") from None
+        message = f"line {reader.line_num}: broken table ({error})"
+        raise _TableDamageError(message) from None
     return rows
 
 
-def _whole(content: bytes) -> list[Json] | None:
-    """The rows of a file that is one JSON document; None where it holds one object per line."""
+def _parse_json(text: str) -> Rows:
+    """The rows of one JSON document, or of one object per line."""
     try:
-        document = json.loads(content)
+        document = json.loads(text)
+    except RecursionError as error:
+        raise _DamageError(f"line 1: broken JSON ({error})") from None
+    except ValueError as error:
+        if not _is_document(text):
+            return _parse_lines(text)
+        line = getattr(error, "lineno", 1)
+        raise _DamageError(f"line {line}: broken JSON ({error})") from None
+    rows = _rows_of(document)
+    places = [("line 1", document)] if rows == [document] else numbered(rows)
+    for where, row in places:
+        _refuse_non_object(where, row)
+    return places
+
+
+def _refuse_non_object(where: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise _DamageError(f"{where}: broken JSON ({type(row).__name__}, not an object)")
+
+
+def _is_document(text: str) -> bool:
+    """Whether a text that is no valid JSON was meant as one document, not as one object per line:
+    it is a list, or neither of its first lines is an object.
+    """
+    if text.lstrip().startswith("["):
+        return True
+    lines = [line for line in text.split("\n", 20) if line.strip()][:2]
+    return text.lstrip().startswith("{") and not any(map(_is_object, lines))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        return None
-    if isinstance(document, dict):
-        # {"data": [...]} or {"0": {...}, "1": {...}}
-        values = list(document.values())
-        document = values[0] if len(values) == 1 else values
-    if isinstance(document, list) and document and all(isinstance(row, dict) for row in document):
+        return False
+
+
+def _rows_of(document: Any) -> list[Any]:
+    """The rows of one JSON document: a list, {"data": [...]}, {"0": {...}, "1": {...}}, or one."""
+    if isinstance(document, list):
         return document
-    return None
+    if not isinstance(document, dict) or not document:
+        return [document] if document else []
+    lists = []
+    for key, value in document.items():
+        is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+        if is_rows and key.lower() not in _LISTS_OF_A_ROW:
+            lists.append((key, value))
+    if len(document) == 1 and lists:
+        return lists[0][1]
+    if "data" in dict(lists):
+        return document["data"]
+    # rows by their names: they share a key, and not a number, as columns in pandas' layout do
+    values = list(document.values())
+    if all(isinstance(value, dict) for value in values):
+        shared = set(values[0]).intersection(*values)
+        if shared and not all(key.isdigit() for key in shared):
+            return values
+    return [document]
 
 
-def _parse_lines(content: bytes) -> Rows:
+def _parse_lines(text: str) -> Rows:
     rows: Rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise _DamageError(f"line {number}: broken JSON ({error})") from None
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise _DamageError(f"line {number}: broken JSON ({kind}, not an object)")
+        _refuse_non_object(f"line {number}", row)
         rows.append((f"line {number}", row))
     return rows
 
 
 def lookup(value: Any, path: str) -> Any:
-    """What a path leads to, its keys in any case: `reward_model.ground_truth`, `choices.0`, or,
-    through a list without a number, into each of its items. None: there is none.
+    """What a path leads to: `reward_model.ground_truth`, `choices.0`, or, through a list without a
+    number, into each of its items. Keys may be in any case; the exact one goes first. None: there
+    is none.
     """
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         if not head.isdecimal():
-            return [lookup(item, path) for item in value]
+            found = [lookup(item, path) for item in value]
+            return None if all(item is None for item in found) else found
         value = dict(enumerate(value)).get(int(head))
         return lookup(value, rest) if rest else value
     if not isinstance(value, dict):
         return None
+    if path in value:
+        return value[path]
     for key in value:
         if key.lower() == path.lower():
             return value[key]

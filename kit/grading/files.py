@@ -111,13 +111,16 @@ def _read_golds(source: Source) -> dict[str, str]:
     """The gold answers of another file by the shared key."""
     key = (source.on or "").split("=")[-1]
     names = [source.keys.answer] if source.keys.answer else bundled("grading/outputs")[-1]["answer"]
-    golds = {}
+    golds: dict[str, str] = {}
     for where, row in read_rows(str(source.gold)):
         answer = first_value(row, names)
         if lookup(row, key) is None or answer is None:
             message = f"{source.gold}, {where}: no {key or 'shared key'} or no answer."
             raise KitError(message, f"Name them by --on and --answer. Its keys: {keys_of(row)}.", 2)
-        golds[str(lookup(row, key))] = str(answer)
+        shared = str(lookup(row, key))
+        if golds.setdefault(shared, str(answer)) != str(answer):
+            message = f"{source.gold}, {where}: a second, other answer for {key} {shared!r}."
+            raise KitError(message, "Keep one of the two rows.", 2)
     return golds
 
 
