@@ -298,6 +298,145 @@ TEXT = [  # verifier text
     ("Paris", "Paris, Texas", W),
     ("caf\u00e9", "cafe\u0301", C),
 ]
+OTHER_NUMBERS = [  # verifier number: hedges, and words that make another number of it
+    ("5", "x = 3, y = 5", W),
+    ("5", "3 or x = 5", W),
+    ("5", "x=4; x=5", W),
+    ("5", r"x = 3 \text{ and } x = 5", W),
+    ("1002", "1,000 + 2 = 1,002", C),
+    ("3", "3 fifths", W),
+    ("3", "3 halves", W),
+    ("5", "5 millions", W),
+    ("5000000", "5 million", C),
+    ("5", "5 dozens", W),
+    ("10", "10 degrees below zero", W),
+    ("10", "10\u2074", W),
+    ("10000", "10\u2074", C),
+    ("5", "5 cups", C),
+    ("5", "5 egg", C),
+    ("24", "24hours", C),
+]
+OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write them
+    # characters beyond ASCII
+    ("2", "2\u2075", W),
+    ("32", "2\u2075", C),
+    ("2", "2\u2153", W),
+    (r"\frac{7}{3}", "2\u2153", C),
+    ("x^{23}", "x\u00b2\u00b3", C),
+    (r"10^{-3}", "10\u207b\u00b3", C),
+    ("101_2", "101\u2082", C),
+    ("5", "5\u03b8", W),
+    (r"5\theta", "5\u03b8", C),
+    ("5", "5\u2082", W),
+    ("5", "5 \u03bcm", C),
+    # letters after a number are a unit only where they look like one
+    ("5", "5abc", W),
+    ("3abc", "3xyz", W),
+    ("6abc", "6", W),
+    ("24xyz", "24xyz^2", W),
+    (r"\frac{1}{2}", r"\frac{1}{2} abc", W),
+    ("3", r"3 sinh x", W),
+    ("5", "5 alpha", W),
+    ("5", "5 men", C),
+    ("5", r"5 \text{ s}^{-1}", C),
+    # units that differ
+    (r"5 \text{ cm}^2", r"5 \text{ cm}^3", W),
+    (r"5 \text{ cm}^2", r"5 \text{ square cm}", C),
+    (r"5 \text{ Hz}", r"5 \text{ MHz}", W),
+    (r"5 \text{ mm}", r"5 \text{ nm}", W),
+    (r"5 \text{ eV}", r"5 \text{ keV}", W),
+    (r"5 \text{ acres}", r"5 \text{ square feet}", W),
+    (r"5 \text{ miles per hour}", "5 mph", C),
+    (r"5 \text{ miles per hour}", r"5 \text{ km per hour}", W),
+    # times and ratios
+    ("12:00", "1:00", W),
+    ("2:30", "1:15", W),
+    ("2:30", "2:30", C),
+    ("3:4", "6:8", C),
+    ("3:4", "3/4", C),
+    # names
+    ("(1,2)", "y=1, x=2", W),
+    ("(1,2)", "y=2, x=1", C),
+    ("(1,2)", "(x, y) = (1, 2)", C),
+    ("(1,2)", "(y, x) = (1, 2)", W),
+    ("(1,2,3)", "(a,b,c) = (1,2,3)", C),
+    ("7", "m+n = 13", W),
+    ("13", "m + n = 4 + 9 = 13", C),
+    ("x + y = 7", "7", W),
+    ("x + y = 7", "y + x = 7", C),
+    ("x + y = 7", "2x + 2y = 14", C),
+    ("10", "2x = 10", W),
+    ("5", "|AB| = 5", C),
+    (r"\frac{1}{2}", r"\cos A = \frac{1}{2}", C),
+    (r"\frac{x-1}{2}", r"f^{-1}(x) = \frac{x-1}{2}", C),
+    ("5", r"v_{\text{max}} = 5", C),
+    # several answers
+    ("56", "5&6", W),
+    ("1,1,2", "1,2,2", W),
+    ("1,2", "2,1,1", C),
+    (r"\pm 1 \pm i", "1+i,-1-i", W),
+    (r"\pm 1 \pm i", "1+i,1-i,-1+i,-1-i", C),
+    ("5", r"x = 5 \approx 5.2", U),
+    (r"\sqrt{17}", r"\sqrt{17} \approx 4.12", C),
+    (r"\sqrt{17}", r"\sqrt{17} \approx 4.2", U),
+    # an equation inside brackets was read without end
+    ("5", "(x=5)", C),
+    ("(1,2)", r"\begin{cases} x=1 \\ y=2 \end{cases}", C),
+    ("(1,2)", r"\begin{cases} x=2 \\ y=1 \end{cases}", W),
+    (r"\frac{n(n+1)}{2}", r"\sum_{k=1}^{n} k", C),
+    # roots of letters, complex numbers, degrees, digits that repeat
+    (r"\frac{1}{\sqrt{n}}", r"\sqrt{\frac{1}{n}}", C),
+    (r"\sqrt{ab}", r"\sqrt{a}\sqrt{b}", C),
+    (r"30x\sqrt{7x}", r"\sqrt{6300x^3}", C),
+    (r"30x\sqrt{7x}", r"\sqrt{6300x^2}", W),
+    ("x", r"\sqrt{x^2}", W),
+    ("-1", r"e^{i\pi}", C),
+    ("1", r"e^{i\pi}", W),
+    (r"\frac{1}{2}", r"\sin 30^\circ", C),
+    (r"\frac{1}{2}", r"\sin 60^\circ", W),
+    (r"\frac{1}{3}", r"0.\bar{3}", C),
+    (r"\frac{1}{3}", "0.(3)", C),
+    (r"\frac{1}{3}", r"0.\bar{4}", W),
+    # decoration, and intervals joined by a word
+    ("8", r"\textcolor{red}{8}", C),
+    (r"\frac{1}{2}", r"\mathbf{\frac{1}{2}}", C),
+    ("(3,4)", r"\langle 3,4\rangle", C),
+    (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1) \text{ or } (1,\infty)", C),
+    (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} - \{2\}", C),
+]
+OTHER_LETTERS = [  # verifier choice
+    ("A", "A is incorrect", U),
+    ("A", "A is wrong, B is right", U),
+    ("A", "A, then B", U),
+    ("A", "A. Actually B", U),
+    ("A", "A is the correct answer", C),
+    ("A", "A, not B", C),
+    ("B", "B - 12", C),
+    ("B", "B = 12", C),
+    ("B", r"B \text{ (12)}", C),
+    ("B", "the correct option is B", C),
+]
+# Answers in a sentence of which the first number is only a part.
+PARTS = (
+    "3 \u221a5|3\u221a5|10\u207b\u00b3|5\u00f72|5 \u00b7 3|3\u20134|5 \u00b1 2|6 \u2212 2|"
+    "5 \\sqrt{2}|2 \\frac{1}{2}|4 \\times 5|4 \\cdot 5|2 x|3 i|3 sqrt 2|3 sin x|"
+    "5 choose 2|101 base 2|3 hours 30 minutes|"
+    "5 feet 6 inches|2 thirds|7 tenths|5 lakh|$3$ $\\sqrt{2}$"
+).split("|")
+OTHER_TEXTS = [
+    *((part.split()[0].strip("$"), f"The answer is {part}.", "math", U) for part in PARTS),
+    ("2.5", "The answer is 2 1/2.", "number", C),
+    ("2", "The answer is 2 1/2.", "number", W),
+    ("5", "The answer is 5 m.", "number", C),
+    ("5", "The answer is 5\n\n3 remarks follow.", "number", C),
+    ("5", "The answer is 5 because 3 plus 2 makes it.", "number", C),
+    ("8", "I thought the answer is 8. But the answer is not 8, it is 9.", "math", U),
+    ("8", "If the answer is 8, then we get a contradiction.", "math", U),
+    ("8", "The answer is 8. Wait, the answer is 3\u221a5.", "math", U),
+    ("B", "The answer is B. Option C is a distractor.", "choice", C),
+    ("B", "Answer: B\n\nThe other choice is a mistake.", "choice", C),
+    ("B", r"The answer is $\textbf{(B)}\ 12$.", "choice", C),
+]
 WHOLE = [  # (gold, whole output, verifier, verdict)
     ("8", r"So it is \boxed{8}.", "number", C),
     ("8", r"First \boxed{7}, no: \boxed{8}", "number", C),
@@ -352,11 +491,13 @@ WHOLE = [  # (gold, whole output, verifier, verdict)
     ("Paris", "It lies on the Seine.", "text", U),
 ]
 BOXED = {
-    "number": NUMBERS,
-    "math": MATH + UNITS + SETS + WORDS + ADVERSARIAL,
-    "choice": CHOICE,
+    "number": NUMBERS + OTHER_NUMBERS,
+    "math": MATH + UNITS + SETS + WORDS + ADVERSARIAL + OTHER_FORMS,
+    "choice": CHOICE + OTHER_LETTERS,
     "text": TEXT,
 }
-PAIRS = [
-    (g, f"So it is \\boxed{{{a}}}.", v, w) for v, rows in BOXED.items() for g, a, w in rows
-] + WHOLE
+PAIRS = (
+    [(g, f"So it is \\boxed{{{a}}}.", v, w) for v, rows in BOXED.items() for g, a, w in rows]
+    + WHOLE
+    + OTHER_TEXTS
+)

@@ -192,6 +192,19 @@ def test_grading_from_threads_leaves_signals_alone(warm):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_an_answer_is_not_lost_where_other_work_takes_the_processor(started):
+    """The worker stands still for longer than an answer may compute: only its own time counts."""
+    with Grader(timeout_seconds=1.0) as grader:
+        grader.grade([Item("3", r"\boxed{\sqrt{9}}")])
+        [worker] = started()
+        worker.suspend()
+        resumed = threading.Timer(2.5, worker.resume)
+        resumed.start()
+        [grade] = grader.grade([Item("5", r"\boxed{\sqrt{25}}")])
+        resumed.join()
+        assert (grade.verdict, grade.how, started()) == ("correct", "boxed:math", [worker])
+
+
 def test_workers_end_when_their_parent_is_killed():
     code = (
         "from kit.grading.answers import Grader, Item\n"

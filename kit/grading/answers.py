@@ -20,15 +20,27 @@ from kit.grading.extract import LONGEST, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
 from kit.grading.opinions import AnswerJudge
-from kit.grading.quantities import different_units, read_clock, read_quantity
+from kit.grading.quantities import (
+    after_last_equals,
+    different_units,
+    read_clock,
+    read_quantity,
+)
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
 
 # One option letter: (B)  B.  B) 12  option B  B is correct; no first letter of a word.
 _LETTER = re.compile(
-    r"[\s(\[]*(?:option|choice|answer)?[\s(\[:]*([a-z])"
-    r"(?:[)\].:,]+(?:\s.*)?|\s*|\s+(?:is|because|since|as|-)\b.*|\s+(?=[\d\\$]).*)",
+    r"[\s(\[]*(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:option|choice|answer)(?:\s+is)?)?"
+    r"[\s(\[:]*([a-z])"
+    r"(?:[)\].:;,]+(?:\s.*)?|\s*|\s+(?:because|since|as)\b.*|\s+(?=[\d\\$=(-]).*|"
+    r"\s+is\s+(?:the\s+|my\s+|our\s+)?(?:correct|right|true|best|final|answer)\b.*)",
     re.DOTALL | re.IGNORECASE,
+)
+# What takes a letter back: A. Actually B  A, then B
+_TAKEN_BACK = re.compile(
+    r"\W*[a-z]\W+(?:actually|no|wait|sorry|correction|instead|rather|then|but|maybe)\b",
+    re.IGNORECASE,
 )
 _SEVERAL = re.compile(
     r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+"
@@ -36,7 +48,8 @@ _SEVERAL = re.compile(
 )
 _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
 
-
+_RATIO = re.compile(r"(\d+)\s*:\s*([1-9]\d*)")
+_TIME = re.compile(r"\d{1,2}:[0-5]\d")
 _ELLIPSIS = re.compile(r"\.\.|…|\\[lc]?dots\b")
 
 
@@ -73,7 +86,7 @@ class Grader:
     and stays warm.
 
     Args:
-        timeout_seconds: for one answer; the worker is then killed and replaced.
+        timeout_seconds: of processor time for one answer; the worker is then killed and replaced.
         memory_bytes: the worker's address space.
         judge: grades the answers whose verifier is judge; closed with the grader.
     """
@@ -135,10 +148,12 @@ class Grader:
         if _ELLIPSIS.search(answer) and comparable(right) != comparable(given):
             return "unparsed", "unreadable"
 
-        # times of day, then plain numbers
+        # times of day, ratios, then plain numbers
         clock = read_clock(right)
         if clock or read_clock(given):
             return _verdict(clock == read_clock(given)), "string"
+        if not (_TIME.fullmatch(right) and _TIME.fullmatch(given)):
+            right, given = _ratio(right), _ratio(given)
         equal = _equal_numbers(right, given, words=verifier == "number")
         if equal is not None:
             return _verdict(equal), "decimal"
@@ -186,9 +201,14 @@ def _equal_numbers(gold: str, answer: str, words: bool) -> bool | None:
     return False if right.percent == given.percent else None
 
 
+def _ratio(text: str) -> str:
+    """3:4 as the fraction that it is."""
+    return re.sub(_RATIO, r"\1/\2", text) if _RATIO.fullmatch(text) else text
+
+
 def _quantity_text(verifier: str, text: str) -> str:
     """Grade-school answers: what comes after the last `=`, where that is a number."""
-    last = text.rsplit("=", 1)[-1].strip()
+    last = after_last_equals(text)
     return last if verifier == "number" and read_quantity(last, words=True) else text
 
 
@@ -213,7 +233,7 @@ def letters(text: str) -> str:
     )
     if _SEVERAL.fullmatch(plain):
         return "".join(sorted(set(re.findall(r"[A-J](?![a-z])", plain))))
-    if _SEVERAL_LETTERS.match(plain):
+    if _SEVERAL_LETTERS.match(plain) or _TAKEN_BACK.match(plain):
         return ""
     match = _LETTER.fullmatch(plain)
     return match[1].upper() if match else ""

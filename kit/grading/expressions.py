@@ -24,7 +24,15 @@ from kit.grading.quantities import Quantity, different_units, read_quantity, rea
 
 DECIMAL_DIGITS = 6  # from which a decimal may stand for the number it is rounded from
 _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_LABEL = re.compile(r"\\?[a-zA-Z]+'?(?:_(?:\{[^{}]*\}|\\?\w+))?(?:\s*\([^()]*\))?|\\?angle \w+")
+# A quantity's name: x  f'(x)  v_{max}  f^{-1}(x)  m+n  |AB|  [ABC]  \\overline{AB}  (x, y)
+_NAME = r"\\?[a-zA-Z]+'{0,2}(?:\^\{-1\}(?=\s*\())?(?:_(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w+))?"
+_LABEL = re.compile(
+    rf"(?:\\Delta ?)?{_NAME}(?:\s*\([^()]*\))?|m? ?\\?angle ?\w+|[a-z](?: ?\+ ?[a-z])+|"
+    r"\|\w+\||\[[A-Z]{3,}\]|\\(?:overline|bar|hat|vec|tilde|dot) ?(?:\{\w+\}|\w)|"
+    r"\\(?:sin|cos|tan) ?\\?[a-zA-Z]+|\\frac\{d\w?\}\{d\w\}|"
+    r"\( ?[a-z](?: ?, ?[a-z])+ ?\)"
+)
+_CASES = re.compile(r"\\begin\{cases\}([^&]*)\\end\{cases\}", re.DOTALL)
 _WORD = re.compile(
     r":|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[^\W\d_a-zA-Z]|^[a-zA-Z]{2,}$|(?<![_^\d])\d+\s+\d|"
     r"\\[lc]?dots|\d'|"
@@ -33,6 +41,8 @@ _WORD = re.compile(
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _SET = re.compile(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 _WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(r"(\d+)\s*\\text\{degrees\}")
 _INTERVALS = ("()", "(]", "[)", "[]")
 _BUILDER = re.compile(r"\\\{\s*[a-zA-Z](?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
 _SYNTAX = NormalizationConfig(
@@ -104,7 +114,10 @@ def read(text: str) -> Any:
     quantity = read_quantity(text)
     if quantity:
         return Scalar(sympy.Rational(quantity.value), quantity.unit, quantity)
-    text = text.replace("&", "")
+    cases = _CASES.fullmatch(text)
+    if cases:
+        text = cases[1].replace("\\\\", ",")
+    text = text.replace("&", " ")
 
     # several answers
     is_set = _SET.search(text)
@@ -118,8 +131,11 @@ def read(text: str) -> Any:
     inner, kind = _brackets(text)
     if kind == "{}" or (kind and len(_split(inner, (",", ";"))) > 1):
         return _group(kind, inner, (",", ";"))
-    if re.search(r"=|\\approx", text):
-        return _read_equation(text)
+    sides = _split(text, ("=", "\\approx"))
+    if len(sides) > 1:
+        return _read_equation(text, [side.strip() for side in sides])
+    if kind == "()" and len(_split(inner, ("=",))) > 1:
+        return read(inner)
     if "\\pm" in text or "\\mp" in text:
         return _group(",", _both_signs(text), (",",))
     return _read_scalar(text)
@@ -136,7 +152,7 @@ def _group(kind: str, text: str, separators: tuple[str, ...]) -> Group:
             items.extend(value.items)
         else:
             items.append(value)
-    return Group(kind, tuple(_distinct(items) if kind in (",", "{}") else items))
+    return Group(kind, _distinct(tuple(items)) if kind == "{}" else tuple(items))
 
 
 def _split(text: str, separators: tuple[str, ...]) -> list[str]:
@@ -173,13 +189,20 @@ def _brackets(text: str) -> tuple[str, str]:
 
 
 def _both_signs(text: str) -> str:
-    plus = text.replace("\\pm", "+").replace("\\mp", "-")
-    minus = text.replace("\\pm", "-").replace("\\mp", "+")
-    return f"{plus}, {minus}"
+    """Each choice of signs: several are free, unless one is the opposite of another."""
+    if "\\mp" in text or text.count("\\pm") > 3:
+        plus = text.replace("\\pm", "+").replace("\\mp", "-")
+        minus = text.replace("\\pm", "-").replace("\\mp", "+")
+        return f"{plus}, {minus}"
+    if "\\pm" not in text:
+        return text
+    return ", ".join(_both_signs(text.replace("\\pm", sign, 1)) for sign in "+-")
 
 
 def _read_scalar(text: str) -> Scalar:
     """One expression, a unit after it set aside."""
+    if _TRIGONOMETRIC.search(text):
+        text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     with_unit = _WITH_UNIT.fullmatch(text)
     unit = read_unit(with_unit[2]) if with_unit else None
     if with_unit is None or not unit:
@@ -229,9 +252,8 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"(\frac{{{whole}{once}}}{{1{tail}}}+\frac{{{again}}}{{{nines}{tail}}})"
 
 
-def _read_equation(text: str) -> Any:
+def _read_equation(text: str, sides: list[str]) -> Any:
     """`x = 5`, `2 + 3 = 5`, `1/3 \\approx 0.33`, `2x - y + 1 = 0`."""
-    sides = [side.strip() for side in _split(text, ("=", "\\approx"))]
     # a name is set aside; of two sides it may be either
     if len(sides) == 2:
         sides.sort(key=lambda side: _LABEL.fullmatch(side) is None)
@@ -249,7 +271,12 @@ def _read_equation(text: str) -> Any:
             value = Relation("=", value.expression - values[1].expression)
         else:
             raise UnreadableError(text)
-    return Labelled(label.replace(" ", "").casefold(), value) if label else value
+    label = label.replace(" ", "").casefold()
+    # (x, y) = (1, 2): each has its name
+    names = label.strip("()").split(",")
+    if len(names) > 1 and isinstance(value, Group) and len(value.items) == len(names):
+        return Group("()", tuple(map(Labelled, names, value.items)))
+    return Labelled(label, value) if label else value
 
 
 def _check_chain(values: list[Scalar], is_rounded: bool) -> None:
@@ -258,9 +285,23 @@ def _check_chain(values: list[Scalar], is_rounded: bool) -> None:
     for value in values[1:]:
         if _equal(values[0], value):
             continue
-        distance = abs(sympy.N(value.expression - first)) if is_rounded else sympy.oo
-        if not distance <= 0.05 * abs(sympy.N(first)):
+        if not is_rounded or not _is_near(value, first):
             raise UnreadableError(str(value))
+
+
+def _is_near(rounded: Scalar, exact: Any) -> bool:
+    """Whether a number was rounded to a decimal or a round number, or cut off: 0.33, 1200."""
+    if rounded.written is None:
+        return bool(abs(sympy.N(rounded.expression / exact - 1)) < 0.01)
+    whole = str(rounded.written.value)
+    zeros = len(whole) - len(whole.rstrip("0"))
+    return _in_last_place(rounded.expression, exact, rounded.written.places or -zeros)
+
+
+def _in_last_place(decimal: Any, exact: Any, places: int) -> bool:
+    excess = sympy.N(abs(exact) - abs(decimal), 50) * sympy.Integer(10) ** places
+    signs = sympy.sign(exact) == sympy.sign(decimal)
+    return bool(signs and excess.is_real and -0.5 <= excess < 1)
 
 
 def _read_range(text: str) -> Any:
@@ -342,18 +383,30 @@ def _alike(value: Any, other: Any) -> Any:
             return Range(sympy.S.EmptySet)
         if value.kind in _INTERVALS and len(value.items) == 2:
             return Range(_interval(value))
-        if value.kind == "," and all(isinstance(item, Range) for item in value.items):
-            sets = [item.numbers for item in value.items]
+        items = [_alike(item, other) for item in value.items]
+        sets = [item.numbers for item in items if isinstance(item, Range)]
+        if value.kind == "," and len(sets) == len(items):
             both = sympy.Intersection(*sets)
             return Range(sympy.Union(*sets) if both == sympy.S.EmptySet else both)
-    is_single = value.kind in (",", "{}") and len(value.items) == 1
+    is_single = value.kind in (",", "{}") and len(_distinct(value.items)) == 1
     return value.items[0] if is_single else value
 
 
 def _equal_labelled(gold: Any, answer: Any) -> bool:
     if isinstance(gold, Labelled) and isinstance(answer, Labelled):
-        return gold.label == answer.label and _equal(gold.value, answer.value)
+        if gold.label == answer.label:
+            return _equal(gold.value, answer.value)
+        # x + y = 7 and y + x = 7
+        with suppress(UnreadableError, AttributeError, ValueError):
+            relations = [
+                Relation("=", _parse(side.label) - side.value.expression) for side in (gold, answer)
+            ]
+            return _equal(*relations)
+        return False
     named, other = (gold, answer) if isinstance(gold, Labelled) else (answer, gold)
+    # x + y = 7 may be a line, which 7 is not
+    if named is gold and "+" in named.label and isinstance(other, Scalar):
+        return False
     if isinstance(other, Relation) and isinstance(named.value, Scalar):
         difference = _parse(named.label) - named.value.expression
         return _equal(Relation("=", difference), other)
@@ -389,32 +442,48 @@ def _rounded(decimal: Scalar, exact: Scalar) -> bool:
     number = exact.expression
     if number.is_Rational and set(sympy.factorint(number.q)) <= {2, 5}:
         return False  # it has a last decimal of its own
-    # rounded, or cut off
-    excess = sympy.N(abs(number) - abs(decimal.expression), 50) * 10**written.places
-    signs = sympy.sign(number) == sympy.sign(decimal.expression)
-    return bool(signs and excess.is_real and -0.5 <= excess < 1)
+    return _in_last_place(decimal.expression, number, written.places)
 
 
 def _equal_expressions(first: Any, second: Any) -> bool:
     """Exactly equal: refuted by numbers at a few points, else proven by simplification."""
+    # 1/0 equals nothing, not even itself
+    if first.has(sympy.zoo, sympy.nan) or second.has(sympy.zoo, sympy.nan):
+        return False
     if first == second:
         return True
     if first.is_Rational and second.is_Rational:
         return False
+    symbols = first.free_symbols | second.free_symbols
+    if symbols and all(str(symbol) == "i" for symbol in symbols):
+        first, second = (side.subs(dict.fromkeys(symbols, sympy.I)) for side in (first, second))
     if first.has(sympy.oo, sympy.zoo, sympy.nan) or second.has(sympy.oo, sympy.zoo, sympy.nan):
         return False
-    # refuted at a few points, of either sign
+    # refuted at a few points, of either sign; roots of letters mean letters that are not negative
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+    roots = _radicands(first) | _radicands(second)
     for shift in (3, -5, 7):
         point = {symbol: sympy.Rational(shift, 4 + index) for index, symbol in enumerate(symbols)}
+        if any(sympy.N(root.subs(point)).is_negative for root in roots):
+            continue
         values = [sympy.N(side.subs(point), 40) for side in (first, second)]
         if all(value.is_number and value.is_finite for value in values):
             distance = abs(values[0] - values[1])
             if distance > (abs(values[0]) + abs(values[1])) * sympy.Float("1e-30", 40):
                 return False
     # proven
-    difference = sympy.simplify(first - second)
+    difference = first - second
+    if roots:
+        names = {symbol: sympy.Dummy(str(symbol), positive=True) for symbol in symbols}
+        difference = difference.subs(names)
+    difference = sympy.simplify(difference)
     return bool(difference == 0 or difference.equals(0))
+
+
+def _radicands(expression: Any) -> set[Any]:
+    """What stands with letters under a root."""
+    powers = expression.atoms(sympy.Pow)
+    return {power.base for power in powers if power.exp.is_Rational and power.exp.q > 1}
 
 
 def _equal_sets(gold: sympy.Set, answer: sympy.Set) -> bool:
@@ -428,6 +497,9 @@ def _equal_sets(gold: sympy.Set, answer: sympy.Set) -> bool:
 def _equal_groups(gold: Group, answer: Group) -> bool:
     kinds = {gold.kind, answer.kind}
     unordered = kinds <= {",", "{}"}
+    # a list may say an answer twice, where the other says it once
+    if unordered and len(gold.items) != len(answer.items):
+        gold, answer = (replace(group, items=_distinct(group.items)) for group in (gold, answer))
     named = [_names(group) for group in (gold, answer)]
     # `x = 1, y = 2` is the tuple (1, 2)
     is_tuple = kinds == {",", "()"} and max(named) == len(gold.items)
@@ -436,7 +508,17 @@ def _equal_groups(gold: Group, answer: Group) -> bool:
     # names that differ from item to item: where one side has none, the order tells which is which
     if unordered and (max(named) < 2 or min(named) == max(named)):
         return _matched(gold.items, answer.items)
-    return all(_equal(one, other) for one, other in zip(gold.items, answer.items, strict=True))
+    pairs = zip(_in_order(gold), _in_order(answer), strict=True)
+    return all(_equal(one, other) for one, other in pairs)
+
+
+def _in_order(group: Group) -> tuple[Any, ...]:
+    """Its items; those named by neighbours in the alphabet in the order of their names."""
+    labels = [item.label for item in group.items if isinstance(item, Labelled)]
+    letters = "".join(sorted(labels))
+    if len(labels) == len(group.items) and letters in "abcdefghijklmnopqrstuvwxyz":
+        return tuple(sorted(group.items, key=lambda item: item.label))
+    return group.items
 
 
 def _names(group: Group) -> int:
@@ -444,16 +526,16 @@ def _names(group: Group) -> int:
     return len({item.label for item in group.items if isinstance(item, Labelled)})
 
 
-def _distinct(items: Any) -> list[Any]:
+def _distinct(items: tuple[Any, ...]) -> tuple[Any, ...]:
     distinct: list[Any] = []
     for item in items:
         if not any(_equal(item, other) for other in distinct):
             distinct.append(item)
-    return distinct
+    return tuple(distinct)
 
 
 def _matched(golds: tuple[Any, ...], answers: tuple[Any, ...]) -> bool:
-    """Whether every gold item has an answer of its own; both are of one length."""
+    """Whether every gold item has an answer of its own."""
     left = list(answers)
     for gold in golds:
         match = next((answer for answer in left if _equal(gold, answer)), None)

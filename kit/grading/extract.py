@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from kit.grading.normalize import FONTS
 from kit.prompts import END
 
 END_TAGS = (END, "<End_of_Draft>", "</think>")  # the second: in the paper's released outputs
@@ -53,7 +54,7 @@ _IS = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = (
-    r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d[\d,]*\.?\d*|\.\d+)"
+    r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d+ \d+/\d+|\d[\d,]*\.?\d*|\.\d+)"
     r"(?:[eE][-+]?\d+|\s*(?:\\times|×|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?(?:\s*/\s*\d+)?\s?%?"
     r"(?:\s*(?:hundred|thousand|million|billion|trillion|percent|[ap]\.?m)\b)?"
 )
@@ -69,13 +70,27 @@ _VALUES = re.compile(
 # A calculation before its result: the answer is 9 * 6 = 54.
 _CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
-# What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears.
+# What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears,
+# 5 √2, 5 ÷ 2, 3–4, 2 x, 5 choose 2, 3 hours 30 minutes, 2 thirds.
 _FURTHER = re.compile(
     r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
     r"divided|multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
-    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])",
+    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])|"
+    r"[ \t]*(?:[√÷·⋅±²³⁰-₟]|[\u2212\u2013][ \t]*[\d\\($])|[ \t]+\$?\d|[ \t]*\$(?=\\)|"
+    r"[ \t]+(?:\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|mp|binom|sin|cos|tan|log|ln)\b|"
+    r"(?:[b-fiknp-rtx-z]|sqrt|sin|cos|tan|log|ln|choose|base|modulo|lakh|crore|halves|"
+    r"(?:third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b|"
+    r"(?:hours?|hrs?|minutes?|mins?|feet|foot|ft|pounds?|lbs?|days?|weeks?|months?|years?|dollars?|"
+    r"k?m|kg|degrees?)\s+\d)",
     re.IGNORECASE,
 )
+# Before "the answer": it is only supposed.
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|supposing|assume|assuming|were|whether|unless|imagine|thought|think)\s+"
+    r"(?:that\s+)?(?:the\s+|my\s+)?(?:\w+\s+)?$",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"\b(?:not|never|wrong)\b|n['’]t\b", re.IGNORECASE)
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
@@ -191,30 +206,38 @@ def _in_phrase(text: str, verifier: str) -> str | None:
     for cue in sorted(cues, key=lambda match: match.start(), reverse=True):
         if cue.re is _IS_CORRECT:
             return cue[1]
+        if _SUPPOSED.search(text[max(0, cue.start() - 40) : cue.start()]):
+            continue
+        copula = _IS.match(cue[1])
+        if copula and _DENIED.search(copula[0] + cue[1][copula.end() :][:4]):
+            return None
         answer = _named(cue[1], verifier)
-        if answer:
+        if answer is not None:
             return answer
     return None
 
 
 def _named(rest: str, verifier: str) -> str | None:
-    """The answer at the beginning of what follows the word "answer"; None where it is denied or cut
-    off.
+    """The answer at the beginning of what follows the word "answer"; None where it is denied or
+    there is none, "" where more follows than can be read.
     """
     copula = _IS.match(rest)
     if copula is None or _NEGATED.search(copula[0]):
         return None
     rest = rest[copula.end() :].lstrip()
     if verifier in ("choice", "text", "judge"):
-        answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip()
-        if verifier == "choice" and not re.match(r"[^\w]*[a-jA-J]\b|[A-J]{2,}\b", answer):
-            return None
-        return answer
+        answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
+        # a word like "a" is no letter
+        letter = r"\W*[A-J]\b|[A-J]{2,}\b|\W*[a-j]\W*$"
+        plain = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", answer or "")
+        return answer if verifier != "choice" or re.match(letter, plain) else None
     calculation = _CALCULATION.match(rest)
     while calculation:
         rest = rest[calculation.end() :]
         calculation = _CALCULATION.match(rest)
     values = _VALUES.match(rest)
-    if values is None or _FURTHER.match(rest[values.end() :]):
+    if values is None:
         return None
+    if _FURTHER.match(rest[values.end() :]):
+        return ""
     return values[0].strip().rstrip(".,")

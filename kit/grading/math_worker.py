@@ -2,7 +2,7 @@
 
 sympy can hang or eat the machine on an innocent-looking answer, inside C code that no signal
 handler interrupts. So a pool of one process (pebble) kills it at its limit, and the process bounds
-its own address space and arms a kernel timer that ends it even when the parent is gone. The
+its own address space and arms kernel timers that end it even when the parent is gone. The
 caller's signals are never touched: any thread may grade, and Ctrl-C leaves no process. A guard
 against accidents of computation, no sandbox: nothing here runs an answer's code.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+WALL_TIMES = 6  # how much longer than its processor time it may take, on a busy machine
 GRACE_SECONDS = 1.0  # the worker's own timer, after the parent's
 
 
@@ -46,7 +47,12 @@ class _Context(SpawnContext):
 
 
 class MathWorker:
-    """The parent's side of the process; started when first asked, replaced after a kill."""
+    """The parent's side of the process; started when first asked, replaced after a kill.
+
+    Args:
+        timeout_seconds: of processor time for one answer; WALL_TIMES as long on the clock.
+        memory_bytes: of its address space.
+    """
 
     def __init__(self, timeout_seconds: float, memory_bytes: int) -> None:
         self.timeout_seconds = timeout_seconds
@@ -85,16 +91,18 @@ class MathWorker:
                     initargs=(self.memory_bytes,),
                     context=_Context(),
                 )
-            arguments = (function, gold, answer, self.timeout_seconds + GRACE_SECONDS)
+            arguments = (function, gold, answer, self.timeout_seconds)
+            limit = WALL_TIMES * self.timeout_seconds
             try:
-                task = self._pool.schedule(_timed, args=arguments, timeout=self.timeout_seconds)
+                task = self._pool.schedule(_timed, args=arguments, timeout=limit)
                 return task.result()
             except TimeoutError:
                 return "timeout", "time"
             except MemoryError:
                 return "timeout", "memory"
             except ProcessExpired as error:
-                return "timeout", "time" if error.exitcode == -signal.SIGALRM else "crash"
+                timers = (-signal.SIGALRM, -signal.SIGPROF)
+                return "timeout", "time" if error.exitcode in timers else "crash"
             except (BrokenProcessPool, RuntimeError):  # it ended while it had nothing to do
                 self.close()
                 return "timeout", "crash"
@@ -120,13 +128,16 @@ def _prepare(memory_bytes: int) -> None:
     # the parent's kill and the kernel's timer end it even inside C code
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 def _timed(function: Callable[..., Any], gold: str, answer: str, seconds: float) -> Any:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, WALL_TIMES * seconds + GRACE_SECONDS)
     try:
         return function(gold, answer)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -136,7 +147,7 @@ def _compare(gold: str, answer: str) -> tuple[str, str]:
 
     try:
         return ("correct" if expressions.same(gold, answer) else "wrong"), "math"
-    except expressions.UnreadableError:
+    except (expressions.UnreadableError, RecursionError):
         is_latex = re.search(r"\\(?!and\b|or\b)|[{}^_]", answer)
         return ("unparsed", "unreadable") if is_latex else ("wrong", "string")
 

@@ -8,14 +8,66 @@ removed.
 import functools
 import re
 import unicodedata
+from itertools import groupby
 
 from kit.core.bundled import bundled
 
 FONTS = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|rm|mbox|operatorname|ce)"
 
 _PLAIN = re.compile(r"[-+]?(?:\\?\$)?\d[\d.,]*")
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+    "upsilon phi chi psi omega"
+).split()
+# Greek letters that are units: 5 μm, 3 Ω.
+_UNIT_LETTERS = re.compile(r"(?:[μµ](?=[a-zA-Z])|Ω)")
 # Thousands written with spaces: 1\,000\,000  1 000 000
 _SPACED_NUMBER = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~|\s)\s*\d{3})+(?![\d.,])")
+
+
+@functools.cache
+def _marked_characters() -> dict[str, tuple[str, str]]:
+    """Raised and lowered characters and fractions of one character: (super | sub | fraction, the
+    plain characters).
+    """
+    marked = {}
+    # blocks: Latin-1, modifier letters, phonetic extensions, super- and subscripts, number forms
+    for start, end in ((0xB2, 0xBF), (0x2B0, 0x2E5), (0x1D2C, 0x1DC0), (0x2070, 0x2190)):
+        for character in map(chr, range(start, end)):
+            kind, _, codes = unicodedata.decomposition(character).partition("> ")
+            plain = "".join(chr(int(code, 16)) for code in codes.split())
+            is_fraction = kind == "<fraction" and len(plain) > 2
+            if is_fraction or (kind in ("<super", "<sub") and character not in "ªº"):
+                marked[character] = kind[1:], plain.replace("\u2212", "-")
+    return marked
+
+
+def _in_latex(text: str) -> str:
+    r"""Raised and lowered characters, fractions of one character and Greek letters as LaTeX: x²³ is
+    x^{23}.
+    """
+    if text.isascii():
+        return text
+    marked = _marked_characters()
+    parts = []
+    for kind, run in groupby(text, key=lambda character: marked.get(character, ("", ""))[0]):
+        characters = "".join(run)
+        plain = "".join(marked[character][1] for character in characters) if kind else characters
+        if kind == "fraction":
+            plain = "\\frac{" + plain.replace("\u2044", "}{") + "}"
+        parts.append({"super": f"^{{{plain}}}", "sub": f"_{{{plain}}}"}.get(kind, plain))
+    return re.sub("[Α-Ωα-ωϑϕ]", _greek, "".join(parts))
+
+
+def _greek(letter: re.Match[str]) -> str:
+    if _UNIT_LETTERS.match(letter.string, letter.start()):
+        return letter[0]
+    # GREEK SMALL LETTER THETA, GREEK PHI SYMBOL
+    words = unicodedata.name(letter[0]).lower().replace("lamda", "lambda").split()
+    name = next((word for word in words if word in _GREEK), None)
+    if name is None:
+        return letter[0]
+    return f"\\{name.title() if 'capital' in words else name} "
 
 
 @functools.cache
@@ -43,7 +95,8 @@ def normalize(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text.replace("\\", "").replace("$", "").rstrip(",").removesuffix(".")
     characters, rules = _rules()
-    text = unicodedata.normalize("NFC", text).strip().strip("*`").strip().translate(characters)
+    text = unicodedata.normalize("NFC", text).strip().strip("*`").strip()
+    text = _in_latex(text).translate(characters)
     text = _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)

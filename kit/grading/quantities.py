@@ -34,9 +34,8 @@ day days
 week weeks
 month months
 year years
-mph milesperhour miles/hour
-km/h kmh kph kilometersperhour
-m/s meterspersecond
+mi/h mph
+km/h kmh kph
 dollar dollars usd bucks
 cent cents
 euro euros
@@ -56,7 +55,11 @@ coulomb coulombs
 kelvin kelvins
 mol mole moles
 erg ergs
-parsec parsecs"""
+parsec parsecs
+acre acres
+ton tons tonne tonnes
+ev electronvolt electronvolts
+byte bytes"""
 UNITS = {name: line.split()[0] for line in _UNITS.splitlines() for name in line.split()}
 _SCALES = {
     "hundred": 2,
@@ -67,19 +70,29 @@ _SCALES = {
     "万": 4,
     "亿": 8,
 }
-# Words after a number that make it another one, or no answer.
-_NOT_UNITS = set(
-    "a an and or if is not no nor to plus minus half dozen quarter third over mod more less fewer "
+# Words after a number that make it another one, in either number (3 quarters may be coins).
+_FACTORS = set(
+    "half halve dozen third fifth sixth seventh eighth ninth tenth hundredth thousandth lakh crore "
+    "score".split()
+)
+# Words that make it another one, or no answer.
+_NOT_UNITS = {"quarter"} | set(
+    "a an and or if is not no nor to plus minus over mod more less fewer below above zero "
     "least most than between except but else when where with without maybe about squared cubed "
     "incorrect wrong base remainder choose factorial sqrt pi "
-    "sin cos tan cot sec csc log ln exp lim gcd lcm true false am pm".split()
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arg det log ln exp lim gcd lcm "
+    "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega "
+    "true false am pm".split()
 )
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.(\d*))?"
     r"(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?(?!\d))?(.*)",
     re.DOTALL,
 )
-_UNIT = re.compile(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?-?[23])+")
+_UNIT = re.compile(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?[1-9])+")
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+# k before a metre, and so on: of which units there are multiples
+_MULTIPLE = re.compile(r"[nμumckgt](?:m|s|w|v|j|pa|n|hz|ev|b|l|a|mol|g)")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 
 
@@ -101,7 +114,7 @@ def read_quantity(text: str, words: bool = False) -> Quantity | None:
             matter.
     """
     if words:
-        text = text.rsplit("=", 1)[-1].strip()
+        text = after_last_equals(text)
     match = _NUMBER.fullmatch(text)
     if match is None or not (match[2] or match[3]):
         return None
@@ -131,9 +144,10 @@ def read_unit(text: str, words: bool = False) -> str | None:
     Args:
         words: a single letter without a font of its own is a unit, not a variable.
     """
-    # without fonts and brackets
+    # without fonts and brackets; s^{-1} is one per s
     in_font = bool(re.search(rf"\\{FONTS}", text))
-    unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])", " ", text).replace("\\%", "%")
+    unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])|\\cdot", " ", text).replace("\\%", "%")
+    unit = re.sub(r"([a-zA-Z]+)[\s}]*\^\s*\{?\s*-\s*(\d)\}?", r"/\1^\2", unit)
     unit = re.sub(r"[{}()\s-]+", " ", unit).strip(" .,")
     if text.count("(") != text.count(")") or (not unit and "(" in text):
         return None
@@ -142,21 +156,46 @@ def read_unit(text: str, words: bool = False) -> str | None:
     # words, apart from those that make another number of it
     unit = unit.lower()
     names = re.findall(r"[^\W\d_]+", unit)
-    if not _UNIT.fullmatch(unit) or not 1 <= len(names) <= 8 or _NOT_UNITS.intersection(names):
+    if not _UNIT.fullmatch(unit) or not 1 <= len(names) <= 8 or _makes_another(names):
         return None
-    # a letter or two may be variables: they need a font, or a place among the known units
-    long_enough = any(len(name) >= 3 or not name.isascii() for name in names)
-    is_set_off = (words or len(unit) > 1) and text[:1] in (" ", "-")
-    if in_font or long_enough or _is_known(unit, is_set_off):
+    # letters may be variables: they need a font, the look of a word, or a place among known units
+    is_apart = text[:1] in (" ", "-", "(") or not names[0].isascii()
+    is_word = any(_is_word(name, words) for name in names)
+    is_set_off = text[:1] in (" ", "-") and (words or len(unit) > 1)
+    if in_font or (is_word and (is_apart or words)) or _is_known(unit, is_set_off):
         return unit
     return None
 
 
+def _makes_another(names: list[str]) -> bool:
+    """Whether a word after a number makes another number of it: 3 fifths, 5 millions."""
+    if any(name in _NOT_UNITS or name.removesuffix("s") in _FACTORS for name in names):
+        return True
+    scales = [name for name in names if name.removesuffix("s") in _SCALES]
+    return bool(scales) and not (scales == names[:1] and scales[0] in _SCALES)
+
+
+def _is_word(name: str, any_letters: bool) -> bool:
+    """Whether letters are a word and no product: men and cups, but not abc or xyz."""
+    if any_letters or not name.isascii():
+        return len(name) > 2 or not name.isascii()
+    return bool(re.fullmatch(r"\w[aeiou]\w|(?=.*[aeiou])\w{4,}", name))
+
+
 def _is_known(unit: str, is_set_off: bool) -> bool:
     """Whether a unit is one of ours, or one for each of another: `km/h`."""
-    if is_set_off and unit.replace(" ", "").split("^")[0] in UNITS:
+    name = unit.replace(" ", "").split("^")[0]
+    if name in UNITS and (is_set_off or len(name) > 2):
         return True
-    return "/" in unit and all(part.strip(" ^23") in UNITS for part in unit.split("/"))
+    parts = [part.strip(" ^123456789") for part in unit.split("/")]
+    return len(parts) > 1 and all(part in UNITS for part in parts if part)
+
+
+def after_last_equals(text: str) -> str:
+    """What comes after the last `=`; all of it where there are several answers before."""
+    before, _, last = text.rpartition("=")
+    is_several = re.search(r"(?<!\d),|,(?!\d{3})|;|\\(?:and|or)(?![a-zA-Z])", before)
+    return text if is_several else last.strip()
 
 
 def read_clock(text: str) -> tuple[int, int, str] | None:
@@ -167,5 +206,27 @@ def read_clock(text: str) -> tuple[int, int, str] | None:
 
 def different_units(first: str, second: str) -> bool:
     """Whether both units are known, and differ."""
-    names = [re.split(r"\^", unit)[0] for unit in (first, second)]
-    return names[0] != names[1] and all(name in UNITS.values() for name in names)
+    known = [_factors(unit) for unit in (first, second)]
+    return bool(known[0] and known[1] and known[0] != known[1])
+
+
+def _factors(unit: str) -> dict[str, int] | None:
+    """The exponent of each known unit: {"km": 1, "h": -1}; None where one is not known."""
+    factors: dict[str, int] = {}
+    sign = 1
+    power = 1
+    for name, exponent in re.findall(r"([^\W\d_]+|/)(?:\s*\^\s*(\d))?", unit):
+        if name in ("/", "per"):
+            sign = -1
+            continue
+        if name in _POWERS:
+            power = _POWERS[name]
+            continue
+        known = UNITS.get(name) or (name if _MULTIPLE.fullmatch(name) else None)
+        if known is None:
+            return None
+        for number, part in enumerate(known.split("/")):
+            side = -sign if number else sign
+            factors[part] = factors.get(part, 0) + side * int(exponent or power)
+        sign = power = 1
+    return factors
