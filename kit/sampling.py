@@ -82,7 +82,8 @@ class Sampler(ExitStack):
         file = RowFile(self.run.path(name), kind)
         repeatable = self.engine.backend != "http" and not limit_bytes()[0]
         batch_items = BATCHES * self.engine.rows() if repeatable else None
-        return work_through(self.run, stage, file, units, batch_items, work)
+        at_once = max(1, self.engine.rows() // self.settings.samples)
+        return work_through(self.run, stage, file, units, batch_items, work, at_once)
 
     def sample(
         self, items: Sequence[Any], turns: Turns | None = None, samples: int | None = None

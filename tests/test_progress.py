@@ -61,6 +61,27 @@ def test_without_a_terminal_lines_come_every_few_seconds(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("s left, last row no right continuation\n")
 
 
+def test_the_time_left_counts_what_is_on_its_way(monkeypatch):
+    """100 of 200 rows at a time, each 100 s: the first ends when the others nearly do too."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    told = []
+    bar = progress.Bar(200, 0, lambda done, rate: told.append(rate), at_once=100)
+    clock[0] = 90.0
+    bar.advance()
+    assert told == ["266 s left"]  # 149.5 rows at 50.5 in 90 s; not 17910
+    for _ in range(198):
+        bar.advance()
+    clock[0] = 200.0
+    bar.advance()
+    assert told[-1] == "200 s"
+    # one at a time: as it was
+    one = progress.Bar(4, 0, lambda done, rate: told.append(rate))
+    clock[0] = 210.0
+    one.advance()
+    assert told[-1] == "30 s left"
+
+
 LONG_RUN = """
 import time
 from kit.core.progress import Progress

@@ -30,6 +30,7 @@ class Bar:
     done: int
     show: Callable[[int, str], None]
     every_seconds: float = 0.0  # between two calls of `show`
+    at_once: int = 1  # units that are worked on at a time: the others are half done, on average
 
     def __post_init__(self) -> None:
         self.skipped = self.done
@@ -45,7 +46,9 @@ class Bar:
             return
         self.shown = now
         seconds = now - self.started
-        left = (self.total - self.done) * seconds / (self.done - self.skipped)
+        half_done = min(self.at_once - 1, self.total - self.done) / 2
+        rest = self.total - self.done - half_done
+        left = rest * seconds / (self.done - self.skipped + half_done)
         rate = f"{left:.0f} s left" if left else f"{seconds:.0f} s"
         if self.tokens:
             rate = f"{self.tokens / max(seconds, 1e-9):.0f} tokens/s, {rate}"
@@ -85,16 +88,19 @@ class Progress:
                 self.warn(note)
 
     @contextlib.contextmanager
-    def bar(self, name: str, total: int, unit: str = "rows", done: int = 0) -> Iterator[Bar]:
-        """A bar over `total` units, of which `done` were finished before; on a terminal below one
-        over the whole run, without a time left: no stage tells how long the next will take.
+    def bar(
+        self, name: str, total: int, unit: str = "rows", done: int = 0, at_once: int = 1
+    ) -> Iterator[Bar]:
+        """A bar over `total` units, of which `done` were finished before and `at_once` are worked
+        on at a time; on a terminal below one over the whole run, without a time left: no stage
+        tells how long the next will take.
         """
         if self.quiet or os.environ.get("CI") or not sys.stderr.isatty():
 
             def print_line(count: int, rate: str) -> None:
                 self.say(f"{name}: {count}/{total} {unit}, {rate}")
 
-            yield Bar(total, done, print_line, PLAIN_EVERY_SECONDS)
+            yield Bar(total, done, print_line, PLAIN_EVERY_SECONDS, at_once)
             return
         from rich import progress as rich
         from rich.console import Console
@@ -115,7 +121,11 @@ class Progress:
                 live.add_task("run", total=self.stages, completed=self.stages_done, rate="stages")
                 live.tasks[0].start_time = self.started
             task = live.add_task(name, total=total, completed=done, rate="")
-            yield Bar(total, done, lambda n, rate: live.update(task, completed=n, rate=rate))
+
+            def move(count: int, rate: str) -> None:
+                live.update(task, completed=count, rate=rate)
+
+            yield Bar(total, done, move, at_once=at_once)
 
 
 def visible(text: str) -> str:

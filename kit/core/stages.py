@@ -169,6 +169,7 @@ def work_through(
     units: Sequence[tuple[str, Item]],
     size: int | None,
     work: Callable[[list[Item]], Iterator[R]],
+    at_once: int = 1,
 ) -> list[R]:
     """Make one row for every unit, resuming where the file ends.
 
@@ -180,6 +181,7 @@ def work_through(
         units: (row id, item) pairs.
         size: units per batch; None: one batch of all units without a row.
         work: yields the rows of a batch's items in any order, their ids among the batch's.
+        at_once: units that it works on at a time, for the time left.
 
     Returns:
         All rows, in the order of `units`.
@@ -194,7 +196,7 @@ def work_through(
     done = sum(id in rows for id, _ in units)
     planned = units if size else [unit for unit in units if unit[0] not in rows]
     size = size or max(1, len(planned))
-    with run.progress.bar(stage, len(units), done=done) as bar:
+    with run.progress.bar(stage, len(units), done=done, at_once=at_once) as bar:
         for start in range(0, len(planned), size):
             batch = dict(planned[start : start + size])
             # Complete batches are skipped, others run whole.
