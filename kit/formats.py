@@ -133,27 +133,36 @@ def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
     for the verifier choice, its text; any other answer as it is. None where it names no option, or
     one by its text and another by its index.
     """
-    options: Json = {}
-    labels: list[str] = []
-    for key in _template_keys(keys["question"][0]):
-        value = lookup(row, key)
-        if not options and (options := _by_letter(value) or {}) and isinstance(value, dict):
-            labels = [str(label) for label in value.get("label") or ()]
+    options, labels = _question_options(row, keys)
     if answer in labels:
         return list(options)[labels.index(answer)]
     is_number = any(type(lookup(row, name)) in (int, float) for name in keys["answer"])
     by_index = dict(enumerate(options)).get(int(answer)) if answer.isdecimal() else None
     if verifier != "choice":
         return by_index if options and is_number else answer
-    # MMLU: 2 among options that are text is an index, whatever they say
-    equal = [letter for letter, option in options.items() if str(option) == answer]
-    if is_number and any(isinstance(option, str) for option in options.values()):
-        equal = []
-    by_text = "".join(equal[:1])
+    by_text = _equal_option(options, answer, is_number)
     if by_index and by_text and by_index != by_text:
         return None
     named = by_text or by_index or letters(answer)
     return named if not options or options.keys() >= set(named) else None
+
+
+def _question_options(row: Json, keys: Keys) -> tuple[Json, list[str]]:
+    """The options that the question's template shows, by letter, and their own labels."""
+    for key in _template_keys(keys["question"][0]):
+        value = lookup(row, key)
+        options = _by_letter(value)
+        if options:
+            labels = value.get("label") if isinstance(value, dict) else None
+            return options, list(map(str, labels or ()))
+    return {}, []
+
+
+def _equal_option(options: Json, answer: str, is_number: bool) -> str | None:
+    # MMLU: 2 among options that are text is an index, whatever they say
+    if is_number and any(isinstance(option, str) for option in options.values()):
+        return None
+    return next((letter for letter, option in options.items() if str(option) == answer), None)
 
 
 def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:

@@ -179,22 +179,25 @@ def _rows_of(document: Any) -> list[Any]:
         return document
     if not isinstance(document, dict) or not document:
         return [document] if document else []
-    lists = []
+    lists = {}
     for key, value in document.items():
         is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
         if is_rows and key.lower() not in _LISTS_OF_A_ROW:
-            lists.append((key, value))
-    if len(document) == 1 and lists:
-        return lists[0][1]
-    if "data" in dict(lists):
-        return document["data"]
-    # rows by their names: they share a key, and not a number, as columns in pandas' layout do
+            lists[key] = value
+    if len(document) == len(lists) == 1:
+        return next(iter(lists.values()))
     values = list(document.values())
-    if all(isinstance(value, dict) for value in values):
-        shared = set(values[0]).intersection(*values)
-        if shared and not all(key.isdigit() for key in shared):
-            return values
-    return [document]
+    return lists.get("data") or (values if _are_rows(values) else [document])
+
+
+def _are_rows(values: list[Any]) -> bool:
+    """Whether objects are rows: they share a key, and not a number, as columns in pandas' layout
+    do.
+    """
+    if not all(isinstance(value, dict) for value in values):
+        return False
+    shared = set(values[0]).intersection(*values)
+    return bool(shared) and not all(key.isdigit() for key in shared)
 
 
 def _parse_lines(text: str) -> Rows:

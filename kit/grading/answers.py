@@ -48,7 +48,7 @@ _SEVERAL = re.compile(
 )
 _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
 
-_RATIO = re.compile(r"(\d+)\s*:\s*([1-9]\d*)")
+_RATIO = re.compile(r"^(\d+)\s*:\s*([1-9]\d*)$")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d")
 _ELLIPSIS = re.compile(r"\.\.|…|\\[lc]?dots\b")
 
@@ -138,22 +138,18 @@ class Grader:
             return self._judge.compare(question, gold, answer)
         if verifier == "choice":
             return _compare_letters(gold, answer)
-        # words
-        right = normalize(gold)
-        given = normalize(answer)
         if verifier == "text":
             return _verdict(same_words(gold, answer)), "text"
+        right, given = _ratios(normalize(gold), normalize(answer))
 
         # 5... is some number near 5: equal to its own spelling, and else not known
         if _ELLIPSIS.search(answer) and comparable(right) != comparable(given):
             return "unparsed", "unreadable"
 
-        # times of day, ratios, then plain numbers
+        # times of day, then plain numbers
         clock = read_clock(right)
         if clock or read_clock(given):
             return _verdict(clock == read_clock(given)), "string"
-        if not (_TIME.fullmatch(right) and _TIME.fullmatch(given)):
-            right, given = _ratio(right), _ratio(given)
         equal = _equal_numbers(right, given, words=verifier == "number")
         if equal is not None:
             return _verdict(equal), "decimal"
@@ -201,9 +197,11 @@ def _equal_numbers(gold: str, answer: str, words: bool) -> bool | None:
     return False if right.percent == given.percent else None
 
 
-def _ratio(text: str) -> str:
-    """3:4 as the fraction that it is."""
-    return re.sub(_RATIO, r"\1/\2", text) if _RATIO.fullmatch(text) else text
+def _ratios(gold: str, answer: str) -> tuple[str, str]:
+    """Both with 3:4 as the fraction that it is; 2:30 and 1:15 are times."""
+    if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
+        return gold, answer
+    return _RATIO.sub(r"\1/\2", gold), _RATIO.sub(r"\1/\2", answer)
 
 
 def _quantity_text(verifier: str, text: str) -> str:

@@ -114,28 +114,26 @@ def read(text: str) -> Any:
     quantity = read_quantity(text)
     if quantity:
         return Scalar(sympy.Rational(quantity.value), quantity.unit, quantity)
-    cases = _CASES.fullmatch(text)
-    if cases:
-        text = cases[1].replace("\\\\", ",")
-    text = text.replace("&", " ")
+    text = _CASES.sub(lambda cases: cases[1].replace("\\\\", ","), text).replace("&", " ")
 
     # several answers
     is_set = _SET.search(text)
     separators = (",", ";") if is_set else (",", ";", "\\and", "\\or")
     if len(_split(text, separators)) > 1:
         return _group(",", text, separators)
-    if is_set:
-        return _read_range(text)
+    return _read_range(text) if is_set else _read_one(text)
 
-    # one pair of brackets around several answers
+
+def _read_one(text: str) -> Any:
+    """An answer without separators outside brackets, and no range."""
+    # one pair of brackets around several answers, or around an equation
     inner, kind = _brackets(text)
     if kind == "{}" or (kind and len(_split(inner, (",", ";"))) > 1):
         return _group(kind, inner, (",", ";"))
-    sides = _split(text, ("=", "\\approx"))
+    equation = inner if kind == "()" else text
+    sides = [side.strip() for side in _split(equation, ("=", "\\approx"))]
     if len(sides) > 1:
-        return _read_equation(text, [side.strip() for side in sides])
-    if kind == "()" and len(_split(inner, ("=",))) > 1:
-        return read(inner)
+        return _read_equation(equation, sides)
     if "\\pm" in text or "\\mp" in text:
         return _group(",", _both_signs(text), (",",))
     return _read_scalar(text)
@@ -259,20 +257,23 @@ def _read_equation(text: str, sides: list[str]) -> Any:
         sides.sort(key=lambda side: _LABEL.fullmatch(side) is None)
     label = sides.pop(0) if _LABEL.fullmatch(sides[0]) else ""
     values = [read(side) for side in sides]
-    value = values[0]
-    if len(values) > 1:
-        if not all(isinstance(part, Scalar) for part in values):
-            raise UnreadableError(text)
-        is_constant = not any(part.expression.free_symbols for part in values)
-        is_rounded = "\\approx" in text
-        if label or is_constant:
-            _check_chain(values, is_constant and is_rounded)
-        elif len(values) == 2 and not is_rounded:
-            value = Relation("=", value.expression - values[1].expression)
-        else:
-            raise UnreadableError(text)
+    if len(values) == 1:
+        return _named(label, values[0])
+    if not all(isinstance(part, Scalar) for part in values):
+        raise UnreadableError(text)
+    is_constant = not any(part.expression.free_symbols for part in values)
+    is_rounded = "\\approx" in text
+    if label or is_constant:
+        _check_chain(values, is_constant and is_rounded)
+        return _named(label, values[0])
+    if len(values) > 2 or is_rounded:
+        raise UnreadableError(text)
+    return Relation("=", values[0].expression - values[1].expression)
+
+
+def _named(label: str, value: Any) -> Any:
+    """A value with its name; (x, y) = (1, 2) with a name for each."""
     label = label.replace(" ", "").casefold()
-    # (x, y) = (1, 2): each has its name
     names = label.strip("()").split(",")
     if len(names) > 1 and isinstance(value, Group) and len(value.items) == len(names):
         return Group("()", tuple(map(Labelled, names, value.items)))
@@ -454,12 +455,30 @@ def _equal_expressions(first: Any, second: Any) -> bool:
         return True
     if first.is_Rational and second.is_Rational:
         return False
-    symbols = first.free_symbols | second.free_symbols
-    if symbols and all(str(symbol) == "i" for symbol in symbols):
-        first, second = (side.subs(dict.fromkeys(symbols, sympy.I)) for side in (first, second))
-    if first.has(sympy.oo, sympy.zoo, sympy.nan) or second.has(sympy.oo, sympy.zoo, sympy.nan):
+    first, second = _with_imaginary_unit(first, second)
+    if first.has(sympy.oo) or second.has(sympy.oo) or _refuted(first, second):
         return False
-    # refuted at a few points, of either sign; roots of letters mean letters that are not negative
+    # roots of letters mean letters that are not negative
+    difference = first - second
+    if _radicands(difference):
+        symbols = difference.free_symbols
+        positive = {symbol: sympy.Dummy(str(symbol), positive=True) for symbol in symbols}
+        difference = difference.subs(positive)
+    difference = sympy.simplify(difference)
+    return bool(difference == 0 or difference.equals(0))
+
+
+def _with_imaginary_unit(first: Any, second: Any) -> tuple[Any, Any]:
+    """Both with i as the imaginary unit, where it is their only letter."""
+    symbols = first.free_symbols | second.free_symbols
+    if any(str(symbol) != "i" for symbol in symbols):
+        return first, second
+    unit = dict.fromkeys(symbols, sympy.I)
+    return first.subs(unit), second.subs(unit)
+
+
+def _refuted(first: Any, second: Any) -> bool:
+    """Whether numbers for the letters, of either sign, tell two expressions apart."""
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     roots = _radicands(first) | _radicands(second)
     for shift in (3, -5, 7):
@@ -470,14 +489,8 @@ def _equal_expressions(first: Any, second: Any) -> bool:
         if all(value.is_number and value.is_finite for value in values):
             distance = abs(values[0] - values[1])
             if distance > (abs(values[0]) + abs(values[1])) * sympy.Float("1e-30", 40):
-                return False
-    # proven
-    difference = first - second
-    if roots:
-        names = {symbol: sympy.Dummy(str(symbol), positive=True) for symbol in symbols}
-        difference = difference.subs(names)
-    difference = sympy.simplify(difference)
-    return bool(difference == 0 or difference.equals(0))
+                return True
+    return False
 
 
 def _radicands(expression: Any) -> set[Any]:

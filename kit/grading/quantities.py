@@ -144,27 +144,33 @@ def read_unit(text: str, words: bool = False) -> str | None:
     Args:
         words: a single letter without a font of its own is a unit, not a variable.
     """
-    # without fonts and brackets; s^{-1} is one per s
-    in_font = bool(re.search(rf"\\{FONTS}", text))
-    unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])|\\cdot", " ", text).replace("\\%", "%")
-    unit = re.sub(r"([a-zA-Z]+)[\s}]*\^\s*\{?\s*-\s*(\d)\}?", r"/\1^\2", unit)
-    unit = re.sub(r"[{}()\s-]+", " ", unit).strip(" .,")
+    unit = _plain_unit(text)
     if text.count("(") != text.count(")") or (not unit and "(" in text):
         return None
     if unit in ("", "%"):
         return unit
     # words, apart from those that make another number of it
-    unit = unit.lower()
     names = re.findall(r"[^\W\d_]+", unit)
     if not _UNIT.fullmatch(unit) or not 1 <= len(names) <= 8 or _makes_another(names):
         return None
     # letters may be variables: they need a font, the look of a word, or a place among known units
-    is_apart = text[:1] in (" ", "-", "(") or not names[0].isascii()
-    is_word = any(_is_word(name, words) for name in names)
-    is_set_off = text[:1] in (" ", "-") and (words or len(unit) > 1)
-    if in_font or (is_word and (is_apart or words)) or _is_known(unit, is_set_off):
+    if re.search(rf"\\{FONTS}", text) or _is_apart(text, names, words):
         return unit
-    return None
+    is_set_off = text[:1] in (" ", "-") and (words or len(unit) > 1)
+    return unit if _is_known(unit, is_set_off) else None
+
+
+def _is_apart(text: str, names: list[str], words: bool) -> bool:
+    """Whether what follows a number are words, and no factors of a product."""
+    is_set_off = words or text[:1] in (" ", "-", "(") or not names[0].isascii()
+    return is_set_off and any(_is_word(name, words) for name in names)
+
+
+def _plain_unit(text: str) -> str:
+    """A unit in lower case, without fonts and brackets; s^{-1} is one per s."""
+    unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])|\\cdot", " ", text).replace("\\%", "%")
+    unit = re.sub(r"([a-zA-Z]+)[\s}]*\^\s*\{?\s*-\s*(\d)\}?", r"/\1^\2", unit)
+    return re.sub(r"[{}()\s-]+", " ", unit).strip(" .,").lower()
 
 
 def _makes_another(names: list[str]) -> bool:
