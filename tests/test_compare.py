@@ -44,6 +44,29 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(result: dict[str, Any])
     assert [group["label"] for group in result["groups"]] == LABELS
 
 
+def test_seeds_whose_runs_stand_on_runs_of_their_own_are_one_group(tmp_path: Path) -> None:
+    """A second round has its own first round's adapter on, a matched cut its own judged run's
+    length; a second round on another setting's first one is another group.
+    """
+    runs = []
+    for seed in (1, 2):
+        first = make(tmp_path / f"s{seed}", seed=seed, rounds=2)
+        second = make(
+            tmp_path / f"s{seed}" / "round-2", seed=seed, name="again", student__adapter=first
+        )
+        matched = make(
+            tmp_path / f"matched-{seed}",
+            seed=seed,
+            method="fixed-prefix-matched",
+            baseline__matched_run=tmp_path / "s{seed}" if seed == 1 else first,
+        )
+        runs += [first, second, matched]
+    other = make(tmp_path / "other", seed=1, judge__kind="answer")
+    runs.append(make(tmp_path / "third", seed=3, name="again", student__adapter=other))
+    groups = compare.compare(runs, tmp_path / "out.html")["groups"]
+    assert [group["seeds"] for group in groups] == [[1, 2], [1, 2], [1, 2], [3]]
+
+
 def test_a_groups_score_is_the_mean_of_its_runs(result: dict[str, Any], scores: Any) -> None:
     palign = scores["palign (p1)"]
     each = [run["accuracy_after"] for run in result["runs"][:2]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from kit.core.config import flat
+from kit.core.config import expand, flat, load
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, adapter_hash
 from kit.core.records import AlignedRow, EvalRow, PrefixRow
@@ -28,7 +28,7 @@ from kit.reporting.report import pieces, render
 
 DISAGREEMENTS = 6  # problems shown on which groups disagree
 BUDGETS = 80  # points of a curve
-NAMES = {"name", "out", "stop_after"}  # config keys that change no number
+NAMES = {"name", "out", "stop_after", "rounds"}  # config keys that change no number of a run
 
 Groups = dict[str, list[Files]]  # runs by label
 Rows = list[EvalRow]
@@ -134,8 +134,7 @@ def _groups(files: list[Files]) -> Groups:
     """Runs with equal configs, seed and names aside; labelled by method, and name if needed."""
     by_config = defaultdict(list)
     for run in files:
-        about = {**run.config, **dict.fromkeys((*NAMES, "seed")), **_model(run)}
-        by_config[repr(about)].append(run)
+        by_config[repr({**_setting(run.config), **_model(run)})].append(run)
     methods = Counter(runs[0].config["method"] for runs in by_config.values())
     groups = {}
     for runs in by_config.values():
@@ -147,6 +146,20 @@ def _groups(files: list[Files]) -> Groups:
             label = f"{label} in {runs[0].folder}"
         groups[label] = runs
     return groups
+
+
+def _setting(config: Json) -> Json:
+    """A run's config without its names and seed. Another run that it names, whose adapter it has on
+    or to which it is matched, counts by its own setting: each seed has one of its own.
+    """
+    setting = {**config, **dict.fromkeys((*NAMES, "seed"))}
+    for section, key in (("student", "adapter"), ("baseline", "matched_run")):
+        folder = str(config[section][key]).replace("{seed}", str(config["seed"]))
+        file = expand(folder) / "config.yaml"
+        if config[section][key] and file.exists():
+            other = _setting(load(file).model_dump(mode="json"))
+            setting[section] = {**config[section], key: other}
+    return setting
 
 
 def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
