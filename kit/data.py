@@ -32,6 +32,7 @@ from kit.formats import (
     why_missing,
     with_preset,
 )
+from kit.grading.answers import same_words
 from kit.models import leave_out_dead_hub
 
 SHOWN_TRACE = 100  # characters of a trace that `palign.py data` shows
@@ -238,7 +239,7 @@ def _sort_out(
         role = missing_role(values, _needed(traces))
         reason = why_missing(row, role, keys, values["verifier"]) if role else None
         place = None
-        if not reason and twin and twin.answer != values["answer"]:
+        if not reason and twin and not same_words(twin.answer, values["answer"]):
             reason = "same question, different answer"
             place = places[twin.id]
         elif not reason and id in places:

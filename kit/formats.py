@@ -28,12 +28,13 @@ Keys = dict[str, Sequence[str]]  # of each role: the keys or the template that m
 S1K_TRACE = "deepseek_thinking_trajectory"
 # Keys that belong to a question: a row that has one which is not used has only half of it.
 PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
-# Parts that are one text each; a list under any other key of a template holds options.
-TEXT_PARTS = ("question", "problem", "body", "context", "passage")
+# Parts that are text; a list under any other key of a template holds options.
+CONTEXTS = ("context", "passage")  # a question may do without them
+TEXT_PARTS = ("question", "problem", "body", *CONTEXTS)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Where several values stand for one, as OlympiadBench's answers do. Two texts of any other role
 # are two texts: messages, samples, a column.
-MAY_BE_SEVERAL = ("answer", "level", "subject")
+MAY_BE_SEVERAL = ("answer", "solution", "level", "subject")
 # What stands in the answer's column where there is no answer: NuminaMath's marks, a table's blank.
 NO_ANSWER = ("proof", "notfound", "nan", "null")
 
@@ -65,7 +66,7 @@ def fitting_preset(row: Json, role: str) -> str | None:
     for name, preset in bundled("presets").items():
         fields = preset.get("fields", {})
         keys = set(chain.from_iterable(map(_named_keys, fields.values())))
-        keys -= {"context", "passage"}
+        keys -= set(CONTEXTS)
         if role in fields and all(lookup(row, key) is not None for key in keys):
             best = max(best or (0, ""), (len(keys), name))
     return best and best[1]
@@ -154,7 +155,7 @@ def _question_options(row: Json, keys: Keys) -> tuple[Json, list[str]]:
         options = _by_letter(value)
         if options:
             labels = value.get("label") if isinstance(value, dict) else None
-            return options, list(map(str, labels or ()))
+            return options, list(map(str, labels)) if isinstance(labels, list) else []
     return {}, []
 
 
@@ -184,13 +185,20 @@ def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:
 
 
 def _value(row: Json, name: str) -> Any:
-    """What a key leads to; of `texts where flags`, the first with a true flag (OpenR1-Math)."""
-    name, _, flags = name.partition(" where ")
+    """What a key leads to; of `texts where flags`, the first with a true flag (OpenR1-Math), or the
+    first of all where there are no flags.
+    """
+    name, _, flags_name = name.partition(" where ")
     value = lookup(row, name)
-    if not flags:
+    if not flags_name:
         return value
-    good = [text for text, flag in zip(value or (), lookup(row, flags) or (), strict=False) if flag]
-    return next(iter(good), None)
+    if not isinstance(value, list) or not value:
+        return None
+    flags = lookup(row, flags_name)
+    if flags is None:
+        return value[0]
+    flagged = zip(value, flags, strict=False) if isinstance(flags, list) else ()
+    return next((text for text, flag in flagged if flag is True), None)
 
 
 def _fill(row: Json, template: str) -> str | None:
@@ -200,9 +208,9 @@ def _fill(row: Json, template: str) -> str | None:
     parts = {}
     for key in _template_keys(template):
         part = _part(row, key)
-        if part is None and key.lower() not in ("context", "passage"):
+        if part is None and (key.lower() not in CONTEXTS or lookup(row, key)):
             return None
-        if part and key.lower() in ("body", "context", "passage") and part[-1].isalnum():
+        if part and key.lower() in ("body", *CONTEXTS) and part[-1].isalnum():
             part += "."
         parts[key] = part or ""
     # at once: a value may hold braces of its own, as \sqrt{B} does
@@ -211,9 +219,13 @@ def _fill(row: Json, template: str) -> str | None:
 
 def _part(row: Json, key: str) -> str | None:
     value = lookup(row, key)
-    if isinstance(value, list) and key.lower() in TEXT_PARTS:
-        return _text(value) if len(value) == 1 else None
-    return _options(value)
+    if not isinstance(value, list) or key.lower() not in TEXT_PARTS:
+        return _options(value)
+    # a question is one text, a context may be several
+    texts = [None if isinstance(text, list) else _text(text) for text in value]
+    if None in texts or (len(texts) > 1 and key.lower() not in CONTEXTS):
+        return None
+    return "\n".join(filter(None, texts)) or None
 
 
 def _by_letter(value: Any) -> Json | None:

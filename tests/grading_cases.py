@@ -315,6 +315,9 @@ OTHER_NUMBERS = [  # verifier number: hedges, and words that make another number
     ("5", "5 cups", C),
     ("5", "5 egg", C),
     ("24", "24hours", C),
+    ("18", r"18 \text{ fifth graders}", C),
+    ("18", r"18 \text{ test score}", C),
+    ("18", r"18 \text{ points above average}", C),
 ]
 OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write them
     # characters beyond ASCII
@@ -339,6 +342,12 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     ("5", "5 alpha", W),
     ("5", "5 men", C),
     ("5", r"5 \text{ s}^{-1}", C),
+    ("5", "5 kWh", C),
+    ("5", "5 rpm", C),
+    ("5", "5apples", C),
+    ("5", "5sinhx", W),
+    ("5", r"\mathbf{5}\text{ cm}", C),
+    ("5", r"x=\mathbf{5}", C),
     # units that differ
     (r"5 \text{ cm}^2", r"5 \text{ cm}^3", W),
     (r"5 \text{ cm}^2", r"5 \text{ square cm}", C),
@@ -353,6 +362,7 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     ("2:30", "1:15", W),
     ("2:30", "2:30", C),
     ("3:4", "6:8", C),
+    ("3:20", "6:40", C),
     ("3:4", "3/4", C),
     # names
     ("(1,2)", "y=1, x=2", W),
@@ -377,6 +387,7 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     (r"\pm 1 \pm i", "1+i,-1-i", W),
     (r"\pm 1 \pm i", "1+i,1-i,-1+i,-1-i", C),
     ("5", r"x = 5 \approx 5.2", U),
+    ("5", r"\frac{1}{3} \approx 1\times 10^{9999}", U),
     (r"\sqrt{17}", r"\sqrt{17} \approx 4.12", C),
     (r"\sqrt{17}", r"\sqrt{17} \approx 4.2", U),
     # an equation inside brackets was read without end
@@ -394,6 +405,7 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     ("1", r"e^{i\pi}", W),
     (r"\frac{1}{2}", r"\sin 30^\circ", C),
     (r"\frac{1}{2}", r"\sin 60^\circ", W),
+    (r"\sin 22.5^\circ", r"\sin(22.5^\circ)", C),
     (r"\frac{1}{3}", r"0.\bar{3}", C),
     (r"\frac{1}{3}", "0.(3)", C),
     (r"\frac{1}{3}", r"0.\bar{4}", W),
@@ -411,6 +423,12 @@ OTHER_LETTERS = [  # verifier choice
     ("A", "A. Actually B", U),
     ("A", "A is the correct answer", C),
     ("A", "A, not B", C),
+    ("B", "B. No", C),
+    ("B. No", "(B)", C),
+    ("B", "(B) No change", C),
+    ("B", "B, but A is close", C),
+    ("B", "B. Then it rains", C),
+    ("B", "B is the only option", C),
     ("B", "B - 12", C),
     ("B", "B = 12", C),
     ("B", r"B \text{ (12)}", C),
@@ -433,6 +451,28 @@ OTHER_TEXTS = [
     ("8", "I thought the answer is 8. But the answer is not 8, it is 9.", "math", U),
     ("8", "If the answer is 8, then we get a contradiction.", "math", U),
     ("8", "The answer is 8. Wait, the answer is 3\u221a5.", "math", U),
+    # but these are whole
+    *(
+        ("5", text, "number", C)
+        for text in (
+            "I think the answer is 5.|The answer is 5, I think.|The answer is 5 T-shirts.|"
+            "The answer is 5 K.|The answer is 5 i.e. five apples|The answer is 5 third graders.|"
+            "The answer is 5 base hits.|The answer is 5 10-dollar bills.|"
+            "The answer is 5.\nChecking the answer: 5 * 3 = 15 and 15 / 3 = 5.|"
+            "The answer is 5.\n\nNote: the answer is not rounded.|"
+            "The answer is 5. The answer is not 6 because he gave one away.|"
+            "The answer is 5. I think the answer is correct."
+        ).split("|")
+    ),
+    *(
+        ("B", text, "choice", C)
+        for text in (
+            "The answer is (b) 12.|Answer: b) Paris|The answer is b because it fits|"
+            "The answer is B. Option A is not correct.|The answer is B because A is not valid.|"
+            "Answer: B\nExplanation: option A is not true.|I think the answer is B.|"
+            "The answer is (B) No."
+        ).split("|")
+    ),
     ("B", "The answer is B. Option C is a distractor.", "choice", C),
     ("B", "Answer: B\n\nThe other choice is a mistake.", "choice", C),
     ("B", r"The answer is $\textbf{(B)}\ 12$.", "choice", C),

@@ -452,6 +452,7 @@ def test_the_answer_to_a_choice_is_an_options_letter(
         # MMLU: the index of an option that is text
         (["0", "4", "2", "6"], 1, "B"),
         (["0", "4", "2", "6"], 2, "C"),
+        ({"A": "x", "B": "y", "label": 5}, "B", "B"),
         # both at once, by text and by index: nobody can tell
         (["1", "2", "3", "4"], "2", None),
         ([0, 2, 1, 3], 2, None),
@@ -511,10 +512,26 @@ def test_openr1s_trace_is_the_first_that_was_found_right(tmp_path: Path) -> None
     reading = data.read(source, 0, traces=True)
     assert [problem.trace for problem in reading.problems] == [row["generations"][1]]
     assert [rejected["id"] for rejected in reading.rejected] == ["u2"]
+    # no flags: the first; flags that are no list, or no truths: none
+    for flags, trace in ((None, "<think>\nSo 3"), (True, None), (["false", "true"], None)):
+        changed = {**row, "uuid": "u0", "correctness_math_verify": flags}
+        path = write(tmp_path, [changed, row], "flags.jsonl")
+        source = DatasetConfig(path=path, preset="openr1-math")
+        traces = [problem.trace for problem in data.read(source, 0, traces=True).problems]
+        assert traces == [trace] * bool(trace) + [row["generations"][1]]
     # without the preset its keys are not known, and the message names it
     bare = DatasetConfig(path=source.path)
     with pytest.raises(KitError, match=r"looks like openr1-math.*preset: openr1-math.*trace: KEY"):
         data.read(bare, 0, traces=True)
+
+
+def test_a_context_may_be_several_texts_and_is_never_left_out(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"question": "How many?", "answer": "3", "context": ["He has 3.", "Red."]}
+    template = {"question": "{context} {question}"}
+    assert one(tmp_path, row, fields=template).question == "He has 3.\nRed. How many?"
+    assert one(tmp_path, {**row, "context": None}, fields=template).question == "How many?"
+    with pytest.raises(KitError, match="no question: nothing in context"):
+        one(tmp_path, {**row, "context": [["He has 3."]]}, fields=template)
 
 
 def test_braces_in_the_data_are_no_part_of_a_template(tmp_path: Path) -> None:
@@ -590,6 +607,7 @@ ROWS = '{"question": "a?", "answer": "1"}, {"question": "b?", "answer": "2"}'
         ("ROWS.JSONL", ROWS.replace("}, {", "}\n{").encode("utf-16")),
         ("rows.jsonl", ROWS.replace("}, {", "}\r\n\r\n{").encode("utf-8-sig")),
         ("rows.json", f'{{"x1": {ROWS}}}'.replace(", {", ', "x2": {').encode()),
+        ("rows.csv", b"question,answer,,\na?,1,,\nb?,2,,\n"),
         ("ROWS.CSV", b"question,answer\na?,1\n\nb?,2\n"),
         ("rows.csv", "question,answer\r\na?,1\r\nb?,2\r\n".encode("utf-16")),
         ("rows.TSV", b'"question"\tanswer\n"a?"\t1\n"b?"\t2\n'),
@@ -621,6 +639,7 @@ def test_a_file_of_traces_shows_what_its_traces_are(tmp_path: Path) -> None:
     "row",
     [
         {"conversations": [{"from": "user", "value": "a?"}, {"from": "gpt", "value": "1"}]},
+        {"question": "a?", "data": [{"x": 1}], "conversations": [{"value": "a?"}, {"value": "1"}]},
         {"question": {"value": "a?"}, "conversations": [{"value": "a?"}, {"value": "1"}]},
     ],
 )

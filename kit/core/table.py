@@ -117,7 +117,7 @@ def _parse_csv(text: str, delimiter: str) -> Rows:
     rows: Rows = []
     try:
         header = next(reader, [])
-        twice = [name for name, times in Counter(header).items() if times > 1]
+        twice = [name for name, times in Counter(header).items() if name and times > 1]
         if twice:
             raise csv.Error(f"two columns are called {twice[0]!r}")
         for values in reader:
@@ -186,8 +186,10 @@ def _rows_of(document: Any) -> list[Any]:
             lists[key] = value
     if len(document) == len(lists) == 1:
         return next(iter(lists.values()))
+    if "data" in lists and not {"question", "problem"}.intersection(map(str.lower, document)):
+        return lists["data"]
     values = list(document.values())
-    return lists.get("data") or (values if _are_rows(values) else [document])
+    return values if _are_rows(values) else [document]
 
 
 def _are_rows(values: list[Any]) -> bool:

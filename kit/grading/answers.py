@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from math import gcd
 from typing import NamedTuple
 
 from kit.core.errors import KitError
@@ -34,13 +35,12 @@ _LETTER = re.compile(
     r"[\s(\[]*(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:option|choice|answer)(?:\s+is)?)?"
     r"[\s(\[:]*([a-z])"
     r"(?:[)\].:;,]+(?:\s.*)?|\s*|\s+(?:because|since|as)\b.*|\s+(?=[\d\\$=(-]).*|"
-    r"\s+is\s+(?:the\s+|my\s+|our\s+)?(?:correct|right|true|best|final|answer)\b.*)",
+    r"\s+is\b(?!.*\b(?:not|never|incorrect|wrong|false)\b).*)",
     re.DOTALL | re.IGNORECASE,
 )
-# What takes a letter back: A. Actually B  A, then B
+# Another letter in its place: A. Actually B  A, then B
 _TAKEN_BACK = re.compile(
-    r"\W*[a-z]\W+(?:actually|no|wait|sorry|correction|instead|rather|then|but|maybe)\b",
-    re.IGNORECASE,
+    r"\W*[a-zA-Z](?:\W+(?i:actually|wait|sorry|correction)|\s*,\s*then)\W+(?:\w+\W+){0,3}[B-J]\b"
 )
 _SEVERAL = re.compile(
     r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+"
@@ -198,8 +198,8 @@ def _equal_numbers(gold: str, answer: str, words: bool) -> bool | None:
 
 
 def _ratios(gold: str, answer: str) -> tuple[str, str]:
-    """Both with 3:4 as the fraction that it is; 2:30 and 1:15 are times."""
-    if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
+    """Both with 3:4 as the fraction that it is; 2:30, not in lowest terms, may be a time."""
+    if _TIME.fullmatch(gold) and _TIME.fullmatch(answer) and gcd(*map(int, gold.split(":"))) > 1:
         return gold, answer
     return _RATIO.sub(r"\1/\2", gold), _RATIO.sub(r"\1/\2", answer)
 

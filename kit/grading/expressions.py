@@ -42,7 +42,7 @@ _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _SET = re.compile(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 _WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_DEGREES = re.compile(r"(\d+)\s*\\text\{degrees\}")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degrees\}")
 _INTERVALS = ("()", "(]", "[)", "[]")
 _BUILDER = re.compile(r"\\\{\s*[a-zA-Z](?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
 _SYNTAX = NormalizationConfig(
@@ -287,15 +287,16 @@ def _check_chain(values: list[Scalar], is_rounded: bool) -> None:
         if _equal(values[0], value):
             continue
         if not is_rounded or not _is_near(value, first):
-            raise UnreadableError(str(value))
+            raise UnreadableError("its parts differ")
 
 
 def _is_near(rounded: Scalar, exact: Any) -> bool:
     """Whether a number was rounded to a decimal or a round number, or cut off: 0.33, 1200."""
     if rounded.written is None:
         return bool(abs(sympy.N(rounded.expression / exact - 1)) < 0.01)
-    whole = str(rounded.written.value)
-    zeros = len(whole) - len(whole.rstrip("0"))
+    zeros = 0
+    while zeros < 20 and rounded.written.value % 10 ** (zeros + 1) == 0:
+        zeros += 1
     return _in_last_place(rounded.expression, exact, rounded.written.places or -zeros)
 
 

@@ -76,21 +76,24 @@ _FURTHER = re.compile(
     r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
     r"divided|multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
     r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])|"
-    r"[ \t]*(?:[√÷·⋅±²³⁰-₟]|[\u2212\u2013][ \t]*[\d\\($])|[ \t]+\$?\d|[ \t]*\$(?=\\)|"
+    r"[ \t]*(?:[√÷·⋅±²³⁰-₟]|[\u2212\u2013][ \t]*[\d\\($])|[ \t]+\$?\d+(?![\w-])|[ \t]*\$(?=\\)|"
     r"[ \t]+(?:\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|mp|binom|sin|cos|tan|log|ln)\b|"
-    r"(?:[b-fiknp-rtx-z]|sqrt|sin|cos|tan|log|ln|choose|base|modulo|lakh|crore|halves|"
-    r"(?:third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b|"
+    r"(?-i:[ixyz])(?=[.,;!?]?(?:\s|$))|"
+    r"(?:sqrt|sin|cos|tan|log|ln|choose|lakh|crore|halves|(?:base|modulo)\s+\d|"
+    r"(?:third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)\b(?!-)|"
     r"(?:hours?|hrs?|minutes?|mins?|feet|foot|ft|pounds?|lbs?|days?|weeks?|months?|years?|dollars?|"
     r"k?m|kg|degrees?)\s+\d)",
     re.IGNORECASE,
 )
 # Before "the answer": it is only supposed.
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppose|supposing|assume|assuming|were|whether|unless|imagine|thought|think)\s+"
+    r"\b(?:if|suppose|supposing|assume|assuming|were|whether|unless|imagine)\s+"
     r"(?:that\s+)?(?:the\s+|my\s+)?(?:\w+\s+)?$",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:not|never|wrong)\b|n['’]t\b", re.IGNORECASE)
+_DENIED = re.compile(rf"(?:not|never)\s+({_ONE})", re.DOTALL | re.IGNORECASE)
+# An option's letter; in lower case it may be the word "a".
+_OPTION = re.compile(r"\W*[A-J]\b|[A-J]{2,}\b|\W*[a-j](?:\W*$|[).:,]|\s+(?:because|since|as|is)\b)")
 
 
 def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
@@ -203,17 +206,19 @@ def _in_phrase(text: str, verifier: str) -> str | None:
     cues = list(_CUE.finditer(text))[-1000:]
     if verifier == "choice":
         cues += [*_CHOICE_CUE.finditer(text), *_IS_CORRECT.finditer(text)][-1000:]
+    denied = set()
     for cue in sorted(cues, key=lambda match: match.start(), reverse=True):
         if cue.re is _IS_CORRECT:
             return cue[1]
         if _SUPPOSED.search(text[max(0, cue.start() - 40) : cue.start()]):
             continue
-        copula = _IS.match(cue[1])
-        if copula and _DENIED.search(copula[0] + cue[1][copula.end() :][:4]):
-            return None
         answer = _named(cue[1], verifier)
         if answer is not None:
-            return answer
+            return None if answer in denied else answer
+        copula = _IS.match(cue[1])
+        not_this = copula and _DENIED.match(cue[1], copula.end())
+        if not_this:
+            denied.add(not_this[1].strip().rstrip(".,"))
     return None
 
 
@@ -227,10 +232,8 @@ def _named(rest: str, verifier: str) -> str | None:
     rest = rest[copula.end() :].lstrip()
     if verifier in ("choice", "text", "judge"):
         answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
-        # a word like "a" is no letter
-        letter = r"\W*[A-J]\b|[A-J]{2,}\b|\W*[a-j]\W*$"
         plain = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", answer or "")
-        return answer if verifier != "choice" or re.match(letter, plain) else None
+        return answer if verifier != "choice" or _OPTION.match(plain) else None
     calculation = _CALCULATION.match(rest)
     while calculation:
         rest = rest[calculation.end() :]
@@ -239,5 +242,5 @@ def _named(rest: str, verifier: str) -> str | None:
     if values is None:
         return None
     if _FURTHER.match(rest[values.end() :]):
-        return ""
+        return "" if re.search(r"\b(?:is|are|was)\b", copula[0]) else None
     return values[0].strip().rstrip(".,")

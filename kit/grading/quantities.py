@@ -59,7 +59,21 @@ parsec parsecs
 acre acres
 ton tons tonne tonnes
 ev electronvolt electronvolts
-byte bytes"""
+byte bytes
+kpa
+kwh
+khz
+mhz
+ghz
+kev
+mev
+gev
+yr yrs
+rpm
+psi
+tbsp tablespoon tablespoons
+tsp teaspoon teaspoons
+pcs pieces"""
 UNITS = {name: line.split()[0] for line in _UNITS.splitlines() for name in line.split()}
 _SCALES = {
     "hundred": 2,
@@ -72,18 +86,19 @@ _SCALES = {
 }
 # Words after a number that make it another one, in either number (3 quarters may be coins).
 _FACTORS = set(
-    "half halve dozen third fifth sixth seventh eighth ninth tenth hundredth thousandth lakh crore "
-    "score".split()
+    "half halve dozen third fifth sixth seventh eighth ninth tenth hundredth thousandth lakh "
+    "crore".split()
 )
 # Words that make it another one, or no answer.
 _NOT_UNITS = {"quarter"} | set(
-    "a an and or if is not no nor to plus minus over mod more less fewer below above zero "
+    "a an and or if is not no nor to plus minus over mod more less fewer below "
     "least most than between except but else when where with without maybe about squared cubed "
     "incorrect wrong base remainder choose factorial sqrt pi "
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arg det log ln exp lim gcd lcm "
     "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega "
     "true false am pm".split()
 )
+_FUNCTIONS = ("sin", "cos", "tan", "sqrt", "log", "ln", "exp", "arc", "alpha", "beta", "theta")
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.(\d*))?"
     r"(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?(?!\d))?(.*)",
@@ -163,7 +178,9 @@ def read_unit(text: str, words: bool = False) -> str | None:
 def _is_apart(text: str, names: list[str], words: bool) -> bool:
     """Whether what follows a number are words, and no factors of a product."""
     is_set_off = words or text[:1] in (" ", "-", "(") or not names[0].isascii()
-    return is_set_off and any(_is_word(name, words) for name in names)
+    # 5apples, but not 5sinhx
+    is_long = len(names[0]) > 4 and not names[0].startswith(_FUNCTIONS)
+    return (is_set_off or is_long) and any(_is_word(name, words) for name in names)
 
 
 def _plain_unit(text: str) -> str:
@@ -175,7 +192,13 @@ def _plain_unit(text: str) -> str:
 
 def _makes_another(names: list[str]) -> bool:
     """Whether a word after a number makes another number of it: 3 fifths, 5 millions."""
-    if any(name in _NOT_UNITS or name.removesuffix("s") in _FACTORS for name in names):
+    # but third graders are counted
+    factor = names[0].removesuffix("s")
+    if factor in _FACTORS and (
+        len(names) == 1 or factor != names[0] or factor in ("half", "dozen")
+    ):
+        return True
+    if _NOT_UNITS.intersection(names):
         return True
     scales = [name for name in names if name.removesuffix("s") in _SCALES]
     return bool(scales) and not (scales == names[:1] and scales[0] in _SCALES)
