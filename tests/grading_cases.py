@@ -413,6 +413,7 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     ("8", r"\textcolor{red}{8}", C),
     (r"\frac{1}{2}", r"\mathbf{\frac{1}{2}}", C),
     ("(3,4)", r"\langle 3,4\rangle", C),
+    (r"\binom{5}{2}", r"{5 \choose 2}", C),
     (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1) \text{ or } (1,\infty)", C),
     (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} - \{2\}", C),
 ]
