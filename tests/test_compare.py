@@ -50,7 +50,8 @@ def test_seeds_whose_runs_stand_on_runs_of_their_own_are_one_group(tmp_path: Pat
     """
     runs = []
     for seed in (1, 2):
-        first = make(tmp_path / f"s{seed}", seed=seed, rounds=2)
+        itself = tmp_path / "s{seed}"
+        first = make(tmp_path / f"s{seed}", seed=seed, rounds=2, baseline__matched_run=itself)
         second = make(
             tmp_path / f"s{seed}" / "round-2", seed=seed, name="again", student__adapter=first
         )
@@ -58,7 +59,7 @@ def test_seeds_whose_runs_stand_on_runs_of_their_own_are_one_group(tmp_path: Pat
             tmp_path / f"matched-{seed}",
             seed=seed,
             method="fixed-prefix-matched",
-            baseline__matched_run=tmp_path / "s{seed}" if seed == 1 else first,
+            baseline__matched_run=itself if seed == 1 else first,
         )
         runs += [first, second, matched]
     other = make(tmp_path / "other", seed=1, judge__kind="answer")

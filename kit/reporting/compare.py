@@ -154,11 +154,13 @@ def _setting(config: Json) -> Json:
     """
     setting = {**config, **dict.fromkeys((*NAMES, "seed"))}
     for section, key in (("student", "adapter"), ("baseline", "matched_run")):
-        folder = str(config[section][key]).replace("{seed}", str(config["seed"]))
-        file = expand(folder) / "config.yaml"
-        if config[section][key] and file.exists():
+        # in a sweep every run has the key, also the one that it names
+        is_used = key == "adapter" or config["method"] == "fixed-prefix-matched"
+        other = config[section][key] if is_used else None
+        file = expand(str(other).replace("{seed}", str(config["seed"]))) / "config.yaml"
+        if other and file.exists():
             other = _setting(load(file).model_dump(mode="json"))
-            setting[section] = {**config[section], key: other}
+        setting[section] = {**config[section], key: other}
     return setting
 
 
