@@ -201,7 +201,8 @@ def read(
         first = reading.rejected[0]["detail"]
         message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
         role = missing_role(values_of(rows[0][1], keys, source.verifier), _needed(traces))
-        fitting = fitting_preset(rows[0][1], role or "question")
+        # where the keys are named, they are not what is wrong
+        fitting = None if source.fields else fitting_preset(rows[0][1], role or "question")
         hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
         if fitting and traces:
             preset = f"data.train={{path: {source.path}, preset: {fitting}}}"

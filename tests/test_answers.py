@@ -205,6 +205,16 @@ def test_an_answer_is_not_lost_where_other_work_takes_the_processor(started):
         assert (grade.verdict, grade.how, started()) == ("correct", "boxed:math", [worker])
 
 
+def test_an_answer_that_computes_too_long_ends_by_its_own_time_not_by_the_clock():
+    code = (
+        "from kit.grading.math_worker import _timed\n"
+        "def busy(gold, answer):\n    while True: pass\n"
+        "_timed(busy, '', '', 0.5)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert process.returncode == -signal.SIGPROF
+
+
 def test_workers_end_when_their_parent_is_killed():
     code = (
         "from kit.grading.answers import Grader, Item\n"
