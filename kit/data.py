@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from kit import Json
 from kit.core.config import Config, DatasetConfig
@@ -198,17 +198,7 @@ def read(
     keys = keys_by_role(source, rows)
     _sort_out(reading, source, rows, keys, traces)
     if not reading.problems:
-        first = reading.rejected[0]["detail"]
-        message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
-        role = missing_role(values_of(rows[0][1], keys, source.verifier), _needed(traces))
-        # where the keys are named, they are not what is wrong
-        fitting = None if source.fields else fitting_preset(rows[0][1], role or "question")
-        hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
-        if fitting and traces:
-            preset = f"data.train={{path: {source.path}, preset: {fitting}}}"
-            hint = f"It looks like {fitting}: set {preset} without teacher.path. Or name"
-        named = "trace: KEY" if role == "trace" else "question: KEY, answer: KEY"
-        raise KitError(message, f"{hint} the keys: {fields_key}={{{named}}}.")
+        _refuse_unusable(source, rows, keys, reading, _needed(traces), fields_key)
     if reading.rejected:
         [(reason, times)] = Counter(row["reason"] for row in reading.rejected).most_common(1)
         reading.warnings.append(
@@ -219,6 +209,28 @@ def read(
     if warning:
         reading.warnings.append(f"{source.path} {warning}")
     return reading
+
+
+def _refuse_unusable(
+    source: DatasetConfig,
+    rows: Rows,
+    keys: Keys,
+    reading: Reading,
+    needed: tuple[str, ...],
+    fields_key: str,
+) -> NoReturn:
+    """Say why the first row of a file without a usable one is none, and which keys would help."""
+    first = reading.rejected[0]["detail"]
+    message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
+    role = missing_role(values_of(rows[0][1], keys, source.verifier), needed)
+    # where the keys are named, they are not what is wrong
+    fitting = None if source.fields else fitting_preset(rows[0][1], role or "question")
+    hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
+    if fitting and "trace" in needed:
+        preset = f"data.train={{path: {source.path}, preset: {fitting}}}"
+        hint = f"It looks like {fitting}: set {preset} without teacher.path. Or name"
+    named = "trace: KEY" if role == "trace" else "question: KEY, answer: KEY"
+    raise KitError(message, f"{hint} the keys: {fields_key}={{{named}}}.")
 
 
 def _needed(traces: bool) -> tuple[str, ...]:

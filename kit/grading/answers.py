@@ -26,6 +26,7 @@ from kit.grading.quantities import (
     different_units,
     read_clock,
     read_quantity,
+    with_currency,
 )
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
@@ -140,7 +141,10 @@ class Grader:
             return _compare_letters(gold, answer)
         if verifier == "text":
             return _verdict(same_words(gold, answer)), "text"
-        right, given = _ratios(normalize(gold), normalize(answer))
+        plain = verifier == "number"
+        right, given = _ratios(
+            normalize(with_currency(gold, plain)), normalize(with_currency(answer, plain))
+        )
 
         # 5... is some number near 5: equal to its own spelling, and else not known
         if _ELLIPSIS.search(answer) and comparable(right) != comparable(given):
@@ -150,7 +154,7 @@ class Grader:
         clock = read_clock(right)
         if clock or read_clock(given):
             return _verdict(clock == read_clock(given)), "string"
-        equal = _equal_numbers(right, given, words=verifier == "number")
+        equal = _equal_numbers(right, given, words=plain)
         if equal is not None:
             return _verdict(equal), "decimal"
 

@@ -39,6 +39,7 @@ km/h kmh kph
 dollar dollars usd bucks
 cent cents
 euro euros
+yen
 degree degrees °
 radian radians rad
 n newton newtons
@@ -108,6 +109,8 @@ _UNIT = re.compile(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?[1-9])+")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # k before a metre, and so on: of which units there are multiples
 _MULTIPLE = re.compile(r"[nμumckgt](?:m|s|w|v|j|pa|n|hz|ev|b|l|a|mol|g)")
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
+_AMOUNT = re.compile(r"(-?)\s*(\\\$|[$€£¥])\s*(-?\d[\d.,]*)|(-?\d[\d.,]*)\s*([€£¥])")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 
 
@@ -225,6 +228,20 @@ def after_last_equals(text: str) -> str:
     before, _, last = text.rpartition("=")
     is_several = re.search(r"(?<!\d),|,(?!\d{3})|;|\\(?:and|or)(?![a-zA-Z])", before)
     return text if is_several else last.strip()
+
+
+def with_currency(text: str, plain: bool = False) -> str:
+    r"""An amount of money with its currency as a word: `\$18` is `18 \text{dollars}`. All else as
+    it is.
+
+    Args:
+        plain: a text without mathematics, in which a bare `$` is money and no sign of math mode.
+    """
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or (match[2] == "$" and not plain):
+        return text
+    number = f"{match[1]}{match[3]}" if match[3] else match[4]
+    return f"{number} \\text{{{_CURRENCIES[match[2] or match[5]]}}}"
 
 
 def read_clock(text: str) -> tuple[int, int, str] | None:
