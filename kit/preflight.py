@@ -146,7 +146,8 @@ def _todo(config: Config, command: str = "run") -> list[str]:
         del stages[0]
     if config.method == "zero-shot":
         return [stage for stage in stages if stage == "eval"]
-    return stages
+    # a report needs neither a card nor a model
+    return [stage for stage in stages if stage != "report"]
 
 
 def _is_done(config: Config, stage: str, entry: Json) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,30 @@ def test_runs_that_learned_from_other_traces_have_a_page(tmp_path: Path) -> None
         (runs[1] / name).unlink()
     lesson = compare.compare(runs, tmp_path / "out.html")["lesson"]
     assert len(lesson["targets"]) == 2 and lesson["shown"] == {} and lesson["search"] is None
+
+
+def test_undecided_and_looping_answers_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    """A judge model's undecided answers, and answers that neither ended nor were cut off."""
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    endings = ["stop", "stop", "length", "loop"]
+    for folder, right in zip(runs, ("correct", "undecided"), strict=True):
+        for path in (folder / "eval").glob("*.jsonl"):
+            file = RowFile(path, EvalRow)
+            rows = []
+            for number, row in enumerate(file.read()):
+                ending = endings[number % 4]
+                verdict = "wrong" if ending == "loop" else right
+                sample = Sample(text="7", tokens=9, verdict=verdict, finish_reason=ending)
+                rows.append(row.model_copy(update={"samples": (sample,)}))
+            file.write_all(rows)
+    result = compare.compare(runs, tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "undecided by the judge model" in page
+    for score in result["scores"]:
+        is_right = "palign" in score["group"]
+        count = len(range(2, score["n"], 4)) if is_right else 0
+        assert score["truncated_correct_ratio"] == pytest.approx(count / score["n"], abs=1e-4)
+    assert not re.search(r"-\d+%\s+of all correct", page)
 
 
 def test_compare_needs_two_runs(tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def test_overrides_reach_nested_keys_and_a_string_over_a_dataset_sets_its_path(t
     )
 
 
+def test_an_adapter_is_the_students_and_no_key_of_the_evaluation(tmp_path):
+    assert load(tmp_path, "student: {adapter: a}").student.adapter == "a"
+    with pytest.raises(KitError, match=r"eval\.adapter: unknown key"):
+        load(tmp_path, "eval: {adapter: a}")
+
+
 def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path):
     with pytest.raises(KitError) as caught:
         load(

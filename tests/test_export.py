@@ -372,8 +372,12 @@ def test_a_vllm_that_does_not_load_says_how_to_start_it(
 
 
 @pytest.mark.slow
-def test_an_ollama_modelfile_asks_as_training_did(proven: Path, tmp_path: Path) -> None:
-    result = export(Export(proven, QUIET, "ollama", out=tmp_path))
+def test_an_ollama_modelfile_asks_as_training_did(
+    proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ollama resolves a relative path from the Modelfile's folder
+    monkeypatch.chdir(tmp_path.parent)
+    result = export(Export(proven, QUIET, "ollama", out=Path(tmp_path.name)))
     text = Path(result["modelfile"]).read_text()
     assert text.startswith(f"FROM {gguf_file('smollm2-135m')}\nADAPTER {tmp_path}/run-lora.gguf\n")
     template = text.split('"""')[1]

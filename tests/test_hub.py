@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,18 @@ def test_the_cards_say_what_the_run_did(run: Path) -> None:
         assert text in card.text
     rows = DatasetCard(result["dataset_card"])
     assert rows.data.license == "other" and "ann/student" in rows.text and "abc123" in rows.text
+    assert "learns to write the prefix that the student judged enough" in rows.text
     assert result["uploaded"] == []
+
+
+def test_a_baselines_rows_are_not_called_checked(run: Path, tmp_path: Path) -> None:
+    """A long trace is the teacher's own words, and a wrong one from a file trains too."""
+    copy = tmp_path / "long"
+    shutil.copytree(run, copy)
+    config = copy / "config.yaml"
+    config.write_text(re.sub(r"(?m)^method: .*$", "method: long-trace", config.read_text()))
+    text = export(Export(copy, QUIET, "hub", base=BASE))["dataset_card"]
+    assert "learns to write the teacher's whole trace. The student wrote none of it" in text
 
 
 def test_nothing_of_this_machine_or_its_keys_is_in_the_folders(run: Path) -> None:

@@ -81,6 +81,11 @@ def test_a_look_too_soon_changes_nothing_and_fixed_threads_never_change(
     fixed = Threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     from_environment = Threads()
+    # one number for each nested region, or none
+    monkeypatch.setenv("OMP_NUM_THREADS", " 3,1")
+    nested = Threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    assert nested.fixed == 3 and Threads().fixed == 0
     clock["seconds"] = 10.0
     assert fixed.now() == 3 == fixed.most
     assert from_environment.now() == 2
@@ -93,6 +98,16 @@ def test_free_cores_are_the_idle_ones_and_this_processs_own() -> None:
     while time.monotonic() < deadline:
         pass
     assert 0 < threads._free_cores() < threads.cores() + 0.5
+
+
+def test_cores_that_the_machine_does_not_list_are_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a container, this process may have the cores 4 and 5 where only two are listed."""
+    monkeypatch.setattr("psutil.cpu_percent", lambda percpu: [100.0, 20.0])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {4, 5})
+    monkeypatch.setattr(threads._PROCESS, "cpu_percent", lambda: 10.0)
+    assert threads._free_cores() == pytest.approx(0.9)
 
 
 def test_real_neighbours_on_every_core_leave_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,14 +166,14 @@ def test_a_stage_whose_weights_were_replaced_is_still_to_do(
     raw = {"out": str(tmp_path / "run"), "student": {"model": str(tmp_path / "model")}}
     config = resolve(raw, "test")
     with Run(config, Progress(quiet=True)) as run:
-        for stage in ("teach", "truncate", "align", "train", "eval", "report"):
+        for stage in ("teach", "truncate", "align", "train", "eval"):
             section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")
             content = partial(fingerprints, section, getattr(config, section))
             run.begin(stage, "", str, content)
             run.finish(stage, "", 0, 0)
     assert preflight._todo(config) == []
     (tmp_path / "model" / "model.safetensors").write_bytes(b"others")
-    assert preflight._todo(config) == ["truncate", "align", "train", "eval", "report"]
+    assert preflight._todo(config) == ["truncate", "align", "train", "eval"]
     assert preflight._todo(config, "teach") == [] and preflight._todo(config, "eval") == ["eval"]
 
 

@@ -40,7 +40,7 @@ def test_every_part_of_a_score_is_what_the_rows_say() -> None:
     assert result.verdicts == {"correct": 3, "wrong": 1, "unparsed": 1, "timeout": 1}
     assert result.truncated_ratio == pytest.approx(1 / 3, abs=1e-4) and result.loop_ratio == 0
     assert result.mean_tokens == pytest.approx(100 / 6, abs=1e-3)
-    assert result.accuracy_completed == 0.75
+    assert result.accuracy_completed == 0.75 and result.truncated_correct_ratio == 0
     by_level = {name: group.accuracy for name, group in result.by_level.items()}
     assert by_level == {"1": 0.75, "2": 0.0}
     assert list(result.by_subject) == ["x"] and result.by_subject["x"].n == 1

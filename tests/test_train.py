@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -498,6 +499,16 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, tiny: str, whole: 
         stage.train(run)
     assert losses(whole.folder) == before
     assert "half-written" in (whole.folder / "run.log").read_text()
+
+
+def test_one_process_of_several_deletes_half_written_checkpoints(tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / "checkpoint-3"
+    half.mkdir(parents=True)
+    progress = Progress(quiet=True)
+    run = SimpleNamespace(path=tmp_path.joinpath, progress=progress, is_main_process=False)
+    assert training._last_checkpoint(run) is None and half.exists()
+    run.is_main_process = True
+    assert training._last_checkpoint(run) is None and not half.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(

@@ -195,13 +195,26 @@ def test_a_calibration_sets_the_threshold_of_the_judge_it_was_made_for(validated
         configs.load(None, [*base, "judge.kind=success"])
 
 
-@pytest.mark.parametrize("content", ["{}", "not json", '{"setup": {}, "thresholds": {"a": "b"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "not json",
+        "[]",
+        '{"setup": {}, "thresholds": {"a": "b"}}',
+        '{"setup": {}, "thresholds": {}, "accuracy_after": 0.5}',
+    ],
+)
 def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(content)
     for name in (path, tmp_path / "absent.json"):
         with pytest.raises(KitError, match=r"judge\.calibration"):
             configs.load(None, [f"judge.calibration={name}"])
+    with pytest.raises(KitError, match=r"there is no file .*absent"):
+        configs.load(None, [f"judge.calibration={tmp_path / 'absent.json'}"])
+    with pytest.raises(KitError, match="unknown key"):
+        configs.load(None, ["judge.calibration={setup: {}, thresholds: {}, more: 1}"])
 
 
 def test_no_boundary_within_the_context_is_measured_as_nothing() -> None:

@@ -198,9 +198,14 @@ class Calibration(BaseConfig):
 
 def _read_calibration(raw: Any) -> Any:
     """Put a file's content in place of its name, so that a changed file is a changed key."""
-    if isinstance(raw, str) and expand(raw).is_file():
-        return json.loads(expand(raw).read_bytes())
-    return raw
+    if not isinstance(raw, str) or raw in ("none", "content-free"):
+        return raw
+    if not expand(raw).is_file():
+        raise ValueError(f"there is no file {raw}; content-free and none need no file")
+    content = json.loads(expand(raw).read_bytes())
+    if not isinstance(content, dict) or content.keys() != Calibration.model_fields.keys():
+        raise ValueError(f"{raw} is no calibration.json of `judge FILE --validate`")
+    return content
 
 
 class Judge(BaseConfig):
@@ -370,9 +375,9 @@ class Config(BaseConfig):
     @classmethod
     def _eval_follows_student(cls, raw: Any) -> Any:
         try:
-            keys = {**raw.get("student", {}), **raw.get("eval", {})}
-            keys.pop("adapter", None)
-            return {**raw, "eval": keys}
+            student = {**raw.get("student", {})}
+            student.pop("adapter", None)
+            return {**raw, "eval": {**student, **raw.get("eval", {})}}
         except (AttributeError, TypeError):
             # Something is not a mapping: the sections' own checks name it.
             return raw
@@ -562,5 +567,6 @@ def _explain(error: Any) -> str:
     *parents, key = error["loc"]
     section: Any = Config()
     for parent in parents:
-        section = section[0] if isinstance(parent, int) else getattr(section, parent)
-    return f"{where}: unknown key; {nearest(str(key), type(section).model_fields)}"
+        section = section[0] if isinstance(parent, int) else getattr(section, parent, None)
+    known = getattr(type(section), "model_fields", None)
+    return f"{where}: unknown key; {nearest(str(key), known)}" if known else f"{where}: unknown key"

@@ -26,7 +26,8 @@ class Method:
     # none: there are no training rows; the others are named after their method, see
     # kit/judging/baselines.py
     cut: str
-    target: str  # what the student learns to write
+    target: str  # of a training row
+    learns: str  # what the student learns to write, in words
     continued: bool = False  # whether the student writes on from the prefix
 
     @property
@@ -43,24 +44,75 @@ class Method:
 # Here: prefix-only and label-only end in the boxed gold answer, and so does a long trace without a
 # box of its own, so that a difference to P-ALIGN is one of reasoning and not of format.
 METHODS = {
-    "palign": Method("judge", "{tagged}\n{continuation}", continued=True),
-    "zero-shot": Method("none", ""),
-    "label-only": Method("whole", "{boxed}"),
-    "long-trace": Method("whole", "{trace}"),
-    "prefix-only": Method("judge", "{tagged}\n{boxed}"),
-    "continuation-only": Method("judge", "{continuation}", continued=True),
-    "no-search": Method("ratio", "{tagged}\n{continuation}", continued=True),
-    "post-think": Method("post-think", "{concluded}"),
-    "first-correct": Method("first-correct", "{concluded}"),
-    "binary-cut": Method("binary-cut", "{concluded}"),
-    "step-entropy": Method("step-entropy", "{concluded}"),
-    "no-verify": Method("no-verify", "{concluded}"),
-    "mix-long-short": Method("mix-long-short", "{concluded}"),
+    "palign": Method(
+        "judge",
+        "{tagged}\n{continuation}",
+        "the prefix that the student judged enough, and its own continuation",
+        continued=True,
+    ),
+    "zero-shot": Method("none", "", "nothing"),
+    "label-only": Method("whole", "{boxed}", "the answer alone"),
+    "long-trace": Method("whole", "{trace}", "the teacher's whole trace"),
+    "prefix-only": Method(
+        "judge",
+        "{tagged}\n{boxed}",
+        "the prefix that the student judged enough, and the answer; none of its own words",
+    ),
+    "continuation-only": Method(
+        "judge",
+        "{continuation}",
+        "only the student's own continuation of the prefix that it judged enough",
+        continued=True,
+    ),
+    "no-search": Method(
+        "ratio",
+        "{tagged}\n{continuation}",
+        "the whole trace, and the student's own continuation",
+        continued=True,
+    ),
+    "post-think": Method(
+        "post-think", "{concluded}", "only what the teacher writes after its thinking"
+    ),
+    "first-correct": Method(
+        "first-correct",
+        "{concluded}",
+        "the trace up to the first sentence that concludes with the right answer",
+    ),
+    "binary-cut": Method(
+        "binary-cut",
+        "{concluded}",
+        "the shortest beginning from which the student's forced answer is right, and the answer",
+    ),
+    "step-entropy": Method(
+        "step-entropy",
+        "{concluded}",
+        "the sentences about which the student is least certain; marks stand for the others",
+    ),
+    "no-verify": Method(
+        "no-verify",
+        "{concluded}",
+        "the trace without the sentences that check what is known already",
+    ),
+    "mix-long-short": Method(
+        "mix-long-short",
+        "{concluded}",
+        "two rows of each trace: the whole, and a short one (what the teacher writes after its "
+        "thinking, else up to the first right conclusion)",
+    ),
     "fixed-prefix-matched": Method(
-        "fixed-prefix-matched", "{tagged}\n{continuation}", continued=True
+        "fixed-prefix-matched",
+        "{tagged}\n{continuation}",
+        "a fixed share of the trace, on average as long as P-ALIGN's prefixes, and the student's "
+        "own continuation",
+        continued=True,
     ),
     # ratio-0.25 keeps this share of the sentences
-    "ratio": Method("ratio", "{tagged}\n{continuation}", continued=True),
+    "ratio": Method(
+        "ratio",
+        "{tagged}\n{continuation}",
+        "the first {share} of the trace's sentences, and the student's own continuation",
+        continued=True,
+    ),
 }
 RATIO = re.compile(r"ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)")
 
@@ -76,3 +128,11 @@ def known_method(name: str) -> str:
 def method_of(name: str) -> Method:
     """The method that the key `method` names."""
     return METHODS["ratio" if name.startswith("ratio-") else name]
+
+
+def learns(name: str) -> str:
+    """What the student learns to write under a method, in words, e.g. `the answer alone`."""
+    words = method_of(name).learns
+    if name.startswith("ratio-"):
+        words = words.replace("{share}", f"{100 * float(name.removeprefix('ratio-')):.3g}%")
+    return words

@@ -29,7 +29,7 @@ class Threads:
     """
 
     def __init__(self, fixed: int | None = None, most: int | None = None) -> None:
-        self.fixed = fixed or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        self.fixed = fixed or _threads_of_environment()
         self.most = self.fixed or min(most or cores(), cores())
         self.count = self.most
         self.looked = time.monotonic()
@@ -68,6 +68,12 @@ def cores() -> int:
     return count
 
 
+def _threads_of_environment() -> int:
+    """The first number of OMP_NUM_THREADS, which may be a list, one for each nested region."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 @cache
 def _torch_threads() -> int:
     """What torch takes by itself, asked before anything has changed it."""
@@ -79,5 +85,7 @@ def _torch_threads() -> int:
 def _free_cores() -> float:
     """Cores that were idle, or computed for this process, since the last call in this thread."""
     used = psutil.cpu_percent(percpu=True)
-    idle = sum(100 - used[core] for core in os.sched_getaffinity(0))
+    # in some containers the list is shorter than the cores' numbers
+    own = [used[core] for core in os.sched_getaffinity(0) if core < len(used)] or used
+    idle = sum(100 - percent for percent in own)
     return (idle + _PROCESS.cpu_percent()) / 100

@@ -42,7 +42,8 @@ class Score(Accuracy):
     rejected: int  # problems without samples
     pass_at: dict[str, float]  # by k
     verdicts: dict[str, int]  # samples by verdict
-    truncated_ratio: float
+    truncated_ratio: float  # cut off at the limit of tokens
+    truncated_correct_ratio: float  # cut off, and correct all the same
     loop_ratio: float
     mean_tokens: float
     accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
@@ -87,6 +88,9 @@ def score(rows: Sequence[EvalRow]) -> Score:
         pass_at=_pass_at(rows),
         verdicts=dict(Counter(sample.verdict for sample in samples)),
         truncated_ratio=_mean(sample.finish_reason == "length" for sample in samples),
+        truncated_correct_ratio=_mean(
+            sample.finish_reason == "length" and sample.verdict == "correct" for sample in samples
+        ),
         loop_ratio=_mean(map(loops, samples)),
         mean_tokens=_mean(sample.tokens for sample in samples),
         accuracy_completed=round(_correct(completed) / len(completed), 4) if completed else None,

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kit.core.config import flat
+from kit.core.methods import learns
 from kit.core.progress import visible
 from kit.core.records import PrefixRow
 from kit.core.run import Run
@@ -72,7 +73,9 @@ def render(template: str, **fields: Any) -> str:
     )
     # A terminal's lines break at its width.
     columns = min(100, shutil.get_terminal_size().columns)
-    environment.globals.update(ticks=ticks, scale=scale, flat=flat, pieces=pieces, columns=columns)
+    environment.globals.update(
+        ticks=ticks, scale=scale, flat=flat, pieces=pieces, columns=columns, learns=learns
+    )
     return environment.get_template(template).render(fields)
 
 

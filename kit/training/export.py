@@ -153,13 +153,14 @@ def _to_gguf(job: Export, merged: Path, full: Path) -> Path:
 def to_ollama(job: Export) -> Json:
     """Write a Modelfile: the base's GGUF with the GGUF LoRA, or a GGUF of the merged weights."""
     student = job.config.eval
+    # Paths are absolute: Ollama resolves others from the Modelfile's folder.
     base = resolve(job.base or job.config.student.model)
     if isinstance(base, Path):
         result = to_gguf_lora(job)
-        weights = f"FROM {base}\nADAPTER {result['gguf_lora']}"
+        weights = f"FROM {base.resolve()}\nADAPTER {Path(result['gguf_lora']).resolve()}"
     else:
         result = to_merged(job)
-        weights = f"FROM {result['gguf']}"
+        weights = f"FROM {Path(result['gguf']).resolve()}"
     # One question, as training asks it: Ollama's own BOS would be a second one.
     tokenizer = load_tokenizer(job.config.student.model)
     template = render_text(tokenizer, "{{ .Prompt }}", student.system, student.thinking)

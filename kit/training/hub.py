@@ -18,6 +18,7 @@ from jinja2 import Environment
 from kit import Json
 from kit.core.config import Config, flat
 from kit.core.errors import KitError
+from kit.core.methods import learns, method_of
 from kit.core.run import read_manifest
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def to_hub(job: Export) -> Json:
             config=config,
             manifest=read_manifest(job.folder),
             settings=_settings(config),
+            learns=learns,
+            continued=method_of(config.method).continued,
         )
         try:
             card_class(text).save(folder / "README.md")

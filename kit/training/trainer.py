@@ -320,8 +320,10 @@ def _last_checkpoint(run: Run) -> Path | None:
     for folder in sorted(folders, key=_step, reverse=True):
         if (folder / MARK).exists():
             return folder
-        run.progress.warn(f"{folder.name} is half-written; deleted")
-        shutil.rmtree(folder)
+        # one process deletes for all
+        if run.is_main_process:
+            run.progress.warn(f"{folder.name} is half-written; deleted")
+            shutil.rmtree(folder)
     return None
 
 
