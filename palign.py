@@ -249,7 +249,7 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
         trackers.opened(run),
     ):
         # What can be known is reported at once, not after hours.
-        preflight.refuse(config, partial(problems_of, run), command)
+        progress.tell(preflight.refuse(config, partial(problems_of, run), command))
         progress.stages = len(names)
         try:
             for number, name in enumerate(names):

@@ -58,6 +58,9 @@ TURN_ENDS = {
     "<eos>",
 }
 
+# in a model that has one of these, <|end|> ends a message, of its thinking for one, and no turn
+MESSAGE_ENDS = {"<|return|>", "<|flush|>"}
+
 # what libraries raise over files, and templates, that are not as they should be
 FILE_ERRORS = (
     ArithmeticError,
@@ -318,9 +321,10 @@ def load_tokenizer(name: str) -> HfTokenizer:
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     eos_ids = {inner.eos_token_id, *turn_ends(inner)}
-    for token_id, token in inner.added_tokens_decoder.items():
-        if token.content in TURN_ENDS:
-            eos_ids.add(token_id)
+    id_of = {token.content: token_id for token_id, token in inner.added_tokens_decoder.items()}
+    eos_ids.update(id_of[name] for name in TURN_ENDS & id_of.keys())
+    if MESSAGE_ENDS & id_of.keys():
+        eos_ids.discard(id_of.get("<|end|>"))
     # many models come without generation_config.json; it names one id or several
     with contextlib.suppress(OSError):
         configured = GenerationConfig.from_pretrained(folder).eos_token_id

@@ -29,7 +29,7 @@ from kit.data import Loaded, load_all
 from kit.grading.opinions import SAME, label_tokens
 from kit.judging.baselines import matched_ratio
 from kit.models import HfTokenizer, check_base, fingerprints, gguf_file, lacks_copy, resolve
-from kit.prompts import encode_answer, render
+from kit.prompts import encode_answer, render, template_notes
 from kit.shape import SHAPES
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
@@ -53,7 +53,7 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> Json:
         problems = failures(
             [
                 ("out", partial(_check_folder, config.folder)),
-                *_checks(config, partial(load_all, config), warnings),
+                *_checks(config, partial(load_all, config), warnings, warnings),
             ]
         )
     except ConfigError as error:
@@ -75,11 +75,20 @@ def show(result: Json) -> None:
     print(f"{len(result['problems'])} problem(s) would stop this run.")
 
 
-def refuse(config: Config, load_data: Callable[[], Loaded], command: str) -> None:
-    """The pass at the start of `run`, or of a stage's command; ConfigError: with every problem."""
-    problems = failures(_checks(config, load_data, [], command))
+def refuse(config: Config, load_data: Callable[[], Loaded], command: str) -> list[str]:
+    """The pass at the start of `run`, or of a stage's command.
+
+    Returns:
+        What is odd about its models. What is odd about the data is said where it is read.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    notes: list[str] = []
+    problems = failures(_checks(config, load_data, [], notes, command))
     if problems:
         raise ConfigError("This run", [LINE.format(**problem) for problem in problems])
+    return notes
 
 
 def failures(checks: Iterable[Check]) -> list[Problem]:
@@ -95,9 +104,15 @@ def failures(checks: Iterable[Check]) -> list[Problem]:
 
 
 def _checks(
-    config: Config, load_data: Callable[[], Loaded], warnings: list[str], command: str = "run"
+    config: Config,
+    load_data: Callable[[], Loaded],
+    warnings: list[str],
+    notes: list[str],
+    command: str = "run",
 ) -> Iterator[Check]:
-    """The checks of the stages that are still to do; they add to `warnings`."""
+    """The checks of the stages that are still to do; they add to `warnings`, and of models to
+    `notes`.
+    """
     todo = _todo(config, command)
     if command in ("run", "teach", "eval"):
         yield "data", partial(_check_data, config, load_data, todo, warnings)
@@ -106,31 +121,31 @@ def _checks(
 
         yield "CUDA_VISIBLE_DEVICES", check_card
     if "teach" in todo and config.teacher.backend not in ("file", "reference"):
-        yield "teacher", partial(_open_tokenizer, config.teacher)
+        yield "teacher", partial(_open_tokenizer, config.teacher, notes)
     if todo and config.student.adapter:
         yield "student.adapter", partial(_check_adapter, config.student)
-    yield from _student_checks(config, todo)
+    yield from _student_checks(config, todo, notes)
     if "train" in todo:
         from kit.training.plan import accumulation_steps
 
         yield "train.micro_batch_size", partial(accumulation_steps, config.train)
-        yield "student.model", partial(_check_training, config)
+        yield "student.model", partial(_check_training, config, notes)
         # A training alone looks at its real rows, at once.
         if command == "run":
             yield "train.max_seq_tokens", partial(_check_memory, config, warnings)
     if "eval" in todo:
-        yield "eval", partial(_check_eval, config, todo)
+        yield "eval", partial(_check_eval, config, todo, notes)
 
 
-def _student_checks(config: Config, todo: list[str]) -> Iterator[Check]:
+def _student_checks(config: Config, todo: list[str], notes: list[str]) -> Iterator[Check]:
     """What the method asks of the student before its training, and of another run."""
     method = method_of(config.method)
     if "truncate" in todo and method.cut == "fixed-prefix-matched":
         yield "baseline", partial(matched_ratio, config)
     if "truncate" in todo and method.is_judged:
-        yield "student", partial(_check_labels, config)
+        yield "student", partial(_check_labels, config, notes)
     elif "align" in todo and method.continued:
-        yield "student", partial(_open_tokenizer, config.student)
+        yield "student", partial(_open_tokenizer, config.student, notes)
 
 
 def _todo(config: Config, command: str = "run") -> list[str]:
@@ -200,7 +215,7 @@ def _check_data(
         raise KitError("data.eval names nothing to evaluate on.", "Or set stop_after=train.")
     everything = chain(loaded.train, *loaded.evals.values())
     if any(problem.verifier == "judge" for problem in everything):
-        tokenizer = _open_tokenizer(config.answer_judge)
+        tokenizer = _open_tokenizer(config.answer_judge, [])
         label_tokens(tokenizer, SAME, config.answer_judge.model)
     for name in loaded.evals:
         path = file_name(config.eval.model, "tuned", name)
@@ -208,8 +223,10 @@ def _check_data(
             raise KitError(f"{path} is too long for a file's name.", "Shorten data.eval.name.")
 
 
-def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
-    """The tokenizer of a model that is there, after a chat was rendered with it."""
+def _open_tokenizer(engine: ModelConfig, notes: list[str]) -> Tokenizer:
+    """The tokenizer of a model that is there, after a chat was rendered with it; adds to `notes`
+    what is odd about its template.
+    """
     if engine.backend in ("http", "scripted"):
         seconds = min(SERVER_SECONDS, engine.timeout_seconds)
         once = engine.model_copy(update={"timeout_seconds": seconds, "retries": 0})
@@ -225,6 +242,7 @@ def _open_tokenizer(engine: ModelConfig) -> Tokenizer:
         if engine.backend == "hf" and lacks_copy(engine.model):
             _check_writable(cache_folder(), "Free some space, or set PALIGN_CACHE.")
     render(tokenizer, "What is 1 + 1?", engine)
+    notes += [note for note in template_notes(tokenizer, engine) if note not in notes]
     return tokenizer
 
 
@@ -233,18 +251,18 @@ def _check_adapter(student: Student) -> None:
     check_base(adapter, student.model)
 
 
-def _check_labels(config: Config) -> None:
+def _check_labels(config: Config, notes: list[str]) -> None:
     from kit.judging.judge import split_labels
 
-    tokenizer = _open_tokenizer(config.student)
+    tokenizer = _open_tokenizer(config.student, notes)
     first, second = config.judge.labels
     split_labels(encode_answer(tokenizer, first), encode_answer(tokenizer, second))
 
 
-def _check_training(config: Config) -> None:
+def _check_training(config: Config, notes: list[str]) -> None:
     """The end of a turn."""
     # It trains on backend hf, whatever backend it judges on.
-    tokenizer = _open_tokenizer(config.student.on_hf)
+    tokenizer = _open_tokenizer(config.student.on_hf, notes)
     if isinstance(tokenizer, HfTokenizer):
         from kit.training.sft_data import end_of_turn
 
@@ -269,10 +287,10 @@ def _check_memory(config: Config, warnings: list[str]) -> None:
     plan.check_longest(config)
 
 
-def _check_eval(config: Config, todo: list[str]) -> None:
+def _check_eval(config: Config, todo: list[str], notes: list[str]) -> None:
     """The evaluated model takes the adapter, and is asked in the way of the training."""
     asked = config.eval
-    _open_tokenizer(asked)
+    _open_tokenizer(asked, notes)
     student = config.student
     if (asked.system, asked.thinking) != (student.system, student.thinking) and "train" in todo:
         hint = "Match eval.system and eval.thinking to the student's."

@@ -5,11 +5,13 @@ Training, evaluation and generation go through `render`: their prompt ids are eq
 Text from data never becomes a special token: `<|im_end|>` in a trace stays text. No model runs.
 """
 
+import contextlib
 import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import NamedTuple
+from datetime import date
+from typing import Any, NamedTuple
 
 from kit.backends.base import Ids, Tokenizer
 from kit.core.bundled import bundled
@@ -18,6 +20,7 @@ from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import AlignedRow
 from kit.core.storage import text_digest
+from kit.core.thinking import is_left_open
 from kit.models import FILE_ERRORS
 
 # The tags around a prefix in training targets: plain text, no added tokens.
@@ -207,7 +210,7 @@ def render_text(
     """Render a chat as text, up to where the assistant begins; arguments as in `render`.
 
     Raises:
-        KitError: the template fails, or leaves the system message out.
+        KitError: the template fails, or leaves out the question or the system message.
     """
     if not tokenizer.template:
         before = f"{system}\n" if system else ""
@@ -215,32 +218,72 @@ def render_text(
     # the reference's own: sandboxed and cached
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    messages = [{"role": "user", "content": user}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        text = _compile_jinja_template(tokenizer.template).render(
+    def rendered(content: Any, thinking: bool) -> str:
+        messages = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        return _compile_jinja_template(tokenizer.template).render(
             messages=messages,
             add_generation_prompt=True,
             bos_token=tokenizer.bos,
             eos_token=tokenizer.eos,
+            # the switch has one name or the other
             enable_thinking=thinking,
+            thinking=thinking,
             tools=None,
-            # Here: fixed, so that prompts do not change with the day
-            strftime_now=lambda _format: "2026-01-01",
+            # Here: a fixed day, so that prompts do not change with it
+            strftime_now=date(2026, 1, 1).strftime,
         )
+
+    try:
+        text = rendered(user, thinking)
+        if user.strip() not in text:
+            # of models that see images: a turn is a list of parts
+            text = rendered([{"type": "text", "text": user}], thinking)
     except FILE_ERRORS as error:
         # Gemma's and Mistral's templates raise on the role: its words go before the question
         if system:
             return render_text(tokenizer, f"{system}\n\n{user}", None, thinking)
         message = f"The model's chat template fails: {error}"
-        raise KitError(message, "Use a model whose template works.") from None
-    if system and system.strip() not in text:
+        hint = "Use a model whose template works."
+        with contextlib.suppress(*FILE_ERRORS):
+            rendered(user, not thinking)
+            hint = f"Set thinking={str(not thinking).lower()}, for which it works."
+        raise KitError(message, hint) from None
+    if user.strip() not in text:
+        message = "The model's chat template leaves out the question, or alters it."
+        raise KitError(message, "Use a model whose template works.")
+    # some templates take these words out, and think or not
+    words = re.sub(r"/(?:no_)?think\b", "", system or "").strip()
+    if words not in text:
         raise KitError(
             "The model's chat template leaves out the system message, or alters it.",
             "Put its words into prompts.instruction, and remove the key system.",
         )
     return text
+
+
+def template_notes(tokenizer: Tokenizer, engine: ModelConfig) -> list[str]:
+    """What a user should know of a model's chat template before a run relies on it."""
+    if not tokenizer.template:
+        return [f"{engine.model} has no chat template: it gets the plain text, as a base model."]
+    notes = []
+    # a template that fails is an error elsewhere
+    with contextlib.suppress(KitError):
+        prompt = render_text(tokenizer, "?", engine.system, engine.thinking)
+        if engine.thinking and prompt == render_text(tokenizer, "?", engine.system):
+            notes.append(f"thinking=true changes nothing in the prompts of {engine.model}.")
+        if not engine.thinking and is_left_open(prompt):
+            notes.append(
+                f"{engine.model} thinks though thinking=false, since its chat template begins it: "
+                "verdicts and answers come after that only where they are generated."
+            )
+        if "<|message|>" in tokenizer.special and not prompt.endswith("<|message|>"):
+            notes.append(
+                f"{engine.model} begins an answer with a header that the kit does not write: "
+                "labels, prefixes and training targets stand before it."
+            )
+    return notes
 
 
 def template_hash(tokenizer: Tokenizer, prompts: Prompts, engine: ModelConfig) -> str:

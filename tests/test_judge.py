@@ -206,6 +206,20 @@ def test_generated_labels_have_no_margin_and_may_be_unparsed(
         assert cut(greedy, beginning).verdicts
 
 
+def test_a_label_in_the_models_thinking_is_no_verdict(beginning: PrefixRow) -> None:
+    thinks = "<think>[ENOUGH] or [NOT_ENOUGH]?"
+    backend = LengthBackend()
+    judge = Judge(judge_config(decode="generate"), backend)
+    assert judge.label_in_text(f"{thinks}</think> [NOT_ENOUGH]", beginning) == "NOT_ENOUGH"
+    assert judge.label_in_text(thinks, beginning) == "UNPARSED"
+    assert judge.label_in_text("[ENOUGH]", beginning) == "ENOUGH"
+    # the prompt ends in thinking, so that no text begins it
+    backend.tokenizer.template = "{{ messages[0].content }}<think>\n"
+    judge = Judge(judge_config(decode="generate"), backend)
+    assert judge.label_in_text("[ENOUGH] or [NOT_ENOUGH]?", beginning) == "UNPARSED"
+    assert judge.label_in_text("Hm, [ENOUGH]?</think>[NOT_ENOUGH]", beginning) == "NOT_ENOUGH"
+
+
 def test_labels_part_after_their_common_tokens() -> None:
     assert split_labels((1, 2, 3), (1, 4)) == ((1,), (2, 4))
     with pytest.raises(KitError, match=r"begin the other"):

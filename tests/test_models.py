@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import shutil
@@ -113,6 +114,21 @@ def test_end_tokens_are_llama_cpps(tokenizer: models.HfTokenizer, llama) -> None
     ends = {i for i in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(llama.vocab, i)}
     assert tokenizer.eos_ids == set(tokenizer.encode("<|im_end|><|endoftext|>"))
     assert tokenizer.eos_ids <= ends  # llama.cpp ends a turn at <reponame> as well
+
+
+@pytest.mark.parametrize(("mark", "ends"), [("<|return|>", False), ("<|user|>", True)])
+def test_the_end_of_a_message_of_thinking_ends_no_turn(
+    tokenizer: models.HfTokenizer, tmp_path: Path, mark: str, ends: bool
+) -> None:
+    """gpt-oss ends its thinking with <|end|> and its turn with <|return|>; Phi has no other end."""
+    inner = copy.deepcopy(tokenizer.inner)
+    inner.add_special_tokens({"additional_special_tokens": ["<|end|>", mark]})
+    inner.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    inner.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    loaded = models.load_tokenizer(str(tmp_path))
+    [end] = loaded.encode("<|end|>")
+    assert (end in loaded.eos_ids) is ends
 
 
 def test_rendering_equals_transformers_own(tokenizer: models.HfTokenizer) -> None:

@@ -272,6 +272,9 @@ def test_a_template_that_fails_and_a_memory_that_is_too_small(tmp_path: Path) ->
     (broken / "chat_template.jinja").write_text("{{ messages[-1].content }}")
     [problem] = preflight.check(str(config), [*keys, "student.system=Be brief."])["problems"]
     assert "leaves out the system message" in problem["message"], problem
+    (broken / "chat_template.jinja").write_text("{{ messages[-1].content }}<think>")
+    [note] = [n for n in preflight.check(str(config), keys)["warnings"] if "think" in n]
+    assert f"{broken} thinks though thinking=false" in note
     keys = [f"out={tmp_path}/run", "train.batch_size=4096", "train.micro_batch_size=4096"]
     [problem] = preflight.check(str(ROOT / "configs" / "workshop.yaml"), keys)["problems"]
     assert "Training on rows of 1024 tokens needs about" in problem["message"], problem

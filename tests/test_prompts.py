@@ -65,6 +65,59 @@ def test_a_template_without_a_system_role_gets_it_before_the_question():
     assert "system\nbe brief<|im_end|>" in prompts.render_text(Toy(), "q", system="be brief")
 
 
+def test_both_names_of_the_switch_for_thinking_are_set():
+    for name in ("enable_thinking", "thinking"):
+        toy = Toy(CHATML + f"{{{{ '<think>' if {name} else '<think></think>' }}}}")
+        assert prompts.render_text(toy, "q").endswith("assistant\n<think></think>")
+        assert prompts.render_text(toy, "q", thinking=True).endswith("assistant\n<think>")
+        assert prompts.template_notes(toy, ModelConfig(thinking=True)) == []
+        assert prompts.template_notes(toy, ModelConfig()) == []
+
+
+def test_what_is_odd_about_a_template_is_said():
+    [note] = prompts.template_notes(Toy(CHATML + "<think>\n"), ModelConfig(model="r1"))
+    assert "r1 thinks though thinking=false" in note
+    [note] = prompts.template_notes(Toy(), ModelConfig(thinking=True))
+    assert "thinking=true changes nothing" in note
+    [note] = prompts.template_notes(Toy(None), ModelConfig())
+    assert "has no chat template" in note
+    harmony = Toy()
+    harmony.special = (*Toy.special, "<|message|>")
+    [note] = prompts.template_notes(harmony, ModelConfig())
+    assert "header that the kit does not write" in note
+    assert prompts.template_notes(Toy(), ModelConfig()) == []
+
+
+def test_a_template_for_images_gets_the_question_as_a_part():
+    parts = (
+        "{% for m in messages %}User: {% for part in m.content if part.type == 'text' %}"
+        "{{ part.text }}{% endfor %}<|im_end|>{% endfor %}Assistant:"
+    )
+    assert prompts.render_text(Toy(parts), "3 + 4?") == "User: 3 + 4?<|im_end|>Assistant:"
+    for losing in ("User:<|im_end|>", "{{ messages[0].content | upper }}"):
+        with pytest.raises(KitError, match="leaves out the question, or alters it"):
+            prompts.render_text(Toy(losing), "is it so?")
+
+
+def test_a_template_may_take_out_the_words_that_switch_thinking():
+    template = CHATML.replace("m.content", "m.content.replace('/no_think', '')")
+    text = prompts.render_text(Toy(template), "q", system="Be brief. /no_think")
+    assert "Be brief.<|im_end|>" in text
+    with pytest.raises(KitError, match="leaves out the system message"):
+        prompts.render_text(Toy(template.replace("m.content.", "'x'.")), "x", system="Be brief.")
+
+
+def test_a_template_that_must_think_says_which_key_to_set():
+    must = "{% if not enable_thinking %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    with pytest.raises(KitError, match="Set thinking=true"):
+        prompts.render_text(Toy(must), "q")
+
+
+def test_a_template_with_a_date_gets_the_same_one_every_day():
+    toy = Toy("{{ strftime_now('%d %b %Y') }} " + CHATML)
+    assert prompts.render_text(toy, "q").startswith("01 Jan 2026 ")
+
+
 def test_no_template_at_all_leaves_the_users_text():
     assert prompts.render_text(Toy(None), "q") == "q\n"
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from kit.core.thinking import after_thinking, without_opening
+
 Label = Literal["ENOUGH", "NOT_ENOUGH", "UNPARSED"]
 Verifier = Literal["math", "number", "choice", "text", "judge"]
 
@@ -96,10 +98,10 @@ class TraceRow(Outcome):
         """
         prefixes = []
         for index in self.kept:
-            trace = self.samples[index].text
+            # <think> in a prefix would be a control token of some students
+            trace = without_opening(self.samples[index].text)
             sentences = len(sentence_ends(trace))
-            # the last tag: thinking may speak of it
-            _, closed, after_thinking = trace.rpartition("</think>")
+            answer = after_thinking(trace) or ""
             prefixes.append(
                 PrefixRow(
                     id=self.id if len(self.kept) == 1 else f"{self.id}.{index}",
@@ -107,7 +109,7 @@ class TraceRow(Outcome):
                     answer=self.answer,
                     verifier=self.verifier,
                     trace=trace,
-                    attempt=self.attempt or (after_thinking.strip() if closed else ""),
+                    attempt=self.attempt or answer.strip(),
                     end=len(trace),
                     sentences=sentences,
                     sentences_total=sentences,

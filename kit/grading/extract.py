@@ -1,7 +1,7 @@
 r"""The final answer of a text, found (section 4): boxes, `<answer>`, `#### 8`, or a sentence about
 the answer.
 
-Only what comes after the last end-of-prefix tag and `</think>` counts, so a prefix which already
+Only what comes after the last end-of-prefix tag and the thinking counts, so a prefix which already
 holds the answer earns nothing. Boxes that only commas, and/or, spacing or labels separate are one
 answer: hedging does not pay.
 
@@ -13,10 +13,11 @@ import json
 import re
 from collections.abc import Iterator
 
+from kit.core.thinking import after_thinking
 from kit.grading.normalize import FONTS
 from kit.prompts import END
 
-END_TAGS = (END, "<End_of_Draft>", "</think>")  # the second: in the paper's released outputs
+END_TAGS = (END, "<End_of_Draft>")  # the second: in the paper's released outputs
 LONGEST = 4000  # characters of an answer that are looked at
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -28,6 +29,9 @@ _BETWEEN_BOXES = re.compile(
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TURN_END = re.compile(
+    r"(?:<\|(?!end_of_box)[\w ]{1,40}\|>|<｜[^｜<>]{1,60}｜>|</s>|<eos>|<end_of_turn>)\Z"
+)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*([^\s#][^\n]*)", re.MULTILINE)
 _HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
 
@@ -102,11 +106,28 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     Returns:
         (answer, boxed | tag | hashes | phrase | bare), or (None, none | oversized).
     """
-    text = text[max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in END_TAGS) :]
+    for tag in END_TAGS:
+        text = text.rpartition(tag)[2]
+    answered = after_thinking(text)
+    text = text if answered is None else answered
+    # where special tokens were kept: the end of the turn, and GLM's box
+    text = _without_turn_end(text)
+    text = text.replace("<|begin_of_box|>", "<answer>").replace("<|end_of_box|>", "</answer>")
     for place, answer in _candidates(text, verifier):
         if answer:
             return (answer, place) if len(answer) <= LONGEST else (None, "oversized")
     return None, "none"
+
+
+def _without_turn_end(text: str) -> str:
+    """A text without the special tokens that end it; a hundred are enough for anyone."""
+    for _ in range(100):
+        text = text.rstrip()
+        token = _TURN_END.search(text[-80:])
+        if token is None:
+            break
+        text = text[: -len(token[0])]
+    return text
 
 
 def _candidates(text: str, verifier: str) -> Iterator[tuple[str, str | None]]:

@@ -20,6 +20,7 @@ from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import Label, PrefixRow
+from kit.core.thinking import after_thinking, is_left_open, without_opening
 from kit.grading.answers import Item, gold_of
 from kit.judging.calibration import calibrated_threshold
 from kit.judging.sentences import ends
@@ -30,6 +31,7 @@ from kit.prompts import (
     encode_answer,
     judge_text,
     render,
+    render_text,
     solve_text,
     text_of,
 )
@@ -92,6 +94,12 @@ class Judge(ExitStack):
         # is read after them.
         self.shared_label_tokens, self.label_tokens = split_labels(
             *(encode_answer(backend.tokenizer, label) for label in settings.labels)
+        )
+
+        # Does the prompt end inside the model's thinking? Then a label there is no verdict yet.
+        student = config.student
+        self.thinks_first = is_left_open(
+            render_text(backend.tokenizer, "?", student.system, student.thinking)
         )
 
         # 4. How long a judging prompt may be.
@@ -175,10 +183,14 @@ class Judge(ExitStack):
     def label_in_text(self, text: str, row: PrefixRow) -> Label:
         """The verdict in a generated text: its label (verbal), or its answer's grade (answer).
 
-        UNPARSED where the text holds neither label, or no answer that can be graded.
+        UNPARSED where the text holds neither label after its thinking, or no answer that can be
+        graded.
         """
         if self.settings.kind == "verbal":
-            return first_label(text, self.settings.labels)
+            answered = after_thinking(text)
+            if answered is None and (self.thinks_first or without_opening(text) != text):
+                return "UNPARSED"
+            return first_label(text if answered is None else answered, self.settings.labels)
         boxed = _REST_OF_BOX.match(text)
         if boxed is None:
             return "UNPARSED"
@@ -201,7 +213,7 @@ def split_labels(first: Sequence[int], second: Sequence[int]) -> tuple[Ids, tupl
     """The tokens that two labels begin with alike, and the two tokens where they part.
 
     Raises:
-        KitError: (exit 2) one label's tokens begin the other's; another judge's calibration.
+        KitError: (exit 2) one label's tokens begin the other's.
     """
     shared = common_prefix_len(first, second)
     if shared == min(len(first), len(second)):
