@@ -85,7 +85,7 @@ def parser() -> ArgumentParser:
     option("file", type=_path, metavar="FILE", help="rows with an answer and one or more outputs")
     option("--verifier", choices=("math", "number", "choice", "text"), default="math")
     _grade_options(option)
-    option = command("data", _data, "show what a file, a preset or a hub dataset becomes")
+    option = command("data", _data, "show how a file, a preset or a hub dataset is read")
     option("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml) or a hub id")
     option("overrides", nargs="*", metavar="key=value", help="e.g. fields={question: q}")
     option("--all", action="store_true", help="show all problems, not the first three")
@@ -93,7 +93,9 @@ def parser() -> ArgumentParser:
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
     option("runs", nargs="+", type=_path, metavar="RUN", help="run folders")
-    option("--reference", type=_path, metavar="RUN", help="the run that others are held against")
+    option(
+        "--reference", type=_path, metavar="RUN", help="the run that all others are compared with"
+    )
     option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
     option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
     about = "a leader's and participants' pages from finished runs; check their exercises"
@@ -134,7 +136,11 @@ def _judge_options(option: Option) -> None:
     )
     option("--config", metavar="CONFIG", help="take everything else from this config")
     option("--interactive", action="store_true", help="walk through a trace interactively")
-    option("--validate", action="store_true", help="hold the judges against the student's success")
+    option(
+        "--validate",
+        action="store_true",
+        help="compare each judge's verdicts with the student's success",
+    )
     option("--out", default="validation", type=_path, metavar="DIR", help="--validate: its files")
     for flag, (key, meaning) in JUDGE_FLAGS.items():
         option(flag, dest=key, metavar="VALUE", help=meaning)
@@ -146,9 +152,16 @@ def _bench_options(option: Option) -> None:
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
     option("--model", default="smollm2-135m")
-    option("--verdicts", nargs="+", choices=("early", "middle", "late"), help="judge: force paths")
+    option(
+        "--verdicts",
+        nargs="+",
+        choices=("early", "middle", "late"),
+        help="judge: steer the search to keep 1, half or all sentences",
+    )
     option("--repeats", type=int, default=3)
-    option("--neighbour", action="store_true", help="again beside a process that computes")
+    option(
+        "--neighbour", action="store_true", help="repeat beside a process that keeps a core busy"
+    )
     option("--new-tokens", type=int, default=128, help="generate: new tokens per prompt")
 
 
@@ -160,7 +173,9 @@ def _export_options(option: Option) -> None:
     option("--base", help="the base model's GGUF (gguf-lora, ollama) or hub id (hub)")
     option("--quantize", choices=("q8_0", "q4_k_m"), help="gguf, ollama: default f16")
     option("--repo", metavar="OWNER/NAME", help="hub: upload to it, private, with OWNER/NAME-data")
-    option("--update", action="store_true", help="hub: it may exist; its README stays")
+    option(
+        "--update", action="store_true", help="hub: allow an existing repository; keep its README"
+    )
     option("--dry-run", action="store_true", help="hub: show everything, upload nothing")
 
 
@@ -341,7 +356,7 @@ def _compare(args: Namespace) -> int:
         judge = partial(pairwise.compare_reasoning, backend, config.prompts)
     folders = args.runs
     if args.reference:
-        # the first run's group is what the others are held against
+        # the first run's group is what the others are compared with
         folders = [args.reference, *(run for run in folders if run != args.reference)]
     return _print(args, compare.compare(folders, args.out, judge), compare.show)
 

@@ -121,7 +121,7 @@ def _read_train(config: Config) -> tuple[DatasetConfig, Reading]:
         changes = {"path": teacher.path, "fields": teacher.fields, "name": None}
         source = source.model_copy(update=changes)
     elif source.path == "holdout" or (from_file and source.path == "builtin"):
-        message = f"data.train={source.path} gives nothing for teacher.backend={teacher.backend}."
+        message = f"data.train={source.path} has no traces for teacher.backend={teacher.backend}."
         hint = (
             "Set teacher.path=FILE (JSONL of {id, question, answer, long_cot}), "
             "or data.train to a file or hub id."

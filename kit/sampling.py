@@ -36,10 +36,10 @@ class Sampler(ExitStack):
     """A model and the grader of what it writes; leaving the context closes both.
 
     Args:
-        run: gives the config's prompts and seed, and the folder of `sweep`.
+        run: gives the config's prompts and seed, and the folder of `write_rows`.
         engine: the model. It is opened when it is first asked, so a finished stage loads none.
         settings: the section of the config with `sampling` and `samples`.
-        adapter: a PEFT adapter's folder.
+        adapter: a PEFT folder, a GGUF LoRA, or the name of a served one.
     """
 
     def __init__(

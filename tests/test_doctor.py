@@ -293,8 +293,8 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("wheel", "driver_version", "said"),
     [
         (None, "580.65", "is built for CPUs alone"),
-        ("13.0", "535.183.01", "is built for CUDA 13.0, driver 580 on"),
-        ("12.6", "470.2", "driver 525 on"),
+        ("13.0", "535.183.01", "is built for CUDA 13.0, which needs 580"),
+        ("12.6", "470.2", "which needs 525"),
         ("13.0", "580.65", "which sees no device"),
     ],
 )

@@ -78,7 +78,7 @@ def test_ctrl_c_ends_a_stage_and_says_how_to_go_on(whole, tmp_path):
     process = start(whole[0], tmp_path / "run", 0.1)
     wait_for_rows(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    assert "run the same command again to go on" in check_stop(process, 130, SECONDS)
+    assert "run the same command again to resume" in check_stop(process, 130, SECONDS)
     kept = rows(tmp_path / "run")
     check_stop(start(whole[0], tmp_path / "run"), 0)
     assert 3 <= len(kept) < 24 and rows(tmp_path / "run")[: len(kept)] == kept

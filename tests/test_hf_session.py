@@ -142,7 +142,7 @@ def test_a_model_whose_cache_cannot_branch_recomputes_and_says_so(name: str) -> 
     assert cache_kind(backend) == "uncached"
     (note,) = backend.notes
     assert note.startswith("judging cache: ")
-    assert note.endswith("; every question is a whole prefill")
+    assert note.endswith("; every prompt is prefilled whole")
     assert session.cost.prefill_tokens == sum(len(request.ids) for request in requests)
     assert session.cost.cached_tokens == 0
 

@@ -52,7 +52,7 @@ def test_changes_are_named_by_key_and_a_changed_input_in_words():
     now = {**stage.dependencies(scan), "input": "a"}
     assert stage.changes(before, now) == "judge.search changed from binary to scan"
     assert stage.changes(before, {**now, "seed": 3}) == "judge.search changed from binary to scan"
-    assert stage.changes(now, {**now, "seed": 3}) == "seed counts now"
+    assert stage.changes(now, {**now, "seed": 3}) == "seed now affects this stage"
     assert stage.changes(before, {**before, "input": "b"}) == "traces.jsonl changed"
     assert stage.changes(before, before) == ""
 

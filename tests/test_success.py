@@ -274,5 +274,5 @@ def test_every_architecture_draws_the_same_and_names_its_fallback(name: str) -> 
     assert [verdict.sentences for verdict in found.verdicts] == [5, 7, 8, 9]
     assert same_up_to_near_ties(found.samples, uncached.samples) >= 1
     falls_back = name != "llama"
-    assert any("every prompt is whole" in note for note in backend.notes) == falls_back
+    assert any("every prompt is prefilled whole" in note for note in backend.notes) == falls_back
     assert (found.prefill_tokens < uncached.prefill_tokens) == (not falls_back)

@@ -796,7 +796,7 @@ def test_a_tracker_that_takes_nothing_is_an_error_before_the_run(
             trackers.send(run, {"seed": 0})
         monkeypatch.undo()
         pytest.importorskip("tensorboard")
-        with pytest.raises(KitError, match=r"tensorboard takes no numbers.*fix the folder"):
+        with pytest.raises(KitError, match=r"tensorboard rejected the numbers.*fix the folder"):
             trackers.send(run, {"seed": 0})
 
 

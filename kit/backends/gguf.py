@@ -181,9 +181,10 @@ class BatchToken(NamedTuple):
 class Context:
     """Several sequences, with caches of their own or (unified) in the cells of one.
 
-    Apart, a token lies in the cell that it would have had alone, sums run in the same order, and
-    attention is cheaper: for generation. Unified, sequences share the cells of a beginning, and
-    those that branch off it go through the model in one pass: for judging.
+    With caches of their own, each token lies in the cell that it would have alone: sums run in the
+    same order, and attention is cheaper. Generation uses this. Unified, sequences share the cells
+    of a common beginning, and those that branch off it go through the model in one pass. Judging
+    uses this.
 
     Args:
         backend: the model.
@@ -395,7 +396,7 @@ class GgufBackend:
         # of a log-odds: between any two candidates
         move = float((moves.max(-1) - moves.min(-1)).max())
         self.notes.append(
-            f"judging cache: it moves margins by up to {move:.2g}; verdicts nearer to the "
+            f"judging cache: it moves margins by up to {move:.2g}; verdicts closer to the "
             "threshold are asked again without it"
         )
         return move

@@ -41,7 +41,10 @@ from kit.core.memory import is_out_of_memory
 if TYPE_CHECKING:
     from kit.backends.hf import HfBackend
 
-UNSHARED = "generated verdicts and continuations: the cache cannot branch; every prompt is whole"
+UNSHARED = (
+    "generated verdicts and continuations: this cache cannot be shared; every prompt is prefilled "
+    "whole"
+)
 HEADROOM_TOKENS = 256  # a row is admitted when this much of its sample fits; it may have to leave
 
 

@@ -243,7 +243,7 @@ def cache_kind(backend: HfBackend) -> str:
         problem = _tree_problem(backend)
         backend.cache_kind = "uncached" if problem else "tree"
         if problem:
-            note = f"judging cache: {problem}; every question is a whole prefill"
+            note = f"judging cache: {problem}; every prompt is prefilled whole"
             backend.notes.append(note)
     return backend.cache_kind
 

@@ -172,7 +172,7 @@ class HttpBackend:
             if len(ids) == 1:
                 return {"lora": [{"id": ids[0], "scale": 1.0}]}
             raise KitError(
-                f"{self.root} has not one adapter {adapter!r}; it has {list(paths) or 'none'}.",
+                f"{self.root} serves no one adapter {adapter!r}; it has {list(paths) or 'none'}.",
                 "Start llama-server with --lora FILE (palign.py export RUN --to gguf-lora writes "
                 "it), or set eval.served_adapter to one of these.",
             )
@@ -344,7 +344,7 @@ class HttpBackend:
                 "Name the variable that holds the key, and set it.",
             )
         return KitError(
-            f"{self.root} does not answer, {self.engine.retries} retries: {text}",
+            f"{self.root} does not answer after {self.engine.retries} retries: {text}",
             "Start the server, check url or set a larger timeout_seconds; "
             "the same command then goes on from here.",
         )

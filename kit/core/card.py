@@ -94,7 +94,7 @@ def _check_driver() -> None:
         reason = f"driver {driver}, but torch {version} is built for CPUs alone"
         hint = f"python -m pip install --force-reinstall torch=={version.split('+')[0]}"
     elif int(driver.split(".")[0]) < needed:
-        reason = f"driver {driver}; torch {version} is built for CUDA {wheel}, driver {needed} on"
+        reason = f"driver {driver}; torch {version} is built for CUDA {wheel}, which needs {needed}"
         hint = f"Update the driver, or install a wheel for older ones: {OLDER_WHEEL}"
     else:
         reason = f"driver {driver} suits torch {version} (CUDA {wheel}), which sees no device"

@@ -12,7 +12,7 @@ import sys
 import threading
 
 PATIENCE_SECONDS = 1.5  # for Python to come back from a library call
-MESSAGE = "\nInterrupted. Every finished row is on the disk; run the same command again to go on."
+MESSAGE = "\nInterrupted. Finished rows are saved; run the same command again to resume."
 
 
 def watch() -> None:

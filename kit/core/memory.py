@@ -54,8 +54,8 @@ def peak_bytes() -> int:
 
 
 def may_have_card() -> bool:
-    """Whether torch, which takes seconds to load, could know a card: it is loaded, or there is a
-    driver.
+    """Whether there may be a GPU, decided without importing torch, which takes seconds: torch is
+    loaded already, or there is a driver.
     """
     paths = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
     return bool("torch" in sys.modules or shutil.which("nvidia-smi") or any(map(exists, paths)))

@@ -69,7 +69,7 @@ class Run:
 
     def __init__(self, config: Config, progress: Progress, command: str = "run") -> None:
         if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
-            message = f"Several processes can train together, not {command}."
+            message = f"Only `train` can use several processes, not `{command}`."
             raise KitError(message, "Run `accelerate launch palign.py train`.")
         self.config = config
         self.progress = progress
@@ -254,7 +254,9 @@ def read_manifest(folder: Path) -> Json:
         # Whose manifest was deleted; a person's own config has not every section.
         if config.exists() and not _is_resolved(config):
             hint = "Nothing was changed. Choose another folder: out=DIR."
-            raise KitError(f"{config} is no run's: running here would overwrite it.", hint, 2)
+            raise KitError(
+                f"{config} was not written by a run; running here would overwrite it.", hint, 2
+            )
         return {}
     content = path.read_bytes()
     try:

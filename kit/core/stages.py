@@ -85,7 +85,7 @@ class Stage:
             elif key in before:
                 changes.append(f"{key} changed from {old!s:.40} to {new!s:.40}")
             else:
-                added.append(f"{key} counts now")
+                added.append(f"{key} now affects this stage")
         # Another judge or method brings keys of its own: it is what changed.
         return ", ".join(changes or added)
 

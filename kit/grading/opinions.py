@@ -38,7 +38,7 @@ def label_tokens(tokenizer: Tokenizer, labels: Sequence[str], name: str) -> Ids:
     """
     tokens = tuple(tokenizer.encode(label, special=False)[0] for label in labels)
     if len(set(tokens)) < len(labels):
-        message = f"{name} begins {', '.join(labels)} with the same first token."
+        message = f"The labels {', '.join(labels)} begin with the same token of {name}."
         raise KitError(message, "Use another judge.")
     return tokens
 

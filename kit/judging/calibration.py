@@ -43,13 +43,21 @@ def calibrated_threshold(judge: Judge, calibration: Calibration) -> float:
     # names with another value here and there, or in one of the two only
     differing = sorted(dict(setup_of(judge).items() ^ calibration.setup.items()))
     threshold = calibration.thresholds.get(judge.settings.kind)
-    if judge.generates_verdicts or threshold is None:
-        differing.append("judge.kind, for which it has no threshold")
-    if differing or threshold is None:
-        raise KitError(
-            f"The file of judge.calibration was measured with a different {', '.join(differing)}.",
-            "Make one with this config (judge FILE --config CONFIG --validate), or set "
-            "judge.calibration=none.",
-            2,
+    hint = (
+        "Make one with this config (judge FILE --config CONFIG --validate), or set "
+        "judge.calibration=none."
+    )
+    if differing:
+        message = (
+            f"The file of judge.calibration was measured with a different {', '.join(differing)}."
         )
+        raise KitError(message, hint, 2)
+    if judge.generates_verdicts:
+        message = (
+            "Generated verdicts have no margin, so judge.calibration has no threshold for them."
+        )
+        raise KitError(message, "Set judge.calibration=none, or let verdicts be scored.", 2)
+    if threshold is None:
+        message = f"The file of judge.calibration has no threshold for kind {judge.settings.kind}."
+        raise KitError(message, hint, 2)
     return threshold

@@ -69,8 +69,8 @@ def answer(backend: Any, prompts: Sequence[Ids], **sampling: Any) -> list[Ids]:
         text = backend.tokenizer.decode(completion.ids).strip()
         if text != completion.text.strip() or len(completion.ids) > NEW_TOKENS:
             raise KitError(
-                f"{backend.name} returns {completion.text[:80]!r} where its tokens are "
-                f"{text[:80]!r}, {len(completion.ids)} of {NEW_TOKENS}.",
+                f"{backend.name} returned {completion.text[:80]!r}, but its token IDs decode to "
+                f"{text[:80]!r} ({len(completion.ids)} tokens; the limit is {NEW_TOKENS}).",
                 "Start the server without a reasoning parser or other changes to its answers.",
             )
         answers[generation.id] = completion.ids

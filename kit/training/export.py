@@ -212,6 +212,6 @@ def _run(*command: str | Path) -> None:
     if done.returncode:
         raise KitError(
             f"{' '.join(map(str, command))} failed: {done.stderr.strip()[-800:]}",
-            "Installing needs a network, once; a model that the converter does not know stays "
-            "merged.",
+            "The first use needs a network. For a model that the converter does not know, use "
+            "--to merged.",
         )

@@ -14,9 +14,9 @@ shows it. It is made on one short row, in training mode, with the same dropout m
 The step: h |g| is STEP of the loss. Where all is computed in fp32 (on a CPU NF4 and int8 too),
 rounding moves the loss by 1e-6 and the third derivative by less than 1% of that step. In bf16 (on a
 card under autocast NF4 and int8 too) rounding moves it by some 0.005 nats, from which BF16_STEP
-stands out, and BF16_LEAST where the loss is small already. NOISE serves the same end: to an output
-that is a bf16 number, as at B = 0, less than half of its last bit adds nothing, and the slope of a
-right gradient was 0.6 of it.
+stands out, and BF16_LEAST where the loss is small already. NOISE has the same purpose. At B = 0 the
+output is a bf16 number, to which less than half of its last bit adds nothing: a correct gradient
+then showed a slope of only 0.6 of it.
 
 TOLERANCE: 50 healthy models of random shapes and seeds, fresh and trained, stay within half of it
 (tests/test_gradient_check.py prints their errors in each dtype); a doubled gradient is off by 0.5.

@@ -61,7 +61,7 @@ def send(run: Run, numbers: dict[str, float]) -> None:
             _send(name, run, numbers)
         except Exception as error:  # each library raises its own types
             raise KitError(
-                f"{name} takes no numbers: {type(error).__name__}: {str(error)[:300]}",
+                f"{name} rejected the numbers: {type(error).__name__}: {str(error)[:300]}",
                 f"Log in to {name}, set its offline mode (WANDB_MODE=offline), fix the folder, or "
                 "leave it out of train.report_to. Finished stages are safe.",
             ) from None

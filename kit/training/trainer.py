@@ -296,9 +296,9 @@ def _out_of_memory(settings: Train, trainer: AdapterTrainer) -> KitError:
     return KitError(
         f"Training ran out of memory in step {trainer.state.global_step + 1}; its rows have up to "
         f"{longest} tokens, its peak was {peak_bytes() / 2**30:.1f} GiB.",
-        f"Set some of {as_keys(changes)}; `palign.py plan CONFIG` estimates each. Another "
-        "gradient_checkpointing or logits_bytes goes on from the last checkpoint, as does closing "
-        "what else uses the memory; the other keys train anew.",
+        f"Set some of {as_keys(changes)}; `palign.py plan CONFIG` estimates each. Changing "
+        "gradient_checkpointing or logits_bytes, or closing what else uses the memory, resumes "
+        "from the last checkpoint; changing another key starts the training anew.",
     )
 
 
