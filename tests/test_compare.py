@@ -13,6 +13,7 @@ import palign
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.storage import RowFile
+from kit.grading import stats
 from kit.grading.scores import accuracy
 from kit.reporting import compare
 from kit.reporting.pairwise import ReasoningTest
@@ -83,6 +84,11 @@ def test_groups_are_tested_on_the_same_problems(result: dict[str, Any], scores: 
     difference = scores["long-trace"]["accuracy"] - scores["palign (p1)"]["accuracy"]
     assert pair["n"] == 60 and pair["difference"] == pytest.approx(difference, abs=2e-4)
     assert pair["ci_low"] <= pair["difference"] <= pair["ci_high"]
+    # two seeds on one side: their distance is in the interval
+    accuracies = scores["palign (p1)"]["by_run"], scores["long-trace"]["by_run"]
+    variance, _ = stats.seed_noise(*accuracies, is_paired=False)
+    assert pair["method"] == "Student's t over problems and training runs"
+    assert pair["ci_high"] - pair["ci_low"] > 2 * 1.96 * variance**0.5
     cautious = {"within the noise"}
     cautious |= {f"{pair[side]} is slightly ahead" for side in ("a", "b")}
     is_small = abs(pair["difference"]) < pair["min_detectable_difference"]

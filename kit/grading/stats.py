@@ -1,11 +1,12 @@
 """Scores with their uncertainty: pass@k, an interval over problems, paired comparisons (section 4).
 
 The problems stand for all problems of their kind, so uncertainty is over problems; several samples
-of one problem only make its own mean more certain. Nothing here reads rows or knows their grades.
+of one problem only make its own mean more certain. Where a method was trained with several seeds,
+a comparison is uncertain over training runs too. Nothing here reads rows or knows their grades.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, sqrt
 
 import numpy as np
@@ -156,6 +157,56 @@ def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
         min_detectable_difference=round(min(detectable, 1.0), 4),
         p_value=float(p_value),
         method=method,
+    )
+
+
+def seed_noise(a: Sequence[float], b: Sequence[float], is_paired: bool) -> tuple[float, int] | None:
+    """How much the difference of two methods' mean accuracies varies with their training runs.
+
+    Args:
+        a: accuracies of one method's runs (K,).
+        b: those of the other (L,).
+        is_paired: K = L, and runs at one place have one seed, so what they share cancels.
+
+    Returns:
+        (variance of the difference of the means, its degrees of freedom); None: one run each, which
+        says nothing of others.
+    """
+    if is_paired and len(a) > 1:
+        differences = np.subtract(b, a)
+        return float(differences.var(ddof=1)) / len(a), len(a) - 1
+    degrees = len(a) + len(b) - 2
+    if degrees < 1:
+        return None
+    pooled = (np.var(a) * len(a) + np.var(b) * len(b)) / degrees
+    return float(pooled) * (1 / len(a) + 1 / len(b)), degrees
+
+
+def over_seeds(test: PairedTest, variance: float, degrees: int) -> PairedTest:
+    """A test of two methods instead of these very models: other training runs may differ as well.
+
+    The variances over problems and over runs are added, with Satterthwaite's degrees of freedom for
+    Student's t. What runs and problems do together is in both, so the interval errs wide.
+
+    Args:
+        test: of the means over runs, problem by problem.
+        variance: see `seed_noise`, with its `degrees` of freedom.
+    """
+    center = (test.ci_low + test.ci_high) / 2
+    over_problems = ((test.ci_high - test.ci_low) / 2 / Z_95) ** 2
+    total = over_problems + variance
+    shares = over_problems**2 / max(test.n - 1, 1) + variance**2 / degrees
+    student = stats.t(total**2 / shares)
+    error = sqrt(total)
+    half = float(student.ppf(0.975)) * error
+    detectable = float(student.ppf(0.975) + student.ppf(0.8)) * error
+    return replace(
+        test,
+        ci_low=round(max(center - half, -1.0), 4),
+        ci_high=round(min(center + half, 1.0), 4),
+        min_detectable_difference=round(min(detectable, 1.0), 4),
+        p_value=float(2 * student.sf(abs(test.difference) / error)),
+        method="Student's t over problems and training runs",
     )
 
 

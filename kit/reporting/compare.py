@@ -2,6 +2,7 @@
 
 Runs that differ only in their seed form one group: a problem's score in a group is its mean over
 the group's runs, so seeds make a problem's own score more certain but never count as more problems.
+How much runs differ from seed to seed widens the interval of a difference between groups.
 Nothing is graded again here.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import asdict
 from itertools import chain, combinations, islice, zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from kit.core.config import expand, flat, load
 from kit.core.errors import KitError
@@ -19,6 +20,7 @@ from kit.core.fingerprints import ADAPTER, adapter_hash
 from kit.core.records import AlignedRow, EvalRow, PrefixRow
 from kit.core.stages import file_name
 from kit.core.storage import write_atomic
+from kit.grading import stats
 from kit.grading.scores import accuracy_by_problem, compare_rows, score
 from kit.judging.baselines import long_and_short
 from kit.judging.sentences import ends
@@ -33,6 +35,18 @@ NAMES = {"name", "out", "stop_after", "rounds"}  # config keys that change no nu
 Groups = dict[str, list[Files]]  # runs by label
 Rows = list[EvalRow]
 Key = tuple[str, str]  # a trace: its id and text
+
+
+class Answers(NamedTuple):
+    """What one run's model answered to one dataset."""
+
+    seed: int
+    rows: Rows
+
+    @property
+    def accuracy(self) -> float:
+        """Over the run's problems."""
+        return fmean(accuracy_by_problem(self.rows).values())
 
 
 def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None = None) -> Json:
@@ -92,14 +106,20 @@ def _on_datasets(groups: Groups, judge: Callable[..., Any] | None) -> Json:
     within = {}
     quality = {}
     for dataset, by_run in answers_by_run(groups).items():
-        answers = {label: list(chain(*runs)) for label, runs in by_run.items()}
+        answers = {}
+        for label, runs in by_run.items():
+            answers[label] = list(chain.from_iterable(run.rows for run in runs))
         scores += _scores(dataset, by_run)
-        pairs += _pairs(dataset, answers)
+        pairs += _pairs(dataset, by_run, answers)
         different += _disagreements(dataset, answers)
         within[dataset] = accuracy_within(answers)
         if judge and len(by_run) > 1:
             a, b, *_ = by_run
-            quality[dataset] = {"a": a, "b": b, **asdict(judge(by_run[a][0], by_run[b][0]))}
+            quality[dataset] = {
+                "a": a,
+                "b": b,
+                **asdict(judge(by_run[a][0].rows, by_run[b][0].rows)),
+            }
     return {
         "scores": scores,
         "pairs": pairs,
@@ -164,9 +184,9 @@ def _setting(config: Json) -> Json:
     return setting
 
 
-def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
+def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Answers]]]:
     """What each run's last model (the tuned one, if any) answered: by dataset, by group, by run."""
-    answers: dict[str, dict[str, list[Rows]]] = defaultdict(lambda: defaultdict(list))
+    answers: dict[str, dict[str, list[Answers]]] = defaultdict(lambda: defaultdict(list))
     for label, runs in groups.items():
         for run in runs:
             # The base model's scores stand first, so the tuned model's replace them.
@@ -174,15 +194,15 @@ def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Rows]]]:
             for dataset, entry in last.items():
                 rows = run.rows(file_name(entry["model"], entry["which"], dataset), EvalRow)
                 if rows:
-                    answers[dataset][label].append(rows)
+                    answers[dataset][label].append(Answers(run.config["seed"], rows))
     return answers
 
 
-def _scores(dataset: str, by_run: dict[str, list[Rows]]) -> list[Json]:
+def _scores(dataset: str, by_run: dict[str, list[Answers]]) -> list[Json]:
     """Each group's pooled score, its runs' accuracies, and their standard deviation over seeds."""
     scores = []
     for label, runs in by_run.items():
-        accuracies = [fmean(accuracy_by_problem(rows).values()) for rows in runs]
+        accuracies = [run.accuracy for run in runs]
         scores.append(
             {
                 "group": label,
@@ -190,19 +210,22 @@ def _scores(dataset: str, by_run: dict[str, list[Rows]]) -> list[Json]:
                 "runs": len(runs),
                 "by_run": accuracies,
                 "spread": stdev(accuracies) if len(runs) > 1 else None,
-                **asdict(score(list(chain(*runs)))),
+                **asdict(score(list(chain.from_iterable(run.rows for run in runs)))),
             }
         )
     return scores
 
 
-def _pairs(dataset: str, answers: dict[str, Rows]) -> list[Json]:
+def _pairs(dataset: str, by_run: dict[str, list[Answers]], answers: dict[str, Rows]) -> list[Json]:
     """Each later group against each earlier one, with the test's result in words."""
     pairs = []
     for a, b in combinations(answers, 2):
         test = compare_rows(answers[a], answers[b])
         if not test:
             continue
+        noise = _seed_noise(by_run[a], by_run[b])
+        if noise:
+            test = stats.over_seeds(test, *noise)
         better = b if test.difference > 0 else a
         if test.p_value >= 0.05 or test.ci_low <= 0 <= test.ci_high:
             words = "within the noise"
@@ -212,6 +235,16 @@ def _pairs(dataset: str, answers: dict[str, Rows]) -> list[Json]:
             words = f"{better} is slightly ahead"
         pairs.append({"dataset": dataset, "a": a, "b": b, **asdict(test), "words": words})
     return pairs
+
+
+def _seed_noise(a: list[Answers], b: list[Answers]) -> tuple[float, int] | None:
+    """See `stats.seed_noise`; runs of the same seeds are paired."""
+    first = sorted(a, key=lambda run: run.seed)
+    second = sorted(b, key=lambda run: run.seed)
+    is_paired = [run.seed for run in first] == [run.seed for run in second]
+    accuracies = [run.accuracy for run in first]
+    others = [run.accuracy for run in second]
+    return stats.seed_noise(accuracies, others, is_paired)
 
 
 def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:

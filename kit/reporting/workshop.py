@@ -136,7 +136,7 @@ def _roles(folders: Sequence[Path]) -> list[Files]:
 def _answers(run: Files) -> list[EvalRow]:
     """What a run's last model answered, on all data."""
     by_dataset = answers_by_run({"": [run]}).values()
-    return list(chain.from_iterable(by_run[""][0] for by_run in by_dataset))
+    return list(chain.from_iterable(by_run[""][0].rows for by_run in by_dataset))
 
 
 def _walkthrough() -> str:
