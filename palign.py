@@ -298,7 +298,8 @@ def _sweep(args: Namespace) -> int:
     from kit.reporting import compare
 
     result = sweep.sweep(args.config, args.overrides, args.progress, _run_rounds)
-    _print(args, result, lambda result: compare.show(result["compare"]))
+    show = compare.show if result["compare"] else _show
+    _print(args, result, lambda result: show(result["compare"] or {"runs": result["runs"]}))
     return int(any(run["error"] for run in result["runs"]))
 
 
@@ -352,6 +353,9 @@ def _compare(args: Namespace) -> int:
     judge = None
     if args.pairwise_judge:
         config = configs.load(args.pairwise_judge)
+        if config.teacher.backend in ("file", "reference"):
+            message = f"teacher.backend={config.teacher.backend} has no model that could judge."
+            raise KitError(message, "Name a config whose teacher is a model.", 2)
         backend = open_backend(config.teacher)
         judge = partial(pairwise.compare_reasoning, backend, config.prompts)
     folders = args.runs

@@ -118,7 +118,7 @@ def _read_train(config: Config) -> tuple[DatasetConfig, Reading]:
     fields_key = "data.train.fields"
     if from_file and teacher.path:
         fields_key = "teacher.fields"
-        changes = {"path": teacher.path, "fields": teacher.fields, "name": None}
+        changes = {"path": teacher.path, "fields": teacher.fields, "name": None, "preset": None}
         source = source.model_copy(update=changes)
     elif source.path == "holdout" or (from_file and source.path == "builtin"):
         message = f"data.train={source.path} has no traces for teacher.backend={teacher.backend}."
@@ -136,8 +136,13 @@ def _read_eval(
     """A source of evaluation; `holdout` is what training leaves of its own."""
     if source.path == "holdout":
         taken = {normal(problem.question) for problem in train}
-        rest = [problem for problem in everything.problems if normal(problem.question) not in taken]
-        reading = Reading(source.name or "holdout", rest, [], [])
+        # of several traces of one question, one is its problem
+        rest: dict[str, Problem] = {}
+        for problem in everything.problems:
+            question = normal(problem.question)
+            if question not in taken:
+                rest.setdefault(question, problem)
+        reading = Reading(source.name or "holdout", list(rest.values()), [], [])
     else:
         reading = read(source, seed, held_out=True)
     if not reading.problems:
@@ -280,6 +285,9 @@ def describe(source: DatasetConfig, everything: bool = False) -> Json:
         and each problem's trace, its beginning.
     """
     reading = read(source, seed=0)
+    if all(problem.trace for problem in reading.problems):
+        # traces, of which a question may have several
+        reading = read(source, seed=0, traces=True)
     reasons = Counter(row["reason"] for row in reading.rejected)
     shown = reading.problems if everything else reading.problems[:3]
     description: Json = {

@@ -52,8 +52,9 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
             return source
         suggestion = nearest(name, bundled("presets"))
         raise KitError(f"There is no preset {name!r}; {suggestion}", code=2)
-    # what the config sets itself goes first
-    given = source.model_dump(exclude_unset=True)
+    # What the config sets itself goes first. A resolved config sets every key.
+    is_resolved = source.model_fields_set == DatasetConfig.model_fields.keys()
+    given = source.model_dump(exclude_unset=not is_resolved, exclude_defaults=is_resolved)
     if source.preset is None:
         given = {"name": name, **given, "path": preset["path"]}
     fields = {**preset.get("fields", {}), **source.fields}
@@ -135,10 +136,11 @@ def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
     one by its text and another by its index.
     """
     options, labels = _question_options(row, keys)
-    if answer in labels:
+    if answer in labels[: len(options)]:
         return list(options)[labels.index(answer)]
     is_number = any(type(lookup(row, name)) in (int, float) for name in keys["answer"])
-    by_index = dict(enumerate(options)).get(int(answer)) if answer.isdecimal() else None
+    is_index = answer.isdecimal() and len(answer) < 3
+    by_index = dict(enumerate(options)).get(int(answer)) if is_index else None
     if verifier != "choice":
         return by_index if options and is_number else answer
     by_text = _equal_option(options, answer, is_number)

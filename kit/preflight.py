@@ -23,6 +23,7 @@ from kit.core.errors import ConfigError, KitError
 from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
+from kit.core.progress import visible
 from kit.core.run import read_manifest, trained_adapter
 from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
@@ -69,9 +70,9 @@ def check(path: str | None, overrides: Sequence[str] = ()) -> Json:
 def show(result: Json) -> None:
     """Print a result of `check`, a line for each problem and warning."""
     for problem in result["problems"]:
-        print("-", LINE.format(**problem))
+        print("-", visible(LINE.format(**problem)))
     for warning in result["warnings"]:
-        print(f"note: {warning}")
+        print(visible(f"note: {warning}"))
     print(f"{len(result['problems'])} problem(s) would stop this run.")
 
 
@@ -242,7 +243,8 @@ def _open_tokenizer(engine: ModelConfig, notes: list[str]) -> Tokenizer:
         if engine.backend == "hf" and lacks_copy(engine.model):
             _check_writable(cache_folder(), "Free some space, or set PALIGN_CACHE.")
     render(tokenizer, "What is 1 + 1?", engine)
-    notes += [note for note in template_notes(tokenizer, engine) if note not in notes]
+    if engine.backend != "scripted":
+        notes += [note for note in template_notes(tokenizer, engine) if note not in notes]
     return tokenizer
 
 

@@ -255,7 +255,7 @@ def render_text(
         raise KitError(message, "Use a model whose template works.")
     # some templates take these words out, and think or not
     words = re.sub(r"/(?:no_)?think\b", "", system or "").strip()
-    if words not in text:
+    if words not in text and (system or "").strip() not in text:
         raise KitError(
             "The model's chat template leaves out the system message, or alters it.",
             "Put its words into prompts.instruction, and remove the key system.",

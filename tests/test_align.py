@@ -107,6 +107,9 @@ def test_extending_moves_the_cut_to_the_whole_trace_and_records_it(tmp_path):
         (row,) = continue_prefixes(student, [prefix_row()])
     cuts = ends(TRACE)
     assert (row.kept_by, row.lengthened, row.pass_rate) == ("first+2", 2, 3 / 9)
+    # what the rounds before generated counts as well
+    assert [sample.verdict for sample in row.earlier_samples] == ["wrong"] * 6
+    assert row.processed_tokens == 9 * 2
     assert row.prefix == TRACE and sorted(student.backend.prompts) == ["a", "a+1", "a+2"]
     middle = student.backend.prompts["a+1"]
     assert TRACE[: cuts[2]] in middle and TRACE[: cuts[3]] not in middle, "even steps"

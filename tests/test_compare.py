@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,37 @@ def test_compare_needs_two_runs(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="two runs"):
         compare.compare([tmp_path], tmp_path / "out.html")
     with pytest.raises(KitError, match="no run"):
-        compare.compare([tmp_path, tmp_path], tmp_path / "out.html")
+        compare.compare([tmp_path, tmp_path / "other"], tmp_path / "out.html")
+    # one run by two names is one
+    run = make(tmp_path / "a", seed=1)
+    with pytest.raises(KitError, match="two runs"):
+        compare.compare([run, run.parent / "." / "x" / ".." / "a"], tmp_path / "out.html")
+    other = make(tmp_path / "b", seed=1, method="no-search")
+    with pytest.raises(KitError, match="is a folder"):
+        compare.compare([run, other], tmp_path)
+
+
+def test_a_copy_of_a_run_is_no_further_seed(tmp_path: Path) -> None:
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    before = compare.compare(runs, tmp_path / "out.html")["pairs"][0]
+    shutil.copytree(runs[0], tmp_path / "copy")
+    result = compare.compare([*runs, tmp_path / "copy"], tmp_path / "out.html")
+    assert result["pairs"][0]["p_value"] == before["p_value"]
+    assert result["scores"][0]["runs"] == 2 and result["scores"][0]["spread"] is None
+
+
+def test_keys_that_change_no_number_part_no_seeds(tmp_path: Path) -> None:
+    runs = [make(tmp_path / f"s{seed}", seed=seed, student__max_num_seqs=seed) for seed in (1, 2)]
+    runs.append(make(tmp_path / "b", seed=1, method="no-search"))
+    assert len(compare.compare(runs, tmp_path / "out.html")["groups"]) == 2
+
+
+def test_answers_that_were_edited_are_not_compared(tmp_path: Path) -> None:
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=1, method="no-search")]
+    [*_, file] = sorted((runs[1] / "eval").glob("*tuned*.jsonl"))
+    file.write_text(file.read_text().replace('"correct"', '"wrong"', 5))
+    with pytest.raises(KitError, match=r"has \d+ of the 60 problems that were scored"):
+        compare.compare(runs, tmp_path / "out.html")
 
 
 def test_reasoning_is_judged_on_both_runs_answers(tmp_path: Path) -> None:

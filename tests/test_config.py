@@ -30,6 +30,16 @@ def test_overrides_reach_nested_keys_and_a_string_over_a_dataset_sets_its_path(t
     )
 
 
+def test_a_number_sign_in_an_override_begins_no_comment(tmp_path):
+    config = load(tmp_path, "{}", "out=runs/exp #2", "prompts.instruction=Solve problem #1 now")
+    assert str(config.folder) == "runs/exp #2"
+    assert config.prompts.instruction == "Solve problem #1 now"
+    assert load(tmp_path, "{}", "teacher.path=#3").teacher.path == "#3"
+    # what is quoted or a list is YAML as before
+    config = load(tmp_path, "{}", "name='7'", "judge.labels=[A, B] # two", "seed=4 # fourth")
+    assert (config.name, config.judge.labels, config.seed) == ("7", ("A", "B"), 4)
+
+
 def test_an_adapter_is_the_students_and_no_key_of_the_evaluation(tmp_path):
     assert load(tmp_path, "student: {adapter: a}").student.adapter == "a"
     with pytest.raises(KitError, match=r"eval\.adapter: unknown key"):

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from kit import data
+from kit import data, formats
 from kit.core import config as configs
 from kit.core.bundled import bundled
-from kit.core.config import Config, DatasetConfig, resolve
+from kit.core.config import Config, DatasetConfig, dump, resolve
 from kit.core.errors import KitError
 from kit.core.records import Problem
 from kit.grading.answers import Grader, Item
@@ -695,6 +696,41 @@ def test_an_unused_part_of_a_question_raises_a_warning(tmp_path: Path) -> None:
     fields = {"question": "{body} {question}"}
     assert data.read(DatasetConfig(path=path, fields=fields), 0).warnings == []
     assert data.load_all(configured(path, "builtin")).warnings == [warning]
+
+
+def test_a_preset_counts_in_a_resolved_config_too(tmp_path: Path) -> None:
+    """A run's own config.yaml sets every key, the preset's among them at their defaults."""
+    path = write(tmp_path, [{"ID": "1", "Body": "He has 3.", "Question": "How many?", "Answer": 3}])
+    for evals in ({"path": path, "preset": "svamp"}, "gsm8k"):
+        config = configured("builtin", evals)
+        again = resolve(yaml.safe_load(dump(config)), "test")
+        first, second = (formats.with_preset(c.data.eval[0]) for c in (config, again))
+        assert first == second and first.verifier == "number"
+
+
+def test_a_question_with_several_traces_is_one_problem_of_the_holdout(tmp_path: Path) -> None:
+    rows = []
+    for number in range(12):
+        question = f"What is 3 + {number // 3}?"
+        row = {"question": question, "answer": str(3 + number // 3), "trace": f"So {number}."}
+        rows.append(row)
+    path = write(tmp_path, rows)
+    train = {"path": path, "limit": 3}
+    loaded = data.load_all(configured(train, "holdout", teacher={"backend": "file"}))
+    questions = [problem.question for problem in loaded.evals["holdout"]]
+    assert len(set(questions)) == len(questions) == 3
+    described = data.describe(DatasetConfig(path=path))
+    assert (described["usable"], described["with_trace"], described["rejected"]) == (12, 12, [])
+
+
+def test_a_long_number_is_no_index_and_a_label_without_its_text_is_none(tmp_path: Path) -> None:
+    problem = one(tmp_path, {"question": "2^20000?", "answer": "1" * 5000, "verifier": "text"})
+    assert problem.answer == "1" * 5000
+    fields = {"question": "{q} {choices}", "answer": "key"}
+    row = {"q": "?", "choices": {"text": ["a", "b"], "label": ["1", "2", "3"]}, "key": "3"}
+    with pytest.raises(KitError, match="none of 1 rows is usable"):
+        path = write(tmp_path, [row])
+        data.read(DatasetConfig(path=path, fields=fields, verifier="choice"), 0)
 
 
 def test_the_same_question_with_another_answer_is_set_aside(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def interrupt(arguments: list[str], file: Path, environment: dict[str, str]) -> 
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=30)[1]
     assert process.returncode == 130, printed
-    assert "Interrupted. Every finished row is on the disk" in printed
+    assert "Interrupted. Finished rows are saved" in printed
     assert "Traceback" not in printed and "a defect" not in printed
 
 
@@ -233,7 +234,8 @@ def test_home_is_expanded_in_keys_and_arguments(
     (tmp_path / "judge.txt").write_text("{question} {prefix}")
     keys = ["out=~/run", "prompts.judge=file:~/judge.txt", "--quiet"]
     assert palign.main(["run", "~/config.yaml", *keys]) == 0
-    compared = ["compare", "~/run", "~/run", "--out", "~/page.html", "--quiet"]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    compared = ["compare", "~/run", "~/copy", "--out", "~/page.html", "--quiet"]
     assert palign.main(compared) == 0
     assert (tmp_path / "run" / "traces.jsonl").exists() and (tmp_path / "page.html").exists()
     assert not (tmp_path / "~").exists()

@@ -111,6 +111,27 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert [group["seeds"] for group in result["compare"]["groups"]] == [[1, 2]]
 
 
+def test_a_fault_of_the_machine_fails_one_run_and_its_siblings_do_not_mind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(tmp_path, "palign"))
+    out = tmp_path / "sweep"
+    # a folder where a run writes its traces, and a manifest that is none
+    (out / "long-trace-seed1" / "traces.jsonl").mkdir(parents=True)
+    axes = ["method=palign,long-trace,ratio-0.5", "seed=1", f"out={out}"]
+    code, result = run_json(capsys, "sweep", config, *axes)
+    assert code == 1 and [bool(run["error"]) for run in result["runs"]] == [False, True, False]
+    (out / "palign-seed1" / "manifest.json").write_text("{")
+    (out / "ratio-0.5-seed1" / "manifest.json").unlink()
+    axes = ["method=palign,ratio-0.5", "seed=1", f"out={out}"]
+    code, result = run_json(capsys, "sweep", config, *axes)
+    # one is left: nothing is compared, and the list of runs says why
+    assert code == 1 and result["compare"] is None
+    assert [bool(run["error"]) for run in result["runs"]] == [True, False]
+    assert palign.main(["sweep", config, "method=palign", "seed=1,01", f"out={out}", "--json"]) == 2
+    assert "two runs or more" in capsys.readouterr().err
+
+
 def test_a_run_of_other_traces_makes_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

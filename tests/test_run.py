@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from kit.core.records import Problem, TraceRow
 from kit.core.run import Run
 from kit.core.stages import work_through
 from kit.core.storage import RowFile, digest
+from kit.reporting.metrics import Files
 from tests.conftest import ROOT
 
 
@@ -170,15 +172,65 @@ def test_a_newer_format_is_refused_by_version(tmp_path):
         open_run(tmp_path)
 
 
+def finish(run, stage):
+    if run.begin(stage, "input", lambda: "output"):
+        run.finish(stage, "output", 1, 1, made_by=run.config.seed)
+
+
+def test_what_stands_on_rows_made_anew_is_not_of_the_run_until_its_stage_has_looked(tmp_path):
+    with open_run(tmp_path) as run:
+        for stage in ("teach", "truncate", "align", "train", "eval"):
+            finish(run, stage)
+    assert Files(tmp_path).summary("eval") == {"made_by": 0}
+    changed = {"judge": {"search": "scan"}}
+    with open_run(tmp_path, **changed) as run:
+        finish(run, "truncate")
+    assert Files(tmp_path).summary("truncate") and not Files(tmp_path).summary("eval")
+    with open_run(tmp_path, **changed) as run:
+        with pytest.raises(KitError, match="no finished stage align yet"):
+            run.require("align")
+        # their input may be what it was
+        for stage in ("align", "train", "eval"):
+            finish(run, stage)
+        run.require("align")
+    assert Files(tmp_path).summary("eval") == {"made_by": 0}
+
+
+def test_a_stage_of_another_config_is_not_gone_on_from(tmp_path):
+    with open_run(tmp_path) as run:
+        finish(run, "teach")
+        finish(run, "truncate")
+    with open_run(tmp_path, judge={"threshold": 50.0}) as run:
+        with pytest.raises(KitError, match=r"truncate is of another config: judge\.threshold"):
+            run.require("truncate")
+        run.require("teach")
+    with open_run(tmp_path, student={"max_num_seqs": 3}) as run:
+        run.require("truncate")
+
+
+def test_a_folder_keeps_its_config_until_a_stage_begins(tmp_path):
+    with open_run(tmp_path) as run:
+        finish(run, "teach")
+    with open_run(tmp_path, seed=9, method="long-trace"):
+        pass
+    config = configs.load(tmp_path / "config.yaml")
+    assert (config.seed, config.method) == (0, "palign")
+    assert Files(tmp_path).manifest["seed"] == 0
+    with open_run(tmp_path, seed=9) as run:
+        finish(run, "teach")
+    assert configs.load(tmp_path / "config.yaml").seed == 9 == Files(tmp_path).manifest["seed"]
+
+
 def test_a_run_of_the_old_format_is_refused_with_what_to_do(tmp_path):
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "config.yaml").write_text(json.dumps({"out": str(folder)}))
     manifest = {"format": 1, "palign": "0.1", "machine": {}, "stages": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(folder, tmp_path / "copy")
     for command in (
         ["eval", str(folder / "config.yaml")],
-        ["compare", str(folder), str(folder), "--out", str(folder / "compare")],
+        ["compare", str(folder), str(tmp_path / "copy"), "--out", str(folder / "compare")],
         ["export", str(folder)],
     ):
         done = subprocess.run(

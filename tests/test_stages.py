@@ -55,6 +55,13 @@ def test_changes_are_named_by_key_and_a_changed_input_in_words():
     assert stage.changes(now, {**now, "seed": 3}) == "seed now affects this stage"
     assert stage.changes(before, {**before, "input": "b"}) == "traces.jsonl changed"
     assert stage.changes(before, before) == ""
+    # a calibration that was read from a file, and is not any more
+    calibration = {"setup": {"model": "m"}, "thresholds": {"verbal": 2.5}}
+    calibrated = flat(resolve({"judge": {"calibration": calibration}}, "test"))
+    was = {**before, **stage.dependencies(calibrated)}
+    assert stage.changes(was, before) == "judge.calibration changed"
+    # a key of an older kit that is no key any more
+    assert stage.changes({**before, "judge.words": 3}, before) == ""
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,11 @@ def test_several_samples_narrow_a_posterior_only_where_problems_agree():
     assert posterior([0.5] * 12, samples=32)[1] > posterior(extreme, samples=32)[1]
 
 
+def test_one_problem_with_several_samples_says_nothing():
+    test = compare([0.5], [1.0])
+    assert test.p_value == 1.0 and test.ci_low < 0 < test.ci_high
+
+
 def test_seed_noise_is_that_of_the_mean_difference():
     assert seed_noise([0.3], [0.4], is_paired=True) is None
     # by hand: differences 0.1, 0.2, 0.3

@@ -28,6 +28,17 @@ def row(id: str, **more) -> PrefixRow:
     return PrefixRow(id=id, **{**fields, "ratio": 0.5, "sufficient": True, **more})
 
 
+def test_a_last_line_without_its_end_takes_no_row_with_it(tmp_path):
+    file = RowFile(tmp_path / "p.jsonl", PrefixRow)
+    file.append(row("a"))
+    file.path.write_text(file.path.read_text().rstrip("\n"))
+    file.append(row("b"))
+    assert [r.id for r in file.read()] == ["a", "b"] and not file.damaged
+    file.path.write_text(file.path.read_text()[:-9])
+    file.append(row("c"))
+    assert [r.id for r in file.read(repair=False)] == ["a", "c"] and len(file.damaged) == 1
+
+
 def test_rows_come_back_equal(tmp_path):
     file = RowFile(tmp_path / "p.jsonl", PrefixRow)
     rows = [

@@ -543,9 +543,13 @@ def _override(raw: Json, text: str) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ValueError(f"{key}: {section} is not a section")
-    # What is not YAML is text.
+    # What is not YAML is text, and of a text nothing is a comment: out=runs/a #2.
     with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
-        value = read_yaml(value)
+        parsed = read_yaml(value)
+        is_comment = parsed is None and value.strip().startswith("#")
+        is_plain = isinstance(parsed, str) and value.strip()[:1] not in "\"'|>!&*"
+        if not (is_comment or is_plain):
+            value = parsed
     replaced = node.get(last)
     if isinstance(value, str) and isinstance(replaced, dict) and "path" in replaced:
         replaced["path"] = value

@@ -77,7 +77,8 @@ class Outcome(Row):
     def processed_tokens(self) -> int:
         """Tokens generated for this row; for rates."""
         samples = () if getattr(self, "drawn_by_judge", False) else getattr(self, "samples", ())
-        return sum(sample.tokens for sample in samples)
+        earlier = getattr(self, "earlier_samples", ())
+        return sum(sample.tokens for sample in (*earlier, *samples))
 
 
 class TraceRow(Outcome):
@@ -172,6 +173,7 @@ class AlignedRow(Outcome):
     continuation: str
     drawn_by_judge: bool = False  # the samples are those of truncate; none were drawn here
     samples: tuple[Sample, ...] = ()  # of the last round
+    earlier_samples: tuple[Sample, ...] = ()  # of the rounds before, all not correct
     pass_rate: float = 0.0  # over all rounds
     kept_by: str | None = None  # first, shortest, all; with +N after N rounds of extension
     lengthened: int = 0

@@ -30,7 +30,7 @@ from kit.core.errors import KitError
 from kit.core.fingerprints import check_trained
 from kit.core.progress import Progress
 from kit.core.records import Row
-from kit.core.stages import STAGE_TABLE, Stage
+from kit.core.stages import STAGE_TABLE, STAGES, Stage
 from kit.core.storage import RowFile, as_line, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
@@ -79,17 +79,26 @@ class Run:
             self._take_lock()
             progress.log = self.folder / "run.log"
         # Not before the lock: another process may be writing it.
-        self.manifest = {"stages": {}, "machine": {}, **read_manifest(self.folder)}
+        before = read_manifest(self.folder)
+        self.manifest = {"stages": {}, "machine": {}, **before}
         self.record(
             format=FORMAT,
             palign=__version__,
             process=f"palign {command}, process {os.getpid()} on {socket.gethostname()}",
-            name=config.name,
-            seed=config.seed,
             versions=versions(),
         )
-        # After the manifest, which shows that the folder is a run's.
-        self._write("config.yaml", dump(config))
+        # What stages were made under stays, until one begins under this config.
+        self._is_settled = False
+        if not before.get("stages"):
+            self._settle()
+
+    def _settle(self) -> None:
+        """From here on, the folder is of this config."""
+        if not self._is_settled:
+            # After the manifest, which shows that the folder is a run's.
+            self.record(name=self.config.name, seed=self.config.seed)
+            self._write("config.yaml", dump(self.config))
+            self._is_settled = True
 
     def path(self, name: str) -> Path:
         """A file of this run. A folder inside the run's is created; the run's own is not."""
@@ -107,10 +116,20 @@ class Run:
         return rows
 
     def require(self, stage: str) -> None:
-        """Raise KitError unless a stage is done."""
-        if not self.manifest["stages"].get(stage, {}).get("done"):
-            hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
+        """Raise KitError unless a stage is done, under this config."""
+        entry = self.manifest["stages"].get(stage, {})
+        hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
+        if not entry.get("done") or entry.get("is_outdated"):
             raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
+        about = STAGE_TABLE[stage]
+        known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
+        now = about.dependencies(flat(self.config))
+        # a model is known by its content, which its user looks at, and may have moved
+        changes = about.changes(
+            known, {**known, **{key: now[key] for key in now if not key.endswith(".model")}}
+        )
+        if changes:
+            raise KitError(f"{self.folder}: {stage} is of another config: {changes}.", hint)
 
     def begin(
         self,
@@ -130,6 +149,7 @@ class Run:
         Returns:
             Whether there is work to do. False: it is done, and its output intact.
         """
+        self._settle()
         about = STAGE_TABLE[stage]
         entry = self.manifest["stages"].get(stage, {})
         # What the stage depends on now, and what it depended on when its files were written.
@@ -146,6 +166,7 @@ class Run:
                 self.progress.say(f"{stage}: already done, skipped")
                 # An older kit recorded no fingerprints: from now on a change is seen.
                 entry["keys"] = {**keys, **entry.get("keys", {})}
+                entry.pop("is_outdated", None)
                 self.record()
                 return False
             else:
@@ -158,6 +179,11 @@ class Run:
             elif old_files:
                 self.progress.warn(f"{stage}: files not in the manifest; moved to stale/")
             entry = {}
+            # What later stages made stands on other rows, until they have looked at it.
+            for later in STAGES[STAGES.index(stage) + 1 :]:
+                if later in self.manifest["stages"]:
+                    self.manifest["stages"][later]["is_outdated"] = True
+        entry.pop("is_outdated", None)
         self.manifest["stages"][stage] = {**entry, "keys": keys, "done": False}
         self.record()
         self.started = time.perf_counter()

@@ -86,6 +86,11 @@ class Stage:
                 changes.append(f"{key} changed from {old!s:.40} to {new!s:.40}")
             else:
                 added.append(f"{key} now affects this stage")
+        # a section's value that has become a single one, like a calibration: its keys are gone
+        for key in sorted(before.keys() - now.keys()):
+            section = next((name for name in now if key.startswith(f"{name}.")), None)
+            if section and f"{section} changed" not in changes:
+                changes.append(f"{section} changed")
         # Another judge or method brings keys of its own: it is what changed.
         return ", ".join(changes or added)
 

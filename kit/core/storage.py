@@ -20,7 +20,8 @@ from kit.core.records import Row
 
 # Characters that some readers of lines take for a line's end; all others JSON escapes itself.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-VOLATILE = {"seconds"}  # fields in which equal runs may differ
+# Fields in which equal runs may differ, and one that older runs lack.
+VOLATILE = {"seconds", "earlier_samples"}
 R = TypeVar("R", bound=Row)
 
 
@@ -114,8 +115,17 @@ def write_atomic(path: Path, text: str) -> None:
 def _append(path: Path, data: bytes) -> None:
     """Append all of the data, or nothing: a torn row would swallow the next one."""
     size = path.stat().st_size if path.exists() else 0
+    if size and not _ends_line(path):
+        # an editor's last line, or one that was torn off: it takes no row with it
+        data = b"\n" + data
     with _disk_errors(path, undo=lambda: os.truncate(path, size)):
         _write(path, "ab", data)
+
+
+def _ends_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def _write(path: Path, mode: str, data: bytes) -> None:

@@ -15,7 +15,7 @@ from kit import Json
 from kit.backends.base import Generation
 from kit.core.fingerprints import file_hash
 from kit.core.methods import method_of
-from kit.core.records import AlignedRow, PrefixRow, TrainRow
+from kit.core.records import AlignedRow, PrefixRow, Sample, TrainRow
 from kit.core.run import Run
 from kit.core.stages import file_digest, tallies
 from kit.core.storage import as_line, digest, write_atomic
@@ -84,7 +84,7 @@ def continue_prefixes(student: Sampler, rows: list[PrefixRow]) -> Iterator[Align
     config = student.run.config
     settings = config.align
     # by row id, over all rounds
-    verdicts: dict[str, list[str]] = defaultdict(list)
+    earlier: dict[str, tuple[Sample, ...]] = defaultdict(tuple)
     seconds: dict[str, float] = defaultdict(float)
     for round_number in range(settings.extend_rounds + 1):
         # 1. Ask the student to continue from every prefix that is still open.
@@ -97,7 +97,6 @@ def continue_prefixes(student: Sampler, rows: list[PrefixRow]) -> Iterator[Align
         failed = set()
         for draft, samples, generation in _continued(student, drafts):
             row = row_of_draft[draft.id]
-            verdicts[row.id] += [sample.verdict for sample in samples]
             seconds[row.id] += generation.seconds
 
             # 2. No correct continuation: the next round tries a longer prefix.
@@ -105,6 +104,7 @@ def continue_prefixes(student: Sampler, rows: list[PrefixRow]) -> Iterator[Align
             rounds = min(settings.extend_rounds, row.sentences_total - row.sentences)
             if not kept and not generation.error and round_number < rounds:
                 failed.add(row.id)
+                earlier[row.id] += tuple(samples)
                 continue
 
             # 3. A row, kept or given up.
@@ -113,13 +113,14 @@ def continue_prefixes(student: Sampler, rows: list[PrefixRow]) -> Iterator[Align
                 outcome = {"continuation": samples[kept[0]].text, "kept_by": kept_by}
             else:
                 outcome = rejection(generation, "no right continuation", samples)
-            correct = verdicts[row.id].count("correct")
+            verdicts = [sample.verdict for sample in (*earlier[row.id], *samples)]
             yield _aligned(
                 row,
                 draft,
                 samples=samples,
                 drawn_by_judge=bool(draft.samples),
-                pass_rate=correct / max(len(verdicts[row.id]), 1),
+                earlier_samples=earlier[row.id],
+                pass_rate=verdicts.count("correct") / max(len(verdicts), 1),
                 lengthened=round_number,
                 seconds=round(seconds[row.id], 3),
                 **outcome,

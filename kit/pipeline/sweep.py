@@ -6,13 +6,14 @@ by keys and digests, whether they are what it would have made. No number is comp
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from kit import Json
 from kit.core.config import Config, expand, load, resolve
-from kit.core.errors import KitError
+from kit.core.errors import KitError, machine_fault
 from kit.core.progress import Progress
 from kit.core.run import Run, stage_entry
 from kit.pipeline.rounds import take_over_traces
@@ -30,12 +31,14 @@ def sweep(
 
     Returns:
         runs: [{method, seed, folder, accuracy, n, error}]; compare: see `compare.compare`, of the
-        runs without an error, the first one's method as reference.
+        runs without an error, the first one's method as reference; None of fewer than two.
 
     Raises:
-        KitError: (exit 2) a value that no run can have; fewer than two runs to compare.
+        KitError: (exit 2) a value that no run can have; fewer than two runs.
     """
     configs = plan(path, overrides)
+    if len(configs) < 2:
+        raise KitError("A sweep has two runs or more.", "Name several: method=a,b seed=1,2.", 2)
     runs = []
     folders = []
     for number, config in enumerate(configs, 1):
@@ -47,8 +50,12 @@ def sweep(
             _take_over_traces(config, configs, replace(progress))
             numbers = run_all(config, replace(progress), "run")
             folders.append(config.folder)
-        except KitError as failure:
-            error = str(failure)
+        except Exception as failure:
+            # a defect of ours stops the sweep, a fault of the machine only this run
+            known = failure if isinstance(failure, KitError) else machine_fault(failure)
+            if known is None:
+                raise
+            error = str(known)
             progress.warn(f"{config.name} failed, the sweep goes on: {error}")
         accuracy = numbers.get("accuracy_after")
         if config.method == "zero-shot":
@@ -64,7 +71,8 @@ def sweep(
             }
         )
     page = configs[0].folder.parent / "compare.html"
-    return {"runs": runs, "compare": compare.compare(folders, page)}
+    compared = compare.compare(folders, page) if len(folders) > 1 else None
+    return {"runs": runs, "compare": compared}
 
 
 def plan(path: str, overrides: Sequence[str]) -> list[Config]:
@@ -78,16 +86,24 @@ def plan(path: str, overrides: Sequence[str]) -> list[Config]:
     for text in overrides:
         key, _, value = text.partition("=")
         if key in ("method", "seed"):
-            values[key] = list(dict.fromkeys(value.split(",")))
+            # seeds 1 and 01 are one
+            several = [text.strip() for text in value.split(",")]
+            if key == "seed":
+                several = [str(int(text)) if text.isdecimal() else text for text in several]
+            values[key] = list(dict.fromkeys(several))
         else:
             shared.append(text)
     base = load(path, shared)
     methods = values.get("method", [base.method])
     methods.sort(key=lambda method: method == "fixed-prefix-matched")
     folder = expand(base.out or f"runs/{base.name}-sweep")
-    raw = base.model_dump(mode="json")
+    # what is not set stays open, for a preset to set
+    raw = base.model_dump(mode="json", exclude_unset=True)
     if base.baseline.matched_run is None and "palign" in methods:
-        raw["baseline"]["matched_run"] = str(folder / "palign-seed{seed}")
+        raw["baseline"] = {
+            **raw.get("baseline", {}),
+            "matched_run": str(folder / "palign-seed{seed}"),
+        }
     configs = []
     for seed, method in product(values.get("seed", [base.seed]), methods):
         name = f"{method}-seed{seed}"
@@ -101,7 +117,10 @@ def _take_over_traces(config: Config, configs: list[Config], progress: Progress)
     if config.method == "zero-shot" or stage_entry(config.folder, "teach"):
         return
     for other in configs:
-        entry = stage_entry(other.folder, "teach")
+        entry = {}
+        # what is wrong with another run's folder is that run's error
+        with suppress(KitError):
+            entry = stage_entry(other.folder, "teach")
         if other.seed == config.seed and entry.get("done") and entry["rows_in"]:
             with Run(config, progress, "sweep") as run:
                 take_over_traces(run, other.folder)

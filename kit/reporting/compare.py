@@ -18,7 +18,7 @@ from kit.core.config import expand, flat, load
 from kit.core.errors import KitError
 from kit.core.fingerprints import ADAPTER, adapter_hash
 from kit.core.records import AlignedRow, EvalRow, PrefixRow
-from kit.core.stages import file_name
+from kit.core.stages import NEUTRAL, file_name
 from kit.core.storage import write_atomic
 from kit.grading import stats
 from kit.grading.scores import accuracy_by_problem, compare_rows, score
@@ -69,12 +69,19 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
         KitError: fewer than two folders, one without a run, or scores of another adapter than the
             run's own.
     """
+    # one folder under two names is one run
+    unique: dict[Path, Path] = {}
+    for folder in folders:
+        unique.setdefault(Path(folder).resolve(), folder)
+    folders = list(unique.values())
     if len(folders) < 2:
         raise KitError(
             "compare needs two runs or more.",
             "Name their folders: palign.py compare runs/a runs/b.",
             2,
         )
+    if Path(out).is_dir():
+        raise KitError(f"{out} is a folder.", "Name the page's file: --out compare.html.", 2)
     files = [Files(Path(folder)) for folder in folders]
     for run in files:
         _check_adapter(run)
@@ -181,6 +188,11 @@ def _setting(config: Json) -> Json:
         if other and file.exists():
             other = _setting(load(file).model_dump(mode="json"))
         setting[section] = {**config[section], key: other}
+    # keys that change no number; a matched run has had its turn
+    for key in NEUTRAL - {"matched_run"}:
+        for section in ("student", "teacher", "answer_judge", "train", "eval"):
+            if key in setting[section]:
+                setting[section] = {**setting[section], key: None}
     return setting
 
 
@@ -192,24 +204,45 @@ def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Answers]]]:
             # The base model's scores stand first, so the tuned model's replace them.
             last = {score["dataset"]: score for score in run.summary("eval").get("scores", [])}
             for dataset, entry in last.items():
-                rows = run.rows(file_name(entry["model"], entry["which"], dataset), EvalRow)
+                file = file_name(entry["model"], entry["which"], dataset)
+                rows = run.rows(file, EvalRow)
+                _check_whole(run.folder / file, rows, entry["n"])
                 if rows:
                     answers[dataset][label].append(Answers(run.config["seed"], rows))
     return answers
+
+
+def _check_whole(file: Path, rows: Rows, scored: int) -> None:
+    """Refuse (KitError) a file of answers that has lost some since it was scored."""
+    left = len({(row.id, row.question) for row in rows})
+    if left < scored:
+        raise KitError(
+            f"{file} has {left} of the {scored} problems that were scored: the others were deleted "
+            "or edited.",
+            f"Make them again: palign.py run {file.parents[1]}/config.yaml.",
+        )
+
+
+def _by_seed(runs: list[Answers]) -> dict[int, float]:
+    """Accuracy by seed, in order; a seed that was run twice counts once, by its mean."""
+    accuracies = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        accuracies[run.seed].append(run.accuracy)
+    return {seed: fmean(values) for seed, values in accuracies.items()}
 
 
 def _scores(dataset: str, by_run: dict[str, list[Answers]]) -> list[Json]:
     """Each group's pooled score, its runs' accuracies, and their standard deviation over seeds."""
     scores = []
     for label, runs in by_run.items():
-        accuracies = [run.accuracy for run in runs]
+        by_seed = list(_by_seed(runs).values())
         scores.append(
             {
                 "group": label,
                 "dataset": dataset,
                 "runs": len(runs),
-                "by_run": accuracies,
-                "spread": stdev(accuracies) if len(runs) > 1 else None,
+                "by_run": [run.accuracy for run in runs],
+                "spread": stdev(by_seed) if len(by_seed) > 1 else None,
                 **asdict(score(list(chain.from_iterable(run.rows for run in runs)))),
             }
         )
@@ -239,12 +272,10 @@ def _pairs(dataset: str, by_run: dict[str, list[Answers]], answers: dict[str, Ro
 
 def _seed_noise(a: list[Answers], b: list[Answers]) -> tuple[float, int] | None:
     """See `stats.seed_noise`; runs of the same seeds are paired."""
-    first = sorted(a, key=lambda run: run.seed)
-    second = sorted(b, key=lambda run: run.seed)
-    is_paired = [run.seed for run in first] == [run.seed for run in second]
-    accuracies = [run.accuracy for run in first]
-    others = [run.accuracy for run in second]
-    return stats.seed_noise(accuracies, others, is_paired)
+    first = _by_seed(a)
+    second = _by_seed(b)
+    is_paired = first.keys() == second.keys()
+    return stats.seed_noise(list(first.values()), list(second.values()), is_paired)
 
 
 def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:

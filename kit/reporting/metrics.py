@@ -55,11 +55,15 @@ class Files:
         if not self.manifest:
             raise KitError(f"{folder} holds no run.", "Name a folder under runs/.")
         self.config = load(folder / "config.yaml").model_dump(mode="json")
+        # What stands on rows that have been made anew since is not of this run any more.
+        stages = self.manifest["stages"]
+        outdated = {name for name, entry in stages.items() if entry.get("is_outdated")}
+        self.manifest["stages"] = {name: stages[name] for name in stages if name not in outdated}
         self.traces = self.rows("traces.jsonl", TraceRow)
-        self.prefixes = self.rows("prefixes.jsonl", PrefixRow)
-        self.aligned = self.rows("aligned.jsonl", AlignedRow)
-        self.train = self._lines("train.jsonl")
-        self.log = self._lines("train_log.jsonl")
+        self.prefixes = self.rows("prefixes.jsonl", PrefixRow) if "truncate" not in outdated else []
+        self.aligned = self.rows("aligned.jsonl", AlignedRow) if "align" not in outdated else []
+        self.train = self._lines("train.jsonl") if "align" not in outdated else []
+        self.log = self._lines("train_log.jsonl") if "train" not in outdated else []
         self.rejected = self._lines("rejected.jsonl")
 
     def rows(self, name: str, kind: type[Row]) -> list[Any]:
@@ -260,10 +264,10 @@ def _judging(rows: Sequence[PrefixRow]) -> Json:
         totals["cached_tokens"] += row.cached_tokens
         totals["generated_tokens"] += row.generated_tokens
         totals["over_limit_traces"] += 0 < row.searched_sentences < row.sentences_total
+        totals["judged_traces"] += bool(row.verdicts)
         if row.rejected:
             continue
         ratios.append(row.ratio)
-        totals["judged_traces"] += bool(row.verdicts)
         totals["insufficient_traces"] += not row.sufficient
         totals["violating_traces"] += row.violations > 0
         if row.isolated is not None:

@@ -68,8 +68,9 @@ def validate(config: Config, folder: Path, progress: Progress) -> Json:
         bar = stack.enter_context(progress.bar("validate", len(rows), "traces"))
         # A file's name is a hash of the trace and of all that verdicts depend on.
         asked = Calibration(setup={**setup, "seed": str(config.seed)}, thresholds={})
+        sections = (config.student, config.judge, config.align, config.prompts, config.answer_judge)
         for row in rows:
-            name = digest([asked, config.student, config.judge, config.align, row])
+            name = digest([asked, *sections, row])
             file = folder / "measured" / f"{name}.json"
             if not file.exists():
                 write_atomic(file, json.dumps(measure(judges, row)))
