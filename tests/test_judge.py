@@ -206,7 +206,9 @@ def test_generated_labels_have_no_margin_and_may_be_unparsed(
         assert cut(greedy, beginning).verdicts
 
 
-def test_a_label_in_the_models_thinking_is_no_verdict(beginning: PrefixRow) -> None:
+def test_a_label_in_the_models_thinking_is_no_verdict(
+    beginning: PrefixRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thinks = "<think>[ENOUGH] or [NOT_ENOUGH]?"
     backend = LengthBackend()
     judge = Judge(judge_config(decode="generate"), backend)
@@ -214,7 +216,7 @@ def test_a_label_in_the_models_thinking_is_no_verdict(beginning: PrefixRow) -> N
     assert judge.label_in_text(thinks, beginning) == "UNPARSED"
     assert judge.label_in_text("[ENOUGH]", beginning) == "ENOUGH"
     # the prompt ends in thinking, so that no text begins it
-    backend.tokenizer.template = "{{ messages[0].content }}<think>\n"
+    monkeypatch.setattr(backend.tokenizer, "template", "{{ messages[0].content }}<think>\n")
     judge = Judge(judge_config(decode="generate"), backend)
     assert judge.label_in_text("[ENOUGH] or [NOT_ENOUGH]?", beginning) == "UNPARSED"
     assert judge.label_in_text("Hm, [ENOUGH]?</think>[NOT_ENOUGH]", beginning) == "NOT_ENOUGH"

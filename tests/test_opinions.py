@@ -228,12 +228,16 @@ def test_an_evaluation_says_how_often_its_judge_agrees_with_exact_match(tmp_path
 
 
 def test_another_judge_or_other_words_evaluate_again(tmp_path: Path) -> None:
-    first = run_eval(config_of(tmp_path))
-    assert run_eval(config_of(tmp_path))["seconds"] == first["seconds"], "skipped"
+    log = tmp_path / "run" / "run.log"
+    run_eval(config_of(tmp_path))
+    run_eval(config_of(tmp_path))
+    assert log.read_text().count("eval: already done, skipped") == 1
     words = "{question} {first} {second} Yes or No?"
     for change in (
         {"answer_judge": {"backend": "scripted", "model": "other"}},
         {"prompts": {"grade": words}},
     ):
-        before = run_eval(config_of(tmp_path))["seconds"]
-        assert run_eval(config_of(tmp_path, **change))["seconds"] != before
+        run_eval(config_of(tmp_path))
+        before = log.read_text().count("rerunning eval")
+        run_eval(config_of(tmp_path, **change))
+        assert log.read_text().count("rerunning eval") == before + 1

@@ -166,7 +166,9 @@ def test_the_page_fits_and_shows_text_as_text(browser: Any, validated: Any) -> N
     assert "<i>model" not in Path(validated["page"]).read_text()
 
 
-def test_a_calibration_sets_the_threshold_of_the_judge_it_was_made_for(validated: Any) -> None:
+def test_a_calibration_sets_the_threshold_of_the_judge_it_was_made_for(
+    validated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = validated["folder"] / "calibration.json"
     base = ["student.model=<i>model</i>", f"judge.calibration={path}"]
     config = configs.load(None, base)
@@ -188,7 +190,7 @@ def test_a_calibration_sets_the_threshold_of_the_judge_it_was_made_for(validated
             Judge(configs.load(None, [*base, override]), LengthBackend())
         assert refused.value.code == 2
     backend = LengthBackend()
-    backend.tokenizer.template = "{{ messages[0].content }}"
+    monkeypatch.setattr(backend.tokenizer, "template", "{{ messages[0].content }}")
     with pytest.raises(KitError, match="chat template"):
         Judge(config, backend)
     with pytest.raises(KitError, match="set success_rate"):

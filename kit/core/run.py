@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -235,7 +236,9 @@ class Run:
         existing = [path for path in paths if path.exists()]
         prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         for path in existing if self.is_main_process else ():
-            path.rename(self.path(f"stale/{prefix}-{path.name}"))
+            names = (f"stale/{prefix}-{number}-{path.name}" for number in count(1))
+            # several times in one second, where stages are quick
+            path.rename(next(free for free in map(self.path, names) if not free.exists()))
         return existing
 
     def rejected(self) -> Iterator[Json]:
