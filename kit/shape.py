@@ -105,6 +105,15 @@ def shape_of(name: str) -> ModelShape:
         ) from error
 
 
+def _largest(text: Any, name: str) -> int:
+    """A number of a model's config; the largest where layers have their own (Gemma 3n, 4)."""
+    try:
+        value = getattr(text, name, None) or 0
+    except RuntimeError:
+        value = [getattr(layer, name) for layer in text.per_layer_config]
+    return max(value) if isinstance(value, list | tuple) else value
+
+
 def shape_in(model_config: Any) -> ModelShape:
     """The shape that transformers' config of a model describes; KitError: it has no attention."""
     text = model_config.get_text_config()
@@ -116,16 +125,16 @@ def shape_in(model_config: Any) -> ModelShape:
             "Run it as a GGUF or on a server: student.backend=gguf or http.",
             2,
         )
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = _largest(text, "num_key_value_heads") or heads
+    head_width = _largest(text, "head_dim") or text.hidden_size // heads
     return ModelShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        inner=_largest(text, "intermediate_size") or 4 * text.hidden_size,
         heads=heads,
         query=heads * head_width,
         key=key_heads * head_width,
         vocabulary=text.vocab_size,
-        context_tokens=text.max_position_embeddings,
+        context_tokens=getattr(text, "max_position_embeddings", None) or 4096,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
     )

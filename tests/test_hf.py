@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,8 @@ from kit.backends.hf_batch import (
 from kit.backends.hf_graphs import LEAST_STEPS, FixedStep, GraphDecoder, can_be_recorded
 from kit.bench import overhead
 from kit.core.config import ModelConfig, Sampling
+from kit.models import load_tokenizer
+from tests.tiny_backend import tiny_backend
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 WARM = Sampling(temperature=1, top_p=0.95, max_new_tokens=8)
@@ -514,6 +517,61 @@ def test_memory_that_long_rows_ran_out_of_leaves_short_ones_many(
     assert all(result.completions for result in results.values())
     assert 1 <= len(small.notes) <= 4
     assert max(card.most_rows) >= 10
+
+
+def test_memory_that_ends_while_rows_join_draws_no_row_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """New rows are then among the running and among the joining ones."""
+    model = tiny_backend("llama")
+    sampling = Sampling(temperature=1.0, max_new_tokens=60)
+    requests = [Request(f"r{i}", tuple(range(5, 20 + i)), sampling, n=2) for i in range(4)]
+
+    def texts() -> list[tuple[str, list[Any]]]:
+        answers = [(g.id, [c.ids for c in g.completions]) for g in model.generate(requests)]
+        return sorted(answers)
+
+    undisturbed = texts()
+    real = hf_generate.assemble
+    failures = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+
+    def assemble(*args: Any, **kwargs: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hf_generate, "assemble", assemble)
+    assert texts() == undisturbed and len(model.notes) == 1
+
+
+def test_longrope_keeps_to_the_positions_of_one_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [8.0] * 8,
+        "original_max_position_embeddings": 256,
+    }
+    config = transformers.Phi3Config(
+        vocab_size=len(load_tokenizer("smollm2-135m").inner),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=256,
+        rope_parameters=rope,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_tokenizer("smollm2-135m").inner.save_pretrained(tmp_path)
+    backend = HfBackend(ModelConfig(backend="hf", model=str(tmp_path)))
+    assert backend.context_tokens == 256 and "LongRoPE, at most 256" in backend.notes[0]
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(backend: HfBackend) -> None:

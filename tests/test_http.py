@@ -245,6 +245,23 @@ def test_start_learns_context_slots_and_template(backend: HttpBackend) -> None:
     assert (backend.tokenizer.bos, backend.tokenizer.eos) == ("<|im_start|>", "<|im_end|>")
 
 
+def test_closing_with_requests_in_flight_leaves_no_thread_waiting(server: Server) -> None:
+    """A full disk, for one: the process must end, though the server answers for a minute."""
+    backend = open_backend(engine(server.url))
+    requests = [
+        Request(f"r{tokens}", (5, 6, 7, 8), Sampling(max_new_tokens=tokens, temperature=1.0))
+        for tokens in (1, 1500, 1501, 1502)
+    ]
+    answers = backend.generate(requests)
+    assert next(answers).id == "r1"
+    workers = list(backend.pool._threads)
+    answers.close()
+    backend.close()
+    for worker in workers:
+        worker.join(5)
+    assert workers and not any(worker.is_alive() for worker in workers)
+
+
 def test_another_models_tokenizer_is_noticed(server: Server, tmp_path: Path) -> None:
     # as a GGUF writes its vocabulary
     four = struct.pack("<Q", 1) + b"4"

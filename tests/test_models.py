@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,19 @@ def test_special_tokens_are_split_only_where_asked(tokenizer: models.HfTokenizer
 def test_decoding_loses_nothing(tokenizer: models.HfTokenizer) -> None:
     for text in (models.HARD_TEXT, " a , b . ' s do n't", "  two\n\n spaces ", "<|im_start|>x"):
         assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
+
+
+class Layered(SimpleNamespace):
+    """A config of Gemma's kind: a list by layer, and an attribute that only layers have."""
+
+    intermediate_size = (64, 96)
+    vocab_size = 100
+    model_type = "layered"
+    per_layer_config = (SimpleNamespace(head_dim=16), SimpleNamespace(head_dim=32))
+
+    @property
+    def head_dim(self) -> int:
+        raise RuntimeError("it differs between layers")
 
 
 def test_end_tokens_are_llama_cpps(tokenizer: models.HfTokenizer, llama) -> None:
@@ -242,6 +256,10 @@ def test_the_size_of_a_token_in_the_cache() -> None:
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
     )
     assert shape_in(config).cached == 2 * 3 * 2 * 16
+    # layers with sizes of their own: the largest
+    layers = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    shape = shape_in(SimpleNamespace(get_text_config=lambda: Layered(**layers)))
+    assert (shape.inner, shape.query, shape.context_tokens) == (96, 4 * 32, 4096)
     with pytest.raises(KitError, match="mamba has no attention"):
         shape_in(MambaConfig())
 

@@ -57,6 +57,14 @@ class HfBackend:
         text_config = self.model.config.get_text_config()
         trained_tokens = getattr(text_config, "max_position_embeddings", None) or 4096
         self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
+        rope = getattr(text_config, "rope_parameters", None) or {}
+        key = "original_max_position_embeddings"
+        short_tokens = rope.get(key) or getattr(text_config, key, None) or trained_tokens
+        if rope.get("rope_type") == "longrope" and short_tokens < self.context_tokens:
+            # It rotates all positions of a pass otherwise if one is beyond these: what is cached or
+            # side by side would not fit together.
+            self.context_tokens = short_tokens
+            self.notes.append(f"{engine.model}: LongRoPE, at most {short_tokens} tokens here.")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's samples as they finish; prompts without room come first, as errors.

@@ -262,7 +262,8 @@ class Scheduler:
         Running rows wait again with what they have drawn. A single row that does not fit is its
         request's error.
         """
-        rows = [row for row in (*self.rows, *self.joining) if row is not None]
+        # where the memory ran out while new rows joined, they are in both
+        rows = [row for row in dict.fromkeys((*self.rows, *self.joining)) if row is not None]
         rows = [row for row in rows if row.number not in row.active.done]
         self.queue.extendleft(reversed(rows))
         self.rows = []

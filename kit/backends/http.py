@@ -242,8 +242,9 @@ class HttpBackend:
         return HttpSession(self, uncached)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; what is in flight is given up and keeps no thread waiting."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self._await(_cancel_others())
         self._await(self._client.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -357,8 +358,9 @@ class HttpBackend:
         begun = time.perf_counter()
         usage = TokenUsage()
         choices = []
-        # llama-server caches by slot: its samples go one by one and find the prompt's slot again
-        step = 1 if self.llama else request.n
+        # llama-server caches by slot: its samples go one by one and find the prompt's slot again.
+        # vLLM refuses several greedy ones.
+        step = 1 if self.llama or request.sampling.temperature == 0 else request.n
         try:
             for first in range(0, request.n, step):
                 fields = self._sampling_fields(request, first, step)
@@ -504,3 +506,11 @@ def _number(value: Any) -> float:
     if math.isnan(value):
         raise ValueError("a log-probability is not a number")
     return float(value)
+
+
+async def _cancel_others() -> None:
+    """Cancel what else runs in this event loop, and wait until it has ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -58,10 +58,15 @@ def bench(options: Namespace, progress: Progress) -> Json:
     backend = open_backend(config.student)
     judge = Judge(config, backend)
     rows = traces_in_file(config)
+    # of one sentence there is nothing to search
+    rows = [row for row in rows if row.sentences_total > 1]
     fitting = [row for row in rows if len(judge.request(row, row.trace).ids) <= judge.limit_tokens]
     # A prompt longer than the context cannot be judged.
     if not fitting:
-        raise KitError(f"No trace of {options.traces} fits the model.", "Use shorter traces.")
+        raise KitError(
+            f"No trace of {options.traces} with several sentences fits the model.",
+            "Use shorter traces.",
+        )
     measured = fitting[: options.limit]
     traces = []
     medians = []

@@ -103,8 +103,9 @@ class Judge(ExitStack):
         )
 
         # 4. How long a judging prompt may be.
-        limit_tokens = settings.limit_tokens or backend.context_tokens
-        self.limit_tokens = min(limit_tokens, backend.context_tokens)
+        # Servers refuse a prompt that leaves no room for a token.
+        context_tokens = backend.context_tokens - (config.student.backend == "http")
+        self.limit_tokens = min(settings.limit_tokens or context_tokens, context_tokens)
         if self.generates_verdicts:
             room_tokens = int(ROOM_RATIO * self.limit_tokens)
             self.limit_tokens -= min(self.sampling.max_new_tokens, room_tokens)

@@ -172,8 +172,13 @@ def to_ollama(job: Export) -> Json:
         weights,
         f'TEMPLATE """{template}{{{{ .Response }}}}"""',
         *stops,
+        # all that Ollama has a default of its own for
         f"PARAMETER temperature {student.sampling.temperature}",
         f"PARAMETER top_p {student.sampling.top_p}",
+        f"PARAMETER top_k {student.sampling.top_k or 0}",
+        f"PARAMETER min_p {student.sampling.min_p}",
+        f"PARAMETER repeat_penalty {student.sampling.repetition_penalty}",
+        f"PARAMETER num_predict {student.sampling.max_new_tokens}",
     )
     modelfile.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {**result, "modelfile": str(modelfile)}

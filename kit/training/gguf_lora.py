@@ -17,6 +17,8 @@ from kit.core.errors import KitError
 # Architectures whose GGUF has the rows of query and key in another order: llama.cpp rotates
 # neighbours where transformers rotates halves.
 PERMUTED = {"llama", "llama-embed", "smollm3", "arcee", "granite", "granitemoe", "minicpm", "olmo"}
+# Architectures whose GGUF has weights reordered or scaled in ways that are not undone here.
+OTHER_WEIGHTS = {"qwen3next", "qwen35", "qwen35moe", "falcon-h1", "granitehybrid", "mistral3"}
 UNSUPPORTED = (
     "use_dora",
     "use_rslora",
@@ -52,9 +54,16 @@ def convert(adapter: Path, base: Path, out: Path) -> Path:
             "Evaluate it with eval.backend=hf, or export it with --to merged.",
         )
     reader = gguf.GGUFReader(base)
+    architecture = _field(reader, "general.architecture")
+    if architecture in OTHER_WEIGHTS:
+        raise KitError(
+            f"{base} is of the architecture {architecture}, whose GGUF has other weights than the "
+            "model that was trained: an adapter beside it would be wrong.",
+            "Evaluate it with eval.backend=hf, or export it with --to merged or gguf.",
+        )
     part = out.with_suffix(".part")
     try:
-        writer = gguf.GGUFWriter(part, _field(reader, "general.architecture"))
+        writer = gguf.GGUFWriter(part, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, settings["lora_alpha"])

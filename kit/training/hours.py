@@ -198,14 +198,17 @@ def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float)
     """Hours of each stage and in total."""
     most = config.student.rows(on_card=True)
     lengths = lengths_of(config)
-    if not speed.rows(lengths.trace, most):
+    draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
+    written_tokens = draft_tokens + lengths.continuation
+    answer_tokens = QUESTION_TOKENS + max(lengths.base, lengths.tuned)
+    fits = speed.rows(max(lengths.trace, written_tokens), 1) and evaluating.rows(answer_tokens, 1)
+    if not fits:
         return {"total": None}
     problems = config.data.train.limit or PROBLEMS
     teaching = problems * config.teacher.samples
     if config.teacher.backend in ("file", "reference"):
         teaching = 0
     verdict = speed.evaluate(TAIL_TOKENS) + speed.step(1, lengths.trace)
-    draft_tokens = QUESTION_TOKENS + PREFIX_TOKENS
     answer = evaluating.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
     if config.eval.base:
         answer += evaluating.answer(QUESTION_TOKENS, lengths.base, most)

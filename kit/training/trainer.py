@@ -39,6 +39,7 @@ from kit.training.sft_data import Example, collate, order
 
 MARK = "complete"  # the file that a whole checkpoint has
 FIXED_ROWS = 4  # rows whose loss is read before and after
+LEAST_STEPS = 4  # with a warm-up
 CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
 FIRST_SCALE = 2.0**10  # of the loss in fp16; torch's own, 2^16, overflows in the gradient check
 
@@ -98,8 +99,10 @@ class AdapterTrainer(Trainer):
         lengths = [len(example.ids) for example in examples]
         rows = [examples[index] for index in order(lengths, run.config)]
         arguments = _arguments(run)
-        if len(rows) <= run.config.train.batch_size:
-            arguments.warmup_steps = 0  # it begins at a rate of zero: the only step would be lost
+        if math.ceil(len(rows) / run.config.train.batch_size) < LEAST_STEPS:
+            arguments.warmup_steps = (
+                0  # it begins at a rate of zero: of few steps, one would be lost
+            )
         super().__init__(model, arguments, data_collator=collate, train_dataset=rows)
         self.rows = rows
         self.model_accepts_loss_kwargs = True
