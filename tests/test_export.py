@@ -386,7 +386,18 @@ def test_an_ollama_modelfile_asks_as_training_did(
     own = tokenizer.inner.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert template.replace("{{ .Prompt }}", "What is 2 + 2?") == f"{own}{{{{ .Response }}}}"
     stops = {line.split('"')[1] for line in text.splitlines() if line.startswith("PARAMETER stop")}
-    assert stops == {"<|im_end|>", "<|endoftext|>"} and "PARAMETER temperature 0.0" in text
+    assert stops == {"<|im_end|>", "<|endoftext|>"}
+    # all that Ollama has another default for
+    sampling = configs.load(str(proven / "config.yaml")).eval.sampling
+    lines = [line.split() for line in text.splitlines() if line.startswith("PARAMETER ")]
+    assert {name: float(value) for _, name, value in lines if name != "stop"} == {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+        "min_p": 0,
+        "repeat_penalty": 1,
+        "num_predict": sampling.max_new_tokens,
+    }
 
 
 # --- Merged weights and GGUF ---

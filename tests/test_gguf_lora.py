@@ -78,6 +78,20 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return adapter, convert(adapter, gguf_file("smollm2-135m"), folder / "lora.gguf")
 
 
+def test_a_base_with_other_weights_is_refused(tmp_path: Path) -> None:
+    """Qwen3.5's GGUF, for one, has weights that its converter reordered."""
+    base = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(base, "qwen35")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    adapter = write_adapter(tmp_path / "adapter", only="q_proj")
+    with pytest.raises(KitError, match=r"architecture qwen35, .* would be wrong.*--to merged"):
+        convert(adapter, base, tmp_path / "lora.gguf")
+    assert not list(tmp_path.glob("lora*"))
+
+
 def test_rows_are_in_the_order_of_the_bases_own(converted: tuple[Path, Path]) -> None:
     """The packaged GGUF and its conversion hold equal rows; where each went is the order."""
     adapter, path = converted

@@ -29,7 +29,7 @@ from kit.backends import open_backend
 from kit.backends.base import Request, ScoreRequest, sample_seed
 from kit.backends.gguf import f16_copy
 from kit.backends.http import HttpBackend
-from kit.core.config import ModelConfig, Sampling, resolve
+from kit.core.config import Config, ModelConfig, Sampling, resolve
 from kit.core.errors import KitError
 from kit.core.records import PrefixRow, Problem
 from kit.judging import trace as judging
@@ -554,6 +554,17 @@ def test_judging_equals_llama_cpp_in_process(backend: HttpBackend, local: Any) -
     )
 
 
+def test_a_judging_prompt_leaves_a_server_room_for_a_token(
+    server: Server, backend: HttpBackend
+) -> None:
+    """A server refuses a prompt as long as its context, though nothing is to be written."""
+    config = Config(student=engine(server.url).model_dump())
+    with Judge(config, backend) as judge:
+        assert judge.limit_tokens == backend.context_tokens - 1
+        longest = ScoreRequest((5,) * judge.limit_tokens, ((judge.limit_tokens - 1, (5, 6)),))
+        assert judge.backend.session().score([longest])
+
+
 def test_values_beyond_the_listed_ones_are_exact(backend: HttpBackend, local: Any) -> None:
     ids = render(backend.tokenizer, "Name a colour.")
     probe = ScoreRequest(ids, ((len(ids) - 1, tuple(range(0, 49152, 4001))),))
@@ -699,5 +710,10 @@ def test_answers_in_the_shape_of_vllm_are_read(server: Server, backend: HttpBack
     body = proxy.seen[-1]
     assert (body["n"], body["seed"]) == (3, sample_seed(1, "v", 0)) and "id_slot" not in body
     assert body["top_k"] == 300 and body["repetition_penalty"] == 1.0
+    # vLLM refuses several greedy answers in one request
+    before = len(proxy.seen)
+    generation = next(other.generate([Request("g", (5, 6, 7), GREEDY, n=2)]))
+    assert len(generation.completions) == 2
+    assert [body["n"] for body in proxy.seen[before:]] == [1, 1]
     other.close()
     proxy.close()

@@ -129,12 +129,13 @@ def learned(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> tuple[Config
     return config, run_stage(config)
 
 
-def test_a_training_of_one_step_learns(tmp_path: Path, tiny: str) -> None:
-    """A warm-up begins at a rate of zero, and the only step would change nothing."""
-    run_stage(settings(tmp_path / "run", tiny, epochs=1, warmup_ratio=0.1), rows(2))
-    [row] = logged(tmp_path / "run")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_of_few_steps_learns(steps: int, tmp_path: Path, tiny: str) -> None:
+    """A warm-up begins at a rate of zero: that step would change nothing."""
+    run_stage(settings(tmp_path / "run", tiny, epochs=steps, warmup_ratio=0.4), rows(4))
+    rates = [row["learning_rate"] for row in logged(tmp_path / "run")]
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert row["learning_rate"] > 0
+    assert len(rates) == steps and all(rate > 0 for rate in rates)
     assert all(weight.norm() > 0 for name, weight in saved.items() if "lora_B" in name)
 
 
