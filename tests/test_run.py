@@ -204,8 +204,16 @@ def test_a_stage_of_another_config_is_not_gone_on_from(tmp_path):
         with pytest.raises(KitError, match=r"truncate is of another config: judge\.threshold"):
             run.require("truncate")
         run.require("teach")
-    with open_run(tmp_path, student={"max_num_seqs": 3}) as run:
+    with open_run(tmp_path, student={"max_num_seqs": 3, "model": "moved/elsewhere"}) as run:
         run.require("truncate")
+    # a calibration that was taken away leaves no key of its own
+    calibrated = {"calibration": {"setup": {"model": "m"}, "thresholds": {"verbal": 2.5}}}
+    with open_run(tmp_path, judge=calibrated) as run:
+        finish(run, "truncate")
+        run.require("truncate")
+    with open_run(tmp_path) as run:
+        with pytest.raises(KitError, match=r"another config: judge\.calibration changed"):
+            run.require("truncate")
 
 
 def test_a_folder_keeps_its_config_until_a_stage_begins(tmp_path):

@@ -124,11 +124,13 @@ class Run:
             raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
         about = STAGE_TABLE[stage]
         known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-        now = about.dependencies(flat(self.config))
-        # a model is known by its content, which its user looks at, and may have moved
-        changes = about.changes(
-            known, {**known, **{key: now[key] for key in now if not key.endswith(".model")}}
-        )
+        # Its input and models are not looked at: their content tells, and a model may have moved.
+        content = {
+            key: value
+            for key, value in known.items()
+            if key == "input" or " of " in key or key.endswith(".model")
+        }
+        changes = about.changes(known, {**about.dependencies(flat(self.config)), **content})
         if changes:
             raise KitError(f"{self.folder}: {stage} is of another config: {changes}.", hint)
 
