@@ -20,7 +20,7 @@ from kit.reporting import compare
 from kit.reporting.pairwise import ReasoningTest
 from tests.make_run import make
 
-LABELS = ["palign (p1)", "long-trace", "palign (answer)"]
+LABELS = ["palign (kind=verbal)", "long-trace", "palign (kind=answer)"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_seeds_whose_runs_stand_on_runs_of_their_own_are_one_group(tmp_path: Pat
 
 
 def test_a_groups_score_is_the_mean_of_its_runs(result: dict[str, Any], scores: Any) -> None:
-    palign = scores["palign (p1)"]
+    palign = scores["palign (kind=verbal)"]
     each = [run["accuracy_after"] for run in result["runs"][:2]]
     assert palign["by_run"] == pytest.approx(each, abs=1e-4)
     assert palign["accuracy"] == pytest.approx(sum(each) / 2, abs=1e-4)
@@ -82,11 +82,11 @@ def test_a_groups_score_is_the_mean_of_its_runs(result: dict[str, Any], scores: 
 
 def test_groups_are_tested_on_the_same_problems(result: dict[str, Any], scores: Any) -> None:
     pair = result["pairs"][0]
-    difference = scores["long-trace"]["accuracy"] - scores["palign (p1)"]["accuracy"]
+    difference = scores["long-trace"]["accuracy"] - scores["palign (kind=verbal)"]["accuracy"]
     assert pair["n"] == 60 and pair["difference"] == pytest.approx(difference, abs=2e-4)
     assert pair["ci_low"] <= pair["difference"] <= pair["ci_high"]
     # two seeds on one side: their distance is in the interval
-    accuracies = scores["palign (p1)"]["by_run"], scores["long-trace"]["by_run"]
+    accuracies = scores["palign (kind=verbal)"]["by_run"], scores["long-trace"]["by_run"]
     variance, _ = stats.seed_noise(*accuracies, is_paired=False)
     assert pair["method"] == "Student's t over problems and training runs"
     assert pair["ci_high"] - pair["ci_low"] > 2 * 1.96 * variance**0.5
@@ -121,7 +121,7 @@ def test_disagreements_are_shown_in_turn_from_each_side(result: dict[str, Any]) 
         assert len(set(shares.values())) > 1
         ahead.add(max(shares, key=lambda label: shares[label]))
     assert result["pairs"][0]["better"] and result["pairs"][0]["worse"]
-    assert ahead >= {"palign (p1)", "long-trace"}
+    assert ahead >= {"palign (kind=verbal)", "long-trace"}
 
 
 def test_accuracy_by_token_budget_ends_at_the_accuracy(result: dict[str, Any], scores: Any) -> None:
@@ -169,7 +169,7 @@ def test_the_table_is_plain_text(result: dict[str, Any], capsys: Any) -> None:
     compare.show(result)
     text = capsys.readouterr().out
     assert "\x1b" not in text and "<" not in text.replace("< 0.001", "")
-    assert "builtin: long-trace against palign (p1)" in text and "page: " in text
+    assert "builtin: long-trace against palign (kind=verbal)" in text and "page: " in text
 
 
 def test_accuracy_by_token_budget_counts_problems_not_rows() -> None:

@@ -14,7 +14,7 @@ import yaml
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, PrefixRow
 from kit.core.storage import RowFile
-from kit.reporting import metrics
+from kit.reporting import metrics, report
 from tests.make_run import make
 
 
@@ -93,6 +93,58 @@ def test_a_torn_training_log_is_damage_and_no_traceback(tmp_path: Path) -> None:
     assert numbers_of(folder)["damaged"] == ["train_log.jsonl: cut off or not JSON"]
 
 
+def test_what_align_lengthened_is_told_apart_from_the_cut(tmp_path: Path) -> None:
+    """The kept share is the cut's; from where `align` lengthened it, another was learned from."""
+    folder = make(tmp_path / "run")
+    file = RowFile(folder / "aligned.jsonl", AlignedRow)
+    traces = {row.id: row.trace for row in RowFile(folder / "prefixes.jsonl", PrefixRow).read()}
+    rows = file.read()
+    kept = [row.id for row in rows if not row.rejected]
+    shares = [len(row.prefix) / len(traces[row.id]) for row in rows if not row.rejected]
+    before = numbers_of(folder)
+    assert before["lengthened"] == 0
+    assert before["lengths"]["used_share"]["p50"] == pytest.approx(median(shares), abs=1e-4)
+
+    # most rows are learned from with the whole trace
+    changed = []
+    for row in rows:
+        if row.id in kept[:-3]:
+            row = row.model_copy(update={"prefix": traces[row.id], "lengthened": 2})
+        changed.append(row)
+    (folder / "aligned.jsonl").unlink()
+    file = RowFile(folder / "aligned.jsonl", AlignedRow)
+    file.append(*changed)
+    after = numbers_of(folder)
+    assert after["prefix_ratio_median"] == before["prefix_ratio_median"]
+    assert after["lengthened"] == len(kept) - 3 and after["lengths"]["used_share"]["p50"] == 1
+    page = report.page(metrics.Files(folder), after)
+    assert f"{len(kept) - 3} of {len(kept)} training rows continue a longer prefix" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (None, 1, "–"),
+        (0, 0, "0%"),
+        (1, 1, "100.0%"),
+        (0.9967, 0, ">99%"),
+        (0.9996, 1, ">99.9%"),
+        (0.002, 0, "<1%"),
+        (0.0002, 1, "<0.1%"),
+        (0.302, 1, "30.2%"),
+    ],
+)
+def test_only_all_is_100_percent_and_only_none_is_0(
+    value: float | None, digits: int, text: str
+) -> None:
+    assert metrics.percent(value, digits) == text
+
+
+def test_a_difference_is_in_points() -> None:
+    shown = [metrics.points(value) for value in (0.0933, -0.0751, -0.0004, None)]
+    assert shown == ["+9.3", "-7.5", "+0.0", "–"] and metrics.points(0.101, "") == "10.1"
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no run"):
         numbers_of(tmp_path)
@@ -133,7 +185,8 @@ TROUBLES = [
     ({"retention": {"rows": 580, "of": 1000, "ratio": 0.58, "paper": 0.966}}, "580 of 1,000 (58%)"),
     ({"train_rows": 12}, "12 training rows"),
     ({"answer_in_prefix": 500}, "the prefix already contains the gold answer"),
-    ({"degenerate": "23 of 24 prefixes are one sentence"}, "hardly distinguishes"),
+    ({"degenerate": "It hardly distinguishes: 23 of 24. Try another."}, "hardly distinguishes"),
+    ({"lengthened": 400}, "continue a longer prefix than the cut"),
     ({"insufficient_traces": 20}, "never judged sufficient"),
     ({"violating_traces": 10}, "comes after an ENOUGH"),
     ({"isolated_traces": {"rows": 5, "of": 20}}, "5 of 20 (25%) cuts are at an isolated ENOUGH"),

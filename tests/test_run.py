@@ -211,9 +211,9 @@ def test_a_stage_of_another_config_is_not_gone_on_from(tmp_path):
     with open_run(tmp_path, judge=calibrated) as run:
         finish(run, "truncate")
         run.require("truncate")
-    with open_run(tmp_path) as run:
-        with pytest.raises(KitError, match=r"another config: judge\.calibration changed"):
-            run.require("truncate")
+    changed = r"another config: judge\.calibration changed"
+    with open_run(tmp_path) as run, pytest.raises(KitError, match=changed):
+        run.require("truncate")
 
 
 def test_a_folder_keeps_its_config_until_a_stage_begins(tmp_path):

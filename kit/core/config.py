@@ -476,6 +476,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every mistake and the nearest valid name of each unknown key.
     """
     try:
+        if path and (Path(path) / "config.yaml").exists():
+            raise ValueError(f"it is a run's folder; name its config: {path}/config.yaml")
         raw = (read_yaml(readable(path).read_bytes()) if path else None) or {}
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not keys")

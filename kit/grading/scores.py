@@ -46,7 +46,8 @@ class Score(Accuracy):
     truncated_correct_ratio: float  # cut off, and correct all the same
     loop_ratio: float
     mean_tokens: float
-    accuracy_completed: float | None  # of the samples that ended by themselves; None: none did
+    completed: int  # samples that ended by themselves
+    accuracy_completed: float | None  # of these; None: there are none
     as_published: Json | None  # accuracy and pass_at by the paper's grader, if asked
     # {agree, of, undecided}: verdicts of a judge model beside exact match; None: it was not asked
     judge_agreement: dict[str, int] | None
@@ -93,6 +94,7 @@ def score(rows: Sequence[EvalRow]) -> Score:
         ),
         loop_ratio=_mean(map(loops, samples)),
         mean_tokens=_mean(sample.tokens for sample in samples),
+        completed=len(completed),
         accuracy_completed=round(_correct(completed) / len(completed), 4) if completed else None,
         as_published=_as_published(rows),
         judge_agreement=_judge_agreement(rows),

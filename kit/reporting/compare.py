@@ -6,7 +6,7 @@ How much runs differ from seed to seed widens the interval of a difference betwe
 Nothing is graded again here.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain, combinations, islice, zip_longest
@@ -30,6 +30,7 @@ from kit.reporting.report import pieces, render
 
 DISAGREEMENTS = 6  # problems shown on which groups disagree
 BUDGETS = 80  # points of a curve
+LABEL_CHARACTERS = 30  # of what is said of a group beside its method
 NAMES = {"name", "out", "stop_after", "rounds"}  # config keys that change no number of a run
 
 Groups = dict[str, list[Files]]  # runs by label
@@ -158,21 +159,34 @@ def _model(run: Files) -> dict[str, str]:
 
 
 def _groups(files: list[Files]) -> Groups:
-    """Runs with equal configs, seed and names aside; labelled by method, and name if needed."""
+    """Runs with equal configs, seed and names aside; labelled by method and what is their own."""
     by_config = defaultdict(list)
     for run in files:
         by_config[repr({**_setting(run.config), **_model(run)})].append(run)
-    methods = Counter(runs[0].config["method"] for runs in by_config.values())
+    by_method = defaultdict(list)
+    for runs in by_config.values():
+        by_method[runs[0].config["method"]].append(runs[0])
     groups = {}
     for runs in by_config.values():
         config = runs[0].config
         label = config["method"]
-        if methods[label] > 1:
-            label = f"{label} ({config['name']})"
+        alike = by_method[label]
+        if len(alike) > 1:
+            label += f" ({_words(alike, runs[0]) or config['name']})"
         if label in groups:
             label = f"{label} in {runs[0].folder}"
         groups[label] = runs
     return groups
+
+
+def _words(alike: list[Files], run: Files) -> str:
+    """What sets a run apart from others of its method; empty if that is much or nothing."""
+    words = []
+    for key, values in differing_keys(alike).items():
+        if key != "seed":
+            words.append(f"{key.split('.')[-1]}={values[alike.index(run)]}")
+    text = ", ".join(words)
+    return text if len(text) <= LABEL_CHARACTERS else ""
 
 
 def _setting(config: Json) -> Json:
@@ -282,7 +296,7 @@ def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
     """Problems on which groups disagree most, in turn from those where each group is ahead.
 
     Returns:
-        {dataset, id, question, gold, answers [{group, share of correct samples, sample}]}
+        {dataset, id, question, gold, answers [{group, share of correct samples, of, sample}]}
     """
     accuracies = {label: accuracy_by_problem(rows) for label, rows in answers.items()}
     ahead: dict[str, list[Any]] = {label: [] for label in answers}
@@ -300,7 +314,9 @@ def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
         for label, rows in answers.items():
             row = next(row for row in rows if (row.id, row.question) == problem)
             sample = row.samples[0].model_dump() if row.samples else None
-            shown.append({"group": label, "share": accuracies[label][problem], "sample": sample})
+            of = sum(len(row.samples) for row in rows if (row.id, row.question) == problem)
+            share = accuracies[label][problem]
+            shown.append({"group": label, "share": share, "of": of, "sample": sample})
         about = {"dataset": dataset, "id": row.id, "question": row.question, "gold": row.answer}
         disagreements.append({**about, "answers": shown})
     return disagreements
@@ -328,7 +344,8 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
     """What each group's first run learned from, and one problem that all of them learned from.
 
     Returns:
-        targets [{group, method, rows, characters: median}]; question, gold and trace of the
+        targets [{group, method, rows, characters: median, lengthened: rows, used_share of the
+        trace: median}]; question, gold and trace of the
         problem; shown {group: what the student learns to write}; search: how the first group that
         judged the trace cut it {group, judge, threshold, lengthened, row, and `pieces`}. Without
         such a problem shown is empty and search None; None where nothing was learned.
@@ -342,12 +359,15 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
                 cuts.setdefault((row.id, row.trace), (label, row))
         if run.train:
             learned[label] = _learned(run)
+            about = numbers(run)
             targets.append(
                 {
                     "group": label,
                     "method": run.config["method"],
                     "rows": len(run.train),
                     "characters": median(len(row["output"]) for row in run.train),
+                    "lengthened": about["lengthened"],
+                    "used_share": about["lengths"]["used_share"]["p50"],
                 }
             )
     if not learned:
@@ -393,7 +413,13 @@ def _learned(run: Files) -> dict[Key, AlignedRow]:
 
 def differing_keys(files: list[Files]) -> dict[str, list[Any]]:
     """Each run's value of every config key in which the runs differ."""
-    configs = [{**flat(run.config), **_model(run)} for run in files]
+    configs = []
+    for run in files:
+        config = {**flat(run.config), **_model(run)}
+        # in a sweep every run has it, and one method reads it
+        if run.config["method"] != "fixed-prefix-matched":
+            config["baseline.matched_run"] = None
+        configs.append(config)
     differing = {}
     for key in dict.fromkeys(chain(*configs)):
         values = [config.get(key) for config in configs]

@@ -117,7 +117,9 @@ def numbers(files: Files) -> Json:
         judged_traces, insufficient_traces (never judged sufficient), violating_traces (NOT_ENOUGH
             after an ENOUGH), degenerate, notes
         rejections [{stage, reason, rows, of}]; retention {rows, of, ratio, paper}
-        lengths {part: percentiles}, in characters; samples {stage: see `_tally`}
+        lengths {part: percentiles}, in characters, prefix_share of the target and used_share of the
+            trace as ratios; samples {stage: see `_tally`}
+        lengthened: training rows that continue a longer prefix than the cut (align.extend_rounds)
         rounds: see `_rounds`
         answer_in_prefix: training rows; damaged: lines of files; findings: see `findings`
     """
@@ -160,7 +162,7 @@ def findings(run: Json, config: Json) -> list[dict[str, str]]:
         {level: warning or note, what, evidence, try}; warnings first.
     """
     texts = Environment()  # noqa: S701 (plain text; the page escapes it)
-    texts.filters.update(percent=percent, share=_share)
+    texts.filters.update(percent=percent, points=points, share=_share)
     result = []
     # A rule is tried once, or on every item of the list that it names.
     for rule in yaml.safe_load(RULES.read_text(encoding="utf-8")):
@@ -176,8 +178,20 @@ def findings(run: Json, config: Json) -> list[dict[str, str]]:
 
 
 def percent(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """A ratio in percent; a dash for None."""
-    return "–" if value is None else f"{value:{sign}z.{digits}%}"
+    """A ratio in percent; a dash for None. Only none is 0%, and only all is 100%."""
+    if value is None:
+        return "–"
+    text = f"{value:{sign}z.{digits}%}"
+    if not sign and 0 < value < 1:
+        least = f"{0.1**digits / 100:.{digits}%}"
+        most = f"{1 - 0.1**digits / 100:.{digits}%}"
+        text = {f"{0:.{digits}%}": f"<{least}", f"{1:.{digits}%}": f">{most}"}.get(text, text)
+    return text
+
+
+def points(difference: float | None, sign: str = "+") -> str:
+    """A difference of two ratios in percentage points, to a tenth; a dash for None."""
+    return "–" if difference is None else f"{100 * difference:{sign}z.1f}"
 
 
 def _share(part: int, of: int) -> str:
@@ -219,6 +233,9 @@ def _funnel(files: Files) -> Json:
     continued = [row for row in kept if row.continuation]
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    # align may lengthen a prefix beyond the cut: what was learned from, as a share of the trace
+    whole = {row.id: row.trace for row in files.prefixes}
+    used = [len(row.prefix) / len(whole[row.id]) for row in kept if whole.get(row.id)]
     return {
         "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],
         "rejections": _rejections(files),
@@ -233,7 +250,9 @@ def _funnel(files: Files) -> Json:
             "prefix_characters": percentiles([len(row.prefix) for row in kept]),
             "continuation_characters": percentiles([len(row.continuation) for row in continued]),
             "prefix_share": percentiles(shares),
+            "used_share": percentiles(used),
         },
+        "lengthened": sum(row.lengthened > 0 for row in kept),
         "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
     }

@@ -24,7 +24,7 @@ from kit.core.records import PrefixRow
 from kit.core.run import Run
 from kit.core.storage import write_atomic
 from kit.judging.sentences import ends
-from kit.reporting.metrics import Files, Json, numbers, percent
+from kit.reporting.metrics import Files, Json, numbers, percent, points
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,6 +67,7 @@ def render(template: str, **fields: Any) -> str:
     )
     environment.filters.update(
         percent=percent,
+        points=points,
         clip=clip,
         count=lambda number: "–" if number is None else f"{number:,}",
         basename=os.path.basename,
