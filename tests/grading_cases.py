@@ -5,7 +5,10 @@ In BOXED the output is the content of `\boxed{}`; in WHOLE it is the whole text.
 U unparsed.
 """
 
+import re
+
 C, W, U = "correct", "wrong", "unparsed"
+_SQUARE = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
 
 NUMBERS = [  # verifier number: grade-school answers, decimals first
     ("8000", "8,000", C),
@@ -431,6 +434,67 @@ OTHER_FORMS = [  # verifier math: as models and other graders' bug reports write
     (r"\binom{5}{2}", r"{5 \choose 2}", C),
     (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1) \text{ or } (1,\infty)", C),
     (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} - \{2\}", C),
+    # plain text's fractions before a factor
+    (r"\frac{5\pi}{6}", r"5/6 \pi", C),
+    (r"\frac{5}{6\pi}", r"5/6 \pi", W),
+    (r"y = -\frac{2}{3}x + 4", "y = -2/3x + 4", C),
+    (r"\frac{1}{2\sqrt3}", r"1/2 \sqrt{3}", W),
+    (r"\frac{n(n+1)}{2}", "1/2 n(n+1)", C),
+    # a sign or a variable after a unit; an answer cut off within one
+    ("60", r"60^\circ - x", U),
+    (r"60^\circ - x", r"60^\circ", U),
+    ("5", r"5 \text{ cm} - x", U),
+    ("5", r"5 \text{ cm} x", U),
+    (r"180^\circ", r"180^\circ k", U),
+    ("5", "5-", W),
+    ("5", r"5 \cdot", U),
+    ("18", "18-inch", C),
+    ("18", r"18\text{-year-old}", C),
+    # degrees within more
+    (r"\frac{1}{2}", r"\sin{30^\circ}", C),
+    (r"\frac{180}{7}^\circ", r"\frac{180^\circ}{7}", C),
+    (r"90^\circ", r"{90^\circ}", C),
+    # thousands within more
+    ("1234", "x = 1,234", C),
+    ("1234", "x = 1,235", W),
+    (r"1000\pi", r"1,000\pi", C),
+    (r"\frac{20000}{\pi}", r"\frac{20,000}{\pi}", C),
+    ("2500", r"50 \times 50 = 2,500", C),
+    ("(1, 234)", "(1,234)", C),
+    (r"\{100, 200\}", r"\{100,200\}", C),
+    # matrices and vectors
+    (_SQUARE, rf"A^{{-1}} = {_SQUARE}", C),
+    (_SQUARE, r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", C),
+    (_SQUARE, r"\left[\begin{array}{cc}1&3\\2&4\end{array}\right]", W),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", C),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(2,1)", W),
+    # percent after more than a number
+    (r"12\frac12\%", r"12.5\%", C),
+    (r"\frac{25}{2}\%", "0.125", C),
+    (r"\frac{25}{2}\%", "125", W),
+    # fonts, sizes and boxes around the whole
+    (r"\frac{\sqrt2}{2}", r"\mathbf{\frac{\sqrt{2}}{2}}", C),
+    ("(3,4]", "{(3,4]}", C),
+    ("42", r"\bf 42", C),
+    ("42", r"\text{Answer: } 42", C),
+    ("42", r"42\tag{1}", C),
+    ("5", r"\text{The answer is not } = 5", U),
+    # names of a tuple, bases, sets
+    (r"(2, \frac{\pi}{3})", r"(r, \theta) = (2, \frac{\pi}{3})", C),
+    (r"(2, \frac{\pi}{3})", r"(r, \theta) = (\frac{\pi}{3}, 2)", W),
+    ("2516_8", r"x = 2516_{\text{eight}}", C),
+    ("2516_8", r"2516 \text{ (base 8)}", C),
+    ("2516_8", "x = 2516_9", W),
+    (r"\{x \mid x>-1\}", r"\{x \mid q>-1\}", U),
+    ("x = 2, y = -3", r"\{2,-3\}", W),
+    (r"\{1,2\}", "x_1=1, x_2=2", C),
+    (r"\emptyset", r"\text{There is no solution}", C),
+    # words that make another number of it
+    ("5", r"5 \text{ twelfths}", U),
+    ("5", r"5 \text{ multiplied by two}", U),
+    ("5", r"5 \text{ times } n", U),
+    ("5", r"5 \text{ pairs}", C),
+    ("1", "123456789!", W),
 ]
 OTHER_LETTERS = [  # verifier choice
     ("A", "A is incorrect", U),
@@ -449,16 +513,48 @@ OTHER_LETTERS = [  # verifier choice
     ("B", "B = 12", C),
     ("B", r"B \text{ (12)}", C),
     ("B", "the correct option is B", C),
+    ("B", "B - C", U),
+    ("B", r"B \& C", U),
+    ("B", "B (C)", U),
+    ("B", r"B \text{ (or C)}", U),
+    ("B", "B, but C too", U),
+    ("B", "B; C is also possible", U),
+    ("B", "B) C)", U),
+    ("B", "B (I am sure)", C),
+    ("B", "B) A circle", C),
 ]
 # Answers in a sentence of which the first number is only a part.
 PARTS = (
     "3 \u221a5|3\u221a5|10\u207b\u00b3|5\u00f72|5 \u00b7 3|3\u20134|5 \u00b1 2|6 \u2212 2|"
     "5 \\sqrt{2}|2 \\frac{1}{2}|4 \\times 5|4 \\cdot 5|2 x|3 i|3 sqrt 2|3 sin x|"
     "5 choose 2|101 base 2|3 hours 30 minutes|"
-    "5 feet 6 inches|2 thirds|7 tenths|5 lakh|$3$ $\\sqrt{2}$"
+    "5 feet 6 inches|2 thirds|7 tenths|5 lakh|$3$ $\\sqrt{2}$|"
+    "5 \u2264 x \u2264 6|5 \\leq x \\leq 6|5 \\approx 6|5 \\bmod 3|5 \u2192 6|5 n|"
+    "5 a + 2|5 \\theta|"
+    "5 k where k is an integer|5 (x+1)|$5$ + $6$|$5$/$6$|$5$ $x$|5 hours, 6 minutes|5 ft. 6 in.|"
+    "5'6\"|5 \u00bd|5 remainder 2|5 cm \u00d7 6 cm|5 by 6|5 and one half|5..6|5~6|5...|5% of 200|"
+    "5 times the radius|5 times $x$|5 in base 8|5, or maybe 6|$5$ if $n$ is even, $6$ otherwise"
+).split("|")
+# What is said about the answer is another number, or only a possible one.
+ABOUT = (
+    "The answer cannot be 5.|The answer could be 5, but also 6.|The answer of 5 is wrong.|"
+    "A common wrong answer is 5.|The sum of the digits of the answer is 5.|Half the answer is 5.|"
+    "The answer mod 7 is 5.|The answer minus 1 is 5."
 ).split("|")
 OTHER_TEXTS = [
-    *((part.split()[0].strip("$"), f"The answer is {part}.", "math", U) for part in PARTS),
+    *(
+        (re.match(r"\$?(\d*)", part)[1] or "5", f"The answer is {part}.", "math", U)
+        for part in PARTS
+    ),
+    *(("5", text, "number", U) for text in ABOUT),
+    ("5", "\\boxed{5}\n\nWait, I made a mistake. The correct answer is 6.", "math", W),
+    ("5", "\\boxed{5}\n\nA common mistake is to think that the answer is 6.", "math", C),
+    ("3, 5, 7", "The answers are 3, 5, 7.", "math", C),
+    ("5", "The answer is x=5, x=6.", "math", W),
+    ("42", "The answer is:\n\n\\[\n42\n\\]", "math", C),
+    ("42", "Ans: `42`", "math", C),
+    ("18", r"The final answer is \$18.", "number", C),
+    ("18", r"The answer is $\$18$.", "number", C),
     ("2.5", "The answer is 2 1/2.", "number", C),
     ("2", "The answer is 2 1/2.", "number", W),
     ("5", "The answer is 5 m.", "number", C),
@@ -477,7 +573,10 @@ OTHER_TEXTS = [
             "The answer is 5.\nChecking the answer: 5 * 3 = 15 and 15 / 3 = 5.|"
             "The answer is 5.\n\nNote: the answer is not rounded.|"
             "The answer is 5. The answer is not 6 because he gave one away.|"
-            "The answer is 5. I think the answer is correct."
+            "The answer is 5. I think the answer is correct.|The answer is 5 a day.|"
+            "The answer is 5 (3 + 2 = 5).|The answer is 5 since x + 2 = 7.|The answer is 5!|"
+            "The value of the answer is 5.|The number of correct answers is 5.|"
+            "The answer is 5, e.g. five."
         ).split("|")
     ),
     *(
@@ -492,6 +591,14 @@ OTHER_TEXTS = [
     ("B", "The answer is B. Option C is a distractor.", "choice", C),
     ("B", "Answer: B\n\nThe other choice is a mistake.", "choice", C),
     ("B", r"The answer is $\textbf{(B)}\ 12$.", "choice", C),
+    ("B", "The answer is C, although B is correct too.", "choice", W),
+    ("B", "The answer is B. Actually, C.", "choice", U),
+    ("B", "If B is correct then it rains. The answer is C.", "choice", W),
+    ("B", "The answer is not A. B is correct.", "choice", C),
+    ("B", "So the answer B is correct.", "choice", C),
+    ("B", "Thus, (B) is the answer.", "choice", C),
+    ("B", "B) 12", "choice", C),
+    ("B", "B) 12\nC) 13", "choice", U),
 ]
 WHOLE = [  # (gold, whole output, verifier, verdict)
     ("8", r"So it is \boxed{8}.", "number", C),

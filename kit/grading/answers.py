@@ -17,7 +17,7 @@ from math import gcd
 from typing import NamedTuple
 
 from kit.core.errors import KitError
-from kit.grading.extract import LONGEST, find, gold_of, last_box
+from kit.grading.extract import LONGEST, TAKEN_BACK, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
 from kit.grading.opinions import AnswerJudge
@@ -39,15 +39,28 @@ _LETTER = re.compile(
     r"\s+is\b(?!.*\b(?:not|never|incorrect|wrong|false)\b).*)",
     re.DOTALL | re.IGNORECASE,
 )
-# Another letter in its place: A. Actually B  A, then B
-_TAKEN_BACK = re.compile(
-    r"\W*[a-zA-Z](?:\W+(?i:actually|wait|sorry|correction)|\s*,\s*then)\W+(?:\w+\W+){0,3}[B-J]\b"
-)
 _SEVERAL = re.compile(
     r"[\s(\[]*[A-J][)\].:]*(?:\s*(?:,|/|&|;|and\b|or\b|,\s*and\b)\s*[(\[]?[A-J]\b[)\].:]*)+"
     r"\s*|[A-J]{2,}"
 )
 _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[(\[]?[a-z]\b", re.I)
+
+# And another one: B - C  B (C)  B) C)  B \\& C  B, but C too
+_ANOTHER = re.compile(
+    r"\W*[A-J]\W*(?:[-&;,/(]|\\(?:cup|or)\b|\bor\b)\W*(?:text\W*)?(?:(?:or|but)\b\W*)?"
+    r"(?:[B-HJ](?![\w'])(?!\s*=)|A(?=\W*$))|[\s(\[]*[A-J]\)\s*\(?[A-J]\)"
+)
+
+# A number with its base: 2516_8  x = (2516)_{8}  2516_{\text{eight}}  2516 \text{(base 8)}
+_BASED = re.compile(
+    r"(?:[a-zA-Z]\s*=\s*)?\(?([\dA-F]+)\)?"
+    r"(?:_\s*\{?(?:\\text\s*\{)?\s*(\d+|[a-z]+)\s*\}{0,2}|"
+    r"\s*(?:\\text\s*\{)?[\s(,]*(?:in\s+)?base\s*(\d+|[a-z]+)[\s)}]*)"
+)
+_BASE_NAMES = {
+    name: number
+    for number, name in enumerate("two three four five six seven eight nine ten".split(), 2)
+}
 
 _RATIO = re.compile(r"^(\d+)\s*:\s*([1-9]\d*)$")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d")
@@ -235,7 +248,7 @@ def letters(text: str) -> str:
     )
     if _SEVERAL.fullmatch(plain):
         return "".join(sorted(set(re.findall(r"[A-J](?![a-z])", plain))))
-    if _SEVERAL_LETTERS.match(plain) or _TAKEN_BACK.match(plain):
+    if _SEVERAL_LETTERS.match(plain) or TAKEN_BACK.match(plain) or _ANOTHER.match(plain):
         return ""
     match = _LETTER.fullmatch(plain)
     return match[1].upper() if match else ""
@@ -245,11 +258,12 @@ def _bases(gold: str, answer: str) -> bool | None:
     """Whether numbers with a base agree, which the answer may leave out; None where the gold answer
     has none.
     """
-    pattern = r"([\dA-F]+)_\{?(\d+)\}?"
-    right = re.fullmatch(pattern, gold)
-    given = re.fullmatch(pattern, answer)
+    right = _BASED.fullmatch(gold)
+    given = _BASED.fullmatch(answer)
     if right and given:
-        return right.groups() == given.groups()
+        bases = [match[2] or match[3] for match in (right, given)]
+        bases = [str(_BASE_NAMES.get(base, base)) for base in bases]
+        return right[1] == given[1] and bases[0] == bases[1]
     if right:
-        return right[1] == answer
+        return right[1] == answer.rpartition("=")[2].strip()
     return False if given else None

@@ -28,9 +28,9 @@ _TOKENS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL
 _NAME = r"\\?[a-zA-Z]+'{0,2}(?:\^\{-1\}(?=\s*\())?(?:_(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w+))?"
 _LABEL = re.compile(
     rf"(?:\\Delta ?)?{_NAME}(?:\s*\([^()]*\))?|m? ?\\?angle ?\w+|[a-z](?: ?\+ ?[a-z])+|"
-    r"\|\w+\||\[[A-Z]{3,}\]|\\(?:overline|bar|hat|vec|tilde|dot) ?(?:\{\w+\}|\w)|"
+    r"[A-Z]\^\{-1\}|\|\w+\||\[[A-Z]{3,}\]|\\(?:overline|bar|hat|vec|tilde|dot) ?(?:\{\w+\}|\w)|"
     r"\\(?:sin|cos|tan) ?\\?[a-zA-Z]+|\\frac\{d\w?\}\{d\w\}|"
-    r"\( ?[a-z](?: ?, ?[a-z])+ ?\)"
+    rf"\( ?{_NAME}(?: ?, ?{_NAME})+ ?\)"
 )
 _CASES = re.compile(r"\\begin\{cases\}([^&]*)\\end\{cases\}", re.DOTALL)
 _WORD = re.compile(
@@ -40,11 +40,15 @@ _WORD = re.compile(
 )
 _MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
 _SET = re.compile(r"[<>]|\\(?:leq|geq|neq|in|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
-_WITH_UNIT = re.compile(rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*)")
+_WITH_UNIT = re.compile(
+    rf"(.*?[^\s\\])\s*((?:\\{FONTS}\s*\{{|(?<=[\d)}}])[ (][^\W\d_]).*|\\?%)", re.DOTALL
+)
+# A factorial that no computer writes out.
+_HUGE_FACTORIAL = re.compile(r"\d{5,}\W*!|\d\s*!\s*!|\^\s*\{?\d+\}?\W*!")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degrees\}")
 _INTERVALS = ("()", "(]", "[)", "[]")
-_BUILDER = re.compile(r"\\\{\s*[a-zA-Z](?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
+_BUILDER = re.compile(r"\\\{\s*([a-zA-Z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
 _SYNTAX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
 )
@@ -114,7 +118,10 @@ def read(text: str) -> Any:
     quantity = read_quantity(text)
     if quantity:
         return Scalar(sympy.Rational(quantity.value), quantity.unit, quantity)
-    text = _CASES.sub(lambda cases: cases[1].replace("\\\\", ","), text).replace("&", " ")
+    text = _CASES.sub(lambda cases: cases[1].replace("\\\\", ","), text)
+    # marks of alignment, outside a matrix
+    if "\\begin{matrix}" not in text:
+        text = text.replace("&", " ")
 
     # several answers
     is_set = _SET.search(text)
@@ -221,7 +228,7 @@ def _parse(text: str) -> Any:
 
 def _latex(text: str) -> Any:
     """What a text stands for with exact numbers: an expression, a set or a relation."""
-    if _WORD.search(text) or not text.strip():
+    if _WORD.search(text) or _HUGE_FACTORIAL.search(text) or not text.strip():
         raise UnreadableError(text)
     exact = re.sub(r"(\d*)\.(\d*)\\overline ?\{?(\d+)\}?", _repeating, text)
     exact = re.sub(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", _exact_decimal, exact)
@@ -317,7 +324,11 @@ def _read_range(text: str) -> Any:
     # \\{x | 1 < x\\}
     builder = _BUILDER.fullmatch(text)
     if builder:
-        return replace(_read_range(builder[1].replace(",", "\\and ")), variable=None)
+        numbers = _read_range(builder[2].replace(",", "\\and "))
+        # {x | y > 1} is no set of x
+        if not isinstance(numbers, Range) or numbers.variable not in (None, builder[1]):
+            raise UnreadableError(text)
+        return replace(numbers, variable=None)
     if "\\pm" in text and "\\neq" in text:
         text = _both_signs(text).replace(",", "\\and ")
     for name, combine in (("\\or", sympy.Union), ("\\and", sympy.Intersection)):
@@ -431,7 +442,7 @@ def _equal_scalars(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _in_percent(scalar: Scalar) -> bool:
-    return scalar.written is not None and scalar.written.percent
+    return scalar.unit == "%" or (scalar.written is not None and scalar.written.percent)
 
 
 def _rounded(decimal: Scalar, exact: Scalar) -> bool:
@@ -509,6 +520,9 @@ def _equal_sets(gold: sympy.Set, answer: sympy.Set) -> bool:
 
 
 def _equal_groups(gold: Group, answer: Group) -> bool:
+    # a vector in a column or a row
+    if (gold.kind == "matrix") != (answer.kind == "matrix"):
+        gold, answer = _as_vector(gold), _as_vector(answer)
     kinds = {gold.kind, answer.kind}
     unordered = kinds <= {",", "{}"}
     # a list may say an answer twice, where the other says it once
@@ -520,10 +534,24 @@ def _equal_groups(gold: Group, answer: Group) -> bool:
     if len(gold.items) != len(answer.items) or not (unordered or is_tuple or len(kinds) == 1):
         return False
     # names that differ from item to item: where one side has none, the order tells which is which
+    # (a set tells nothing)
+    if answer.kind == "{}" and named[0] > 1 > named[1]:
+        return False
     if unordered and (max(named) < 2 or min(named) == max(named)):
         return _matched(gold.items, answer.items)
     pairs = zip(_in_order(gold), _in_order(answer), strict=True)
     return all(_equal(one, other) for one, other in pairs)
+
+
+def _as_vector(group: Group) -> Group:
+    """A matrix of one row or one column as the tuple that it is."""
+    if group.kind != "matrix":
+        return group
+    if len(group.items) == 1:
+        return group.items[0]
+    if all(len(row.items) == 1 for row in group.items):
+        return Group("()", tuple(row.items[0] for row in group.items))
+    return group
 
 
 def _in_order(group: Group) -> tuple[Any, ...]:

@@ -37,14 +37,17 @@ _HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
 
 # A sentence about the answer.
 _CUE = re.compile(
-    r"(?:\banswers?\b|答案|故选|应选|选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,3}))",
+    r"(?:\b(?:answers?|ans)\b|答案|故选|应选|选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,5}))",
     re.IGNORECASE,
 )
 _CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
-_IS_CORRECT = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
+_IS_CORRECT = re.compile(
+    r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|(?:best\s+)?answer)\b"
+)
+# Between "the answer" and a value: it is another number, or only a possible one.
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong)\b|"
-    r"n['’]t\b",
+    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong|incorrect|"
+    r"cannot|could|might|may|mod|modulo|minus|plus|divided|times|squared|cubed)\b|n['’]t\b",
     re.IGNORECASE,
 )
 _IS = re.compile(
@@ -58,12 +61,12 @@ _IS = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = (
-    r"[-+\u2212]?\s?[$\u20ac\u00a3]?\s?(?:\d+ \d+/\d+|\d[\d,]*\.?\d*|\.\d+)"
+    r"[-+\u2212]?\s?(?:\\?\$|[\u20ac\u00a3])?\s?(?:\d+ \d+/\d+|\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d+|\s*(?:\\times|×|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?(?:\s*/\s*\d+)?\s?%?"
     r"(?:\s*(?:hundred|thousand|million|billion|trillion|percent|[ap]\.?m)\b)?"
 )
 _ONE = (
-    r"(?:\$\$.{1,300}?\$\$|\\\[.{1,300}?\\\]|\$[^$\n]{1,200}\$(?!\d)|\\\(.{1,200}?\\\)|"
+    r"(?:\$\$.{1,300}?\$\$|\\\[.{1,300}?\\\]|\$(?:\\.|[^$\\\n]){1,200}\$(?!\d)|\\\(.{1,200}?\\\)|"
     r"\([^()\n=]{1,80},[^()\n=]{1,80}\)|"
     rf"(?:[a-zA-Z]\s*=\s*)?(?:{_NUMBER}|-?(?:\\[a-zA-Z]+(?:\[\d\])?(?:\{{[^{{}}\n]*\}})*|π))"
     r"(?![\w^\\*/+=×{<>(-]|\s*[-+*/=^×<>]\s*[\w\\(]|\s+to\s+\d|[,.]\d))"
@@ -73,29 +76,61 @@ _VALUES = re.compile(
 )
 # A calculation before its result: the answer is 9 * 6 = 54.
 _CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
+# Units that others follow: 3 hours 30 minutes.
+_PART = (
+    r"(?:hours?|hrs?|h|minutes?|mins?|feet|foot|ft|yards?|yd|pounds?|lbs?|days?|weeks?|months?|years?|"
+    r"dollars?|gallons?|quarts?|k?m|[cm]m|kg|degrees?)"
+)
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
-# What makes another value of the one before: 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears,
-# 5 √2, 5 ÷ 2, 3–4, 2 x, 5 choose 2, 3 hours 30 minutes, 2 thirds.
+# What makes another value of the one before.
 _FURTHER = re.compile(
-    r"\s*(?:or|to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
-    r"divided|multiplied|raised|times\s+[^.,;\s])\b|\s*/\s*[A-J]\b|:\d|"
-    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])|"
-    r"[ \t]*(?:[√÷·⋅±²³⁰-₟]|[\u2212\u2013][ \t]*[\d\\($])|[ \t]+\$?\d+(?![\w-])|[ \t]*\$(?=\\)|"
-    r"[ \t]+(?:\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|mp|binom|sin|cos|tan|log|ln)\b|"
-    r"(?-i:[ixyz])(?=[.,;!?]?(?:\s|$))|"
-    r"(?:sqrt|sin|cos|tan|log|ln|choose|lakh|crore|halves|(?:base|modulo)\s+\d|"
+    # 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears, 5 times the radius
+    r"\s*,?\s*or\b|\s*(?:to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
+    r"divided|multiplied|raised|remainder)\b|\s*times\s+[\w$\\(]|\s*r\s*\d|"
+    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|one\b|two\b|three\b|half\b|[-\d$\\])|"
+    r"[^.\n]{0,120}\botherwise\b|\s*of\s+[\d$]|\s*(?:in\s+)?(?:base|modulo)\s+(?:\d|two\b|eight\b|ten\b)|"
+    # 5 √2, 5 ÷ 2, 5 ≤ x, 5 → 6, 3–4, 5 + $6$, 5 / A, 5:30, 5..6, 5'6", 5~6, 5 |x|
+    r"[ \t]*(?:[+^±²³¹¼-¾·×÷⁰-₟⅐-↏←-⋿…]|\.\.|'\d|[-\u2013~][ \t]*[\d\\($]|<[ \t=\d]|[|]\w{1,2}[|])|"
+    r"\s*/\s*(?:[A-J]\b|[\d\\$(])|:\d|"
+    # 5 6, 5 $x$, 5 \leq x, 5 (x+1), 2 x, 2 θ; but 5 10-dollar bills, 5 \text{cm}, 5 m, 5 a day
+    r"[ \t]+\$?\d+(?![\w-])|[ \t]*\$(?=[\w\\(])|"
+    r"[ \t]*\\(?!(?:text|mathrm|mbox|rm|quad|qquad)(?![a-zA-Z])|[,;:! )\]])|"
+    r"[ \t]*\(\s*-?[a-z]\s*[-+*/^)]|"
+    r"[ \t]+(?-i:[α-ωb-fi-kn-rt-zBDEGM-RUX-Z]|a(?!\s+\w\w))(?![\w']|\.\w)|"
+    # 5 choose 2, 2 thirds
+    r"[ \t]+(?:(?:sqrt|sin|cos|tan|log|ln|choose|lakh|crore|halves|"
     r"(?:third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)\b(?!-)|"
-    r"(?:hours?|hrs?|minutes?|mins?|feet|foot|ft|pounds?|lbs?|days?|weeks?|months?|years?|dollars?|"
-    r"k?m|kg|degrees?)\s+\d)",
+    # 3 hours 30 minutes, 5 ft. 6 in., 5 cm × 6 cm, 5 by 6
+    rf"{_PART}[.,]{{0,2}}\s+\d|(?:{_PART}\s+)?(?:[×x]|by)\s+\d)",
     re.IGNORECASE,
 )
+# After a value: what is said of it.
+_REFUSED = re.compile(r"\s*(?:is|was|would\s+be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
 # Before "the answer": it is only supposed.
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|supposing|assume|assuming|were|whether|unless|imagine)\s+"
     r"(?:that\s+)?(?:the\s+|my\s+)?(?:\w+\s+)?$",
     re.IGNORECASE,
 )
+# Before "the answer": what is named is another number, or another's.
+_OF_ANOTHER = re.compile(
+    r"(?<!value )\b(?:of|half|twice)\s+(?:the|our|my)\s+(?:final\s+)?$|"
+    r"\b(?:wrong|incorrect)\s+(?:final\s+)?$",
+    re.IGNORECASE,
+)
+# After a box: it is taken back.
+_CORRECTED = re.compile(
+    r"\bwait\b|\bI\s+made\s+an?\s+(?:mistake|error)|\b(?:that|this|it|which)\s+is\s+(?:wrong|incorrect)|"
+    r"^\W*is\s+(?:wrong|incorrect)|\bcorrection\b",
+    re.IGNORECASE,
+)
+# An option's letter that another takes the place of: A. Actually B  A, then B
+TAKEN_BACK = re.compile(
+    r"\W*[a-zA-Z](?:\W+(?i:actually|wait|sorry|correction)|\s*,\s*then)\W+(?:\w+\W+){0,3}[B-J]\b"
+)
 _DENIED = re.compile(rf"(?:not|never)\s+({_ONE})", re.DOTALL | re.IGNORECASE)
+# A whole text that is an option: B  (b)  B) 12
+_BARE_OPTION = re.compile(r"[\s(*]*(?:[A-Ja-j][\s).*]*|[A-J][).:]\s+[^\n]{1,200}\s*)")
 # An option's letter; in lower case it may be the word "a".
 _OPTION = re.compile(r"\W*[A-J]\b|[A-J]{2,}\b|\W*[a-j](?:\W*$|[).:,]|\s+(?:because|since|as|is)\b)")
 
@@ -132,11 +167,15 @@ def _without_turn_end(text: str) -> str:
 
 def _candidates(text: str, verifier: str) -> Iterator[tuple[str, str | None]]:
     """What each place holds, the surest first."""
+    boxes = _boxes(text)
+    after = text[boxes[-1][1] :] if boxes else ""
+    if _CORRECTED.search(after):
+        yield "phrase", _in_phrase(after, verifier)
     yield "boxed", last_box(text)
     yield "tag", "".join(_TAG.findall(text)[-1:]).strip()
     yield "hashes", _after_hashes(text, verifier)
     yield "phrase", _in_phrase(text, verifier)
-    if verifier == "choice" and re.fullmatch(r"[\s(*]*[A-Ja-j][\s).*]*", text):
+    if verifier == "choice" and _BARE_OPTION.fullmatch(text):
         yield "bare", text.strip()
 
 
@@ -222,17 +261,22 @@ def _after_hashes(text: str, verifier: str) -> str | None:
 
 def _in_phrase(text: str, verifier: str) -> str | None:
     """The value that the last sentence about "the answer" names."""
-    text = re.sub(r"\*\*|__", "", text)
+    text = re.sub(r"\*\*|__|`", "", text)
     text = re.sub("故选|应选", "答案是", text)
     cues = list(_CUE.finditer(text))[-1000:]
     if verifier == "choice":
         cues += [*_CHOICE_CUE.finditer(text), *_IS_CORRECT.finditer(text)][-1000:]
     denied = set()
     for cue in sorted(cues, key=lambda match: match.start(), reverse=True):
-        if cue.re is _IS_CORRECT:
-            return cue[1]
-        if _SUPPOSED.search(text[max(0, cue.start() - 40) : cue.start()]):
+        before = text[max(0, cue.start() - 200) : cue.start()]
+        if _SUPPOSED.search(before) or (cue[0] == "answer" and _OF_ANOTHER.search(before)):
             continue
+        if cue.re is _IS_CORRECT:
+            # in the sentence of an answer it is an aside: the answer is C, although B is correct
+            sentence = _SENTENCE_END.split(before)[-1]
+            if any(_named(answer[1], verifier) for answer in _CUE.finditer(sentence)):
+                continue
+            return cue[1]
         answer = _named(cue[1], verifier)
         if answer is not None:
             return None if answer in denied else answer
@@ -252,6 +296,8 @@ def _named(rest: str, verifier: str) -> str | None:
         return None
     rest = rest[copula.end() :].lstrip()
     if verifier in ("choice", "text", "judge"):
+        if verifier == "choice" and TAKEN_BACK.match(rest):
+            return ""
         answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
         plain = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", answer or "")
         return answer if verifier != "choice" or _OPTION.match(plain) else None
@@ -261,6 +307,8 @@ def _named(rest: str, verifier: str) -> str | None:
         calculation = _CALCULATION.match(rest)
     values = _VALUES.match(rest)
     if values is None:
+        return None
+    if _REFUSED.match(rest, values.end()):
         return None
     if _FURTHER.match(rest[values.end() :]):
         return "" if re.search(r"\b(?:is|are|was)\b", copula[0]) else None

@@ -8,12 +8,20 @@ removed.
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from itertools import groupby
 
 from kit.core.bundled import bundled
 
 FONTS = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|rm|mbox|operatorname|ce)"
 
+MOST_WRAPPERS = 5  # macros around an answer that are looked through
+
+Replacement = str | Callable[[re.Match[str]], str]
+# What may enclose a whole answer; text of words is another rule's.
+_WRAPPER = re.compile(
+    r"(?:\\(?:mathbf|boldsymbol|bm|mathrm|textbf|underline|boxed|fbox|large|Large|LARGE|huge|Huge)\s*)?\{"
+)
 _PLAIN = re.compile(r"[-+]?(?:\\?\$)?\d[\d.,]*")
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
@@ -71,7 +79,7 @@ def _greek(letter: re.Match[str]) -> str:
 
 
 @functools.cache
-def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
+def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], Replacement]]]:
     """The characters and rules of kit/grading/normalize.yaml; full-width forms become plain
     ones.
     """
@@ -79,10 +87,35 @@ def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], str]]]:
     characters = str.maketrans(loaded["characters"])
     for code in range(0xFF01, 0xFF5F):
         characters[code] = chr(code - 0xFEE0)
-    rules = []
+    rules: list[tuple[re.Pattern[str], Replacement]] = []
     for pattern, replacement in loaded["rules"]:
-        rules.append((re.compile(pattern.replace("FONT", FONTS)), replacement))
+        made = _without_commas if replacement == "COMMAS" else replacement
+        rules.append((re.compile(pattern.replace("FONT", FONTS)), made))
     return characters, rules
+
+
+def _without_commas(number: re.Match[str]) -> str:
+    return number[0].replace(",", "")
+
+
+def _unwrapped(text: str) -> str:
+    r"""What macros of font, size or a box around the whole of an answer enclose: \mathbf{...}"""
+    for _ in range(MOST_WRAPPERS):
+        opening = _WRAPPER.match(text)
+        if opening is None:
+            break
+        depth = 1
+        place = opening.end()
+        while depth and place < len(text):
+            depth += {"{": 1, "}": -1}.get(text[place], 0) * (text[place - 1] != "\\")
+            place += 1
+        # {1, 2} is a set
+        inner = text[opening.end() : place - 1].strip()
+        is_set = opening[0] == "{" and not re.fullmatch(r"[(\[].*[)\]]|[^,|:]*", inner)
+        if depth or text[place:].strip() or is_set or "\\choose" in inner:
+            break
+        text = inner
+    return text
 
 
 def normalize(text: str) -> str:
@@ -96,6 +129,7 @@ def normalize(text: str) -> str:
         return text.replace("\\", "").replace("$", "").rstrip(",").removesuffix(".")
     characters, rules = _rules()
     text = unicodedata.normalize("NFC", text).strip().strip("*`").strip()
+    text = _unwrapped(text)
     text = _in_latex(text).translate(characters)
     text = _SPACED_NUMBER.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     for pattern, replacement in rules:

@@ -97,7 +97,12 @@ _NOT_UNITS = {"quarter"} | set(
     "incorrect wrong base remainder choose factorial sqrt pi "
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arg det log ln exp lim gcd lcm "
     "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega "
+    "through unless doubled tripled multiplied divided increased decreased point "
     "true false am pm".split()
+)
+# 3 twelfths, 2 millionths
+_PARTS = re.compile(
+    r"(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|million|billion|trillion)ths?"
 )
 _FUNCTIONS = ("sin", "cos", "tan", "sqrt", "log", "ln", "exp", "arc", "alpha", "beta", "theta")
 _NUMBER = re.compile(
@@ -105,6 +110,8 @@ _NUMBER = re.compile(
     r"(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?(?!\d))?(.*)",
     re.DOTALL,
 )
+# The answer ends within a unit, or a variable follows it: 5 \text{cm} x
+_NO_UNIT = re.compile(rf"(?:-|\\cdot|\\times|/)\s*$|\\{FONTS}\s*\{{[^{{}}]*\}}\s*[a-z](?![a-zA-Z])")
 _UNIT = re.compile(r"(?:[^\W\d_]|[\s/.,°%'·]|\^\s?[1-9])+")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # k before a metre, and so on: of which units there are multiples
@@ -163,7 +170,8 @@ def read_unit(text: str, words: bool = False) -> str | None:
         words: a single letter without a font of its own is a unit, not a variable.
     """
     unit = _plain_unit(text)
-    if text.count("(") != text.count(")") or (not unit and "(" in text):
+    is_balanced = all(text.count(a) == text.count(b) for a, b in ("()", "{}"))
+    if not is_balanced or (not unit and "(" in text) or _NO_UNIT.search(text):
         return None
     if unit in ("", "%"):
         return unit
@@ -190,7 +198,9 @@ def _plain_unit(text: str) -> str:
     """A unit in lower case, without fonts and brackets; s^{-1} is one per s."""
     unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])|\\cdot", " ", text).replace("\\%", "%")
     unit = re.sub(r"([a-zA-Z]+)[\s}]*\^\s*\{?\s*-\s*(\d)\}?", r"/\1^\2", unit)
-    return re.sub(r"[{}()\s-]+", " ", unit).strip(" .,").lower()
+    # 5-inch, 18-year-old: but 5 cm - x has a sign
+    unit = re.sub(r"(?:^|(?<=\{))-(?=[a-zA-Z])|(?<=[a-zA-Z])-(?=[a-zA-Z]{2})", " ", unit)
+    return re.sub(r"[{}()\s]+", " ", unit).strip(" .,").lower()
 
 
 def _makes_another(names: list[str]) -> bool:
@@ -201,7 +211,10 @@ def _makes_another(names: list[str]) -> bool:
         len(names) == 1 or factor != names[0] or factor in ("half", "dozen")
     ):
         return True
-    if _NOT_UNITS.intersection(names):
+    if _NOT_UNITS.intersection(names) or _PARTS.fullmatch(names[0]):
+        return True
+    # 5 times the radius, but 5 times a day
+    if names[0] == "times" and names[1:] and (len(names[1]) == 1 or names[1] == "the"):
         return True
     scales = [name for name in names if name.removesuffix("s") in _SCALES]
     return bool(scales) and not (scales == names[:1] and scales[0] in _SCALES)
