@@ -61,6 +61,12 @@ TURN_ENDS = {
 # in a model that has one of these, <|end|> ends a message, of its thinking for one, and no turn
 MESSAGE_ENDS = {"<|return|>", "<|flush|>"}
 
+# of a mixture of experts: modules that get no adapter
+EXPERTS = "experts"
+ROUTERS = {"router", "gate"}
+# where PEFT refuses an adapter on out_proj, whose weights a fused kernel reads past it
+MAMBA_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
 # what libraries raise over files, and templates, that are not as they should be
 FILE_ERRORS = (
     ArithmeticError,
@@ -386,6 +392,11 @@ def load_model(
     if not for_training:
         return model.eval().requires_grad_(False)
     _keep_gradients_of_4bit_layers(model)
+    text_config = model.config.get_text_config()
+    if hasattr(text_config, "altup_coef_clip"):
+        # Gemma 3n clips weights in a training pass, past an adapter: frozen ones need none, and of
+        # 4-bit ones it would clip the packed bytes
+        vars(text_config)["altup_coef_clip"] = None  # the class takes numbers alone
     return model.train()
 
 
@@ -470,6 +481,41 @@ def _with_adapter(model: Any, folder: str, name: str) -> Any:
 def lora_layers(model: Any) -> list[Any]:
     """The layers of a model that an adapter changes."""
     return [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+
+
+def adapted_layers(causal: Any) -> list[str]:
+    """Names of the layers that an adapter is trained on: the decoder's linear ones.
+
+    Not the head, nor a tower for images or sound. Of a mixture of experts neither the routers nor
+    the experts: these are fused parameters, on which PEFT takes no dropout and gives every expert
+    the full rank. Where PEFT takes a dense MLP's names for theirs, which were theirs in
+    transformers 4, that MLP is left out, too.
+
+    Raises:
+        KitError: nothing is left.
+    """
+    import torch
+    from peft.utils import transformers_weight_conversion as conversion
+    from transformers.pytorch_utils import Conv1D
+
+    decoder = causal.get_decoder()
+    start = next(name for name, module in causal.named_modules() if module is decoder)
+    kind = causal.config.model_type
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    left_out = {*conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ())}
+    if any(EXPERTS in name.split(".") for name, _ in decoder.named_modules()):
+        left_out |= {EXPERTS, *ROUTERS}
+    if kind in MAMBA_MODELS:
+        left_out.add("out_proj")
+    names = [
+        f"{start}.{name}".lstrip(".")
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not left_out & set(name.split("."))
+    ]
+    if not names:
+        message = f"{type(causal).__name__} has no linear layers for an adapter."
+        raise KitError(message, "Try another student.")
+    return names
 
 
 def check_base(adapter: Path, name: str) -> None:

@@ -1,7 +1,7 @@
 """A model's sizes, from its config.json, and what its layers keep for a backward pass.
 
-Arithmetic over a dense decoder with grouped attention and a gated MLP. Other blocks (mixtures of
-experts, recurrent layers) are counted as if they were dense.
+Arithmetic over a dense decoder with grouped attention and a gated MLP. The weights of other blocks
+(mixtures of experts, recurrent layers, towers for images) are counted on a model without memory.
 """
 
 from functools import lru_cache
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kit.core.bundled import bundled
 from kit.core.errors import KitError
-from kit.models import hf_folder
+from kit.models import adapted_layers, hf_folder
 
 GIB = 1 << 30
 # Of a card whose free memory is not known: CUDA's context, which `mem_get_info` has taken off.
@@ -33,22 +33,30 @@ class ModelShape(NamedTuple):
     vocabulary: int
     context_tokens: int
     tied: bool  # the head is the embeddings
+    # linear, other and adapter, of a model that is no dense decoder
+    counted: tuple[int, int, int] | None = None
 
     @property
     def linear(self) -> int:
         """Weights of the linear layers but the head: those that are quantized."""
+        if self.counted:
+            return self.counted[0]
         attention = 2 * self.hidden * (self.query + self.key)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
     @property
     def other(self) -> int:
         """All other weights: embeddings, head and norms."""
+        if self.counted:
+            return self.counted[1]
         matrices = 1 if self.tied else 2
         return self.hidden * (matrices * self.vocabulary + 2 * self.layers + 1)
 
     @property
     def adapter(self) -> int:
         """Weights of an adapter of rank 1: both sides of every linear layer."""
+        if self.counted:
+            return self.counted[2]
         attention = 4 * self.hidden + 2 * (self.query + self.key)
         return self.layers * (attention + 3 * (self.hidden + self.inner))
 
@@ -97,12 +105,45 @@ def shape_of(name: str) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        return shape_in(AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False))
+        config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
+        return _counted(shape_in(config), config)
     except (OSError, ValueError, AttributeError) as error:
         raise KitError(
             f"The config of {name} cannot be read: {str(error).splitlines()[0]}",
             "It is read from the hub or the model's folder: offline, set student.model=FOLDER.",
         ) from error
+
+
+def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
+    """The shape with the weights that the model has, where they are not a dense decoder's.
+
+    A model that cannot be built here keeps the arithmetic's.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        with torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(model_config)
+        adapted = adapted_layers(causal)
+    except (AttributeError, ImportError, KitError, RuntimeError, StopIteration, ValueError):
+        return shape
+    head = causal.get_output_embeddings()
+    # what bitsandbytes quantizes: fused experts are none of it
+    linear = sum(
+        module.weight.numel()
+        for module in causal.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    )
+    other = sum(weight.numel() for weight in causal.parameters()) - linear
+    adapter = 0
+    for name in adapted:
+        adapter += sum(causal.get_submodule(name).weight.shape)
+    counted = (linear, other, adapter)
+    formula = (shape.linear, shape.other, shape.adapter)
+    is_dense = all(abs(a - b) <= 0.01 * b for a, b in zip(formula, counted, strict=True))
+    return shape if is_dense else shape._replace(counted=counted)
 
 
 def _largest(text: Any, name: str) -> int:

@@ -55,6 +55,17 @@ MAMBA = {
     "num_hidden_layers": 3,
     "initializer_range": 0.25,
 }
+# A window in columns of the cache, longer than what the check of a cache tries.
+GPT_NEO = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 128,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.25,
+}
 LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 96, "attention_chunk_size": 1024}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**BASE),
@@ -69,8 +80,9 @@ CONFIGS = {
     "qwen3-next": transformers.Qwen3NextConfig(**{**BASE, **QWEN3_NEXT}),
     "llama4": transformers.Llama4TextConfig(**BASE, **LLAMA4, num_local_experts=2),
     "mamba": transformers.MambaConfig(**MAMBA),
+    "gpt-neo": transformers.GPTNeoConfig(**GPT_NEO),
 }
-UNCACHED = ("lfm2", "qwen3-next", "llama4", "mamba")
+UNCACHED = ("lfm2", "qwen3-next", "llama4", "mamba", "gpt-neo")
 TREES = tuple(name for name in CONFIGS if name not in UNCACHED)
 CUTS = (210, 105, 315, 300, 310, 52, 53, 420, 1)
 

@@ -264,6 +264,60 @@ def test_the_size_of_a_token_in_the_cache() -> None:
         shape_in(MambaConfig())
 
 
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+DENSE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapted"), [("llama", DENSE), ("gemma3", DENSE), ("qwen3_moe", ATTENTION)]
+)
+def test_what_gets_an_adapter_and_how_many_weights_there_are(
+    kind: str, adapted: set[str], tmp_path: Path
+) -> None:
+    """No tower for images, and of a mixture of experts neither experts nor routers."""
+    import torch
+    import transformers
+
+    from kit.shape import shape_of
+
+    configs = {
+        "llama": transformers.LlamaConfig(**TEXT),
+        "gemma3": transformers.Gemma3Config(
+            text_config=TEXT, vision_config={"model_type": "siglip_vision_model", **TOWER}
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(**TEXT, **EXPERTS),
+    }
+    torch.manual_seed(0)
+    causal = transformers.AutoModelForCausalLM.from_config(configs[kind])
+    names = models.adapted_layers(causal)
+    assert {name.split(".")[-1] for name in names} == adapted
+    assert len(names) == 2 * len(adapted) and not any("vision" in name for name in names)
+    causal.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    weights = sum(weight.numel() for weight in causal.parameters())
+    sides = sum(sum(causal.get_submodule(name).weight.shape) for name in names)
+    assert shape.linear + shape.other == pytest.approx(weights, rel=0.02)
+    assert shape.adapter == sides
+
+
 def test_an_adapter_loads_on_its_base(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

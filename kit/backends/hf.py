@@ -140,6 +140,8 @@ def lean_adapter(model: Any) -> None:
         return (outputs + update).to(outputs.dtype)
 
     for layer in lora_layers(model):
+        if hasattr(layer, "parameter_name"):
+            continue  # on fused experts, whose forward pass is PEFT's own
         down = layer.lora_A["default"].weight
         up = layer.lora_B["default"].weight
         layer.forward = partial(forward, layer, down, up)
@@ -150,7 +152,8 @@ def merging_loss(model: Any) -> float:
     lost = 0.0
     total = 0.0
     for layer in lora_layers(model):
-        weight = layer.base_layer.weight
+        is_fused = hasattr(layer, "parameter_name")
+        weight = layer.get_param() if is_fused else layer.base_layer.weight
         update = layer.get_delta_weight("default").float()
         merged = (weight.float() + update).to(weight.dtype)
         lost += (merged.float() - weight.float() - update).square().sum().item()

@@ -260,6 +260,11 @@ def _tree_problem(backend: HfBackend) -> str:
     if other_types:
         return f"it has layers of type {', '.join(sorted(other_types))}"
 
+    # GPT-Neo and Doge count these in columns of the cache, and they are longer than the check
+    for key in ("window_size", "keep_window_size"):
+        if getattr(config, key, None):
+            return f"its attention has a {key} of its own"
+
     # longer than a short window
     window = getattr(config, "sliding_window", None) or 0
     length = window + 64 if 32 <= window <= 2048 else 96

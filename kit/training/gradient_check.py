@@ -39,6 +39,7 @@ from kit.core.run import versions
 
 # predicted change of the loss, as a share of it
 STEP = 0.003
+SHORTEST = 0.0001  # of a mixture of experts in fp32
 BF16_STEP = 0.03
 BF16_LEAST = 0.007  # nats, at least so much
 HALVES = (torch.bfloat16, torch.float16)
@@ -111,14 +112,23 @@ def check_gradient(
             if in_16_bits:
                 step = max(BF16_STEP * read_loss(), BF16_LEAST)
             slopes = _slopes(weights, step, read_loss)
+            # a token that changes its experts makes the loss jump: rarer on a shorter way
+            while not in_16_bits and _wrong(slopes) and step > SHORTEST * read_loss():
+                step /= 10
+                slopes = _slopes(weights, step, read_loss)
         finally:
             for name, weight in weights.items():
                 weight.copy_(original[name])
             model.zero_grad()
-    wrong = [str(one) for one in slopes if not one.error <= TOLERANCE]  # NaN is wrong too
+    wrong = _wrong(slopes)
     if wrong:
         raise _failure("; ".join(wrong))
     return slopes
+
+
+def _wrong(slopes: list[Slope]) -> list[str]:
+    """Those of a gradient that is not the slope; NaN is none."""
+    return [str(one) for one in slopes if not one.error <= TOLERANCE]
 
 
 @contextmanager

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -29,7 +34,7 @@ from kit.core.memory import is_out_of_memory, peak_bytes, reset_peak
 from kit.core.run import Run, trained_adapter
 from kit.core.storage import write_atomic
 from kit.core.threads import watch
-from kit.models import check_base, content_of, load_model
+from kit.models import adapted_layers, check_base, content_of, load_model
 from kit.prompts import template_hash
 from kit.training import trackers
 from kit.training.gradient_check import check_gradient, lost_gradient_is_an_error
@@ -44,13 +49,13 @@ CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
 FIRST_SCALE = 2.0**10  # of the loss in fp16; torch's own, 2^16, overflows in the gradient check
 
 
-def lora_config(settings: Train) -> LoraConfig:
-    """An adapter on all linear layers but the head."""
+def lora_config(settings: Train, causal: Any) -> LoraConfig:
+    """An adapter on all linear layers of a causal model's decoder, see `adapted_layers`."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules="all-linear",
+        target_modules=adapted_layers(causal),
         task_type="CAUSAL_LM",
     )
 
@@ -71,7 +76,7 @@ def make_model(config: Config) -> Any:
         base.enable_input_require_grads()
     attach(base, settings.logits_bytes)
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
-    model = get_peft_model(base, lora_config(settings))
+    model = get_peft_model(base, lora_config(settings, base))
     if settings.init == "last" and config.student.adapter:
         _take_weights(model, trained_adapter(expand(config.student.adapter)), config)
     watch(model)
@@ -87,7 +92,12 @@ def _take_weights(model: Any, adapter: Path, config: Config) -> None:
         if saved[key] != value:
             message = f"{adapter} has {key} {saved[key]}, and the config trains {value}."
             raise KitError(message, "Set train.rank and train.alpha to it, or train.init=fresh.")
-    set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    odd = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ tensors.keys()
+    if odd:
+        message = f"{adapter} is on other layers than are trained now: {min(odd)}."
+        raise KitError(message, "Set train.init=fresh.")
+    set_peft_model_state_dict(model, tensors)
 
 
 class AdapterTrainer(Trainer):
