@@ -501,7 +501,7 @@ def adapted_layers(causal: Any) -> list[str]:
     decoder = causal.get_decoder()
     start = next(name for name, module in causal.named_modules() if module is decoder)
     kind = causal.config.model_type
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind, "")
     left_out = {*conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ())}
     if any(EXPERTS in name.split(".") for name, _ in decoder.named_modules()):
         left_out |= {EXPERTS, *ROUTERS}

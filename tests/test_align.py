@@ -172,6 +172,20 @@ def test_the_stage_writes_alpaca_rows_and_every_row_has_one_outcome(tmp_path):
     assert all(r["reason"] and r["stage"] == "align" for r in rejected)
 
 
+def test_an_edited_train_file_is_set_aside_and_told(tmp_path, capsys):
+    with make_run(tmp_path, [prefix_row("a"), prefix_row("b")], method="prefix-only") as run:
+        align(run)
+        path = run.path("train.jsonl")
+        whole = path.read_bytes()
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+        run.progress.quiet = False
+        align(run)
+        assert path.read_bytes() == whole
+        [aside] = run.folder.glob("stale/*-train.jsonl")
+    assert aside.read_bytes() == whole.splitlines(keepends=True)[0]
+    assert "train.jsonl was edited; moved to stale/" in capsys.readouterr().err
+
+
 def test_keep_all_trains_on_each_right_continuation(tmp_path):
     with continuing(tmp_path, keep="all", samples=3) as student:
         lines = training_rows(student.run, list(continue_prefixes(student, [prefix_row()])))

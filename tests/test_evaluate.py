@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,25 @@ def test_a_second_call_is_skipped_and_a_new_adapter_is_not(settings):
         trained(run, weights="adapter-2")
         evaluate(run)
         assert all(path.stat().st_mtime_ns != before for path, before in files.items())
+
+
+def test_two_datasets_that_change_places_are_evaluated_again(settings, tmp_path):
+    """Together they have the same problems, and each has other ones."""
+    [first] = settings["data"]["eval"]
+    lines = Path(first["path"]).read_text().splitlines(keepends=True)
+    for name, part in (("x", lines[:4]), ("y", lines[4:])):
+        (tmp_path / name).write_text("".join(part))
+    for paths, sizes in ((("x", "y"), [4, 8]), (("y", "x"), [8, 4]), (("y", "x"), [8, 4])):
+        settings["data"]["eval"] = [
+            {**first, "path": str(tmp_path / path), "name": name}
+            for name, path in zip(("one", "two"), paths, strict=True)
+        ]
+        with opened(settings, method="zero-shot") as run:
+            evaluate(run)
+            scores = run.manifest["stages"]["eval"]["summary"]["scores"]
+            assert [(score["dataset"], score["n"]) for score in scores] == list(
+                zip(("one", "two"), sizes, strict=True)
+            )
 
 
 def test_another_verifier_evaluates_again(settings):

@@ -74,6 +74,37 @@ def test_a_done_stage_is_skipped_and_a_changed_key_is_named_and_reruns_it(tmp_pa
     )
 
 
+def test_rows_stand_in_the_order_of_their_input_whenever_they_were_made(tmp_path):
+    """Training goes by the file's order: a row that was made again must not stand last."""
+    path = tmp_path / "traces.jsonl"
+    with open_run(tmp_path) as run:
+        run.begin("teach", "input", lambda: "")
+        sweep(run, [])
+        whole = path.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        path.write_bytes(b"".join([lines[4], lines[0][:-9] + b"\n", *lines[1:4], *lines[5:]]))
+        calls = []
+        sweep(run, calls, size=0)
+    assert calls == [["p0"]] and path.read_bytes() == whole
+
+
+def test_rows_of_another_run_are_set_aside_and_told(tmp_path, capsys):
+    path = tmp_path / "traces.jsonl"
+    with open_run(tmp_path) as run:
+        run.progress.quiet = False
+        run.begin("teach", "input", lambda: "")
+        sweep(run, [])
+        whole = path.read_bytes()
+        other = Problem(id="other", question="q", answer="1")
+        RowFile(path, TraceRow).append(trace_row(other))
+        rows = sweep(run, [])
+    assert [row.id for row in rows] == [problem.id for problem in PROBLEMS]
+    assert path.read_bytes() == whole
+    said = capsys.readouterr().err
+    assert "traces.jsonl had 1 rows that are of nothing in its input: other" in said
+    assert b'"other"' in next((tmp_path / "stale").glob("*-traces.jsonl")).read_bytes()
+
+
 def test_a_rerun_says_in_words_that_the_input_changed(tmp_path, capsys):
     for source in ("rows", "other rows"):
         with open_run(tmp_path) as run:
@@ -214,6 +245,20 @@ def test_a_stage_of_another_config_is_not_gone_on_from(tmp_path):
     changed = r"another config: judge\.calibration changed"
     with open_run(tmp_path) as run, pytest.raises(KitError, match=changed):
         run.require("truncate")
+
+
+def test_figures_of_another_config_are_not_shown(tmp_path):
+    """A stage that is skipped writes the config all the same: what it does not fit is not read."""
+    with open_run(tmp_path) as run:
+        for stage in ("teach", "truncate", "align", "train"):
+            finish(run, stage)
+    with open_run(tmp_path, align={"samples": 2}) as run:
+        finish(run, "teach")
+    files = Files(tmp_path)
+    assert list(files.manifest["stages"]) == ["teach", "truncate"]
+    with open_run(tmp_path) as run:
+        finish(run, "teach")
+    assert list(Files(tmp_path).manifest["stages"]) == ["teach", "truncate", "align", "train"]
 
 
 def test_a_folder_keeps_its_config_until_a_stage_begins(tmp_path):

@@ -11,9 +11,11 @@ import pytest
 
 from kit.backends.scripted import ScriptedBackend
 from kit.core import config as configs
+from kit.core.errors import KitError
 from kit.core.progress import Progress
-from kit.core.records import PrefixRow, Verdict
-from kit.core.storage import digest
+from kit.core.records import PrefixRow, TraceRow, Verdict
+from kit.core.run import Run
+from kit.core.storage import RowFile, digest
 from kit.judging.cut import cut
 from kit.judging.judge import Judge, open_judge
 from kit.judging.sentences import ends
@@ -87,6 +89,25 @@ def test_baselines_are_cut_without_a_judge(
         [row] = run.rows("prefixes.jsonl", PrefixRow)
     assert (row.sentences, row.sentences_total, opened) == (kept, 13, [])
     assert row.ratio == kept / 13 and TRACE.startswith(row.trace[: row.end])
+
+
+def test_traces_of_an_unfinished_or_other_teaching_are_not_cut(tmp_path: Path) -> None:
+    keys = {"out": str(tmp_path), "method": "ratio-0.5"}
+    with Run(configs.resolve(keys, "test"), Progress(quiet=True)) as run:
+        with pytest.raises(KitError, match="no finished stage teach"):
+            truncate(run)
+        run.begin("teach", "input", lambda: "")
+        RowFile(run.path("traces.jsonl"), TraceRow).append(trace_row())
+        with pytest.raises(KitError, match="no finished stage teach"):
+            truncate(run)
+        run.finish("teach", "output", 1, 1)
+        truncate(run)
+    other = {**keys, "teacher": {"samples": 2}}
+    with (
+        Run(configs.resolve(other, "test"), Progress(quiet=True)) as run,
+        pytest.raises(KitError, match=r"another config: teacher\.samples"),
+    ):
+        truncate(run)
 
 
 def test_threads_give_the_same_rows(opened: list[Any]) -> None:

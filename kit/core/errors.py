@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 # How libraries without Python's own exceptions name them: safetensors, torch, CUDA.
 _DISK = re.compile(
-    r"No space left|Disk quota|Read-only file|os error \d+|failed (?:writing|finding)"
+    r"No space left|Disk quota|Read-only file|os error \d+|failed (?:writing|finding)|"
+    r"iostream error"
 )
 
 

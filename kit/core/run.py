@@ -16,7 +16,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -116,21 +116,17 @@ class Run:
             self.progress.warn(f"{line}; moved to {name}.damaged, the row will be regenerated")
         return rows
 
+    def has(self, stage: str) -> bool:
+        """Whether a stage was begun here."""
+        return stage in self.manifest["stages"]
+
     def require(self, stage: str) -> None:
         """Raise KitError unless a stage is done, under this config."""
         entry = self.manifest["stages"].get(stage, {})
         hint = f"Run `palign.py {stage}` with the same config first, or `palign.py run`."
         if not entry.get("done") or entry.get("is_outdated"):
             raise KitError(f"{self.folder} has no finished stage {stage} yet.", hint)
-        about = STAGE_TABLE[stage]
-        known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-        # Its input and models are not looked at: their content tells, and a model may have moved.
-        content = {
-            key: value
-            for key, value in known.items()
-            if key == "input" or " of " in key or key.endswith(".model")
-        }
-        changes = about.changes(known, {**about.dependencies(flat(self.config)), **content})
+        changes = other_config(stage, entry, self.config)
         if changes:
             raise KitError(f"{self.folder}: {stage} is of another config: {changes}.", hint)
 
@@ -212,6 +208,10 @@ class Run:
             seconds=round(seconds, 3),
         )
         self.record(machine={**self.manifest["machine"], **machine()})
+        self.write_rejected()
+
+    def write_rejected(self) -> None:
+        """rejected.jsonl: every row that the data or a stage rejected."""
         lines = [as_line(json.dumps(row, ensure_ascii=False)) for row in self.rejected()]
         self._write("rejected.jsonl", "".join(lines))
 
@@ -236,12 +236,16 @@ class Run:
         """Move a stage's files to stale/; the paths they had."""
         paths = [self.folder / name.split("/")[0] for name in (*stage.rows, *stage.files)]
         existing = [path for path in paths if path.exists()]
+        self.set_aside(existing)
+        return existing
+
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Move files and folders of the run to stale/."""
         prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        for path in existing if self.is_main_process else ():
+        for path in paths if self.is_main_process else ():
             names = (f"stale/{prefix}-{number}-{path.name}" for number in count(1))
             # several times in one second, where stages are quick
             path.rename(next(free for free in map(self.path, names) if not free.exists()))
-        return existing
 
     def rejected(self) -> Iterator[Json]:
         """Every row that the data or a stage rejected, with the reason."""
@@ -302,6 +306,19 @@ def read_manifest(folder: Path) -> Json:
     manifest: Json = json.loads(content)
     check_format(folder, manifest)
     return manifest
+
+
+def other_config(stage: str, entry: Json, config: Config) -> str:
+    """What of a config is another than a stage was made under, in words; empty: nothing."""
+    about = STAGE_TABLE[stage]
+    known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
+    # Its input and models are not looked at: their content tells, and a model may have moved.
+    content = {
+        key: value
+        for key, value in known.items()
+        if key == "input" or " of " in key or key.endswith(".model")
+    }
+    return about.changes(known, {**about.dependencies(flat(config)), **content})
 
 
 def stage_entry(folder: Path, stage: str) -> Json:

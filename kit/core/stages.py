@@ -198,6 +198,15 @@ def work_through(
     # What an earlier session wrote.
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
+    strangers = rows.keys() - {id for id, _ in units}
+    if strangers:
+        run.progress.warn(
+            f"{name} had {len(strangers)} rows that are of nothing in its input: {min(strangers)}; "
+            "the file was moved to stale/, the others are kept"
+        )
+        run.set_aside([file.path])
+        rows = {id: rows[id] for id in rows if id not in strangers}
+        file.write_all(rows.values())
     done = sum(id in rows for id, _ in units)
     planned = units if size else [unit for unit in units if unit[0] not in rows]
     size = size or max(1, len(planned))
@@ -212,7 +221,11 @@ def work_through(
                     file.append(row)
                     rows[row.id] = row
                     bar.advance(row.processed_tokens, row.rejected or "kept")
-    return [rows[id] for id, _ in units]
+    ordered = [rows[id] for id, _ in units]
+    if list(rows) != [row.id for row in ordered]:
+        # rows that were made again, or finished early, stand at their place; training goes by it
+        file.write_all(ordered)
+    return ordered
 
 
 def check_ids(ids: Iterable[str]) -> None:

@@ -53,7 +53,11 @@ def align(run: Run) -> None:
     train_rows = training_rows(run, rows)
     # as LLaMA-Factory reads it: no digest in the lines
     lines = [as_line(row.model_dump_json()) for row in train_rows]
-    write_atomic(run.path(TRAIN), "".join(lines))
+    path = run.path(TRAIN)
+    if path.exists() and path.read_bytes() != "".join(lines).encode():
+        run.set_aside([path])
+        run.progress.warn(f"align: {TRAIN} was edited; moved to stale/, and written anew")
+    write_atomic(path, "".join(lines))
     run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
 
 

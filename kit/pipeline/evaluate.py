@@ -61,7 +61,7 @@ def evaluate(run: Run) -> None:
 
     # What the answers depend on: the problems, how many answers each gets, model and adapter.
     problems = list(chain.from_iterable(datasets.values()))
-    source = digest(problems)
+    source = " ".join(map(digest, datasets.values()))
     samples = problems_of(run).samples
 
     def content() -> dict[str, str]:

@@ -51,7 +51,12 @@ def truncate(run: Run) -> None:
     config = run.config
     method = method_of(config.method)
     rule = method.cut
-    traces = [] if rule in ("whole", "none") else whole_traces(run)
+    traces = []
+    if rule not in ("whole", "none"):
+        # traces.jsonl may have been brought along, without a stage that wrote it
+        if run.has("teach") or not run.path("traces.jsonl").exists():
+            run.require("teach")
+        traces = whole_traces(run)
     if rule == "mix-long-short":
         traces = list(chain(*map(long_and_short, traces)))
     depends_on = partial(_depends_on, config, method, traces) if traces else dict

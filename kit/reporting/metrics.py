@@ -17,11 +17,11 @@ import yaml
 from jinja2 import Environment
 
 from kit import Json
-from kit.core.config import load
+from kit.core.config import Config, load
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, EvalRow, PrefixRow, Row, TraceRow
-from kit.core.run import read_manifest
-from kit.core.stages import file_name
+from kit.core.run import other_config, read_manifest
+from kit.core.stages import STAGES, file_name
 from kit.core.storage import RowFile
 from kit.grading.scores import compare_rows
 
@@ -38,6 +38,7 @@ JUDGING_TOTALS = (
 )
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
+ROUND_ADAPTER = "adapter of student.model"  # a fingerprint among a later round's keys
 MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
 
 
@@ -48,18 +49,24 @@ class Files:
         KitError: the folder holds no run.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config | None = None) -> None:
         self.folder = folder
         self.damaged: list[str] = []
         self.manifest = read_manifest(folder)
         if not self.manifest:
             raise KitError(f"{folder} holds no run.", "Name a folder under runs/.")
-        self.config = load(folder / "config.yaml").model_dump(mode="json")
-        # What stands on rows that have been made anew since is not of this run any more.
+        self.resolved = load(folder / "config.yaml")
+        self.config = self.resolved.model_dump(mode="json")
+        own = self.resolved.student.adapter
+        if config and own:
+            # a round's, which is known by its content: the folder may have moved
+            student = config.student.model_copy(update={"adapter": own})
+            config = config.model_copy(update={"student": student})
+        outdated = self._outdated(config or self.resolved)
         stages = self.manifest["stages"]
-        outdated = {name for name, entry in stages.items() if entry.get("is_outdated")}
-        self.manifest["stages"] = {name: stages[name] for name in stages if name not in outdated}
-        self.traces = self.rows("traces.jsonl", TraceRow)
+        current = [name for name in STAGES if name in stages and name not in outdated]
+        self.manifest["stages"] = {name: stages[name] for name in current}
+        self.traces = self.rows("traces.jsonl", TraceRow) if "teach" not in outdated else []
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow) if "truncate" not in outdated else []
         self.aligned = self.rows("aligned.jsonl", AlignedRow) if "align" not in outdated else []
         self.train = self._lines("train.jsonl") if "align" not in outdated else []
@@ -72,6 +79,17 @@ class Files:
         rows = file.read(repair=False)
         self.damaged += file.damaged
         return rows
+
+    def _outdated(self, config: Config) -> set[str]:
+        """Stages that are not of this run any more: of another config, or on rows that have been
+        made anew since.
+        """
+        stages = self.manifest["stages"]
+        for number, name in enumerate(STAGES):
+            entry = stages.get(name, {})
+            if entry.get("keys") and other_config(name, entry, config):
+                return set(STAGES[number:])
+        return {name for name, entry in stages.items() if entry.get("is_outdated")}
 
     def summary(self, stage: str) -> Json:
         """What a stage reported when it finished; empty before."""
@@ -312,12 +330,18 @@ def _rounds(files: Files) -> list[Json]:
     """
     rounds: list[Json] = []
     before: list[EvalRow] = []
+    adapter = None
     last = files.config["rounds"]
     for number in range(1, last + 1) if last > 1 else ():
         folder = files.folder / f"round-{number}" if number > 1 else files.folder
         if not read_manifest(folder):
             break
-        run = Files(folder)
+        run = Files(folder, files.resolved.round(number) if number > 1 else files.resolved)
+        # it was made with the adapter that the round before has now
+        judged_with = run.manifest["stages"].get("truncate", {}).get("keys", {}).get(ROUND_ADAPTER)
+        if number > 1 and judged_with not in (None, adapter):
+            break
+        adapter = run.manifest["stages"].get("train", {}).get("output")
         scores = run.summary("eval").get("scores", [])
         tuned = [score for score in scores if score["which"] == "tuned"]
         if not tuned:

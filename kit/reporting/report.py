@@ -31,6 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def report(run: Run) -> None:
     """The stage: metrics.json and report.html from whatever the run holds, rewritten each time."""
+    run.write_rejected()
     files = Files(run.folder)
     result = numbers(files)
     write_atomic(run.path("metrics.json"), json.dumps(result, indent=1) + "\n")
