@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,19 @@ def test_the_report_has_the_curve_and_says_which_round_paid(finished: Any, brows
     check(browser, config.folder / "report.html", REPORT)
     # a round's own report has no curve
     assert 'id="rounds"' not in (config.round(2).folder / "report.html").read_text()
+
+
+def test_rounds_whose_folder_was_moved_are_skipped(finished: Any, tmp_path: Path) -> None:
+    """A later round names the adapter of the one before by its folder, and knows it by content."""
+    config, numbers = finished
+    shutil.copytree(config.folder, tmp_path / "moved")
+    moved = carry_out(config.model_copy(update={"out": str(tmp_path / "moved")}))
+    assert [entry["score"] for entry in moved["rounds"]] == [
+        entry["score"] for entry in numbers["rounds"]
+    ]
+    # (align, which copies prefixes here, asks no model whose content it could know)
+    said = "".join(log.read_text() for log in tmp_path.glob("moved/**/run.log"))
+    assert "rerunning truncate" not in said and "rerunning train" not in said
 
 
 def test_finished_rounds_are_skipped(finished: Any) -> None:

@@ -60,6 +60,13 @@ def test_changes_are_named_by_key_and_a_changed_input_in_words():
     calibrated = flat(resolve({"judge": {"calibration": calibration}}, "test"))
     was = {**before, **stage.dependencies(calibrated)}
     assert stage.changes(was, before) == "judge.calibration changed"
+    # an adapter whose folder was moved, and one of other content
+    on = {**before, "student.adapter": "runs/a", "adapter of student.model": "x"}
+    assert stage.changes(on, {**on, "student.adapter": "runs/m"}) == ""
+    other = {**on, "student.adapter": "runs/m", "adapter of student.model": "y"}
+    assert "student.adapter changed from runs/a to runs/m" in stage.changes(on, other)
+    unknown = {**before, "student.adapter": "runs/a"}
+    assert "student.adapter" in stage.changes(unknown, {**unknown, "student.adapter": "runs/m"})
     # a key of an older kit that is no key any more
     assert stage.changes({**before, "judge.words": 3}, before) == ""
 

@@ -26,12 +26,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kit import Json, __version__
-from kit.core.config import Config, dump, flat, read_yaml
+from kit.core.config import Config, dump, expand, flat, read_yaml
 from kit.core.errors import KitError
-from kit.core.fingerprints import check_trained
+from kit.core.fingerprints import adapter_hash, check_trained
 from kit.core.progress import Progress
 from kit.core.records import Row
-from kit.core.stages import STAGE_TABLE, STAGES, Stage
+from kit.core.stages import STAGE_TABLE, STAGES, STUDENTS_ADAPTER, Stage
 from kit.core.storage import RowFile, as_line, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
@@ -318,6 +318,8 @@ def other_config(stage: str, entry: Json, config: Config) -> str:
         for key, value in known.items()
         if key == "input" or " of " in key or key.endswith(".model")
     }
+    if config.student.adapter:
+        content[STUDENTS_ADAPTER] = adapter_hash(expand(config.student.adapter) / "adapter")
     return about.changes(known, {**about.dependencies(flat(config)), **content})
 
 

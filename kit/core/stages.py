@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 R = TypeVar("R", bound=Outcome)
 
+STUDENTS_ADAPTER = "adapter of student.model"  # a fingerprint, see kit.models.fingerprints
 # Config keys that change no row: only where, how fast or how safely it is made. Another
 # max_num_seqs may decide a near-tie of two tokens in the rows that are still to come.
 NEUTRAL = {
@@ -77,6 +78,10 @@ class Stage:
             # "weights of student.model": a fingerprint. None: the model was not on this machine.
             is_fingerprint = " of " in key
             if old == new or (is_fingerprint and None in (old, new)):
+                continue
+            # its folder may have moved: the content tells
+            content = now.get(STUDENTS_ADAPTER)
+            if key == "student.adapter" and content and content == before.get(STUDENTS_ADAPTER):
                 continue
             if is_fingerprint:
                 changes.append(f"the {key} changed")

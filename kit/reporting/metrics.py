@@ -21,7 +21,7 @@ from kit.core.config import Config, load
 from kit.core.errors import KitError
 from kit.core.records import AlignedRow, EvalRow, PrefixRow, Row, TraceRow
 from kit.core.run import other_config, read_manifest
-from kit.core.stages import STAGES, file_name
+from kit.core.stages import STAGES, STUDENTS_ADAPTER, file_name
 from kit.core.storage import RowFile
 from kit.grading.scores import compare_rows
 
@@ -38,7 +38,6 @@ JUDGING_TOTALS = (
 )
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
-ROUND_ADAPTER = "adapter of student.model"  # a fingerprint among a later round's keys
 MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
 
 
@@ -338,7 +337,9 @@ def _rounds(files: Files) -> list[Json]:
             break
         run = Files(folder, files.resolved.round(number) if number > 1 else files.resolved)
         # it was made with the adapter that the round before has now
-        judged_with = run.manifest["stages"].get("truncate", {}).get("keys", {}).get(ROUND_ADAPTER)
+        judged_with = (
+            run.manifest["stages"].get("truncate", {}).get("keys", {}).get(STUDENTS_ADAPTER)
+        )
         if number > 1 and judged_with not in (None, adapter):
             break
         adapter = run.manifest["stages"].get("train", {}).get("output")
