@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kit.core.bundled import bundled
 from kit.core.errors import KitError
-from kit.models import adapted_layers, hf_folder
+from kit.models import FILE_ERRORS, adapted_layers, hf_folder
 
 GIB = 1 << 30
 # Of a card whose free memory is not known: CUDA's context, which `mem_get_info` has taken off.
@@ -127,7 +127,15 @@ def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(model_config)
         adapted = adapted_layers(causal)
-    except (AttributeError, ImportError, KitError, RuntimeError, StopIteration, ValueError):
+    except (
+        *FILE_ERRORS,
+        AttributeError,
+        ImportError,
+        KitError,
+        LookupError,
+        StopIteration,
+        TypeError,
+    ):
         return shape
     head = causal.get_output_embeddings()
     # what bitsandbytes quantizes: fused experts are none of it

@@ -527,13 +527,13 @@ OTHER_LETTERS = [  # verifier choice
 PARTS = (
     "3 \u221a5|3\u221a5|10\u207b\u00b3|5\u00f72|5 \u00b7 3|3\u20134|5 \u00b1 2|6 \u2212 2|"
     "5 \\sqrt{2}|2 \\frac{1}{2}|4 \\times 5|4 \\cdot 5|2 x|3 i|3 sqrt 2|3 sin x|"
-    "5 choose 2|101 base 2|3 hours 30 minutes|"
+    "5 choose 2|3 hours 30 minutes|"
     "5 feet 6 inches|2 thirds|7 tenths|5 lakh|$3$ $\\sqrt{2}$|"
     "5 \u2264 x \u2264 6|5 \\leq x \\leq 6|5 \\approx 6|5 \\bmod 3|5 \u2192 6|5 n|"
     "5 a + 2|5 \\theta|"
     "5 k where k is an integer|5 (x+1)|$5$ + $6$|$5$/$6$|$5$ $x$|5 hours, 6 minutes|5 ft. 6 in.|"
     "5'6\"|5 \u00bd|5 remainder 2|5 cm \u00d7 6 cm|5 by 6|5 and one half|5..6|5~6|5...|5% of 200|"
-    "5 times the radius|5 times $x$|5 in base 8|5, or maybe 6|$5$ if $n$ is even, $6$ otherwise"
+    "5 times the radius|5 times $x$|5, or maybe 6|$5$ if $n$ is even, $6$ otherwise"
 ).split("|")
 # What is said about the answer is another number, or only a possible one.
 ABOUT = (
@@ -553,6 +553,18 @@ OTHER_TEXTS = [
     ("5", "The answer is x=5, x=6.", "math", W),
     ("42", "The answer is:\n\n\\[\n42\n\\]", "math", C),
     ("42", "Ans: `42`", "math", C),
+    ("5", "The answer is 5 in base 8.", "math", W),
+    ("101", "The answer is 101 base 2.", "math", W),
+    ("2516_8", "The answer is 2516 in base 8.", "math", C),
+    ("5", "The answer is 5 hours.\n5", "math", C),
+    ("5", "The answer is 5 (A).", "math", C),
+    ("5", "The answer is 5, because otherwise x is negative.", "math", C),
+    ("237", "So the answer mod 1000 is 237.", "math", C),
+    ("5", "\\boxed{5} Some may think the answer is 6, but that is incorrect.", "math", C),
+    ("A", "A. Let me think about the problem step by step.", "choice", U),
+    ("C", "The answer is C. Wait, I should double check: yes, C.", "choice", C),
+    ("B", "The answer is B (C is impossible).", "choice", C),
+    ("B", "A)" + 1000 * " " + "x" * 300, "choice", U),
     ("18", r"The final answer is \$18.", "number", C),
     ("18", r"The answer is $\$18$.", "number", C),
     ("2.5", "The answer is 2 1/2.", "number", C),

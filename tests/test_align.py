@@ -183,7 +183,10 @@ def test_an_edited_train_file_is_set_aside_and_told(tmp_path, capsys):
         assert path.read_bytes() == whole
         [aside] = run.folder.glob("stale/*-train.jsonl")
     assert aside.read_bytes() == whole.splitlines(keepends=True)[0]
-    assert "train.jsonl was edited; moved to stale/" in capsys.readouterr().err
+    assert (
+        "train.jsonl was not what aligned.jsonl gives now; moved to stale/"
+        in capsys.readouterr().err
+    )
 
 
 def test_keep_all_trains_on_each_right_continuation(tmp_path):

@@ -319,7 +319,9 @@ def other_config(stage: str, entry: Json, config: Config) -> str:
         if key == "input" or " of " in key or key.endswith(".model")
     }
     if config.student.adapter:
-        content[STUDENTS_ADAPTER] = adapter_hash(expand(config.student.adapter) / "adapter")
+        # of a folder that is gone, nothing is known: the recorded content stands
+        now = adapter_hash(expand(config.student.adapter) / "adapter")
+        content[STUDENTS_ADAPTER] = now or content.get(STUDENTS_ADAPTER)
     return about.changes(known, {**about.dependencies(flat(config)), **content})
 
 

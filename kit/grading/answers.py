@@ -47,14 +47,14 @@ _SEVERAL_LETTERS = re.compile(r"[\s(\[]*[a-z][)\].:]*\s*(?:,|/|&|and\b|or\b)\s*[
 
 # And another one: B - C  B (C)  B) C)  B \\& C  B, but C too
 _ANOTHER = re.compile(
-    r"\W*[A-J]\W*(?:[-&;,/(]|\\(?:cup|or)\b|\bor\b)\W*(?:text\W*)?(?:(?:or|but)\b\W*)?"
-    r"(?:[B-HJ](?![\w'])(?!\s*=)|A(?=\W*$))|[\s(\[]*[A-J]\)\s*\(?[A-J]\)"
+    r"\W{0,9}[A-J]\W{0,9}(?:[-&;,/(]|\\(?:cup|or)\b|\bor\b)\W{0,9}(?:text\W{0,9})?(?:(?:or|but)\b\W{0,9})?"
+    r"[A-HJ](?=\W*$|\s+(?:too|also|is\s+also|as\s+well)\b)|[\s(\[]*[A-J]\)\s*\(?[A-J]\)\W*$"
 )
 
 # A number with its base: 2516_8  x = (2516)_{8}  2516_{\text{eight}}  2516 \text{(base 8)}
 _BASED = re.compile(
     r"(?:[a-zA-Z]\s*=\s*)?\(?([\dA-F]+)\)?"
-    r"(?:_\s*\{?(?:\\text\s*\{)?\s*(\d+|[a-z]+)\s*\}{0,2}|"
+    r"(?:_\s*\{?(?:\\text\s*\{)?\s*(\d+|[a-z]{3,})\s*\}{0,2}|"
     r"\s*(?:\\text\s*\{)?[\s(,]*(?:in\s+)?base\s*(\d+|[a-z]+)[\s)}]*)"
 )
 _BASE_NAMES = {
@@ -265,5 +265,5 @@ def _bases(gold: str, answer: str) -> bool | None:
         bases = [str(_BASE_NAMES.get(base, base)) for base in bases]
         return right[1] == given[1] and bases[0] == bases[1]
     if right:
-        return right[1] == answer.rpartition("=")[2].strip()
+        return right[1] == re.sub(r"^[a-zA-Z]\s*=\s*", "", answer)
     return False if given else None

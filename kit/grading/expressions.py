@@ -210,6 +210,9 @@ def _read_scalar(text: str) -> Scalar:
         text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     with_unit = _WITH_UNIT.fullmatch(text)
     unit = read_unit(with_unit[2]) if with_unit else None
+    # 1 - 70% is no 69 percent
+    if unit == "%" and len(_split(text.lstrip("-+"), ("+", "-"))) > 1:
+        unit = None
     if with_unit is None or not unit:
         return Scalar(_parse(text))
     number = read(with_unit[1])

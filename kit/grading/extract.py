@@ -37,17 +37,20 @@ _HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
 
 # A sentence about the answer.
 _CUE = re.compile(
-    r"(?:\b(?:answers?|ans)\b|答案|故选|应选|选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,5}))",
+    r"(?:\b(?:answers?|ans(?!\s*=))\b|答案|故选|应选|"
+    r"选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,5}))",
     re.IGNORECASE,
 )
 _CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
-_IS_CORRECT = re.compile(
-    r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|(?:best\s+)?answer)\b"
-)
+_IS_CORRECT = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
+_IS_ANSWER = re.compile(r"(?:^|[\s(])([A-J])\)?\s+is\s+the\s+(?:best\s+)?answer\b")
+_ALTHOUGH = re.compile(r"\b(?:although|though|even\s+if)\b", re.IGNORECASE)
 # Between "the answer" and a value: it is another number, or only a possible one.
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong|incorrect|"
-    r"cannot|could|might|may|mod|modulo|minus|plus|divided|times|squared|cubed)\b|n['’]t\b",
+    r"\b(?:not|never|neither|either|least|most|less|more|than|between|greater|fewer|wrong|"
+    r"incorrect|"
+    r"cannot|could|might|(?<!for )(?<!in )may|mod(?:ulo)?(?!\s+1000\b)|minus|plus|divided|times|"
+    r"(?<!feet )(?<!meters )(?:squared|cubed))\b|n['’]t\b",
     re.IGNORECASE,
 )
 _IS = re.compile(
@@ -78,34 +81,47 @@ _VALUES = re.compile(
 _CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
 # Units that others follow: 3 hours 30 minutes.
 _PART = (
-    r"(?:hours?|hrs?|h|minutes?|mins?|feet|foot|ft|yards?|yd|pounds?|lbs?|days?|weeks?|months?|years?|"
+    r"(?:hours?|hrs?|h|minutes?|mins?|feet|foot|ft|yards?|yd|pounds?|lbs?|days?|weeks?|months?|"
+    r"years?|"
     r"dollars?|gallons?|quarts?|k?m|[cm]m|kg|degrees?)"
 )
 _SENTENCE_END = re.compile(r"[.?!。](?=[\s.?!*]|$)|\n")
 # What makes another value of the one before.
 _FURTHER = re.compile(
     # 5 to 6, 5 plus x, 5 and a half, 5 apples and 6 pears, 5 times the radius
-    r"\s*,?\s*or\b|\s*(?:to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
-    r"divided|multiplied|raised|remainder)\b|\s*times\s+[\w$\\(]|\s*r\s*\d|"
-    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|one\b|two\b|three\b|half\b|[-\d$\\])|"
-    r"[^.\n]{0,120}\botherwise\b|\s*of\s+[\d$]|\s*(?:in\s+)?(?:base|modulo)\s+(?:\d|two\b|eight\b|ten\b)|"
+    r"\s*,?\s*or\b(?!\s*(?:equivalently|option|in\s+(?:decimal|other|fraction|percent)))|"
+    r"\s*(?:to|plus|minus|over|mod|squared|cubed|factorial|pi|dozen|half|less|more|fewer|"
+    r"divided|multiplied|raised|remainder)\b|\s*times\s+(?:the\b|\w\b|[\d$\\(])|\s*r\s*\d|"
+    r"[^.;\n]{0,40}\b(?:and|or)\s+(?:a\b|[-\d$\\])|"
+    rf"\s*(?:{_PART}\s+)?and\s+(?:one|two|three|half)\b|"
+    r"\s*,?\s*(?:if|when|for)\b[^.\n]{0,120}\botherwise\b|\s*of\s+[\d$]|\s*(?:in\s+)?(?:base|"
+    r"modulo)\s+(?:\d|two\b|eight\b|ten\b)|"
     # 5 √2, 5 ÷ 2, 5 ≤ x, 5 → 6, 3–4, 5 + $6$, 5 / A, 5:30, 5..6, 5'6", 5~6, 5 |x|
-    r"[ \t]*(?:[+^±²³¹¼-¾·×÷⁰-₟⅐-↏←-⋿…]|\.\.|'\d|[-\u2013~][ \t]*[\d\\($]|<[ \t=\d]|[|]\w{1,2}[|])|"
+    r"[ \t]*(?:[+^±²³¹¼-¾·×÷⁰-₟⅐-↏∀-∍∏-∳∶-⋿…]|[ \t]*[←-⇿][ \t]*[\d\\$]|\.\.|'\d|"
+    r"[-\u2013~][ \t]*[\d\\($]|<[ \t=\d]|[|]\w{1,2}[|])|"
     r"\s*/\s*(?:[A-J]\b|[\d\\$(])|:\d|"
     # 5 6, 5 $x$, 5 \leq x, 5 (x+1), 2 x, 2 θ; but 5 10-dollar bills, 5 \text{cm}, 5 m, 5 a day
-    r"[ \t]+\$?\d+(?![\w-])|[ \t]*\$(?=[\w\\(])|"
-    r"[ \t]*\\(?!(?:text|mathrm|mbox|rm|quad|qquad)(?![a-zA-Z])|[,;:! )\]])|"
-    r"[ \t]*\(\s*-?[a-z]\s*[-+*/^)]|"
-    r"[ \t]+(?-i:[α-ωb-fi-kn-rt-zBDEGM-RUX-Z]|a(?!\s+\w\w))(?![\w']|\.\w)|"
+    r"[ \t]+\$?\d+(?![\w-])|[ \t]*\$(?=\d|\\(?!text|mathrm)|\(|[a-zA-Z](?![a-zA-Z]))|"
+    r"[ \t]*\\(?!(?:text(?:rm|bf|it)?|math(?:rm|bf)|mbox|rm|q?quad|checkmark|blacksquare|square|"
+    r"newline|hfill|degree)(?![a-zA-Z])|\\(?:\s|$)|"
+    r"\([a-z]{2}|\(\s*\\(?:text|mathrm|blacksquare|square)|[,;:! )\]$%])|"
+    r"[ \t]*(?-i:\(\s*-?[a-z]\s*(?:[-+*/^][^()=\n]{0,40})?\)(?<!\([a-j]\)))|"
+    r"[ \t]+(?-i:[α-ωi-knp-rw-z]|[a-zA-Z](?=\s+[-+*]|\^))(?![\w']|\.\w)|"
     # 5 choose 2, 2 thirds
     r"[ \t]+(?:(?:sqrt|sin|cos|tan|log|ln|choose|lakh|crore|halves|"
     r"(?:third|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)\b(?!-)|"
     # 3 hours 30 minutes, 5 ft. 6 in., 5 cm × 6 cm, 5 by 6
-    rf"{_PART}[.,]{{0,2}}\s+\d|(?:{_PART}\s+)?(?:[×x]|by)\s+\d)",
+    rf"{_PART}(?:[ \t]+|(?:(?<=ft|hr|in|lb|yd)|(?<=min|hrs|lbs))\.[ \t]+|"
+    rf",[ \t]+)\d[\d.]*(?![\d.]|[ \t]*[-+*/=×]|,?[ \t]+(?:\w+[ \t]+)?(?:more|less|fewer)\b)|"
+    rf"(?:{_PART}\s+)?(?:[×x]|by)\s+\d)",
     re.IGNORECASE,
 )
 # After a value: what is said of it.
-_REFUSED = re.compile(r"\s*(?:is|was|would\s+be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"\s*(?:is|was|would\s+be)\s+(?:wrong|incorrect|not\s+(?:the\s+)?(?:correct|right|answer|"
+    r"it))\b",
+    re.IGNORECASE,
+)
 # Before "the answer": it is only supposed.
 _SUPPOSED = re.compile(
     r"\b(?:if|suppose|supposing|assume|assuming|were|whether|unless|imagine)\s+"
@@ -114,23 +130,32 @@ _SUPPOSED = re.compile(
 )
 # Before "the answer": what is named is another number, or another's.
 _OF_ANOTHER = re.compile(
-    r"(?<!value )\b(?:of|half|twice)\s+(?:the|our|my)\s+(?:final\s+)?$|"
+    r"(?<!value )(?<!form )(?<!part )(?<!letter )(?<!format )(?<!version )(?<!magnitude )\b(?:of|"
+    r"half|twice)\s+(?:the|our|my)\s+(?:final\s+)?$|"
     r"\b(?:wrong|incorrect)\s+(?:final\s+)?$",
     re.IGNORECASE,
 )
 # After a box: it is taken back.
 _CORRECTED = re.compile(
-    r"\bwait\b|\bI\s+made\s+an?\s+(?:mistake|error)|\b(?:that|this|it|which)\s+is\s+(?:wrong|incorrect)|"
+    r"\bwait\b(?=\s*[,!.…—-])|\bI\s+made\s+an?\s+(?:mistake|error)|\b(?:that|this|it|"
+    r"which)\s+is\s+(?:wrong|incorrect)|"
     r"^\W*is\s+(?:wrong|incorrect)|\bcorrection\b",
     re.IGNORECASE,
 )
 # An option's letter that another takes the place of: A. Actually B  A, then B
 TAKEN_BACK = re.compile(
-    r"\W*[a-zA-Z](?:\W+(?i:actually|wait|sorry|correction)|\s*,\s*then)\W+(?:\w+\W+){0,3}[B-J]\b"
+    r"\W*([a-zA-Z])(?:\W+(?i:actually|wait|sorry|correction)|\s*,\s*then)\W+"
+    r"(?:(?i:it|is|s|no|the|option|choice|answer|correct|should|be|I|mean|meant|think|must|"
+    r"maybe)\W+){0,5}"
+    r"(?!\1\b)[B-HJ]\b(?!\s*=|\s+(?:and|(?:is|was)\s+(?:not|wrong|incorrect|excluded|"
+    r"impossible))\b)"
 )
 _DENIED = re.compile(rf"(?:not|never)\s+({_ONE})", re.DOTALL | re.IGNORECASE)
 # A whole text that is an option: B  (b)  B) 12
-_BARE_OPTION = re.compile(r"[\s(*]*(?:[A-Ja-j][\s).*]*|[A-J][).:]\s+[^\n]{1,200}\s*)")
+_BARE_OPTION = re.compile(
+    r"[\s(*]*(?:[A-Ja-j][\s).*]*|[A-J][).][ \t]{1,9}(?!.*\b(?:[B-HJ]|wrong|"
+    r"incorrect)\b)(?=\S)[^\n]{1,100}(?<![.:;,]))"
+)
 # An option's letter; in lower case it may be the word "a".
 _OPTION = re.compile(r"\W*[A-J]\b|[A-J]{2,}\b|\W*[a-j](?:\W*$|[).:,]|\s+(?:because|since|as|is)\b)")
 
@@ -169,8 +194,13 @@ def _candidates(text: str, verifier: str) -> Iterator[tuple[str, str | None]]:
     """What each place holds, the surest first."""
     boxes = _boxes(text)
     after = text[boxes[-1][1] :] if boxes else ""
-    if _CORRECTED.search(after):
-        yield "phrase", _in_phrase(after, verifier)
+    corrected = _CORRECTED.search(after)
+    if corrected:
+        after = after[corrected.end() :]
+        if re.search(
+            r"\b(?:answer|choice|option)\s+(?:is|should\s+be|must\s+be)\b(?![^.\n]*\?)", after
+        ):
+            yield "phrase", _in_phrase(after, verifier)
     yield "boxed", last_box(text)
     yield "tag", "".join(_TAG.findall(text)[-1:]).strip()
     yield "hashes", _after_hashes(text, verifier)
@@ -274,7 +304,9 @@ def _in_phrase(text: str, verifier: str) -> str | None:
         if cue.re is _IS_CORRECT:
             # in the sentence of an answer it is an aside: the answer is C, although B is correct
             sentence = _SENTENCE_END.split(before)[-1]
-            if any(_named(answer[1], verifier) for answer in _CUE.finditer(sentence)):
+            if _ALTHOUGH.search(sentence) and any(
+                _named(answer[1], verifier) for answer in _CUE.finditer(sentence)
+            ):
                 continue
             return cue[1]
         answer = _named(cue[1], verifier)
@@ -284,6 +316,13 @@ def _in_phrase(text: str, verifier: str) -> str | None:
         not_this = copula and _DENIED.match(cue[1], copula.end())
         if not_this:
             denied.add(not_this[1].strip().rstrip(".,"))
+    if verifier == "choice":
+        said = [
+            m
+            for m in _IS_ANSWER.finditer(text)
+            if not _SUPPOSED.search(text[: m.start() + 1][-200:])
+        ]
+        return said[-1][1] if said else None
     return None
 
 
@@ -310,6 +349,10 @@ def _named(rest: str, verifier: str) -> str | None:
         return None
     if _REFUSED.match(rest, values.end()):
         return None
+    base = re.match(r"\s*(?:in\s+)?base\s+\$?(\d+|two|eight|ten)\b", rest[values.end() :])
+    if base:
+        value = values[0].strip(" $.,")
+        return value if "_" in value else f"{value}_{{{base[1]}}}"
     if _FURTHER.match(rest[values.end() :]):
         return "" if re.search(r"\b(?:is|are|was)\b", copula[0]) else None
     return values[0].strip().rstrip(".,")

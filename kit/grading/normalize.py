@@ -111,7 +111,9 @@ def _unwrapped(text: str) -> str:
             place += 1
         # {1, 2} is a set
         inner = text[opening.end() : place - 1].strip()
-        is_set = opening[0] == "{" and not re.fullmatch(r"[(\[].*[)\]]|[^,|:]*", inner)
+        is_set = opening[0] == "{" and not re.fullmatch(
+            r"[(\[].*[)\]]|(?!.*\\[lr]?(?:mid|vert))[^,|:∣]*", inner
+        )
         if depth or text[place:].strip() or is_set or "\\choose" in inner:
             break
         text = inner

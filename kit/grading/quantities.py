@@ -97,7 +97,7 @@ _NOT_UNITS = {"quarter"} | set(
     "incorrect wrong base remainder choose factorial sqrt pi "
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arg det log ln exp lim gcd lcm "
     "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega "
-    "through unless doubled tripled multiplied divided increased decreased point "
+    "unless doubled tripled multiplied increased decreased "
     "true false am pm".split()
 )
 # 3 twelfths, 2 millionths
@@ -199,7 +199,11 @@ def _plain_unit(text: str) -> str:
     unit = re.sub(rf"\\{FONTS}(?![a-zA-Z])|\\cdot", " ", text).replace("\\%", "%")
     unit = re.sub(r"([a-zA-Z]+)[\s}]*\^\s*\{?\s*-\s*(\d)\}?", r"/\1^\2", unit)
     # 5-inch, 18-year-old: but 5 cm - x has a sign
-    unit = re.sub(r"(?:^|(?<=\{))-(?=[a-zA-Z])|(?<=[a-zA-Z])-(?=[a-zA-Z]{2})", " ", unit)
+    unit = re.sub(
+        r"(?:^|(?<=\{))-(?=[a-zA-Z])|(?<=[a-zA-Z])-(?=[a-zA-Z]{2}|[mhsKJNWC](?![a-zA-Z]))",
+        " ",
+        unit,
+    )
     return re.sub(r"[{}()\s]+", " ", unit).strip(" .,").lower()
 
 
@@ -209,6 +213,12 @@ def _makes_another(names: list[str]) -> bool:
     factor = names[0].removesuffix("s")
     if factor in _FACTORS and (
         len(names) == 1 or factor != names[0] or factor in ("half", "dozen")
+    ):
+        return True
+    if names[0] in ("divided", "through") or (
+        names[0] == "point"
+        and names[1:]
+        and names[1] in "zero one two three four five six seven eight nine".split()
     ):
         return True
     if _NOT_UNITS.intersection(names) or _PARTS.fullmatch(names[0]):

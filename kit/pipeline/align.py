@@ -56,7 +56,9 @@ def align(run: Run) -> None:
     path = run.path(TRAIN)
     if path.exists() and path.read_bytes() != "".join(lines).encode():
         run.set_aside([path])
-        run.progress.warn(f"align: {TRAIN} was edited; moved to stale/, and written anew")
+        run.progress.warn(
+            f"align: {TRAIN} was not what {NAME} gives now; moved to stale/, and written anew"
+        )
     write_atomic(path, "".join(lines))
     run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
 

@@ -84,11 +84,12 @@ class Files:
         made anew since.
         """
         stages = self.manifest["stages"]
+        outdated = {name for name, entry in stages.items() if entry.get("is_outdated")}
         for number, name in enumerate(STAGES):
             entry = stages.get(name, {})
             if entry.get("keys") and other_config(name, entry, config):
-                return set(STAGES[number:])
-        return {name for name, entry in stages.items() if entry.get("is_outdated")}
+                return outdated | set(STAGES[number:])
+        return outdated
 
     def summary(self, stage: str) -> Json:
         """What a stage reported when it finished; empty before."""
@@ -277,7 +278,8 @@ def _funnel(files: Files) -> Json:
 
 def _rejections(files: Files) -> list[Json]:
     """How many rows each stage lost for each reason, of how many that it took."""
-    lost = Counter((row["stage"], row["reason"]) for row in files.rejected)
+    shown = {"data", *files.manifest["stages"]}
+    lost = Counter((row["stage"], row["reason"]) for row in files.rejected if row["stage"] in shown)
     # Training drops rows on its own; all others are in rejected.jsonl.
     for reason, names in files.summary("train").get("dropped", {}).items():
         lost["train", reason] = len(names)
