@@ -219,6 +219,7 @@ def render_text(
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     def rendered(content: Any, thinking: bool) -> str:
+        """One user turn, and the opening of the answer."""
         messages = [{"role": "user", "content": content}]
         if system:
             messages.insert(0, {"role": "system", "content": system})

@@ -200,18 +200,7 @@ def work_through(
         KitError: two units have one id.
     """
     check_ids(id for id, _ in units)
-    # What an earlier session wrote.
-    name = file.path.relative_to(run.folder).as_posix()
-    rows = {row.id: row for row in run.rows(name, file.kind)}
-    strangers = rows.keys() - {id for id, _ in units}
-    if strangers:
-        run.progress.warn(
-            f"{name} had {len(strangers)} rows that are of nothing in its input: {min(strangers)}; "
-            "the file was moved to stale/, the others are kept"
-        )
-        run.set_aside([file.path])
-        rows = {id: rows[id] for id in rows if id not in strangers}
-        file.write_all(rows.values())
+    rows = _written_before(run, file, {id for id, _ in units})
     done = sum(id in rows for id, _ in units)
     planned = units if size else [unit for unit in units if unit[0] not in rows]
     size = size or max(1, len(planned))
@@ -231,6 +220,22 @@ def work_through(
         # rows that were made again, or finished early, stand at their place; training goes by it
         file.write_all(ordered)
     return ordered
+
+
+def _written_before(run: Run, file: RowFile[R], ids: set[str]) -> dict[str, R]:
+    """What an earlier session wrote, by id; rows of another run's input are set aside."""
+    name = file.path.relative_to(run.folder).as_posix()
+    rows = {row.id: row for row in run.rows(name, file.kind)}
+    strangers = rows.keys() - ids
+    if strangers:
+        run.progress.warn(
+            f"{name} had {len(strangers)} rows that are of nothing in its input: {min(strangers)}; "
+            "the file was moved to stale/, the others are kept"
+        )
+        run.set_aside([file.path])
+        rows = {id: row for id, row in rows.items() if id in ids}
+        file.write_all(rows.values())
+    return rows
 
 
 def check_ids(ids: Iterable[str]) -> None:

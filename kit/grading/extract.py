@@ -302,11 +302,7 @@ def _in_phrase(text: str, verifier: str) -> str | None:
         if _SUPPOSED.search(before) or (cue[0] == "answer" and _OF_ANOTHER.search(before)):
             continue
         if cue.re is _IS_CORRECT:
-            # in the sentence of an answer it is an aside: the answer is C, although B is correct
-            sentence = _SENTENCE_END.split(before)[-1]
-            if _ALTHOUGH.search(sentence) and any(
-                _named(answer[1], verifier) for answer in _CUE.finditer(sentence)
-            ):
+            if _is_aside(before, verifier):
                 continue
             return cue[1]
         answer = _named(cue[1], verifier)
@@ -316,14 +312,23 @@ def _in_phrase(text: str, verifier: str) -> str | None:
         not_this = copula and _DENIED.match(cue[1], copula.end())
         if not_this:
             denied.add(not_this[1].strip().rstrip(".,"))
-    if verifier == "choice":
-        said = [
-            m
-            for m in _IS_ANSWER.finditer(text)
-            if not _SUPPOSED.search(text[: m.start() + 1][-200:])
-        ]
-        return said[-1][1] if said else None
-    return None
+    return _called_the_answer(text) if verifier == "choice" else None
+
+
+def _is_aside(before: str, verifier: str) -> bool:
+    """Whether "B is correct" is said beside an answer: the answer is C, although B is correct."""
+    sentence = _SENTENCE_END.split(before)[-1]
+    answers = [_named(cue[1], verifier) for cue in _CUE.finditer(sentence)]
+    return any(answers) and _ALTHOUGH.search(sentence) is not None
+
+
+def _called_the_answer(text: str) -> str | None:
+    """The letter of the last "B is the answer" that is not only supposed."""
+    letter = None
+    for match in _IS_ANSWER.finditer(text):
+        if not _SUPPOSED.search(text[: match.start() + 1][-200:]):
+            letter = match[1]
+    return letter
 
 
 def _named(rest: str, verifier: str) -> str | None:

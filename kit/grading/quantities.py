@@ -100,9 +100,12 @@ _NOT_UNITS = {"quarter"} | set(
     "unless doubled tripled multiplied increased decreased "
     "true false am pm".split()
 )
-# 3 twelfths, 2 millionths
-_PARTS = re.compile(
-    r"(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|million|billion|trillion)ths?"
+# 3 twelfths, 2 millionths; 5 divided by, 5 point six, 5 times the radius, but 5 times a day
+_OPERATION = re.compile(
+    r"(?:divided|through)\b|point (?:zero|one|two|three|four|five|six|seven|eight|nine)\b|"
+    r"times (?:the|\w)\b|"
+    r"(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|million|billion|trillion)"
+    r"ths?\b"
 )
 _FUNCTIONS = ("sin", "cos", "tan", "sqrt", "log", "ln", "exp", "arc", "alpha", "beta", "theta")
 _NUMBER = re.compile(
@@ -215,16 +218,7 @@ def _makes_another(names: list[str]) -> bool:
         len(names) == 1 or factor != names[0] or factor in ("half", "dozen")
     ):
         return True
-    if names[0] in ("divided", "through") or (
-        names[0] == "point"
-        and names[1:]
-        and names[1] in "zero one two three four five six seven eight nine".split()
-    ):
-        return True
-    if _NOT_UNITS.intersection(names) or _PARTS.fullmatch(names[0]):
-        return True
-    # 5 times the radius, but 5 times a day
-    if names[0] == "times" and names[1:] and (len(names[1]) == 1 or names[1] == "the"):
+    if _NOT_UNITS.intersection(names) or _OPERATION.match(" ".join(names)):
         return True
     scales = [name for name in names if name.removesuffix("s") in _SCALES]
     return bool(scales) and not (scales == names[:1] and scales[0] in _SCALES)
