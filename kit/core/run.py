@@ -318,11 +318,14 @@ def other_config(stage: str, entry: Json, config: Config) -> str:
         for key, value in known.items()
         if key == "input" or " of " in key or key.endswith(".model")
     }
+    # keys that only some methods depend on, as the share of step-entropy
+    now = flat(config)
+    own = {key: now[key] for key in known if key in now and key not in content}
     if config.student.adapter:
         # of a folder that is gone, nothing is known: the recorded content stands
-        now = adapter_hash(expand(config.student.adapter) / "adapter")
-        content[STUDENTS_ADAPTER] = now or content.get(STUDENTS_ADAPTER)
-    return about.changes(known, {**about.dependencies(flat(config)), **content})
+        adapter = adapter_hash(expand(config.student.adapter) / "adapter")
+        content[STUDENTS_ADAPTER] = adapter or content.get(STUDENTS_ADAPTER)
+    return about.changes(known, {**own, **about.dependencies(now), **content})
 
 
 def stage_entry(folder: Path, stage: str) -> Json:

@@ -60,7 +60,8 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
     Returns:
         runs [see `metrics.numbers`]; groups [{label, seeds}]; page
         scores [{group, dataset, runs, by_run, spread over seeds, and a `Score`}]
-        pairs [{dataset, a, b, words, and the `PairedTest` of b against a}]
+        pairs [{dataset, a, b, words, over_seeds: whether the interval covers other training runs,
+            and the `PairedTest` of b against a}]
         different [see `_disagreements`]; within {dataset: see `accuracy_within`}
         quality {dataset: {a, b, and a `ReasoningTest`}}; lesson: see `_lesson`
         differs {config key: each run's value}
@@ -280,7 +281,8 @@ def _pairs(dataset: str, by_run: dict[str, list[Answers]], answers: dict[str, Ro
             words = f"{better} is better"
         else:
             words = f"{better} is slightly ahead"
-        pairs.append({"dataset": dataset, "a": a, "b": b, **asdict(test), "words": words})
+        about = {"dataset": dataset, "a": a, "b": b, "over_seeds": noise is not None}
+        pairs.append({**about, **asdict(test), "words": words})
     return pairs
 
 

@@ -24,6 +24,7 @@ from kit.core.run import other_config, read_manifest
 from kit.core.stages import STAGES, STUDENTS_ADAPTER, file_name
 from kit.core.storage import RowFile
 from kit.grading.scores import compare_rows
+from kit.judging.sentences import ends
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
 STAGE_KEYS = ("rows_in", "rows_out", "seconds", "done")
@@ -252,7 +253,9 @@ def _funnel(files: Files) -> Json:
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
     # align may lengthen a prefix beyond the cut: what was learned from, as a share of the trace
-    whole = {row.id: row.trace for row in files.prefixes}
+    whole = {row.id: row.trace for row in files.prefixes if row.kept_text is None}
+    if not files.prefixes:  # nothing was cut
+        whole = {row.id: row.trace for trace in files.traces for row in trace.whole(ends)}
     used = [len(row.prefix) / len(whole[row.id]) for row in kept if whole.get(row.id)]
     return {
         "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],

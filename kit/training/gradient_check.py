@@ -113,7 +113,7 @@ def check_gradient(
                 step = max(BF16_STEP * read_loss(), BF16_LEAST)
             slopes = _slopes(weights, step, read_loss)
             # a token that changes its experts makes the loss jump: rarer on a shorter way
-            while not in_16_bits and _wrong(slopes) and step > SHORTEST * read_loss():
+            while not in_16_bits and _wrong(slopes) and step / 10 >= SHORTEST * read_loss():
                 step /= 10
                 slopes = _slopes(weights, step, read_loss)
         finally:
