@@ -233,6 +233,14 @@ def test_each_trouble_is_named(run: dict[str, Any], change: dict[str, Any], word
     assert words in finding["what"]
 
 
+def test_several_traces_of_a_problem_are_one_problem(run: dict[str, Any]) -> None:
+    changed = inconspicuous(run)
+    changed["stages"][0].update(name="teach", rows_in=20, rows_out=9, done=True)
+    changed["rejections"] = [{"stage": "teach", "reason": "none", "rows": 14, "of": 20}]
+    [finding] = metrics.findings(changed, CONFIG)
+    assert "only 6 of 20 (30%) problems" in finding["what"]
+
+
 @pytest.mark.parametrize(("part", "change", "words"), NESTED_TROUBLES)
 def test_each_trouble_in_a_list_is_named_once(
     run: dict[str, Any], part: str, change: dict[str, Any], words: str
