@@ -172,7 +172,7 @@ class HttpBackend:
             if len(ids) == 1:
                 return {"lora": [{"id": ids[0], "scale": 1.0}]}
             raise KitError(
-                f"{self.root} serves no one adapter {adapter!r}; it has {list(paths) or 'none'}.",
+                f"{self.root} serves no adapter {adapter!r}; it has {list(paths) or 'none'}.",
                 "Start llama-server with --lora FILE (palign.py export RUN --to gguf-lora writes "
                 "it), or set eval.served_adapter to one of these.",
             )
