@@ -247,16 +247,12 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
     """
     from kit import preflight
     from kit.core.run import Run
-    from kit.core.stages import STAGE_TABLE, STAGES
+    from kit.core.stages import STAGE_TABLE
     from kit.data import problems_of
     from kit.reporting import metrics, report
     from kit.training import trackers
 
-    whole = command == "run"
-    names = [command]
-    if whole:
-        # A run that stops early gets a report too.
-        names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
+    names = preflight.stages_of(config, command)
     # Some trackers print; standard output is for the result.
     with (
         Run(config, progress, command) as run,
@@ -274,8 +270,8 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
                 if run.manifest["stages"].get(name) is not before:
                     trackers.report(run, name)
         except Exception:
-            # So does one that fails; what keeps the page from being written hides no error.
-            if whole:
+            # One that fails gets a report too; what keeps it from being written hides no error.
+            if command == "run":
                 try:
                     report.report(run)
                 except Exception as second:
@@ -358,10 +354,8 @@ def _compare(args: Namespace) -> int:
             raise KitError(message, "Name a config whose teacher is a model.", 2)
         backend = open_backend(config.teacher)
         judge = partial(pairwise.compare_reasoning, backend, config.prompts)
-    folders = args.runs
-    if args.reference:
-        # the first run's group is what the others are compared with
-        folders = [args.reference, *(run for run in folders if run != args.reference)]
+    # the first run's group is what the others are compared with
+    folders = [args.reference or args.runs[0], *args.runs]
     return _print(args, compare.compare(folders, args.out, judge), compare.show)
 
 
