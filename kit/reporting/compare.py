@@ -187,23 +187,23 @@ def _words(alike: list[Files], run: Files) -> str:
 
 
 def _setting(config: Json) -> Json:
-    """A run's config without its names and seed. Another run that it names, whose adapter it has on
-    or to which it is matched, counts by its own setting: each seed has one of its own.
+    """A run's dotted keys without its names, its seed and those that change no number.
+
+    Another run that it names, whose adapter it has on or to which it is matched, counts by its own
+    setting: each seed has one of its own.
     """
-    setting = {**config, **dict.fromkeys((*NAMES, "seed"))}
-    for section, key in (("student", "adapter"), ("baseline", "matched_run")):
-        # in a sweep every run has the key, also the one that it names
-        is_used = key == "adapter" or config["method"] == "fixed-prefix-matched"
-        other = config[section][key] if is_used else None
-        file = expand(str(other).replace("{seed}", str(config["seed"]))) / "config.yaml"
-        if other and file.exists():
-            other = _setting(load(file).model_dump(mode="json"))
-        setting[section] = {**config[section], key: other}
-    # keys that change no number; a matched run has had its turn
-    for key in NEUTRAL - {"matched_run"}:
-        for section in ("student", "teacher", "answer_judge", "train", "eval"):
-            if key in setting[section]:
-                setting[section] = {**setting[section], key: None}
+    setting = {}
+    for key, value in flat(config).items():
+        if key not in NAMES | {"seed"} and key.split(".")[-1] not in NEUTRAL:
+            setting[key] = value
+    named = {"student.adapter": config["student"]["adapter"]}
+    # in a sweep every run has the key, also the one that it names
+    if config["method"] == "fixed-prefix-matched":
+        named["baseline.matched_run"] = config["baseline"]["matched_run"]
+    for key, folder in named.items():
+        file = expand(str(folder).replace("{seed}", str(config["seed"]))) / "config.yaml"
+        is_here = folder and file.exists()
+        setting[key] = _setting(load(file).model_dump(mode="json")) if is_here else folder
     return setting
 
 
@@ -389,8 +389,7 @@ def _lesson(runs: dict[str, Files], described: dict[Path, Json]) -> Json | None:
             "row": cut.model_dump(),
             **pieces(cut),
         }
-    problem = next(iter(learned.values()))[key]
-    return {**lesson, "question": problem.question, "gold": problem.answer, "trace": key[1]}
+    return {**lesson, "question": aligned.question, "gold": aligned.answer, "trace": key[1]}
 
 
 def _learned(run: Files) -> dict[Key, AlignedRow]:

@@ -53,10 +53,9 @@ class Files:
             # a round's, which is known by its content: the folder may have moved
             student = config.student.model_copy(update={"adapter": own})
             config = config.model_copy(update={"student": student})
-        outdated = self._outdated(config or self.resolved)
-        stages = self.manifest["stages"]
-        current = [name for name in STAGES if name in stages.keys() - outdated]
-        self.manifest["stages"] = {name: stages[name] for name in current}
+        stages = self._current(config or self.resolved)
+        outdated = self.manifest["stages"].keys() - stages
+        self.manifest["stages"] = stages
         self.traces = self.rows("traces.jsonl", TraceRow) if "teach" not in outdated else []
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow) if "truncate" not in outdated else []
         self.aligned = self.rows("aligned.jsonl", AlignedRow) if "align" not in outdated else []
@@ -71,17 +70,16 @@ class Files:
         self.damaged += file.damaged
         return rows
 
-    def _outdated(self, config: Config) -> set[str]:
-        """Stages that are not of this run any more: of another config, or on rows that have been
-        made anew since.
-        """
-        stages = self.manifest["stages"]
-        outdated = {name for name, entry in stages.items() if entry.get("is_outdated")}
-        for number, name in enumerate(STAGES):
-            entry = stages.get(name, {})
+    def _current(self, config: Config) -> Json:
+        """The stages that still count: of this config, on rows that were not made anew since."""
+        current = {}
+        for name in STAGES:
+            entry = self.entry(name)
             if entry.get("keys") and other_config(name, entry, config):
-                return outdated | set(STAGES[number:])
-        return outdated
+                break
+            if entry and not entry.get("is_outdated"):
+                current[name] = entry
+        return current
 
     def entry(self, stage: str) -> Json:
         """What the manifest says of a stage; empty before it."""
