@@ -23,8 +23,10 @@ if __name__ == "__main__":
 from kit import Json, __version__
 from kit.core.errors import KitError, machine_fault
 
-# Adds an argument to a command; argparse's own add_argument.
-Option = Callable[..., Any]
+# Adds an argument to a command: its name, what stands for its value, its meaning, and what else
+# argparse's add_argument takes.
+Option = Callable[..., None]
+PATHS = ("FILE", "DIR", "RUN")  # what stands for a path
 STAGE_COMMANDS = {
     "run": "run all stages, skipping what is done",
     "teach": "a trace for every problem, from a model, a file or the problem itself",
@@ -68,13 +70,19 @@ def parser() -> ArgumentParser:
         description = f"{about[0].upper()}{about[1:]}."
         added = commands.add_parser(name, help=about, description=description)
         added.set_defaults(run=run)
-        option = added.add_argument
+
+        def option(name: str, metavar: str = "", meaning: str = "", **more: Any) -> None:
+            if metavar:
+                more.update(metavar=metavar, help=meaning)
+            if metavar in PATHS:
+                more["type"] = _path
+            added.add_argument(name, **more)
+
         for flag, meaning in SHARED_OPTIONS.items():
             option(flag, action="store_true", help=meaning)
         if config:
-            option("config", metavar="CONFIG", help="a YAML file, see configs/")
-            example = "e.g. data.train=PATH align.samples=4"
-            option("overrides", nargs="*", metavar="key=value", help=example)
+            option("config", "CONFIG", "a YAML file, see configs/")
+            option("overrides", "key=value", "e.g. data.train=PATH align.samples=4", nargs="*")
         return option
 
     for name, about in STAGE_COMMANDS.items():
@@ -82,28 +90,26 @@ def parser() -> ArgumentParser:
     about = "runs of several methods and seeds, e.g. method=palign,ratio-0.5 seed=1,2, compared"
     command("sweep", _sweep, about, config=True)
     option = command("grade", _grade, "grade the outputs in any JSONL: accuracy, pass@k, agreement")
-    option("file", type=_path, metavar="FILE", help="rows with an answer and one or more outputs")
+    option("file", "FILE", "rows with an answer and one or more outputs")
     option("--verifier", choices=("math", "number", "choice", "text"), default="math")
     _grade_options(option)
     option = command("data", _data, "show how a file, a preset or a hub dataset is read")
-    option("source", metavar="SOURCE", help="a file, a preset (kit/presets.yaml) or a hub id")
-    option("overrides", nargs="*", metavar="key=value", help="e.g. fields={question: q}")
+    option("source", "SOURCE", "a file, a preset (kit/presets.yaml) or a hub id")
+    option("overrides", "key=value", "e.g. fields={question: q}", nargs="*")
     option("--all", action="store_true", help="show all problems, not the first three")
     _judge_options(command("judge", _judge, "show the verdicts along the traces of a JSONL"))
     _bench_options(command("bench", _bench, "measure alternatives side by side in one run"))
     option = command("compare", _compare, "runs side by side: one table, paired tests, one page")
-    option("runs", nargs="+", type=_path, metavar="RUN", help="run folders")
-    option(
-        "--reference", type=_path, metavar="RUN", help="the run that all others are compared with"
-    )
-    option("--out", default="compare.html", type=_path, metavar="FILE", help="the page")
-    option("--pairwise-judge", metavar="CONFIG", help="compare reasoning with its teacher")
+    option("runs", "RUN", "run folders", nargs="+")
+    option("--reference", "RUN", "the run that all others are compared with")
+    option("--out", "FILE", "the page", default="compare.html")
+    option("--pairwise-judge", "CONFIG", "compare reasoning with its teacher")
     about = "a leader's and participants' pages from finished runs; check their exercises"
     option = command("workshop", _workshop, about)
-    option("runs", nargs="+", type=_path, metavar="RUN", help="of palign and of a fixed cut")
-    option("--out", default="workshop", type=_path, metavar="DIR", help="the pages' folder")
-    option("--participants", type=int, default=8, metavar="N", help="a page each")
-    option("--check", nargs="+", type=_path, metavar="RUN", help="write nothing, check these")
+    option("runs", "RUN", "of palign and of a fixed cut", nargs="+")
+    option("--out", "DIR", "the pages' folder", default="workshop")
+    option("--participants", "N", "a page each", type=int, default=8)
+    option("--check", "RUN", "write nothing, check these", nargs="+")
     command("check", _check, "find what would stop a run, before it starts", config=True)
     command("plan", _plan, "will it fit, how long will it take; no weights are loaded", config=True)
     about = "check this machine; each finding with the command that fixes it"
@@ -120,35 +126,31 @@ def _path(text: str) -> Path:
 
 
 def _grade_options(option: Option) -> None:
-    option("--answer", metavar="KEY", help="key of the gold answer; a.b for a nested one")
-    option("--outputs", metavar="KEY", help="key of one output or several")
-    option("--labels", metavar="KEY", help="key of the file's own verdicts, to compare with")
-    option("--gold", type=_path, metavar="FILE", help="take the gold answers from this file")
-    option("--on", metavar="KEY", help="the key that both files share, or KEY=KEY_OF_GOLD")
+    option("--answer", "KEY", "key of the gold answer; a.b for a nested one")
+    option("--outputs", "KEY", "key of one output or several")
+    option("--labels", "KEY", "key of the file's own verdicts, to compare with")
+    option("--gold", "FILE", "take the gold answers from this file")
+    option("--on", "KEY", "the key that both files share, or KEY=KEY_OF_GOLD")
     option("--bare", action="store_true", help="the outputs are extracted answers")
 
 
 def _judge_options(option: Option) -> None:
-    option(
-        "teacher.path",
-        metavar="FILE",
-        help="rows with a question, an answer and a trace",
-    )
-    option("--config", metavar="CONFIG", help="take everything else from this config")
+    option("teacher.path", "FILE", "rows with a question, an answer and a trace")
+    option("--config", "CONFIG", "take everything else from this config")
     option("--interactive", action="store_true", help="walk through a trace interactively")
     option(
         "--validate",
         action="store_true",
         help="compare each judge's verdicts with the student's success",
     )
-    option("--out", default="validation", type=_path, metavar="DIR", help="--validate: its files")
+    option("--out", "DIR", "--validate: its files", default="validation")
     for flag, (key, meaning) in JUDGE_FLAGS.items():
-        option(flag, dest=key, metavar="VALUE", help=meaning)
+        option(flag, "VALUE", meaning, dest=key)
 
 
 def _bench_options(option: Option) -> None:
     option("subject", choices=("judge", "generate", "train", "overhead"))
-    option("--traces", metavar="FILE", type=_path, help="judge: rows with traces")
+    option("--traces", "FILE", "judge: rows with traces")
     option("--limit", type=int, help="how many traces or prompts")
     option("--backend", choices=("hf", "gguf"), default="hf", help="judge: default hf")
     option("--model", default="smollm2-135m")
@@ -167,12 +169,12 @@ def _bench_options(option: Option) -> None:
 
 def _export_options(option: Option) -> None:
     targets = ("merged", "gguf-lora", "gguf", "ollama", "hub")
-    option("folder", type=_path, metavar="RUN", help="run folder")
+    option("folder", "RUN", "run folder")
     option("--to", choices=targets, default="merged")
-    option("--out", type=_path, metavar="DIR", help="default: RUN/export")
+    option("--out", "DIR", "default: RUN/export")
     option("--base", help="the base model's GGUF (gguf-lora, ollama) or hub id (hub)")
     option("--quantize", choices=("q8_0", "q4_k_m"), help="gguf, ollama: default f16")
-    option("--repo", metavar="OWNER/NAME", help="hub: upload to it, private, with OWNER/NAME-data")
+    option("--repo", "OWNER/NAME", "hub: upload to it, private, with OWNER/NAME-data")
     option(
         "--update", action="store_true", help="hub: allow an existing repository; keep its README"
     )
@@ -247,16 +249,12 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
     """
     from kit import preflight
     from kit.core.run import Run
-    from kit.core.stages import STAGE_TABLE, STAGES
+    from kit.core.stages import STAGE_TABLE
     from kit.data import problems_of
     from kit.reporting import metrics, report
     from kit.training import trackers
 
-    whole = command == "run"
-    names = [command]
-    if whole:
-        # A run that stops early gets a report too.
-        names = [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
+    names = preflight.stages_of(config, command)
     # Some trackers print; standard output is for the result.
     with (
         Run(config, progress, command) as run,
@@ -274,8 +272,8 @@ def _run_stages(config: Any, progress: Any, command: str) -> Json:
                 if run.manifest["stages"].get(name) is not before:
                     trackers.report(run, name)
         except Exception:
-            # So does one that fails; what keeps the page from being written hides no error.
-            if whole:
+            # One that fails gets a report too; what keeps it from being written hides no error.
+            if command == "run":
                 try:
                     report.report(run)
                 except Exception as second:
@@ -329,7 +327,7 @@ def _judge(args: Namespace) -> int:
     overrides = ["teacher.backend=file"]
     for key, value in vars(args).items():
         if "." in key and value is not None:
-            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+            overrides.append(f"{key}={json.dumps(str(value), ensure_ascii=False)}")
     args.overrides = overrides
     config = _config(args)
     if args.interactive:
@@ -358,10 +356,8 @@ def _compare(args: Namespace) -> int:
             raise KitError(message, "Name a config whose teacher is a model.", 2)
         backend = open_backend(config.teacher)
         judge = partial(pairwise.compare_reasoning, backend, config.prompts)
-    folders = args.runs
-    if args.reference:
-        # the first run's group is what the others are compared with
-        folders = [args.reference, *(run for run in folders if run != args.reference)]
+    # the first run's group is what the others are compared with
+    folders = [args.reference or args.runs[0], *args.runs]
     return _print(args, compare.compare(folders, args.out, judge), compare.show)
 
 

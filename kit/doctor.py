@@ -12,15 +12,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 
 import psutil
 
 from kit import Json
-from kit.doctor_full import FULL_CHECKS
+from kit.doctor_full import FULL_CHECKS, REINSTALL, Finding
 
 ROOT = Path(__file__).resolve().parents[1]
 # in a process of their own, which they may kill or hang
@@ -29,15 +27,11 @@ ALONE_SECONDS = 300
 LABELS = {True: "ok", False: "FAIL", None: "note"}
 
 
-# ok (None: absent, but not every run needs it) and what was found
-Finding = tuple[bool | None, str]
-
-
 def examine(full: bool = False, tell: Callable[[Json], None] = lambda check: None) -> Json:
     """Run all checks; about a minute, most of it for the gradients of the packaged model.
 
     Args:
-        full: also those of doctor_full.py, one after the other, since they measure; some minutes.
+        full: also those of doctor_full.py; some minutes.
         tell: called with each check as it ends, in the order of the result.
 
     Returns:
@@ -45,10 +39,11 @@ def examine(full: bool = False, tell: Callable[[Json], None] = lambda check: Non
         empty}]}.
     """
     checks = []
-    with ThreadPoolExecutor(4) as pool:
-        for check in chain(pool.map(_examine, CHECKS), map(_examine, FULL_CHECKS if full else ())):
-            tell(check)
-            checks.append(check)
+    # one after the other: some measure
+    for name in (*CHECKS, *FULL_CHECKS) if full else CHECKS:
+        check = _examine(name)
+        tell(check)
+        checks.append(check)
     return {"ok": all(check["ok"] is not False for check in checks), "checks": checks}
 
 
@@ -204,8 +199,6 @@ def _hub() -> Finding:
     return True, f"{ENDPOINT} answers {status}"
 
 
-# one package, as pinned
-REINSTALL = "python -m pip install --force-reinstall --no-deps -c requirements.txt"
 # name: (check, the command that fixes it)
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "Python": (_python, "python3.11 -m venv venv"),

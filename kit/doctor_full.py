@@ -16,6 +16,7 @@ ROWS = (1, 8, 32)  # side by side
 MARGIN = 0.5
 SLOWEST = 0.5  # of transformers' own speed, over all rows
 PEAK_RATIO = 0.25  # that a measured peak may be off from plan's
+# ok (None: absent, but not every run needs it) and what was found
 Finding = tuple[bool | None, str]
 
 
@@ -198,11 +199,12 @@ def _open(dtype: str = "auto") -> Any:
     return engine("hf", MODEL, dtype=dtype, max_num_seqs=max(ROWS))
 
 
-PINS = "python -m pip install --force-reinstall --no-deps -c requirements.txt"
+# one package, as pinned
+REINSTALL = "python -m pip install --force-reinstall --no-deps -c requirements.txt"
 # name: (check, what to do where it fails)
 FULL_CHECKS = {
     "cache": (cache, "judge with judge.search=uncached, and report this table"),
-    "generation": (generation, f"close what else is busy; then {PINS} transformers torch"),
+    "generation": (generation, f"close what else is busy; then {REINSTALL} transformers torch"),
     "out of memory": (out_of_memory, "run with a smaller student.max_num_seqs, and report this"),
     "training peak": (training_peak, "leave room: a smaller train.max_seq_tokens than plan's"),
     "memory returned": (memory_returned, "run the stages one command at a time, and report this"),

@@ -12,11 +12,10 @@ from typing import Any
 
 from kit.backends.base import Request
 from kit.core.config import Config
-from kit.core.errors import KitError
 from kit.core.progress import visible
-from kit.core.records import PrefixRow, Problem
+from kit.core.records import PrefixRow
 from kit.data import load_traces
-from kit.judging.cut import cut, from_problem, keep
+from kit.judging.cut import cut, cut_at_ratio, from_problem, traces_in_file
 from kit.judging.judge import Judge, open_judge
 from kit.judging.sentences import split
 from kit.models import load_tokenizer
@@ -42,7 +41,7 @@ def walk(config: Config) -> int:
 
 def _steps(config: Config) -> Generator[str, None, None]:
     """What is shown, one text per step."""
-    trace = from_problem(_first_problem(config))
+    trace = traces_in_file(config)[0]
     sentences = [" ".join(sentence.split()) for sentence in split(trace.trace)]
     numbered = [f"{number:4d}  {text}" for number, text in enumerate(sentences, 1)]
     yield f"The problem {trace.id}\n\n{trace.question}\n\nThe gold answer: {trace.answer}"
@@ -106,28 +105,18 @@ def prompt(config: Config, of: str) -> dict[str, Any]:
     Returns:
         {of, tokens, special: how many of them are special tokens, text}.
     """
-    problem = _first_problem(config)
+    problem = load_traces(config)[0]
     student = config.student
     trace = problem.trace or problem.solution or "(the trace goes here)"
-    row = from_problem(problem.model_copy(update={"trace": trace}))
-    row = keep(row, max(1, row.sentences_total // 4))
+    row = cut_at_ratio(from_problem(problem.model_copy(update={"trace": trace})), 0.25)
     prompts = config.prompts
     turns = {
-        "solve": (solve_text(prompts, problem.question), ""),
-        "judge": (judge_text(prompts, problem.question, trace[: row.end]), ""),
-        "draft": draft_turns(config, problem.question, trace[: row.end]),
+        "solve": (solve_text(prompts, row.question), ""),
+        "judge": (judge_text(prompts, row.question, row.prefix), ""),
+        "draft": draft_turns(config, row.question, row.prefix),
     }
     user, answer = turns[of]
     tokenizer = load_tokenizer(student.tokenizer or student.model)
     ids = render(tokenizer, user, student, answer)
     special = sum(tokenizer.decode([i]) in tokenizer.special for i in ids)
     return {"of": of, "tokens": len(ids), "special": special, "text": tokenizer.decode(ids)}
-
-
-def _first_problem(config: Config) -> Problem:
-    problems = load_traces(config)
-    if not problems:
-        raise KitError(
-            "There is no problem to show.", "Check data.train, or name a file with traces."
-        )
-    return problems[0]

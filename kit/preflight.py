@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
 from kit.core.progress import visible
-from kit.core.run import read_manifest, trained_adapter
+from kit.core.run import read_manifest, stage_entry, trained_adapter
 from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
 from kit.grading.opinions import SAME, label_tokens
@@ -125,7 +125,16 @@ def _checks(
         yield "teacher", partial(_open_tokenizer, config.teacher, notes)
     if todo and config.student.adapter:
         yield "student.adapter", partial(_check_adapter, config.student)
-    yield from _student_checks(config, todo, notes)
+
+    # what the method asks of the student before its training, and of another run
+    method = method_of(config.method)
+    if "truncate" in todo and method.cut == "fixed-prefix-matched":
+        yield "baseline", partial(matched_ratio, config)
+    if "truncate" in todo and method.is_judged:
+        yield "student", partial(_check_labels, config, notes)
+    elif "align" in todo and method.continued:
+        yield "student", partial(_open_tokenizer, config.student, notes)
+
     if "train" in todo:
         from kit.training.plan import accumulation_steps
 
@@ -138,38 +147,29 @@ def _checks(
         yield "eval", partial(_check_eval, config, todo, notes)
 
 
-def _student_checks(config: Config, todo: list[str], notes: list[str]) -> Iterator[Check]:
-    """What the method asks of the student before its training, and of another run."""
-    method = method_of(config.method)
-    if "truncate" in todo and method.cut == "fixed-prefix-matched":
-        yield "baseline", partial(matched_ratio, config)
-    if "truncate" in todo and method.is_judged:
-        yield "student", partial(_check_labels, config, notes)
-    elif "align" in todo and method.continued:
-        yield "student", partial(_open_tokenizer, config.student, notes)
+def stages_of(config: Config, command: str) -> list[str]:
+    """The stages that a command carries out. A run that stops early gets a report too."""
+    if command != "run":
+        return [command]
+    return [*STAGES[:-1][: STAGES.index(config.stop_after) + 1], "report"]
 
 
 def _todo(config: Config, command: str = "run") -> list[str]:
     """The stages of a run, or the one, from the first that is not done under this config."""
-    entries = {}
+    # a report needs neither a card nor a model
+    needed = ("eval",) if config.method == "zero-shot" else STAGES[:-1]
+    todo = dropwhile(partial(_is_done, config), stages_of(config, command))
+    return [stage for stage in todo if stage in needed]
+
+
+def _is_done(config: Config, stage: str) -> bool:
+    """Whether the manifest says that a stage is done, under this config and with the models that
+    are here now.
+    """
+    entry: Json = {}
     # A folder that is no run's is a problem of its own.
     with suppress(KitError):
-        entries = read_manifest(config.folder).get("stages", {})
-    stages = list(STAGES[: STAGES.index(config.stop_after) + 1])
-    if command != "run":
-        stages = [command]
-    while stages and _is_done(config, stages[0], entries.get(stages[0], {})):
-        del stages[0]
-    if config.method == "zero-shot":
-        return [stage for stage in stages if stage == "eval"]
-    # a report needs neither a card nor a model
-    return [stage for stage in stages if stage != "report"]
-
-
-def _is_done(config: Config, stage: str, entry: Json) -> bool:
-    """Whether the manifest's entry of a stage says that it is done, under this config and with the
-    models that are here now.
-    """
+        entry = stage_entry(config.folder, stage)
     if not entry.get("done"):
         return False
     section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,40 @@ def test_ticks_of_a_count_end_with_it(high: int) -> None:
     ticks = report.ticks(0, high, whole=True)
     assert ticks[0] == 0 and ticks[-1] == high and 2 <= len(ticks) <= 8
     assert all(isinstance(tick, int) for tick in ticks) and ticks == sorted(set(ticks))
+
+
+def difference(low: float, middle: float, high: float) -> dict[str, float]:
+    return {"ci_low": low, "difference": middle, "ci_high": high}
+
+
+def test_a_picture_of_differences_reaches_to_all_but_very_wide_intervals() -> None:
+    assert report.reach([difference(-0.02, 0.0, 0.02)]) == 0.06
+    assert report.reach([difference(-0.9, 0.05, 0.95)]) == 1
+    narrow = [difference(-0.1, 0.0, 0.1), difference(-0.3, -0.2, -0.1), difference(0.2, 0.3, 0.4)]
+    assert report.reach(narrow) == 0.4
+    assert report.reach([*narrow, difference(-0.9, 0.05, 0.95)]) == 0.4
+    assert report.reach([*narrow, difference(0.4, 0.7, 1.0)]) == 1
+
+
+def test_an_interval_wider_than_its_picture_ends_in_arrowheads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make(tmp_path / method, seed=1, method=method) for method in TEN[:5]]
+    page = tmp_path / "page.html"
+    arrowhead = ("An arrowhead: the interval goes on.", 'class="low high"', "M384 ")
+    compare.compare(folders, page)
+    assert not any(mark in page.read_text(encoding="utf-8") for mark in arrowhead)
+
+    real = compare.compare_rows
+
+    def with_one_wide(*rows: Any) -> Any:
+        test = real(*rows)
+        monkeypatch.setattr(compare, "compare_rows", real)
+        return replace(test, ci_low=-0.9, ci_high=0.95)
+
+    monkeypatch.setattr(compare, "compare_rows", with_one_wide)
+    compare.compare(folders, page)
+    assert all(mark in page.read_text(encoding="utf-8") for mark in arrowhead)
 
 
 def test_table_is_plain_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

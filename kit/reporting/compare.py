@@ -8,11 +8,12 @@ Nothing is graded again here.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain, combinations, islice, zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from kit.core.config import expand, flat, load
 from kit.core.errors import KitError
@@ -38,16 +39,30 @@ Rows = list[EvalRow]
 Key = tuple[str, str]  # a trace: its id and text
 
 
-class Answers(NamedTuple):
-    """What one run's model answered to one dataset."""
+@dataclass
+class Answers:
+    """What the runs of one group answered to one dataset."""
 
-    seed: int
-    rows: Rows
+    seeds: list[int] = field(default_factory=list)
+    by_run: list[Rows] = field(default_factory=list)
 
-    @property
-    def accuracy(self) -> float:
-        """Over the run's problems."""
-        return fmean(accuracy_by_problem(self.rows).values())
+    @cached_property
+    def rows(self) -> Rows:
+        """Of all runs."""
+        return list(chain(*self.by_run))
+
+    @cached_property
+    def accuracies(self) -> list[float]:
+        """Of each run, over its problems."""
+        return [fmean(accuracy_by_problem(rows).values()) for rows in self.by_run]
+
+    @cached_property
+    def by_seed(self) -> dict[int, float]:
+        """Accuracy by seed, in order; a seed that was run twice counts once, by its mean."""
+        accuracies = defaultdict(list)
+        for seed, accuracy in sorted(zip(self.seeds, self.accuracies, strict=True)):
+            accuracies[seed].append(accuracy)
+        return {seed: fmean(values) for seed, values in accuracies.items()}
 
 
 def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None = None) -> Json:
@@ -72,70 +87,53 @@ def compare(folders: Sequence[Path], out: Path, judge: Callable[..., Any] | None
             run's own.
     """
     # one folder under two names is one run
-    unique: dict[Path, Path] = {}
-    for folder in folders:
-        unique.setdefault(Path(folder).resolve(), folder)
-    folders = list(unique.values())
-    if len(folders) < 2:
+    unique = {folder.resolve(): folder for folder in folders}
+    if len(unique) < 2:
         raise KitError(
             "compare needs two runs or more.",
             "Name their folders: palign.py compare runs/a runs/b.",
             2,
         )
-    if Path(out).is_dir():
+    if out.is_dir():
         raise KitError(f"{out} is a folder.", "Name the page's file: --out compare.html.", 2)
-    files = [Files(Path(folder)) for folder in folders]
+    files = list(map(Files, unique.values()))
     for run in files:
         _check_adapter(run)
     groups = _groups(files)
     labels = []
-    for label, runs in groups.items():
-        labels.append({"label": label, "seeds": [run.config["seed"] for run in runs]})
+    for label, group in groups.items():
+        labels.append({"label": label, "seeds": [run.config["seed"] for run in group]})
     config = files[0].config
+    runs = {run.folder: numbers(run) for run in files}
     result = {
-        "runs": list(map(numbers, files)),
+        "runs": list(runs.values()),
         "page": str(out),
         "groups": labels,
         **_on_datasets(groups, judge),
-        "lesson": _lesson({label: runs[0] for label, runs in groups.items()}),
+        "lesson": _lesson({label: group[0] for label, group in groups.items()}, runs),
         "differs": differing_keys(files),
         "budget": config["eval"]["sampling"]["max_new_tokens"],
         "student": config["student"]["model"],
         "teacher": files[0].teacher,
     }
-    write_atomic(Path(out), render("compare.html.j2", result=result, groups=groups))
+    write_atomic(out, render("compare.html.j2", result=result, groups=groups))
     return result
 
 
 def _on_datasets(groups: Groups, judge: Callable[..., Any] | None) -> Json:
     """What is compared dataset by dataset: see `compare`."""
-    scores = []
-    pairs = []
-    different = []
-    within = {}
-    quality = {}
-    for dataset, by_run in answers_by_run(groups).items():
-        answers = {}
-        for label, runs in by_run.items():
-            answers[label] = list(chain.from_iterable(run.rows for run in runs))
-        scores += _scores(dataset, by_run)
-        pairs += _pairs(dataset, by_run, answers)
-        different += _disagreements(dataset, answers)
-        within[dataset] = accuracy_within(answers)
-        if judge and len(by_run) > 1:
-            a, b, *_ = by_run
-            quality[dataset] = {
-                "a": a,
-                "b": b,
-                **asdict(judge(by_run[a][0].rows, by_run[b][0].rows)),
-            }
-    return {
-        "scores": scores,
-        "pairs": pairs,
-        "different": different,
-        "within": within,
-        "quality": quality,
-    }
+    compared: Json = {"scores": [], "pairs": [], "different": [], "within": {}, "quality": {}}
+    for dataset, answers in answers_by_dataset(groups).items():
+        rows = {label: own.rows for label, own in answers.items()}
+        compared["scores"] += _scores(dataset, answers)
+        compared["pairs"] += _pairs(dataset, answers)
+        compared["different"] += _disagreements(dataset, rows)
+        compared["within"][dataset] = accuracy_within(rows)
+        if judge and len(answers) > 1:
+            a, b, *_ = answers
+            test = judge(answers[a].by_run[0], answers[b].by_run[0])
+            compared["quality"][dataset] = {"a": a, "b": b, **asdict(test)}
+    return compared
 
 
 def show(result: Json) -> None:
@@ -145,7 +143,7 @@ def show(result: Json) -> None:
 
 def _check_adapter(run: Files) -> None:
     """Refuse (KitError) a run whose scores are of another adapter than it holds now."""
-    scored = run.eval_keys.get(ADAPTER)
+    scored = run.keys("eval").get(ADAPTER)
     now = adapter_hash(run.folder / "adapter")
     if scored and now and scored != now:
         raise KitError(
@@ -156,7 +154,8 @@ def _check_adapter(run: Files) -> None:
 
 def _model(run: Files) -> dict[str, str]:
     """Fingerprints of the model that was evaluated: equal names may stand for other weights."""
-    return {key: run.eval_keys[key] for key in run.eval_keys if key.endswith(" of eval.model")}
+    keys = run.keys("eval").items()
+    return {key: value for key, value in keys if key.endswith(" of eval.model")}
 
 
 def _groups(files: list[Files]) -> Groups:
@@ -164,18 +163,15 @@ def _groups(files: list[Files]) -> Groups:
     by_config = defaultdict(list)
     for run in files:
         by_config[repr({**_setting(run.config), **_model(run)})].append(run)
-    by_method = defaultdict(list)
-    for runs in by_config.values():
-        by_method[runs[0].config["method"]].append(runs[0])
-    groups = {}
-    for runs in by_config.values():
-        config = runs[0].config
-        label = config["method"]
-        alike = by_method[label]
+    firsts = [runs[0] for runs in by_config.values()]
+    groups: Groups = {}
+    for first, runs in zip(firsts, by_config.values(), strict=True):
+        label = first.config["method"]
+        alike = [run for run in firsts if run.config["method"] == label]
         if len(alike) > 1:
-            label += f" ({_words(alike, runs[0]) or config['name']})"
+            label += f" ({_words(alike, first) or first.config['name']})"
         if label in groups:
-            label = f"{label} in {runs[0].folder}"
+            label = f"{label} in {first.folder}"
         groups[label] = runs
     return groups
 
@@ -191,29 +187,29 @@ def _words(alike: list[Files], run: Files) -> str:
 
 
 def _setting(config: Json) -> Json:
-    """A run's config without its names and seed. Another run that it names, whose adapter it has on
-    or to which it is matched, counts by its own setting: each seed has one of its own.
+    """A run's dotted keys without its names, its seed and those that change no number.
+
+    Another run that it names, whose adapter it has on or to which it is matched, counts by its own
+    setting: each seed has one of its own.
     """
-    setting = {**config, **dict.fromkeys((*NAMES, "seed"))}
-    for section, key in (("student", "adapter"), ("baseline", "matched_run")):
-        # in a sweep every run has the key, also the one that it names
-        is_used = key == "adapter" or config["method"] == "fixed-prefix-matched"
-        other = config[section][key] if is_used else None
-        file = expand(str(other).replace("{seed}", str(config["seed"]))) / "config.yaml"
-        if other and file.exists():
-            other = _setting(load(file).model_dump(mode="json"))
-        setting[section] = {**config[section], key: other}
-    # keys that change no number; a matched run has had its turn
-    for key in NEUTRAL - {"matched_run"}:
-        for section in ("student", "teacher", "answer_judge", "train", "eval"):
-            if key in setting[section]:
-                setting[section] = {**setting[section], key: None}
+    setting = {}
+    for key, value in flat(config).items():
+        if key not in NAMES | {"seed"} and key.split(".")[-1] not in NEUTRAL:
+            setting[key] = value
+    named = {"student.adapter": config["student"]["adapter"]}
+    # in a sweep every run has the key, also the one that it names
+    if config["method"] == "fixed-prefix-matched":
+        named["baseline.matched_run"] = config["baseline"]["matched_run"]
+    for key, folder in named.items():
+        file = expand(str(folder).replace("{seed}", str(config["seed"]))) / "config.yaml"
+        is_here = folder and file.exists()
+        setting[key] = _setting(load(file).model_dump(mode="json")) if is_here else folder
     return setting
 
 
-def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Answers]]]:
-    """What each run's last model (the tuned one, if any) answered: by dataset, by group, by run."""
-    answers: dict[str, dict[str, list[Answers]]] = defaultdict(lambda: defaultdict(list))
+def answers_by_dataset(groups: Groups) -> dict[str, dict[str, Answers]]:
+    """What each run's last model (the tuned one, if any) answered: by dataset, then by group."""
+    answers: dict[str, dict[str, Answers]] = defaultdict(lambda: defaultdict(Answers))
     for label, runs in groups.items():
         for run in runs:
             # The base model's scores stand first, so the tuned model's replace them.
@@ -223,7 +219,8 @@ def answers_by_run(groups: Groups) -> dict[str, dict[str, list[Answers]]]:
                 rows = run.rows(file, EvalRow)
                 _check_whole(run.folder / file, rows, entry["n"])
                 if rows:
-                    answers[dataset][label].append(Answers(run.config["seed"], rows))
+                    answers[dataset][label].seeds.append(run.config["seed"])
+                    answers[dataset][label].by_run.append(rows)
     return answers
 
 
@@ -238,40 +235,34 @@ def _check_whole(file: Path, rows: Rows, scored: int) -> None:
         )
 
 
-def _by_seed(runs: list[Answers]) -> dict[int, float]:
-    """Accuracy by seed, in order; a seed that was run twice counts once, by its mean."""
-    accuracies = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.seed):
-        accuracies[run.seed].append(run.accuracy)
-    return {seed: fmean(values) for seed, values in accuracies.items()}
-
-
-def _scores(dataset: str, by_run: dict[str, list[Answers]]) -> list[Json]:
+def _scores(dataset: str, answers: dict[str, Answers]) -> list[Json]:
     """Each group's pooled score, its runs' accuracies, and their standard deviation over seeds."""
     scores = []
-    for label, runs in by_run.items():
-        by_seed = list(_by_seed(runs).values())
+    for label, own in answers.items():
         scores.append(
             {
                 "group": label,
                 "dataset": dataset,
-                "runs": len(runs),
-                "by_run": [run.accuracy for run in runs],
-                "spread": stdev(by_seed) if len(by_seed) > 1 else None,
-                **asdict(score(list(chain.from_iterable(run.rows for run in runs)))),
+                "runs": len(own.by_run),
+                "by_run": own.accuracies,
+                "spread": stdev(own.by_seed.values()) if len(own.by_seed) > 1 else None,
+                **asdict(score(own.rows)),
             }
         )
     return scores
 
 
-def _pairs(dataset: str, by_run: dict[str, list[Answers]], answers: dict[str, Rows]) -> list[Json]:
+def _pairs(dataset: str, answers: dict[str, Answers]) -> list[Json]:
     """Each later group against each earlier one, with the test's result in words."""
     pairs = []
     for a, b in combinations(answers, 2):
-        test = compare_rows(answers[a], answers[b])
+        test = compare_rows(answers[a].rows, answers[b].rows)
         if not test:
             continue
-        noise = _seed_noise(by_run[a], by_run[b])
+        first = answers[a].by_seed
+        second = answers[b].by_seed
+        # runs of the same seeds are paired
+        noise = stats.seed_noise([*first.values()], [*second.values()], [*first] == [*second])
         if noise:
             test = stats.over_seeds(test, *noise)
         better = b if test.difference > 0 else a
@@ -284,14 +275,6 @@ def _pairs(dataset: str, by_run: dict[str, list[Answers]], answers: dict[str, Ro
         about = {"dataset": dataset, "a": a, "b": b, "over_seeds": noise is not None}
         pairs.append({**about, **asdict(test), "words": words})
     return pairs
-
-
-def _seed_noise(a: list[Answers], b: list[Answers]) -> tuple[float, int] | None:
-    """See `stats.seed_noise`; runs of the same seeds are paired."""
-    first = _by_seed(a)
-    second = _by_seed(b)
-    is_paired = first.keys() == second.keys()
-    return stats.seed_noise(list(first.values()), list(second.values()), is_paired)
 
 
 def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
@@ -314,11 +297,16 @@ def _disagreements(dataset: str, answers: dict[str, Rows]) -> list[Json]:
     for _, problem in islice(filter(None, turns), DISAGREEMENTS):
         shown = []
         for label, rows in answers.items():
-            row = next(row for row in rows if (row.id, row.question) == problem)
-            sample = row.samples[0].model_dump() if row.samples else None
-            of = sum(len(row.samples) for row in rows if (row.id, row.question) == problem)
-            share = accuracies[label][problem]
-            shown.append({"group": label, "share": share, "of": of, "sample": sample})
+            own = [row for row in rows if (row.id, row.question) == problem]
+            shown.append(
+                {
+                    "group": label,
+                    "share": accuracies[label][problem],
+                    "of": sum(len(row.samples) for row in own),
+                    "sample": own[0].samples[0].model_dump() if own[0].samples else None,
+                }
+            )
+        row = own[0]
         about = {"dataset": dataset, "id": row.id, "question": row.question, "gold": row.answer}
         disagreements.append({**about, "answers": shown})
     return disagreements
@@ -342,8 +330,11 @@ def accuracy_within(answers: dict[str, Rows]) -> list[tuple[str, list[tuple[int,
     return curves
 
 
-def _lesson(runs: dict[str, Files]) -> Json | None:
+def _lesson(runs: dict[str, Files], described: dict[Path, Json]) -> Json | None:
     """What each group's first run learned from, and one problem that all of them learned from.
+
+    Args:
+        described: the `numbers` of each run's folder.
 
     Returns:
         targets [{group, method, rows, characters: median, lengthened: rows, used_share of the
@@ -361,7 +352,7 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
                 cuts.setdefault((row.id, row.trace), (label, row))
         if run.train:
             learned[label] = _learned(run)
-            about = numbers(run)
+            about = described[run.folder]
             targets.append(
                 {
                     "group": label,
@@ -398,8 +389,7 @@ def _lesson(runs: dict[str, Files]) -> Json | None:
             "row": cut.model_dump(),
             **pieces(cut),
         }
-    problem = next(iter(learned.values()))[key]
-    return {**lesson, "question": problem.question, "gold": problem.answer, "trace": key[1]}
+    return {**lesson, "question": aligned.question, "gold": aligned.answer, "trace": key[1]}
 
 
 def _learned(run: Files) -> dict[Key, AlignedRow]:

@@ -28,15 +28,6 @@ from kit.judging.sentences import ends
 
 RULES = Path(__file__).parent / "templates" / "findings.yaml"
 STAGE_KEYS = ("rows_in", "rows_out", "seconds", "done")
-JUDGING_TOTALS = (
-    "prefill_tokens",
-    "cached_tokens",
-    "generated_tokens",
-    "over_limit_traces",
-    "judged_traces",
-    "insufficient_traces",
-    "violating_traces",
-)
 PAPER_RETENTION = 0.966  # 966 of 1,000 released rows
 DEGENERATE_RATIO = 0.9  # of the traces cut alike, from which a judge is called degenerate
 MIN_JUDGED = 4  # traces, and sentences of one, that such a judgement needs
@@ -62,10 +53,9 @@ class Files:
             # a round's, which is known by its content: the folder may have moved
             student = config.student.model_copy(update={"adapter": own})
             config = config.model_copy(update={"student": student})
-        outdated = self._outdated(config or self.resolved)
-        stages = self.manifest["stages"]
-        current = [name for name in STAGES if name in stages and name not in outdated]
-        self.manifest["stages"] = {name: stages[name] for name in current}
+        stages = self._current(config or self.resolved)
+        outdated = self.manifest["stages"].keys() - stages
+        self.manifest["stages"] = stages
         self.traces = self.rows("traces.jsonl", TraceRow) if "teach" not in outdated else []
         self.prefixes = self.rows("prefixes.jsonl", PrefixRow) if "truncate" not in outdated else []
         self.aligned = self.rows("aligned.jsonl", AlignedRow) if "align" not in outdated else []
@@ -80,26 +70,28 @@ class Files:
         self.damaged += file.damaged
         return rows
 
-    def _outdated(self, config: Config) -> set[str]:
-        """Stages that are not of this run any more: of another config, or on rows that have been
-        made anew since.
-        """
-        stages = self.manifest["stages"]
-        outdated = {name for name, entry in stages.items() if entry.get("is_outdated")}
-        for number, name in enumerate(STAGES):
-            entry = stages.get(name, {})
+    def _current(self, config: Config) -> Json:
+        """The stages that still count: of this config, on rows that were not made anew since."""
+        current = {}
+        for name in STAGES:
+            entry = self.entry(name)
             if entry.get("keys") and other_config(name, entry, config):
-                return outdated | set(STAGES[number:])
-        return outdated
+                break
+            if entry and not entry.get("is_outdated"):
+                current[name] = entry
+        return current
+
+    def entry(self, stage: str) -> Json:
+        """What the manifest says of a stage; empty before it."""
+        return self.manifest["stages"].get(stage, {})
 
     def summary(self, stage: str) -> Json:
         """What a stage reported when it finished; empty before."""
-        return self.manifest["stages"].get(stage, {}).get("summary", {})
+        return self.entry(stage).get("summary", {})
 
-    @property
-    def eval_keys(self) -> Json:
-        """What the scores depend on: config keys and fingerprints; empty before."""
-        return self.manifest["stages"].get("eval", {}).get("keys", {})
+    def keys(self, stage: str) -> Json:
+        """What a stage's rows depend on: config keys and fingerprints; empty before it."""
+        return self.entry(stage).get("keys", {})
 
     @property
     def teacher(self) -> str:
@@ -153,7 +145,9 @@ def numbers(files: Files) -> Json:
     for name, data in files.manifest.get("data", {}).get("evals", {}).items():
         near.append({"dataset": name, "n": data.get("near_duplicates", 0), "of": data["rows"]})
     result = {
-        **_pick(files.config, ("name", "method", "seed")),
+        "name": files.config["name"],
+        "method": files.config["method"],
+        "seed": files.config["seed"],
         "folder": str(files.folder),
         **_funnel(files),
         "accuracy_before": accuracies.get("base"),
@@ -227,16 +221,12 @@ def percentiles(values: Sequence[float]) -> Json:
 def degenerate(rows: Sequence[PrefixRow]) -> str | None:
     """A warning with its evidence where a judge cuts nearly all traces alike; None otherwise."""
     judged = [row for row in rows if row.verdicts and row.sentences_total >= MIN_JUDGED]
-    cuts: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    # How many traces were cut at each end, and what the verdicts were.
-    for row in judged:
-        cuts["cut to one sentence"] += row.sentences == 1
-        cuts["kept whole"] += row.sentences == row.sentences_total
-        labels.update(verdict.label for verdict in row.verdicts)
-    if len(judged) < MIN_JUDGED or max(cuts.values()) < DEGENERATE_RATIO * len(judged):
+    short = sum(row.sentences == 1 for row in judged)
+    whole = sum(row.sentences == row.sentences_total for row in judged)
+    alike, cut = max((short, "cut to one sentence"), (whole, "kept whole"))
+    if len(judged) < MIN_JUDGED or alike < DEGENERATE_RATIO * len(judged):
         return None
-    [(cut, alike)] = cuts.most_common(1)
+    labels = Counter(verdict.label for row in judged for verdict in row.verdicts)
     [(label, count)] = labels.most_common(1)
     return (
         f"The judge hardly distinguishes one prefix from another: {alike} of {len(judged)} traces "
@@ -247,24 +237,25 @@ def degenerate(rows: Sequence[PrefixRow]) -> str | None:
 
 def _funnel(files: Files) -> Json:
     """Rows kept and lost, their lengths, and the samples that they were made from."""
-    stages = files.manifest["stages"]
+    stages = []
+    for name, entry in files.manifest["stages"].items():
+        stages.append({"name": name, **{key: entry.get(key) for key in STAGE_KEYS}})
     kept = [row for row in files.aligned if not row.rejected]
     continued = [row for row in kept if row.continuation]
     shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
-    traces = len(files.prefixes) or sum(len(row.kept) for row in files.traces)
+    # where nothing was cut, the traces are whole
+    prefixes = files.prefixes or [row for trace in files.traces for row in trace.whole(ends)]
     # align may lengthen a prefix beyond the cut: what was learned from, as a share of the trace
-    whole = {row.id: row.trace for row in files.prefixes if row.kept_text is None}
-    if not files.prefixes:  # nothing was cut
-        whole = {row.id: row.trace for trace in files.traces for row in trace.whole(ends)}
+    whole = {row.id: row.trace for row in prefixes if row.kept_text is None}
     used = [len(row.prefix) / len(whole[row.id]) for row in kept if whole.get(row.id)]
     return {
-        "stages": [{"name": name, **_pick(entry, STAGE_KEYS)} for name, entry in stages.items()],
+        "stages": stages,
         "rejections": _rejections(files),
         "train_rows": len(files.train),
         "retention": {
             "rows": len(kept),
-            "of": traces,
-            "ratio": len(kept) / traces if traces and files.aligned else None,
+            "of": len(prefixes),
+            "ratio": len(kept) / len(prefixes) if prefixes and files.aligned else None,
             "paper": PAPER_RETENTION,
         },
         "lengths": {
@@ -288,40 +279,30 @@ def _rejections(files: Files) -> list[Json]:
         lost["train", reason] = len(names)
     rejections = []
     for (stage, reason), rows in lost.items():
-        of = files.manifest["stages"].get(stage, {}).get("rows_in")
+        of = files.entry(stage).get("rows_in")
         rejections.append({"stage": stage, "reason": reason, "rows": rows, "of": of})
     return rejections
 
 
 def _judging(rows: Sequence[PrefixRow]) -> Json:
     """How much of each trace was kept, and what the verdicts were and cost."""
-    ratios = []
-    neighbours = []
-    labels: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    for row in rows:
-        labels.update(verdict.label for verdict in row.verdicts)
-        totals["prefill_tokens"] += row.prefill_tokens
-        totals["cached_tokens"] += row.cached_tokens
-        totals["generated_tokens"] += row.generated_tokens
-        totals["over_limit_traces"] += 0 < row.searched_sentences < row.sentences_total
-        totals["judged_traces"] += bool(row.verdicts)
-        if row.rejected:
-            continue
-        ratios.append(row.ratio)
-        totals["insufficient_traces"] += not row.sufficient
-        totals["violating_traces"] += row.violations > 0
-        if row.isolated is not None:
-            neighbours.append(row.isolated)
-    kept = percentiles(ratios)
+    kept = [row for row in rows if not row.rejected]
+    ratio = percentiles([row.ratio for row in kept])
+    labels = Counter(verdict.label for row in rows for verdict in row.verdicts)
+    isolated = [row.isolated for row in kept if row.isolated is not None]
     return {
-        "prefix_ratio": kept,
-        "prefix_ratio_median": kept["p50"],
+        "prefix_ratio": ratio,
+        "prefix_ratio_median": ratio["p50"],
         "verdicts_asked": labels.total(),
         "verdicts_unparsed": labels["UNPARSED"],
-        "isolated_traces": {"rows": sum(neighbours), "of": len(neighbours)},
-        **dict.fromkeys(JUDGING_TOTALS, 0),
-        **totals,
+        "prefill_tokens": sum(row.prefill_tokens for row in rows),
+        "cached_tokens": sum(row.cached_tokens for row in rows),
+        "generated_tokens": sum(row.generated_tokens for row in rows),
+        "isolated_traces": {"rows": sum(isolated), "of": len(isolated)},
+        "over_limit_traces": sum(0 < row.searched_sentences < row.sentences_total for row in rows),
+        "judged_traces": sum(bool(row.verdicts) for row in rows),
+        "insufficient_traces": sum(not row.sufficient for row in kept),
+        "violating_traces": sum(row.violations > 0 for row in kept),
     }
 
 
@@ -335,19 +316,18 @@ def _rounds(files: Files) -> list[Json]:
     rounds: list[Json] = []
     before: list[EvalRow] = []
     adapter = None
+    run = files
     last = files.config["rounds"]
     for number in range(1, last + 1) if last > 1 else ():
-        folder = files.folder / f"round-{number}" if number > 1 else files.folder
-        if not read_manifest(folder):
-            break
-        run = Files(folder, files.resolved.round(number) if number > 1 else files.resolved)
-        # it was made with the adapter that the round before has now
-        judged_with = (
-            run.manifest["stages"].get("truncate", {}).get("keys", {}).get(STUDENTS_ADAPTER)
-        )
-        if number > 1 and judged_with not in (None, adapter):
-            break
-        adapter = run.manifest["stages"].get("train", {}).get("output")
+        if number > 1:
+            folder = files.folder / f"round-{number}"
+            if not read_manifest(folder):
+                break
+            run = Files(folder, files.resolved.round(number))
+            # it was made with the adapter that the round before has now
+            if run.keys("truncate").get(STUDENTS_ADAPTER) not in (None, adapter):
+                break
+        adapter = run.entry("train").get("output")
         scores = run.summary("eval").get("scores", [])
         tuned = [score for score in scores if score["which"] == "tuned"]
         if not tuned:
@@ -371,22 +351,12 @@ def _rounds(files: Files) -> list[Json]:
 
 def _tally(rows: Sequence[Any]) -> Json:
     """A stage's samples by verdict, and how many of them ended at the token limit."""
-    verdicts: Counter[str] = Counter()
-    truncated: Counter[Any] = Counter()
-    tokens = 0
-    for row in rows:
-        tokens += row.processed_tokens
-        for sample in row.samples:
-            verdicts[sample.verdict] += 1
-            truncated[sample.verdict] += sample.finish_reason == "length"
+    samples = [sample for row in rows for sample in row.samples]
+    truncated = [sample.verdict for sample in samples if sample.finish_reason == "length"]
     return {
-        "samples": verdicts.total(),
-        "verdicts": verdicts,
-        "truncated": truncated.total(),
-        "truncated_not_correct": truncated.total() - truncated["correct"],
-        "tokens": tokens,
+        "samples": len(samples),
+        "verdicts": Counter(sample.verdict for sample in samples),
+        "truncated": len(truncated),
+        "truncated_not_correct": len(truncated) - truncated.count("correct"),
+        "tokens": sum(row.processed_tokens for row in rows),
     }
-
-
-def _pick(mapping: Json, keys: Sequence[str]) -> Json:
-    return {key: mapping.get(key) for key in keys}

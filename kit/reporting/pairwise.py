@@ -13,7 +13,7 @@ from itertools import chain
 from kit.backends.base import Backend
 from kit.core.config import Prompts
 from kit.core.records import EvalRow
-from kit.grading.opinions import label_tokens, opinion
+from kit.grading.opinions import opinion
 from kit.grading.stats import sign_test
 from kit.prompts import text_of
 
@@ -62,8 +62,6 @@ def compare_reasoning(
     Raises:
         KitError: the judge's tokenizer begins several labels with the same token.
     """
-    label_tokens(backend.tokenizer, LABELS, backend.name)
-
     # Ask about every problem that both runs answered, in both orders.
     others = {(row.id, row.question): row.samples[0].text for row in second if row.samples}
     template = text_of(prompts, "compare")

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -76,7 +77,13 @@ def render(template: str, **fields: Any) -> str:
     # A terminal's lines break at its width.
     columns = min(100, shutil.get_terminal_size().columns)
     environment.globals.update(
-        ticks=ticks, scale=scale, flat=flat, pieces=pieces, columns=columns, learns=learns
+        ticks=ticks,
+        scale=scale,
+        reach=reach,
+        flat=flat,
+        pieces=pieces,
+        columns=columns,
+        learns=learns,
     )
     return environment.get_template(template).render(fields)
 
@@ -121,6 +128,20 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def reach(pairs: Sequence[Json]) -> float:
+    """How far a picture of paired differences goes to both sides of 0, in round numbers.
+
+    One very wide interval would squeeze all others, so no end counts for more than the median width
+    beyond its difference.
+    """
+    width = median_low(pair["ci_high"] - pair["ci_low"] for pair in pairs)
+    needs = [0.05]
+    for pair in pairs:
+        end = max(pair["ci_high"], -pair["ci_low"])
+        needs.append(min(end, abs(pair["difference"]) + width))
+    return ticks(0, max(needs))[-1]
 
 
 def scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:

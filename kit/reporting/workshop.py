@@ -21,7 +21,7 @@ from kit.core.records import EvalRow
 from kit.core.storage import write_atomic
 from kit.grading.scores import compare_rows
 from kit.judging.sentences import split
-from kit.reporting.compare import answers_by_run, compare, differing_keys
+from kit.reporting.compare import answers_by_dataset, compare, differing_keys
 from kit.reporting.metrics import Files, Json, numbers
 from kit.reporting.report import TEMPLATES, render
 
@@ -135,8 +135,8 @@ def _roles(folders: Sequence[Path]) -> list[Files]:
 
 def _answers(run: Files) -> list[EvalRow]:
     """What a run's last model answered, on all data."""
-    by_dataset = answers_by_run({"": [run]}).values()
-    return list(chain.from_iterable(by_run[""][0].rows for by_run in by_dataset))
+    answers = answers_by_dataset({"": [run]}).values()
+    return list(chain(*(by_group[""].rows for by_group in answers)))
 
 
 def _walkthrough() -> str:
