@@ -38,7 +38,7 @@ def generate(
 
     Args:
         steps: fewest and most arithmetic steps, each number of them equally likely.
-        largest: number that a story begins with or adds; 10 is for the weakest of models.
+        largest: number that a story begins with or adds, at least 6; 10 is for the weakest models.
 
     Raises:
         KitError: steps outside 1 to 4, or more problems asked for than could be found.
@@ -75,7 +75,7 @@ def _problem(rng: random.Random, story: Json, steps: int, largest: int) -> Probl
     events = _choose_events(rng, story, steps)
 
     # the story and its solution, event by event
-    value = rng.randint(6, max(6, largest))
+    value = rng.randint(6, largest)
     sentences = [story["begin"].format(a=value, **words)]
     solution = [f"At the start: {value} {words['things']}."]
     for operation, telling, note, *_ in events:
@@ -116,7 +116,7 @@ def _operand(rng: random.Random, operation: str, value: int, largest: int) -> in
     if operation == "/":
         divisors = [number for number in range(2, min(13, value)) if value % number == 0]
         return rng.choice(divisors or [value + 1])
-    ranges = {"+": (3, max(3, largest)), "-": (2, max(2, value - 2)), "*": (2, 6)}
+    ranges = {"+": (3, largest), "-": (2, max(2, value - 2)), "*": (2, 6)}
     return rng.randint(*ranges[operation])
 
 
