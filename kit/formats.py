@@ -131,37 +131,34 @@ def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
     for the verifier choice, its text; any other answer as it is. None where it names no option, or
     one by its text and another by its index.
     """
-    options, labels = _question_options(row, keys)
-    if answer in labels[: len(options)]:
-        return list(options)[labels.index(answer)]
+    options, letter_of_label = _question_options(row, keys)
+    if answer in letter_of_label:
+        return letter_of_label[answer]
     is_number = any(type(lookup(row, name)) in (int, float) for name in keys["answer"])
-    is_index = answer.isdecimal() and len(answer) < 3
-    by_index = dict(enumerate(options)).get(int(answer)) if is_index else None
+    by_index = {str(index): letter for index, letter in enumerate(options)}.get(answer)
     if verifier != "choice":
         return by_index if options and is_number else answer
-    by_text = _equal_option(options, answer, is_number)
+    by_text = None
+    # MMLU: 2 among options that are text is an index, whatever they say
+    if not (is_number and any(isinstance(option, str) for option in options.values())):
+        by_text = next((letter for letter in options if str(options[letter]) == answer), None)
     if by_index and by_text and by_index != by_text:
         return None
     named = by_text or by_index or letters(answer)
     return named if not options or options.keys() >= set(named) else None
 
 
-def _question_options(row: Json, keys: Keys) -> tuple[Json, list[str]]:
-    """The options that the question's template shows, by letter, and their own labels."""
+def _question_options(row: Json, keys: Keys) -> tuple[Json, dict[str, str]]:
+    """The options that the question's template shows, by letter, and the letter of each label."""
     for key in PLACE.findall(keys["question"][0]):
         value = lookup(row, key)
         options = _by_letter(value)
         if options:
             labels = value.get("label") if isinstance(value, dict) else None
-            return options, list(map(str, labels)) if isinstance(labels, list) else []
-    return {}, []
-
-
-def _equal_option(options: Json, answer: str, is_number: bool) -> str | None:
-    # MMLU: 2 among options that are text is an index, whatever they say
-    if is_number and any(isinstance(option, str) for option in options.values()):
-        return None
-    return next((letter for letter, option in options.items() if str(option) == answer), None)
+            if not isinstance(labels, list):
+                labels = []
+            return options, dict(zip(map(str, labels), options, strict=False))
+    return {}, {}
 
 
 def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:

@@ -212,8 +212,9 @@ def _equations(step: str) -> list[Json]:
     for match in _EQUATION.finditer(step):
         a, b, c = (int(match[group]) for group in (1, 3, 4))
         operation = match[2]
-        if _APPLY[operation](a, b) == c and _APPLY[_UNDO[operation]](c, b) == a:
-            equations.append({"a": a, "op": operation, "b": b, "c": c})
+        undo = _UNDO[operation]
+        if _APPLY[operation](a, b) == c and _APPLY[undo](c, b) == a:
+            equations.append({"a": a, "op": operation, "b": b, "c": c, "undo": undo})
     return equations
 
 
@@ -238,10 +239,7 @@ def _check(
     if not equations and way != 3:
         way = 4
     sums = ["{a} {op} {b} = {c}, yes.".format(**equation) for equation in equations]
-    undone = []
-    for equation in reversed(equations):
-        operation = _UNDO[equation["op"]]
-        undone.append(f"{equation['c']} {operation} {equation['b']} = {equation['a']}")
+    undone = ["{c} {undo} {b} = {a}".format(**equation) for equation in reversed(equations)]
     facts = {"answer": answer, "asked": asked, "sums": " ".join(sums), "undone": ", ".join(undone)}
     if way == 2:
         facts.update(rng.choice(equations))
