@@ -34,6 +34,7 @@ from kit.formats import (
 )
 from kit.grading.answers import same_words
 from kit.models import leave_out_dead_hub
+from kit.synthetic import generate
 
 SHOWN_TRACE = 100  # characters of a trace that `palign.py data` shows
 NEAR_RATIO = 0.6  # of word 5-grams shared, from which two questions are near-duplicates
@@ -88,7 +89,7 @@ def load_all(config: Config) -> Loaded:
     train_source, everything = _read_train(config)
     train = subset(everything.problems, train_source, config.seed)
     facts: Json = {"train": _facts(train_source, everything, train), "evals": {}}
-    loaded = Loaded(train, {}, facts, list(everything.rejected), list(everything.warnings), {})
+    loaded = Loaded(train, {}, facts, everything.rejected, everything.warnings, {})
     sources = config.data.eval if config.stop_after in ("eval", "report") else ()
     for source in sources:
         reading = _read_eval(source, everything, train, config.seed)
@@ -97,9 +98,10 @@ def load_all(config: Config) -> Loaded:
             raise KitError(message, "Name each: {path: ..., name: ...}.", 2)
         problems = subset(reading.problems, source, config.seed)
         _refuse_overlap(train, problems, everything.name, reading.name)
-        eval_facts = _facts(source, reading, problems)
-        eval_facts["near_duplicates"] = len(near_duplicates(train, problems))
-        facts["evals"][reading.name] = eval_facts
+        facts["evals"][reading.name] = {
+            **_facts(source, reading, problems),
+            "near_duplicates": len(near_duplicates(train, problems)),
+        }
         loaded.evals[reading.name] = problems
         loaded.samples[reading.name] = with_preset(source).samples
         loaded.rejected.extend(reading.rejected)
@@ -134,25 +136,23 @@ def _read_eval(
     source: DatasetConfig, everything: Reading, train: list[Problem], seed: int
 ) -> Reading:
     """A source of evaluation; `holdout` is what training leaves of its own."""
-    if source.path == "holdout":
-        taken = {normal(problem.question) for problem in train}
-        # of several traces of one question, one is its problem
-        rest: dict[str, Problem] = {}
-        for problem in everything.problems:
-            question = normal(problem.question)
-            if question not in taken:
-                rest.setdefault(question, problem)
-        reading = Reading(source.name or "holdout", list(rest.values()), [], [])
-    else:
-        reading = read(source, seed, held_out=True)
-    if not reading.problems:
+    if source.path != "holdout":
+        return read(source, seed, held_out=True)
+    taken = {normal(problem.question) for problem in train}
+    # of several traces of one question, one is its problem
+    rest: dict[str, Problem] = {}
+    for problem in everything.problems:
+        question = normal(problem.question)
+        if question not in taken:
+            rest.setdefault(question, problem)
+    if not rest:
         message = (
             f"Nothing is left for the holdout: training takes all {len(train)} questions "
             f"of {everything.name}."
         )
         hint = "Set data.train.limit below that, or name another source, like data.eval=builtin."
         raise KitError(message, hint)
-    return reading
+    return Reading(source.name or "holdout", list(rest.values()), [], [])
 
 
 def _refuse_overlap(
@@ -164,11 +164,10 @@ def _refuse_overlap(
         twin = ids.get(normal(problem.question))
         if twin:
             twins.append(f"{twin!r} in {train_name} is {problem.id!r} in {eval_name}")
-    if not twins:
-        return
-    examples = "; ".join(twins[:3])
-    message = f"{len(twins)} question(s) appear in both training and evaluation: {examples}."
-    raise KitError(message, "Take them out of one of the two, or evaluate on `holdout`.")
+    if twins:
+        examples = "; ".join(twins[:3])
+        message = f"{len(twins)} question(s) appear in both training and evaluation: {examples}."
+        raise KitError(message, "Take them out of one of the two, or evaluate on `holdout`.")
 
 
 def read(
@@ -196,14 +195,18 @@ def read(
     name = source.name or re.split(r"\.(?:jsonl?|csv|tsv|parquet)\b", Path(source.path).name)[0]
     reading = Reading(re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data", [], [], [])
     if source.path == "builtin":
-        return reading._replace(problems=_builtin(source, seed, held_out))
+        seed = seed if source.seed is None else source.seed
+        limit = source.limit or 100
+        problems = generate(limit, seed, held_out, source.steps, source.max_number)
+        return reading._replace(problems=problems)
 
     is_file = os.path.exists(source.path) or IS_FILE.fullmatch(source.path)
     rows = read_rows(source.path) if is_file else _hub_rows(source, held_out)
     keys = keys_by_role(source, rows)
-    _sort_out(reading, source, rows, keys, traces)
+    needed = ("question", "answer", "trace") if traces else ("question", "answer")
+    _sort_out(reading, source, rows, keys, needed)
     if not reading.problems:
-        _refuse_unusable(source, rows, keys, reading, _needed(traces), fields_key)
+        _refuse_unusable(source, rows, keys, reading, needed, fields_key)
     if reading.rejected:
         [(reason, times)] = Counter(row["reason"] for row in reading.rejected).most_common(1)
         reading.warnings.append(
@@ -225,25 +228,24 @@ def _refuse_unusable(
     fields_key: str,
 ) -> NoReturn:
     """Say why the first row of a file without a usable one is none, and which keys would help."""
+    role = missing_role(values_of(rows[0][1], keys, source.verifier), needed) or "question"
+    named = "trace: KEY" if role == "trace" else "question: KEY, answer: KEY"
+    keys_to_name = f"the keys: {fields_key}={{{named}}}."
+    hint = f"Name {keys_to_name}"
+    # where the keys are named, they are not what is wrong
+    fitting = None if source.fields else fitting_preset(rows[0][1], role)
+    if fitting:
+        preset = f"preset={fitting}"
+        if "trace" in needed:
+            preset = f"data.train={{path: {source.path}, preset: {fitting}}} without teacher.path"
+        hint = f"It looks like {fitting}: set {preset}. Or name {keys_to_name}"
     first = reading.rejected[0]["detail"]
     message = f"{source.path}: none of {len(rows)} rows is usable. The first: {first}."
-    role = missing_role(values_of(rows[0][1], keys, source.verifier), needed)
-    # where the keys are named, they are not what is wrong
-    fitting = None if source.fields else fitting_preset(rows[0][1], role or "question")
-    hint = f"It looks like {fitting}: set preset={fitting}. Or name" if fitting else "Name"
-    if fitting and "trace" in needed:
-        preset = f"data.train={{path: {source.path}, preset: {fitting}}}"
-        hint = f"It looks like {fitting}: set {preset} without teacher.path. Or name"
-    named = "trace: KEY" if role == "trace" else "question: KEY, answer: KEY"
-    raise KitError(message, f"{hint} the keys: {fields_key}={{{named}}}.")
-
-
-def _needed(traces: bool) -> tuple[str, ...]:
-    return ("question", "answer", "trace") if traces else ("question", "answer")
+    raise KitError(message, hint)
 
 
 def _sort_out(
-    reading: Reading, source: DatasetConfig, rows: Rows, keys: Keys, traces: bool
+    reading: Reading, source: DatasetConfig, rows: Rows, keys: Keys, needed: tuple[str, ...]
 ) -> None:
     """Add every row to the problems, or to the rejected ones with its reason."""
     places: dict[str, str] = {}  # of each id
@@ -251,29 +253,29 @@ def _sort_out(
     for where, row in rows:
         values = values_of(row, keys, source.verifier)
         question = normal(values["question"] or "")
-        text = f"{question}\0{values['trace'] if traces else ''}"
+        text = f"{question}\0{values['trace'] if 'trace' in needed else ''}"
         id = values["id"] or f"{reading.name}-{text_digest(text, 10)}"
         twin = first.get(question)
-        role = missing_role(values, _needed(traces))
-        reason = why_missing(row, role, keys, values["verifier"]) if role else None
+        role = missing_role(values, needed)
         place = None
-        if not reason and twin and not same_words(twin.answer, values["answer"]):
+        if role:
+            reason = why_missing(row, role, keys, values["verifier"])
+        elif twin and not same_words(twin.answer, values["answer"]):
             reason = "same question, different answer"
             place = places[twin.id]
-        elif not reason and id in places:
+        elif id in places:
             reason = "duplicate id or text"
             place = places[id]
-        if reason:
-            detail = f"{source.path}, {where}: {reason}"
-            if place:
-                detail = f"{detail}: already in {place}"
-            reading.rejected.append({"id": id, "reason": reason, "detail": detail})
+        else:
+            problem = Problem.model_validate({**values, "id": id})
+            places[id] = where
+            first.setdefault(question, problem)
+            reading.problems.append(problem)
             continue
-
-        problem = Problem.model_validate({**values, "id": id})
-        places[id] = where
-        first.setdefault(question, problem)
-        reading.problems.append(problem)
+        detail = f"{source.path}, {where}: {reason}"
+        if place:
+            detail = f"{detail}: already in {place}"
+        reading.rejected.append({"id": id, "reason": reason, "detail": detail})
 
 
 def describe(source: DatasetConfig, everything: bool = False) -> Json:
@@ -288,19 +290,22 @@ def describe(source: DatasetConfig, everything: bool = False) -> Json:
     if all(problem.trace for problem in reading.problems):
         # traces, of which a question may have several
         reading = read(source, seed=0, traces=True)
+    traces = sum(problem.trace is not None for problem in reading.problems)
+    problems = []
+    for problem in reading.problems[: None if everything else 3]:
+        shown = problem.model_dump(include={"id", "question", "answer"})
+        if traces:
+            shown["trace"] = _beginning(problem.trace)
+        problems.append(shown)
     reasons = Counter(row["reason"] for row in reading.rejected)
-    shown = reading.problems if everything else reading.problems[:3]
     description: Json = {
         "rows": len(reading.problems) + len(reading.rejected),
         "usable": len(reading.problems),
         "rejected": [{"reason": reason, "rows": rows} for reason, rows in reasons.most_common()],
-        "problems": [problem.model_dump(include={"id", "question", "answer"}) for problem in shown],
+        "problems": problems,
     }
-    traces = sum(problem.trace is not None for problem in reading.problems)
     if traces:
         description["with_trace"] = traces
-        for row, problem in zip(description["problems"], shown, strict=True):
-            row["trace"] = _beginning(problem.trace)
     if reading.warnings:
         description["warnings"] = [{"warning": warning} for warning in reading.warnings]
     return description
@@ -368,13 +373,6 @@ def _facts(source: DatasetConfig, reading: Reading, problems: list[Problem]) -> 
         "rejected": len(reading.rejected),
         "fingerprint": digest(problems),
     }
-
-
-def _builtin(source: DatasetConfig, seed: int, held_out: bool) -> list[Problem]:
-    from kit.synthetic import generate
-
-    seed = seed if source.seed is None else source.seed
-    return generate(source.limit or 100, seed, held_out, source.steps, source.max_number)
 
 
 def _hub_rows(source: DatasetConfig, held_out: bool) -> Rows:

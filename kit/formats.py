@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from itertools import chain
+from string import ascii_uppercase
 from typing import Any, get_args
 
 from kit import Json
@@ -31,7 +32,7 @@ PARTS_OF_QUESTIONS = ("body", "context", "passage", "options", "choices")
 # Parts that are text; a list under any other key of a template holds options.
 CONTEXTS = ("context", "passage")  # a question may do without them
 TEXT_PARTS = ("question", "problem", "body", *CONTEXTS)
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PLACE = re.compile(r"\{([^{}]+)\}")  # a key in a template
 # Where several values stand for one, as OlympiadBench's answers do. Two texts of any other role
 # are two texts: messages, samples, a column.
 MAY_BE_SEVERAL = ("answer", "solution", "level", "subject")
@@ -45,13 +46,13 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
     Raises:
         KitError: no preset of that name, with the nearest one.
     """
+    presets = bundled("presets")
+    if source.preset is None and (source.path not in presets or os.path.exists(source.path)):
+        return source
     name = source.preset or source.path
-    preset = bundled("presets").get(name)
-    if preset is None or (source.preset is None and os.path.exists(name)):
-        if source.preset is None:
-            return source
-        suggestion = nearest(name, bundled("presets"))
-        raise KitError(f"There is no preset {name!r}; {suggestion}", code=2)
+    if name not in presets:
+        raise KitError(f"There is no preset {name!r}; {nearest(name, presets)}", code=2)
+    preset = presets[name]
     # What the config sets itself goes first. A resolved config sets every key.
     is_resolved = source.model_fields_set == DatasetConfig.model_fields.keys()
     given = source.model_dump(exclude_unset=not is_resolved, exclude_defaults=is_resolved)
@@ -63,14 +64,13 @@ def with_preset(source: DatasetConfig) -> DatasetConfig:
 
 def fitting_preset(row: Json, role: str) -> str | None:
     """The preset whose keys a row has, with one for this role; the one with the most keys."""
-    best: tuple[int, str] | None = None
+    fitting = []
     for name, preset in bundled("presets").items():
         fields = preset.get("fields", {})
-        keys = set(chain.from_iterable(map(_named_keys, fields.values())))
-        keys -= set(CONTEXTS)
+        keys = set(chain.from_iterable(map(_named_keys, fields.values()))).difference(CONTEXTS)
         if role in fields and all(lookup(row, key) is not None for key in keys):
-            best = max(best or (0, ""), (len(keys), name))
-    return best and best[1]
+            fitting.append((len(keys), name))
+    return max(fitting)[1] if fitting else None
 
 
 def keys_by_role(source: DatasetConfig, rows: Rows) -> Keys:
@@ -100,18 +100,14 @@ def _has(row: Json, path: str) -> bool:
 
 def _named_keys(named: str) -> list[str]:
     """The keys of a value of `fields`: of a template, of `texts where flags`, or the one."""
-    return _template_keys(named) or named.split(" where ")
-
-
-def _template_keys(named: str) -> list[str]:
-    return re.findall(r"\{([^{}]+)\}", named)
+    return PLACE.findall(named) or named.split(" where ")
 
 
 def values_of(row: Json, keys: Keys, verifier: Verifier) -> Json:
     """What a row holds, by role; `verifier` where it names none of its own."""
     values: Json = {}
     for role, names in keys.items():
-        values[role] = _first_text(row, names, several=role in MAY_BE_SEVERAL)
+        values[role] = _first_text(row, names, role in MAY_BE_SEVERAL)
     if values["verifier"] not in get_args(Verifier):
         values["verifier"] = verifier
     if values["verifier"] == "math" and (values["answer"] or "").casefold() in NO_ANSWER:
@@ -135,37 +131,34 @@ def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
     for the verifier choice, its text; any other answer as it is. None where it names no option, or
     one by its text and another by its index.
     """
-    options, labels = _question_options(row, keys)
-    if answer in labels[: len(options)]:
-        return list(options)[labels.index(answer)]
+    options, letter_of_label = _question_options(row, keys)
+    if answer in letter_of_label:
+        return letter_of_label[answer]
     is_number = any(type(lookup(row, name)) in (int, float) for name in keys["answer"])
-    is_index = answer.isdecimal() and len(answer) < 3
-    by_index = dict(enumerate(options)).get(int(answer)) if is_index else None
+    by_index = {str(index): letter for index, letter in enumerate(options)}.get(answer)
     if verifier != "choice":
         return by_index if options and is_number else answer
-    by_text = _equal_option(options, answer, is_number)
+    by_text = None
+    # MMLU: 2 among options that are text is an index, whatever they say
+    if not (is_number and any(isinstance(option, str) for option in options.values())):
+        by_text = next((letter for letter in options if str(options[letter]) == answer), None)
     if by_index and by_text and by_index != by_text:
         return None
     named = by_text or by_index or letters(answer)
     return named if not options or options.keys() >= set(named) else None
 
 
-def _question_options(row: Json, keys: Keys) -> tuple[Json, list[str]]:
-    """The options that the question's template shows, by letter, and their own labels."""
-    for key in _template_keys(keys["question"][0]):
+def _question_options(row: Json, keys: Keys) -> tuple[Json, dict[str, str]]:
+    """The options that the question's template shows, by letter, and the letter of each label."""
+    for key in PLACE.findall(keys["question"][0]):
         value = lookup(row, key)
         options = _by_letter(value)
         if options:
             labels = value.get("label") if isinstance(value, dict) else None
-            return options, list(map(str, labels)) if isinstance(labels, list) else []
-    return {}, []
-
-
-def _equal_option(options: Json, answer: str, is_number: bool) -> str | None:
-    # MMLU: 2 among options that are text is an index, whatever they say
-    if is_number and any(isinstance(option, str) for option in options.values()):
-        return None
-    return next((letter for letter, option in options.items() if str(option) == answer), None)
+            if not isinstance(labels, list):
+                labels = []
+            return options, dict(zip(map(str, labels), options, strict=False))
+    return {}, {}
 
 
 def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:
@@ -175,7 +168,7 @@ def _first_text(row: Json, names: Sequence[str], several: bool) -> str | None:
         several: a list of values is one text, with commas.
     """
     for name in names:
-        if _template_keys(name):
+        if PLACE.findall(name):
             text = _fill(row, name)
         else:
             value = _value(row, name)
@@ -208,7 +201,7 @@ def _fill(row: Json, template: str) -> str | None:
     never half a question.
     """
     parts = {}
-    for key in _template_keys(template):
+    for key in PLACE.findall(template):
         part = _part(row, key)
         if part is None and (key.lower() not in CONTEXTS or lookup(row, key)):
             return None
@@ -216,7 +209,7 @@ def _fill(row: Json, template: str) -> str | None:
             part += "."
         parts[key] = part or ""
     # at once: a value may hold braces of its own, as \sqrt{B} does
-    return re.sub(r"\{([^{}]+)\}", lambda match: parts[match[1]], template).strip()
+    return PLACE.sub(lambda match: parts[match[1]], template).strip()
 
 
 def _part(row: Json, key: str) -> str | None:
@@ -224,10 +217,9 @@ def _part(row: Json, key: str) -> str | None:
     if not isinstance(value, list) or key.lower() not in TEXT_PARTS:
         return _options(value)
     # a question is one text, a context may be several
-    texts = [None if isinstance(text, list) else _text(text) for text in value]
-    if None in texts or (len(texts) > 1 and key.lower() not in CONTEXTS):
+    if len(value) > 1 and key.lower() not in CONTEXTS:
         return None
-    return "\n".join(filter(None, texts)) or None
+    return _joined(value, "\n")
 
 
 def _by_letter(value: Any) -> Json | None:
@@ -235,7 +227,7 @@ def _by_letter(value: Any) -> Json | None:
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
     if isinstance(value, list):
-        return dict(zip(LETTERS, value, strict=False))
+        return dict(zip(ascii_uppercase, value, strict=False))
     return value if isinstance(value, dict) else None
 
 
@@ -258,15 +250,18 @@ def _text(value: Any) -> str | None:
         return replace_surrogates(value)
     if type(value) in (int, float, Decimal) and abs(value) < float("inf"):  # not True, not NaN
         return str(value).removesuffix(".0")
-    if not isinstance(value, list):
-        return None
+    return _joined(value, ", ") if isinstance(value, list) else None
+
+
+def _joined(values: list[Any], separator: str) -> str | None:
+    """Texts as one; None where one of them is none, or a list itself."""
     texts = []
-    for item in value:
-        text = None if isinstance(item, list) else _text(item)
+    for value in values:
+        text = None if isinstance(value, list) else _text(value)
         if text is None:
             return None
         texts.append(text)
-    return ", ".join(texts) or None
+    return separator.join(texts) or None
 
 
 def missing_role(values: Json, needed: Sequence[str]) -> str | None:
@@ -280,7 +275,7 @@ def why_missing(row: Json, role: str, keys: Keys, verifier: str) -> str:
     present = {key: value for key, value in row.items() if key.lower() in names}
     if role == "answer" and verifier == "choice" and any(present.values()):
         return "the answer names none of the options, or two of them"
-    parts = chain.from_iterable(map(_template_keys, keys[role]))
+    parts = chain.from_iterable(map(PLACE.findall, keys[role]))
     missing = [part for part in parts if _part(row, part) is None]
     if missing:
         return f"no {role}: nothing in {', '.join(missing)}"

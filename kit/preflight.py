@@ -30,7 +30,7 @@ from kit.data import Loaded, load_all
 from kit.grading.opinions import SAME, label_tokens
 from kit.judging.baselines import matched_ratio
 from kit.models import HfTokenizer, check_base, fingerprints, gguf_file, lacks_copy, resolve
-from kit.prompts import encode_answer, render, template_notes
+from kit.prompts import render, template_notes
 from kit.shape import SHAPES
 
 SERVER_SECONDS = 10.0  # a server is asked once, with this time-out
@@ -257,8 +257,7 @@ def _check_labels(config: Config, notes: list[str]) -> None:
     from kit.judging.judge import split_labels
 
     tokenizer = _open_tokenizer(config.student, notes)
-    first, second = config.judge.labels
-    split_labels(encode_answer(tokenizer, first), encode_answer(tokenizer, second))
+    split_labels(tokenizer, config.judge.labels)
 
 
 def _check_training(config: Config, notes: list[str]) -> None:

@@ -8,10 +8,9 @@ Text from data never becomes a special token: `<|im_end|>` in a trace stays text
 import contextlib
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any
 
 from kit.backends.base import Ids, Tokenizer
 from kit.core.bundled import bundled
@@ -69,22 +68,14 @@ def judge_text(prompts: Prompts, question: str, prefix: str) -> str:
     return fill(text_of(prompts, "judge"), question=question, prefix=prefix)
 
 
-class EncodedText(NamedTuple):
-    """A text that can be encoded in stretches."""
-
-    text: str
-    ids: list[int]
-    splits: list[tuple[int, int]]  # (characters, ids) before each split
-
-
 class PrefixEncoder:
     """Encodes texts that begin alike, like the prompts of one trace: of each only what is new.
 
-    A text is encoded whole the first time, and once more in stretches. If both give the same ids,
+    The longest text so far is encoded whole, and once more in stretches. If both give the same ids,
     a later text takes them over up to the last split before it differs. That is exact for BPE, with
     or without a pre-tokenizer: ids are the encoding of their text if every two neighbours are, and
-    the two at the split are neighbours in the first text too (checked). Where stretches give other
-    ids (a tokenizer that puts a space before every text), every text is encoded whole.
+    the two at the split are neighbours in the longest text too (checked). Where stretches give
+    other ids (a tokenizer that puts a space before every text), every text is encoded whole.
 
     Args:
         encode: ids of a whole text.
@@ -92,25 +83,24 @@ class PrefixEncoder:
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         self.encode_whole = encode
-        self.encoded: list[EncodedText] = []
-        self.is_exact = True  # until stretches of a text give other ids
+        self.longest = ""
+        self.ids: list[int] = []
+        self.splits: list[tuple[int, int]] = []  # (characters, ids) before each split of `longest`
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, equal to `encode_whole`'s."""
-        for known in self.encoded:
-            count = bisect_left(known.splits, True, key=lambda split: _parts(known, split, text))
-            if count:
-                characters, tokens = known.splits[count - 1]
+        for characters, tokens in reversed(self.splits):
+            if text.startswith(self.longest[: characters + PAST_SPLIT_CHARACTERS]):
                 rest = self.encode_whole(text[characters:])
-                if rest[0] == known.ids[tokens]:
-                    return known.ids[:tokens] + rest
+                if rest[0] == self.ids[tokens]:
+                    return self.ids[:tokens] + rest
         ids = self.encode_whole(text)
-        if self.is_exact:
+        if len(text) > len(self.longest):
             self._remember(text, ids)
         return ids
 
     def _remember(self, text: str, ids: list[int]) -> None:
-        """Cut a text into stretches, and keep it if they give its ids."""
+        """Keep a text, and where it can be cut into stretches that give its ids."""
         splits = []
         joined: list[int] = []
         begin = 0
@@ -119,17 +109,10 @@ class PrefixEncoder:
                 joined += self.encode_whole(text[begin : match.start()])
                 begin = match.start()
                 splits.append((begin, len(joined)))
-        if not splits:
-            return
         joined += self.encode_whole(text[begin:])
-        self.is_exact = joined == ids
-        if self.is_exact:
-            self.encoded.append(EncodedText(text, ids, splits))
-
-
-def _parts(known: EncodedText, split: tuple[int, int], text: str) -> bool:
-    """Whether a text differs from a known one before a split, or soon after it."""
-    return not text.startswith(known.text[: split[0] + PAST_SPLIT_CHARACTERS])
+        self.longest = text
+        self.ids = ids
+        self.splits = splits if joined == ids else []
 
 
 def render(
@@ -161,9 +144,9 @@ def render(
     """
     encode = encode or tokenizer.encode
     # A mark that occurs in the data is a name as well, so that it comes back as data.
-    names = [name for name in (*tokenizer.special, MARK) if name]
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    # Longest first: a name may begin another one.
+    names = sorted(filter(None, (*tokenizer.special, MARK)), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)))
 
     def marked(text: str) -> str:
         return pattern.sub(lambda match: f"{MARK}{names.index(match[0])}{MARK}", text)

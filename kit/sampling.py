@@ -123,23 +123,22 @@ def grader_of(config: Config) -> Grader:
 
 def model_fingerprints(config: Config, section: str, rows: Iterable[Row]) -> dict[str, str]:
     """Those of a section's model, and of the judge model where a row is graded by it."""
-    sections = {section}
+    hashes = fingerprints(section, getattr(config, section))
     if any(row.verifier == "judge" for row in rows):
-        sections.add("answer_judge")
-    hashes = {}
-    for name in sections:
-        hashes.update(fingerprints(name, getattr(config, name)))
+        hashes.update(fingerprints("answer_judge", config.answer_judge))
     return hashes
+
+
+def item_of(row: Row, text: str) -> Item:
+    """A text as an answer to a row's question, to be graded."""
+    return Item(row.answer, text, row.verifier, row.question)
 
 
 def grade_samples(
     grader: Grader, completions: Sequence[Completion], row: Row
 ) -> tuple[Sample, ...]:
     """Grade the completions of one problem against its gold answer, in their order."""
-    items = [
-        Item(row.answer, completion.text, row.verifier, row.question) for completion in completions
-    ]
-    grades = grader.grade(items)
+    grades = grader.grade([item_of(row, completion.text) for completion in completions])
     return tuple(
         Sample(
             text=completion.text,

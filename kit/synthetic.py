@@ -7,7 +7,6 @@ imitates what long chains of thought do (restating, a false start that is caught
 result again and again), not how a model phrases it.
 """
 
-import functools
 import random
 import re
 
@@ -27,17 +26,6 @@ _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floor
 _UNDO = dict(zip("+-*/", "-+/*", strict=True))
 
 
-@functools.cache
-def texts() -> Json:
-    """Names, stories and phrases as kit/synthetic.yaml explains them; an event becomes [operation,
-    telling, ...].
-    """
-    loaded: Json = bundled("synthetic")
-    for story in loaded["stories"]:
-        story["events"] = [[event[0], *event[2:].split(" | ")] for event in story["events"]]
-    return loaded
-
-
 def generate(
     count: int,
     seed: int,
@@ -50,7 +38,7 @@ def generate(
 
     Args:
         steps: fewest and most arithmetic steps, each number of them equally likely.
-        largest: number that a story begins with or adds; 10 is for the weakest of models.
+        largest: number that a story begins with or adds, at least 6; 10 is for the weakest models.
 
     Raises:
         KitError: steps outside 1 to 4, or more problems asked for than could be found.
@@ -66,7 +54,8 @@ def generate(
     rng = random.Random(f"problems {seed} {held_out} {low} {high} {largest}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * count + 1000):
-        problem = _problem(rng, rng.choice(texts()["stories"]), rng.randint(low, high), largest)
+        story = rng.choice(bundled("synthetic")["stories"])
+        problem = _problem(rng, story, rng.randint(low, high), largest)
         if problem is not None and int(problem.id[-1], 16) % 2 == held_out:
             problems.setdefault(problem.id, problem)
         if len(problems) == count:
@@ -79,13 +68,14 @@ def generate(
 def _problem(rng: random.Random, story: Json, steps: int, largest: int) -> Problem | None:
     """One problem, or None where the numbers do not come out whole."""
     # who, what, and what happens
-    people = {name: person for person in texts()["people"] for name in person["names"].split()}
+    groups = bundled("synthetic")["people"]
+    people = {name: group for group in groups for name in group["names"].split()}
     hero, friend = rng.sample(list(people), 2)
     words = {"name": hero, "friend": friend, "things": rng.choice(story["things"]), **people[hero]}
     events = _choose_events(rng, story, steps)
 
     # the story and its solution, event by event
-    value = rng.randint(6, max(6, largest))
+    value = rng.randint(6, largest)
     sentences = [story["begin"].format(a=value, **words)]
     solution = [f"At the start: {value} {words['things']}."]
     for operation, telling, note, *_ in events:
@@ -97,7 +87,7 @@ def _problem(rng: random.Random, story: Json, steps: int, largest: int) -> Probl
         sentences.append(sentence[0].upper() + sentence[1:])
         solution.append(f"{note.format(**words)}: {value} {operation} {number} = {result}.")
         value = result
-    ask = events[-1][3] if len(events[-1]) > 3 else story["ask"]
+    [ask] = events[-1][3:] or [story["ask"]]
     question = " ".join([*sentences, ask.format(**words)])
     return Problem(
         id=f"b{text_digest(question)}",
@@ -126,7 +116,7 @@ def _operand(rng: random.Random, operation: str, value: int, largest: int) -> in
     if operation == "/":
         divisors = [number for number in range(2, min(13, value)) if value % number == 0]
         return rng.choice(divisors or [value + 1])
-    ranges = {"+": (3, max(3, largest)), "-": (2, max(2, value - 2)), "*": (2, 6)}
+    ranges = {"+": (3, largest), "-": (2, max(2, value - 2)), "*": (2, 6)}
     return rng.randint(*ranges[operation])
 
 
@@ -158,10 +148,11 @@ def wander(
     if wordiness <= 0:
         return problem.solution
     rng = random.Random(f"wander {problem.id} {float(wordiness)} {seed}")
-    phrases = texts()["wander"]
+    phrases = bundled("synthetic")["wander"]
     lines_of_solution = problem.solution.splitlines()
     steps = [line for line in lines_of_solution if line.strip() and "\\boxed" not in line]
     steps = steps or lines_of_solution
+    equations = [equation for step in steps for equation in _equations(step)]
     *story, asked = re.split(r"(?<=[.?!])\s+", problem.question.strip())
 
     # the question is retold
@@ -170,42 +161,34 @@ def wander(
         lines.append(phrases["retell"].format(told=" ".join(story)))
     lines.append(phrases["asked"].format(asked=asked))
 
-    deriving = _derived(rng, steps, wordiness)
+    deriving = []
+    for step in steps:
+        if rng.random() < min(0.9, 0.35 * wordiness):
+            # some come after a false start
+            deriving += [_false_start(rng, equation) for equation in _equations(step)[:1]]
+        deriving.append(rng.choice(phrases["step"]).format(step=step))
     deriving.append(phrases["result"].format(answer=problem.answer))
 
     # what is known already, checked again and again
     checks = []
     for number in range(round(wordiness * rng.randint(4, 6))):
         opening = rng.choice(phrases["again"]) if number else phrases["doubt"]
-        checks.append(f"{opening} {_check(rng, problem.answer, asked, steps)}")
+        checks.append(f"{opening} {_check(rng, problem.answer, asked, steps, equations)}")
 
     # Late steps come after delays in place of checks. The generator is one of its own, so that
     # early traces stay as they were.
     place = random.Random(f"place {problem.id} {derives} {dead_ends} {seed}")
     delays = {"early": 0, "late": len(checks), "spread": place.randint(0, len(checks))}[derives]
-    lines += _underived(place, phrases["dead_ends"], dead_ends, problem.question, steps)
-    lines += _underived(place, phrases["delays"], delays, problem.question, steps)
+    lines += _underived(place, phrases["dead_ends"], dead_ends, problem.question, equations)
+    lines += _underived(place, phrases["delays"], delays, problem.question, equations)
     lines += deriving + checks[: len(checks) - delays]
     return "\n\n".join([*lines, phrases["end"].format(answer=problem.answer)])
 
 
-def _derived(rng: random.Random, steps: list[str], wordiness: float) -> list[str]:
-    """The steps, some after a false start."""
-    paragraphs = []
-    for step in steps:
-        if rng.random() < min(0.9, 0.35 * wordiness):
-            equations = _equations(step)
-            if equations:
-                paragraphs.append(_false_start(rng, equations[0]))
-        paragraphs.append(rng.choice(texts()["wander"]["step"]).format(step=step))
-    return paragraphs
-
-
 def _underived(
-    rng: random.Random, phrases: list[str], count: int, question: str, steps: list[str]
+    rng: random.Random, phrases: list[str], count: int, question: str, equations: list[Json]
 ) -> list[str]:
     """Paragraphs that derive nothing and name no result; a phrase repeats only after all others."""
-    equations = [equation for step in steps for equation in _equations(step)]
     if not equations:
         phrases = [phrase for phrase in phrases if "{a}" not in phrase]
     shuffled = rng.sample(phrases, len(phrases))
@@ -214,10 +197,13 @@ def _underived(
         values = {"asked": question.split(". ")[-1], "question": question}
         if equations:
             equation = rng.choice(equations)
-            others = [operation for operation in "+-*" if operation != equation["op"]]
-            values = {**values, **equation, "other": rng.choice(others)}
+            values = {**values, **equation, "other": _other_operation(rng, equation)}
         paragraphs.append(shuffled[number % len(shuffled)].format(**values))
     return paragraphs
+
+
+def _other_operation(rng: random.Random, equation: Json) -> str:
+    return rng.choice([operation for operation in "+-*" if operation != equation["op"]])
 
 
 def _equations(step: str) -> list[Json]:
@@ -226,38 +212,37 @@ def _equations(step: str) -> list[Json]:
     for match in _EQUATION.finditer(step):
         a, b, c = (int(match[group]) for group in (1, 3, 4))
         operation = match[2]
-        if _APPLY[operation](a, b) == c and _APPLY[_UNDO[operation]](c, b) == a:
-            equations.append({"a": a, "op": operation, "b": b, "c": c})
+        undo = _UNDO[operation]
+        if _APPLY[operation](a, b) == c and _APPLY[undo](c, b) == a:
+            equations.append({"a": a, "op": operation, "b": b, "c": c, "undo": undo})
     return equations
 
 
 def _false_start(rng: random.Random, equation: Json) -> str:
     """A wrong operation or a slip, caught at once."""
-    other = rng.choice([operation for operation in "+-*" if operation != equation["op"]])
+    other = _other_operation(rng, equation)
     wrong = _APPLY[other](equation["a"], equation["b"])
     kind = "wrong"
     if rng.random() >= 0.5 or wrong == equation["c"]:
         wrong = equation["c"] + rng.choice((-10, -2, -1, 1, 2, 10))
         kind = "slip"
-    return str(texts()["wander"][kind].format(**equation, other=other, wrong=wrong))
+    return str(bundled("synthetic")["wander"][kind].format(**equation, other=other, wrong=wrong))
 
 
-def _check(rng: random.Random, answer: str, asked: str, steps: list[str]) -> str:
+def _check(
+    rng: random.Random, answer: str, asked: str, steps: list[str], equations: list[Json]
+) -> str:
     """One of several ways to check again what is already known; the first three need an
     equation.
     """
-    equations = [equation for step in steps for equation in _equations(step)]
     way = rng.randrange(5)
     if not equations and way != 3:
         way = 4
-    sums = []
-    undone: list[str] = []
-    for one in equations:
-        sums.append("{a} {op} {b} = {c}, yes.".format(**one))
-        undone.insert(0, f"{one['c']} {_UNDO[one['op']]} {one['b']} = {one['a']}")
+    sums = ["{a} {op} {b} = {c}, yes.".format(**equation) for equation in equations]
+    undone = ["{c} {undo} {b} = {a}".format(**equation) for equation in reversed(equations)]
     facts = {"answer": answer, "asked": asked, "sums": " ".join(sums), "undone": ", ".join(undone)}
     if way == 2:
         facts.update(rng.choice(equations))
     if way == 4:
         facts["step"] = rng.choice(steps)
-    return str(texts()["wander"]["checks"][way].format(**facts))
+    return str(bundled("synthetic")["wander"]["checks"][way].format(**facts))

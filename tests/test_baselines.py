@@ -19,7 +19,7 @@ from kit.core.records import AlignedRow, PrefixRow, Problem, TraceRow
 from kit.core.run import Run
 from kit.core.storage import RowFile
 from kit.data import read
-from kit.grading.answers import Grader
+from kit.grading.answers import Grader, Item
 from kit.judging import baselines
 from kit.judging.cut import cut_at_ratio, within_memory
 from kit.judging.sentences import ends, split
@@ -183,7 +183,7 @@ def check_target(grader: Grader, method: str, trace: PrefixRow, row: PrefixRow) 
     )
     text = target(method, aligned, "")
     assert text.startswith(row.prefix.rstrip())
-    assert grader.grade([baselines.Item(row.answer, text)])[0].verdict == "correct"
+    assert grader.grade([Item(row.answer, text)])[0].verdict == "correct"
 
 
 def split_like(trace: str, kept: str) -> list[str]:
@@ -314,7 +314,7 @@ def test_matching_needs_a_run_whose_traces_are_cut(tmp_path: Path) -> None:
         run_truncate(tmp_path / "a", problems, method="fixed-prefix-matched")
     assert error.value.code == 2 and "folder of a P-ALIGN run" in error.value.hint
     baseline = {"matched_run": str(tmp_path / "nothing")}
-    with pytest.raises(KitError, match="no run whose traces are cut"):
+    with pytest.raises(KitError, match="no run whose traces a judge has cut"):
         run_truncate(tmp_path / "b", problems, method="fixed-prefix-matched", baseline=baseline)
 
 
@@ -322,7 +322,7 @@ def test_a_run_without_a_judged_cut_cannot_be_matched(tmp_path: Path) -> None:
     problems = [Problem(id="a", question="q", answer="54", trace=WANDERING)]
     run_truncate(tmp_path / "ratio", problems, method="ratio-0.5")
     baseline = {"matched_run": str(tmp_path / "ratio")}
-    with pytest.raises(KitError, match="no trace that a judge cut"):
+    with pytest.raises(KitError, match="no run whose traces a judge has cut"):
         run_truncate(tmp_path / "b", problems, method="fixed-prefix-matched", baseline=baseline)
 
 

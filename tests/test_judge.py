@@ -223,9 +223,9 @@ def test_a_label_in_the_models_thinking_is_no_verdict(
 
 
 def test_labels_part_after_their_common_tokens() -> None:
-    assert split_labels((1, 2, 3), (1, 4)) == ((1,), (2, 4))
+    assert split_labels(ByteTokenizer(), ("[A", "[B")) == ((ord("["),), (ord("A"), ord("B")))
     with pytest.raises(KitError, match=r"begin the other"):
-        split_labels((1, 2), (1, 2, 3))
+        split_labels(ByteTokenizer(), ("YES", "YES!"))
     assert ByteTokenizer().decode(Judge(judge_config(), LengthBackend()).shared_label_tokens) == "["
 
 

@@ -114,7 +114,7 @@ def test_every_boundary_of_real_traces_has_the_ids_of_its_whole_prompt(
             backend: Any = SimpleNamespace(tokenizer=tokenizer, context_tokens=8192)
             judge = Judge(judge_config(), backend)
             judge.prompt(row, row.trace)
-            assert judge._encoder_of_trace(row.id).encoded
+            assert judge._encoder_of_trace(row.id).splits
             for end in ends(row.trace):
                 text = judge_text(judge.config.prompts, question, row.trace[:end])
                 assert judge.prompt(row, row.trace[:end]) == render(tokenizer, text)

@@ -9,12 +9,13 @@ from collections import Counter
 
 import pytest
 
+from kit.core.bundled import bundled
 from kit.core.config import Derives
 from kit.core.errors import KitError
 from kit.core.records import Problem
 from kit.grading.answers import last_box
 from kit.judging.sentences import split
-from kit.synthetic import generate, texts, wander
+from kit.synthetic import generate, wander
 
 EQUATION = re.compile(r"(\d+) ([+*/-]) (\d+) = (\d+)\.")
 
@@ -42,7 +43,7 @@ def test_solutions_add_up(problems: list[Problem]) -> None:
 
 
 def test_variety(problems: list[Problem]) -> None:
-    stories = [story["name"] for story in texts()["stories"]]
+    stories = [story["name"] for story in bundled("synthetic")["stories"]]
     assert len(set(stories)) == len(stories) >= 12
     assert {problem.subject for problem in problems} == set(stories)
     levels = Counter(problem.level for problem in problems)

@@ -184,7 +184,7 @@ def test_a_calibration_sets_the_threshold_of_the_judge_it_was_made_for(
         ("prompts.judge={question} {prefix}", "prompts.judge"),
         ("judge.labels=[YES, NO]", "judge.labels"),
         ("student.system=Be brief", "student.system"),
-        ("judge.decode=generate", "Generated verdicts have no margin"),
+        ("judge.decode=generate", "generated verdicts, which have no margin"),
     ):
         with pytest.raises(KitError, match=named) as refused:
             Judge(configs.load(None, [*base, override]), LengthBackend())

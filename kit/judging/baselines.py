@@ -6,17 +6,16 @@ reason. Which method has which rule is in kit/core/methods.py. `binary-cut` and 
 cuts of cut.py. How the kept text is trained on is not known here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from kit.backends import open_backend
 from kit.backends.base import Ids, common_prefix_len
+from kit.backends.hf import HfBackend
 from kit.core.config import Config, expand
 from kit.core.errors import KitError
 from kit.core.methods import method_of
@@ -24,14 +23,11 @@ from kit.core.records import PrefixRow
 from kit.core.run import stage_entry
 from kit.core.storage import RowFile
 from kit.data import normal
-from kit.grading.answers import Grader, Item, gold_of, last_box
+from kit.grading.answers import Grader, gold_of, last_box
 from kit.judging.cut import Cut, cut_at_ratio, keep, reject, sentences_at, within_memory
 from kit.judging.sentences import ends, split
 from kit.prompts import PrefixEncoder, render, solve_text
-from kit.sampling import grader_of
-
-if TYPE_CHECKING:
-    from kit.backends.hf import HfBackend
+from kit.sampling import grader_of, item_of
 
 # What may stand before the value in which a sentence ends: 3 + 4 = 7, "so it is 7", "leaves 7".
 _BEFORE_RESULT = (
@@ -54,11 +50,13 @@ _CHECK = re.compile(
 def open_rule(config: Config) -> Iterator[Cut]:
     """The rule of the config's method; the model or grader that it needs is closed on leaving."""
     name = method_of(config.method).cut
-    if name in ("ratio", "fixed-prefix-matched"):
-        yield partial(cut_at_ratio, ratio=config.ratio or matched_ratio(config) or 1.0)
+    if name == "ratio":
+        yield partial(cut_at_ratio, ratio=config.ratio or 1.0)
+    elif name == "fixed-prefix-matched":
+        yield partial(cut_at_ratio, ratio=matched_ratio(config))
     elif name == "step-entropy":
         with closing(open_backend(config.student.on_hf)) as backend:
-            rule = partial(step_entropy, config, cast("HfBackend", backend))
+            rule = partial(step_entropy, config, cast(HfBackend, backend))
             yield partial(within_memory, rule)
     else:
         rules = {
@@ -79,10 +77,10 @@ def post_think(grader: Grader, row: PrefixRow) -> PrefixRow:
     """
     if not row.attempt:
         return reject(row, "no attempt", "the teacher wrote nothing after its thinking")
-    [grade] = grader.grade([Item(row.answer, row.attempt, row.verifier, row.question)])
+    [grade] = grader.grade([item_of(row, row.attempt)])
     if grade.verdict == "wrong":
         return reject(row, "wrong attempt", f"the attempt's answer is {grade.answer!s:.80}")
-    return keep_text(row, row.attempt, 0)
+    return keep(row, 0, kept_text=row.attempt, end=0)
 
 
 def first_correct(grader: Grader, row: PrefixRow) -> PrefixRow:
@@ -109,7 +107,7 @@ def _concludes(grader: Grader, row: PrefixRow, sentence: str) -> bool:
             return True
     elif "boxed" not in sentence:
         return False
-    [grade] = grader.grade([Item(row.answer, sentence, row.verifier, row.question)])
+    [grade] = grader.grade([item_of(row, sentence)])
     return grade.verdict == "correct"
 
 
@@ -139,7 +137,7 @@ def no_verify(_grader: Grader, row: PrefixRow) -> PrefixRow:
             verifies = False
     if not kept:
         return reject(row, "only verification", f"all {len(sentences)} sentences verify something")
-    return keep_text(row, "".join(kept), len(kept))
+    return keep(row, len(kept), kept_text="".join(kept), end=0)
 
 
 def long_and_short(row: PrefixRow) -> list[PrefixRow]:
@@ -191,7 +189,7 @@ def step_entropy(config: Config, backend: HfBackend, row: PrefixRow) -> PrefixRo
             parts.append(sentence)
         elif config.baseline.skip_marker and number - 1 not in dropped:
             parts.append(f"{config.baseline.skip_marker} ")
-    return keep_text(row, "".join(parts), len(sums) - len(dropped))
+    return keep(row, len(sums) - len(dropped), kept_text="".join(parts), end=0)
 
 
 def _token_bounds(config: Config, backend: HfBackend, row: PrefixRow) -> tuple[Ids, list[int]]:
@@ -212,35 +210,26 @@ def _token_bounds(config: Config, backend: HfBackend, row: PrefixRow) -> tuple[I
     return ids, [*bounds, len(ids)]
 
 
-def matched_ratio(config: Config) -> float | None:
+def matched_ratio(config: Config) -> float:
     """`fixed-prefix-matched`: the fixed share that keeps as many characters as a P-ALIGN run.
 
     It is the control that an adaptive cut must beat: of the run's own traces, cut all at this share
     of their sentences, the mean length is as near as sentences allow to that of the cuts which its
     student judged (before any extension in align, which this method has too).
 
-    Returns:
-        The share; None for other methods.
-
     Raises:
         KitError: (exit 2) no run is named, or no judge cut its traces.
     """
-    if method_of(config.method).cut != "fixed-prefix-matched":
-        return None
     name = str(config.baseline.matched_run).replace("{seed}", str(config.seed))
     folder = expand(name)
-    if not stage_entry(folder, "truncate").get("done"):
-        raise KitError(
-            f"baseline.matched_run={name} holds no run whose traces are cut.",
-            "Set it to the folder of a P-ALIGN run that is done.",
-            2,
-        )
-    rows = RowFile(folder / "prefixes.jsonl", PrefixRow).read(repair=False)
+    rows = []
+    if stage_entry(folder, "truncate").get("done"):
+        rows = RowFile(folder / "prefixes.jsonl", PrefixRow).read(repair=False)
     rows = [row for row in rows if row.verdicts and not row.rejected]
     if not rows:
         raise KitError(
-            f"baseline.matched_run={name} has no trace that a judge cut.",
-            "Set it to the folder of a P-ALIGN run.",
+            f"baseline.matched_run={name} holds no run whose traces a judge has cut.",
+            "Set it to the folder of a P-ALIGN run that is done.",
             2,
         )
     offsets = [ends(row.trace) for row in rows]
@@ -251,19 +240,3 @@ def matched_ratio(config: Config) -> float | None:
 
     # in steps of a thousandth
     return min((step / 1000 for step in range(1, 1001)), key=distance)
-
-
-def keep_text(row: PrefixRow, text: str, sentences: int) -> PrefixRow:
-    """A copy of the row that keeps a text which is no beginning of the trace.
-
-    Args:
-        sentences: of the trace that are in it.
-    """
-    return row.model_copy(
-        update={
-            "kept_text": text,
-            "sentences": sentences,
-            "ratio": sentences / row.sentences_total,
-            "end": 0,
-        }
-    )

@@ -48,16 +48,12 @@ def calibrated_threshold(judge: Judge, calibration: Calibration) -> float:
         "judge.calibration=none."
     )
     if differing:
-        message = (
-            f"The file of judge.calibration was measured with a different {', '.join(differing)}."
-        )
-        raise KitError(message, hint, 2)
-    if judge.generates_verdicts:
-        message = (
-            "Generated verdicts have no margin, so judge.calibration has no threshold for them."
-        )
-        raise KitError(message, "Set judge.calibration=none, or let verdicts be scored.", 2)
-    if threshold is None:
-        message = f"The file of judge.calibration has no threshold for kind {judge.settings.kind}."
-        raise KitError(message, hint, 2)
-    return threshold
+        message = f"was measured with a different {', '.join(differing)}."
+    elif judge.generates_verdicts:
+        message = "has no threshold for generated verdicts, which have no margin."
+        hint = "Set judge.calibration=none, or let verdicts be scored."
+    elif threshold is None:
+        message = f"has no threshold for kind {judge.settings.kind}."
+    else:
+        return threshold
+    raise KitError(f"The file of judge.calibration {message}", hint, 2)

@@ -10,18 +10,18 @@ the token where the two labels part; `judge.decode: generate` asks the paper's w
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache
 
 from kit.backends import open_backend
-from kit.backends.base import Backend, Ids, Logprobs, ScoreRequest, common_prefix_len
+from kit.backends.base import Backend, Ids, Logprobs, ScoreRequest, Tokenizer, common_prefix_len
 from kit.core.config import Calibration, Config, Sampling
 from kit.core.errors import KitError
 from kit.core.methods import method_of
 from kit.core.records import Label, PrefixRow
 from kit.core.thinking import after_thinking, is_left_open, without_opening
-from kit.grading.answers import Item, gold_of
+from kit.grading.answers import gold_of
 from kit.judging.calibration import calibrated_threshold
 from kit.judging.sentences import ends
 from kit.prompts import (
@@ -35,7 +35,7 @@ from kit.prompts import (
     solve_text,
     text_of,
 )
-from kit.sampling import grader_of
+from kit.sampling import grader_of, item_of
 
 # How binary-cut asks, whatever the section judge says.
 FORCED_ANSWER = {
@@ -93,7 +93,7 @@ class Judge(ExitStack):
         # 3. Where verbal's labels part. Their first tokens may be equal ("[" in ours); the verdict
         # is read after them.
         self.shared_label_tokens, self.label_tokens = split_labels(
-            *(encode_answer(backend.tokenizer, label) for label in settings.labels)
+            backend.tokenizer, settings.labels
         )
 
         # Does the prompt end inside the model's thinking? Then a label there is no verdict yet.
@@ -195,8 +195,7 @@ class Judge(ExitStack):
         boxed = _REST_OF_BOX.match(text)
         if boxed is None:
             return "UNPARSED"
-        item = Item(row.answer, boxed[1], row.verifier, row.question)
-        [grade] = self.grader.grade([item], bare=True)
+        [grade] = self.grader.grade([item_of(row, boxed[1])], bare=True)
         return LABEL_OF_GRADE.get(grade.verdict, "UNPARSED")
 
 
@@ -210,15 +209,16 @@ def open_judge(config: Config) -> Iterator[Judge]:
         yield judge
 
 
-def split_labels(first: Sequence[int], second: Sequence[int]) -> tuple[Ids, tuple[int, int]]:
+def split_labels(tokenizer: Tokenizer, labels: tuple[str, str]) -> tuple[Ids, tuple[int, int]]:
     """The tokens that two labels begin with alike, and the two tokens where they part.
 
     Raises:
         KitError: (exit 2) one label's tokens begin the other's.
     """
+    first, second = (encode_answer(tokenizer, label) for label in labels)
     shared = common_prefix_len(first, second)
     if shared == min(len(first), len(second)):
-        message = f"One label's tokens begin the other's: {list(first)} and {list(second)}."
+        message = f"One label's tokens begin the other's: {first} and {second}."
         hint = "Set judge.labels to two texts of which neither starts with the other."
         raise KitError(message, hint, 2)
     return tuple(first[:shared]), (first[shared], second[shared])

@@ -53,7 +53,7 @@ def sweep(
     m: int,
     ask_many: Callable[[range], Sequence[bool]],
     stretch_end: Callable[[int], int],
-    confirm: int = 1,
+    confirm: int,
 ) -> int | None:
     """Ask from the left, a stretch at a time, until the first ENOUGH is confirmed.
 
@@ -67,15 +67,13 @@ def sweep(
         The first boundary of the first such run, the same as `first_run` finds among all verdicts.
     """
     enough: list[bool] = []
-    while len(enough) < m:
+    kept = None
+    # At the edge of what is read, a run may still break off.
+    while len(enough) < m and (kept is None or len(enough) < kept + confirm - 1):
         first = len(enough) + 1
         enough += ask_many(range(first, stretch_end(first) + 1))
         kept = first_run(enough, confirm)
-        # At the edge of what is read, a run may still break off.
-        is_complete = kept is not None and kept + confirm - 1 <= len(enough)
-        if is_complete or len(enough) == m:
-            return kept
-    return None
+    return kept
 
 
 def first_run(enough: Sequence[bool], confirm: int) -> int | None:

@@ -116,7 +116,9 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
     for token in _TOKEN.finditer(text, begin):
         word = token[0]
         if fence:
-            if _closes_fence(token, fence):
+            # closed by a line whose fence is no shorter, with nothing after it
+            is_long_enough = (token["fence"] or "").startswith(fence["fence"])
+            if is_long_enough and not token["info"].strip():
                 yield fence.start("fence"), token.end()
                 fence = None
         elif token["fence"] and fences:
@@ -141,12 +143,6 @@ def _protected(text: str, begin: int = 0, fences: bool = True) -> Iterator[tuple
                 depth = 1
     if fence:
         yield from _protected(text, fence.end(), fences=False)
-
-
-def _closes_fence(token: re.Match[str], opening: re.Match[str]) -> bool:
-    """Whether a line closes a code block: its fence is no shorter, and nothing follows it."""
-    is_long_enough = (token["fence"] or "").startswith(opening["fence"])
-    return is_long_enough and not token["info"].strip()
 
 
 def _closer_of(text: str, token: re.Match[str], closer: str) -> str | None:

@@ -25,12 +25,12 @@ def missing_draws(correct: int, drawn: int, settings: Judge) -> int:
     No draw is wasted: before so many, neither verdict is possible.
     """
     missing = 0
-    best = worst = _decided(correct, drawn, settings)
-    while not (best or worst):
-        missing += 1
+    while True:
         best = _decided(correct + missing, drawn + missing, settings)
         worst = _decided(correct, drawn + missing, settings)
-    return missing
+        if best or worst:
+            return missing
+        missing += 1
 
 
 def _decided(correct: int, drawn: int, settings: Judge) -> bool:

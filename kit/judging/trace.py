@@ -11,14 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from kit.backends.base import (
-    Completion,
-    Request,
-    ScoreRequest,
-    ScoringSession,
-    TokenUsage,
-    Trunk,
-)
+from kit.backends.base import Completion, Request, ScoreRequest, ScoringSession, TokenUsage, Trunk
 from kit.core.errors import KitError
 from kit.core.records import PrefixRow, Sample, Verdict
 from kit.judging.judge import Judge
@@ -103,14 +96,12 @@ class TraceJudge:
         it asked there: binary and gallop never ask a later boundary that is not ENOUGH.
         """
         after = kept + 1
-        if after > m:
+        if after > m or not (self.reads_cache or search in ("sweep", "scan")):
             return None
         if self.reads_cache and after not in self.verdicts:
             self.ask(after)
-        can_tell = self.reads_cache or search in ("sweep", "scan")
-        if not can_tell or after not in self.verdicts:
-            return None
-        return self.verdicts[after].label != "ENOUGH"
+        verdict = self.verdicts.get(after)
+        return None if verdict is None else verdict.label != "ENOUGH"
 
     def ask(self, k: int) -> bool:
         """Whether the first k sentences suffice."""
