@@ -204,14 +204,13 @@ class Context:
         self, backend: GgufBackend, tokens: int, sequences: int, unified: bool = False
     ) -> None:
         self._backend = backend
-        self.batch_tokens = backend.batch_tokens
         self.tokens = -(-tokens // 256) * 256
         self.cached: list[list[int]] = [[] for _ in range(sequences)]  # token ids by sequence
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.tokens if unified else self.tokens * sequences
         params.n_seq_max = sequences
         params.kv_unified = unified
-        params.n_batch = params.n_ubatch = self.batch_tokens
+        params.n_batch = params.n_ubatch = backend.batch_tokens
         params.flash_attn_type = int(backend.flash_attention or not unified)
         self._context = llama_cpp.llama_init_from_model(backend.model, params)
         if not self._context:
@@ -224,7 +223,7 @@ class Context:
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(backend.adapter)
             llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1))
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(backend.batch_tokens, 0, 1)
 
     def reuse(self, sequence: int, ids: Sequence[int]) -> int:
         """Make a sequence hold the longest beginning of `ids` that any sequence has cached.
@@ -283,7 +282,7 @@ class Context:
         """
         start = len(self.cached[sequence])
         while start < len(ids):
-            end = min(start + self.batch_tokens, len(ids))
+            end = min(start + self._backend.batch_tokens, len(ids))
             # no single token is left over: see GgufSession
             if end == len(ids) - 1:
                 end -= 1
@@ -292,7 +291,7 @@ class Context:
             start = end
 
     def decode(self, tokens: Sequence[BatchToken]) -> list[np.ndarray]:
-        """Append tokens, at most `batch_tokens`, in one pass.
+        """Append tokens, at most the backend's `batch_tokens`, in one pass.
 
         Returns:
             The logits (V,) after each wanted token, valid until the next pass.
