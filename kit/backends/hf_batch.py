@@ -52,10 +52,8 @@ class GrowingLayer(DynamicLayer):
 
     def show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the first columns of the buffers the keys and values, and return them."""
-        keys, values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
-        self.keys = keys
-        self.values = values
-        return keys, values
+        self.keys, self.values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
+        return self.keys, self.values
 
     def update(
         self,
