@@ -386,7 +386,7 @@ def test_a_card_prefills_in_large_batches_with_flash_attention(
     for layers in (0, -1):
         engine = ENGINE.model_copy(update={"n_gpu_layers": layers, "max_num_seqs": None})
         with closing(open_backend(engine)) as opened:
-            context = Context(opened, 2048, 1, opened.flash_attention)
+            context = Context(opened, 2048, 1)
             with closing(context):
                 batch_tokens = llama_cpp.llama_n_ubatch(context._context)
         settings[layers] = (batch_tokens, opened.flash_attention, opened.max_rows)

@@ -254,8 +254,7 @@ def test_a_model_that_asks_the_card_for_values_is_not_recorded() -> None:
     config = transformers.LlamaConfig(**TINY, head_dim=16, rope_parameters=rope)
     assert not can_be_recorded(transformers.AutoModelForCausalLM.from_config(config))
     in_8_bits = tiny("small")
-    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    in_8_bits.hf_quantizer = transformers.quantizers.AutoHfQuantizer.from_config(quantization)
+    in_8_bits.is_loaded_in_8bit = True  # as bitsandbytes' quantizer marks it
     assert not can_be_recorded(in_8_bits)
 
 
@@ -440,7 +439,7 @@ def test_the_budget_decides_how_many_rows_run_and_the_key_is_the_most(
 
 
 def test_a_step_copies_no_cache() -> None:
-    """Only every 64th does, where transformers' own cache is copied at each."""
+    """Only one in ROOM_TOKENS does, where transformers' own cache is copied at each."""
     model = tiny()
     with torch.inference_mode():
         batch = prefill(model, [[1, 2, 3], [4, 5]])

@@ -39,7 +39,7 @@ def open_backend(engine: ModelConfig, adapter: str | None = None) -> Backend:
         backend = backend_class(engine, str(folder))
         backend.merge_adapter()
         return backend
-    return backend_class(engine, adapter) if adapter else backend_class(engine)
+    return backend_class(engine, adapter)
 
 
 def tokenizer_alone(name: str) -> Tokenizer:

@@ -14,7 +14,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
@@ -129,11 +129,6 @@ class ActiveSample:
     def tokens(self) -> Ids:
         """The prompt and what was drawn so far."""
         return (*self.active.request.prompt, *self.ids)
-
-    @property
-    def left_tokens(self) -> int:
-        """How many more may be drawn."""
-        return self.active.limit_tokens - len(self.ids)
 
     def push(self, token: int, tokenizer: Tokenizer) -> bool:
         """Add a drawn token; whether it ends the sample, which is then done."""
@@ -295,7 +290,8 @@ class TrunkSession(ABC):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
         """Read log-probabilities; see ScoringSession."""
         if self.uncached:
-            return self._score_all_uncached(requests)
+            self.cost.prefill_tokens += sum(len(request.ids) for request in requests)
+            return list(map(self._score_uncached, requests))
 
         # 1. The longest request becomes the trunk, if it is longer or leaves it for over a pass.
         results: dict[int, Logprobs] = {}
@@ -311,9 +307,16 @@ class TrunkSession(ABC):
             self.cost.add(TokenUsage(len(request.ids) - start, start))
 
         # 2. Every other request is a tail, or leaves the trunk so early that it follows alone.
-        tails = self._tails(requests, results)
-        apart = [tail.number for tail in tails if len(tail.ids) > self.piece_tokens]
-        waiting = [tail for tail in tails if tail.number not in apart]
+        waiting: list[Tail] = []
+        apart = []
+        for number, other in enumerate(requests):
+            if number in results:
+                continue
+            tail = stretch(other, self._shared(other), number=number)
+            if len(tail.ids) > self.piece_tokens:
+                apart.append(number)
+            else:
+                waiting.append(tail)
         waiting.sort(key=lambda tail: tail.cut)
 
         # 3. From left to right: a piece of the trunk, then the tails that branch off by its end.
@@ -323,21 +326,13 @@ class TrunkSession(ABC):
                 start = end
             ready = [tail for tail in waiting if tail.cut <= end]
             waiting = waiting[len(ready) :]
-            results.update(self._scored(ready))
+            for group in self._groups(ready):
+                for tail, logprobs in zip(group, self._score_tails(group), strict=True):
+                    self.cost.add(TokenUsage(len(tail.ids), tail.cut))
+                    results[tail.number] = logprobs
         for number in apart:
             [results[number]] = self.score([requests[number]])
         return [results[number] for number in range(len(requests))]
-
-    def _score_all_uncached(self, requests: Sequence[ScoreRequest]) -> list[Logprobs]:
-        self.cost.prefill_tokens += sum(len(request.ids) for request in requests)
-        return list(map(self._score_uncached, requests))
-
-    def _scored(self, tails: Sequence[Tail]) -> Iterator[tuple[int, Logprobs]]:
-        """Score tails whose trunk is in the cache, many in a pass; yield them by number."""
-        for group in self._groups(tails):
-            for tail, logprobs in zip(group, self._score_tails(group), strict=True):
-                self.cost.add(TokenUsage(len(tail.ids), tail.cut))
-                yield tail.number, logprobs
 
     @abstractmethod
     def _score_uncached(self, request: ScoreRequest) -> Logprobs:
@@ -354,14 +349,6 @@ class TrunkSession(ABC):
     @abstractmethod
     def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
         """Evaluate tails after the trunk's tokens up to their cuts, and drop them again."""
-
-    def _tails(self, requests: Sequence[ScoreRequest], done: Container[int]) -> list[Tail]:
-        """What the trunk does not share of each request that is not done."""
-        tails = []
-        for number, request in enumerate(requests):
-            if number not in done:
-                tails.append(stretch(request, self._shared(request), None, number))
-        return tails
 
     def _shared(self, request: ScoreRequest) -> int:
         """How many of a request's tokens are the trunk's.

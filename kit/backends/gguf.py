@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache, cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +150,7 @@ class GgufTokenizer:
 
     def _read_piece(self, token: int) -> bytes:
         # the BOS or EOS of a model that has none; a server's id that llama.cpp would abort on
-        if not 0 <= token < llama_cpp.llama_vocab_n_tokens(self._vocab):
+        if not 0 <= token < self.size:
             return b""
         buffer = ctypes.create_string_buffer(1024)
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 1024, 0, True)
@@ -168,6 +167,10 @@ def _named_templates(model: Any) -> list[str]:
         if is_template:
             names.append(name)
     return names
+
+
+class UncuttableError(Exception):
+    """Recurrent states refuse to be cut; sliding windows have lost the tokens before."""
 
 
 class BatchToken(NamedTuple):
@@ -190,33 +193,25 @@ class Context:
         backend: the model.
         tokens: room of each sequence; of all together where they are unified.
         sequences: how many.
-        flash_attention: faster; moves judging margins by up to some tenths.
-        unified: one cache for all sequences.
+        unified: one cache for all sequences. Without it flash attention is always on: it is faster,
+            and moves judging margins by up to some tenths.
 
     Raises:
         KitError: no memory for it.
     """
 
     def __init__(
-        self,
-        backend: GgufBackend,
-        tokens: int,
-        sequences: int,
-        flash_attention: bool,
-        unified: bool = False,
+        self, backend: GgufBackend, tokens: int, sequences: int, unified: bool = False
     ) -> None:
         self._backend = backend
-        self.batch_tokens = CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS
-        self.n_threads = backend.threads.now()
         self.tokens = -(-tokens // 256) * 256
         self.cached: list[list[int]] = [[] for _ in range(sequences)]  # token ids by sequence
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.tokens if unified else self.tokens * sequences
         params.n_seq_max = sequences
         params.kv_unified = unified
-        params.n_batch = params.n_ubatch = self.batch_tokens
-        params.n_threads = params.n_threads_batch = self.n_threads
-        params.flash_attn_type = int(flash_attention)
+        params.n_batch = params.n_ubatch = backend.batch_tokens
+        params.flash_attn_type = int(backend.flash_attention or not unified)
         self._context = llama_cpp.llama_init_from_model(backend.model, params)
         if not self._context:
             raise KitError(
@@ -228,7 +223,7 @@ class Context:
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(backend.adapter)
             llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1))
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(backend.batch_tokens, 0, 1)
 
     def reuse(self, sequence: int, ids: Sequence[int]) -> int:
         """Make a sequence hold the longest beginning of `ids` that any sequence has cached.
@@ -236,8 +231,7 @@ class Context:
         Whatever else the sequence held is dropped.
 
         Returns:
-            The beginning's length in tokens; 0 where the cache cannot be cut, which is noted:
-            recurrent states refuse, sliding windows have lost the tokens before.
+            The beginning's length in tokens; 0 where the cache cannot be cut, which is noted.
         """
         lengths = [common_prefix_len(cached, ids) for cached in self.cached]
         source = int(np.argmax(lengths))
@@ -247,35 +241,37 @@ class Context:
             self.cut(sequence, 0)
             llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, -1, -1)
             self.cached[sequence] = self.cached[source].copy()
-        if length < len(self.cached[sequence]) and not self.cut(sequence, length):
-            self.cut(sequence, 0)
+        if length < len(self.cached[sequence]):
+            try:
+                self.cut(sequence, length)
+            except UncuttableError:
+                self.cut(sequence, 0)
         return len(self.cached[sequence])
 
-    def cut(self, sequence: int, length: int) -> bool:
-        """Drop a sequence's tokens from `length` on; whether exactly the others are left."""
+    def cut(self, sequence: int, length: int) -> None:
+        """Drop a sequence's tokens from `length` on; UncuttableError: not all others are left."""
         del self.cached[sequence][length:]
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1)
-        return self._holds(sequence, length)
+        self._check(sequence, length)
 
-    def branch(self, sequence: int, length: int) -> bool:
-        """Make an empty sequence share the first tokens of sequence 0; whether it holds just these.
+    def branch(self, sequence: int, length: int) -> None:
+        """Make an empty sequence share the first tokens of sequence 0; UncuttableError: as `cut`.
 
         For a unified cache only: it copies nothing.
         """
         self.cached[sequence] = self.cached[0][:length]
         llama_cpp.llama_memory_seq_cp(self._memory, 0, sequence, 0, length)
-        return self._holds(sequence, length)
+        self._check(sequence, length)
 
-    def _holds(self, sequence: int, length: int) -> bool:
-        """Whether llama.cpp has a sequence's first tokens, and no others; a note says where not."""
+    def _check(self, sequence: int, length: int) -> None:
+        """Raise UncuttableError, and note it, unless a sequence has exactly its first tokens."""
         first = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
         last = llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)
         # both are -1 in an empty sequence
-        if last == length - 1 and first == min(last, 0):
-            return True
-        if UNCUTTABLE not in self._backend.notes:
-            self._backend.notes.append(UNCUTTABLE)
-        return False
+        if last != length - 1 or first != min(last, 0):
+            if UNCUTTABLE not in self._backend.notes:
+                self._backend.notes.append(UNCUTTABLE)
+            raise UncuttableError
 
     def prefill(
         self, sequence: int, ids: Sequence[int], wanted: Collection[int]
@@ -286,7 +282,7 @@ class Context:
         """
         start = len(self.cached[sequence])
         while start < len(ids):
-            end = min(start + self.batch_tokens, len(ids))
+            end = min(start + self._backend.batch_tokens, len(ids))
             # no single token is left over: see GgufSession
             if end == len(ids) - 1:
                 end -= 1
@@ -294,32 +290,36 @@ class Context:
             yield from self.decode([BatchToken(sequence, ids[i], i in wanted) for i in chunk])
             start = end
 
-    def decode(self, tokens: Sequence[BatchToken]) -> Iterator[np.ndarray]:
-        """Append tokens, at most `batch_tokens`, in one pass; yields as `prefill`."""
+    def decode(self, tokens: Sequence[BatchToken]) -> list[np.ndarray]:
+        """Append tokens, at most the backend's `batch_tokens`, in one pass.
+
+        Returns:
+            The logits (V,) after each wanted token, valid until the next pass.
+        """
         n_threads = self._backend.threads.now()
-        if n_threads != self.n_threads:
-            self.n_threads = n_threads
-            llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
+        llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
         batch = self._batch
         batch.n_tokens = len(tokens)
-        for i, (sequence, token, wanted) in enumerate(tokens):
-            cached = self.cached[sequence]
-            batch.token[i] = token
+        for i, token in enumerate(tokens):
+            cached = self.cached[token.sequence]
+            batch.token[i] = token.id
             batch.pos[i] = len(cached)
-            batch.logits[i] = wanted
+            batch.logits[i] = token.wanted
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
-            cached.append(token)
+            batch.seq_id[i][0] = token.sequence
+            cached.append(token.id)
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
             raise KitError(
                 f"llama.cpp cannot evaluate {len(cached)} tokens (status {status}).",
                 "Set judge.limit_tokens or a smaller context_tokens.",
             )
-        for i, (_, _, wanted) in enumerate(tokens):
-            if wanted:
+        rows = []
+        for i, token in enumerate(tokens):
+            if token.wanted:
                 pointer = llama_cpp.llama_get_logits_ith(self._context, i)
-                yield np.ctypeslib.as_array(pointer, (self._backend.tokenizer.size,))
+                rows.append(np.ctypeslib.as_array(pointer, (self._backend.tokenizer.size,)))
+        return rows
 
     def close(self) -> None:
         """Free the memory."""
@@ -346,6 +346,7 @@ class GgufBackend:
         self.threads = Threads(engine.n_threads)
         self.model = load(path, engine.n_gpu_layers)
         self.on_card = bool(engine.n_gpu_layers) and llama_cpp.llama_supports_gpu_offload()
+        self.batch_tokens = CARD_BATCH_TOKENS if self.on_card else BATCH_TOKENS
         self.max_rows = engine.rows(self.on_card)  # at a time; fewer once memory ran out
         is_slow = llama_cpp.llama_model_ftype(self.model) in SLOW_FILE_TYPES
         is_small = llama_cpp.llama_model_n_params(self.model) <= MAX_COPY_PARAMETERS
@@ -408,10 +409,6 @@ class GgufBackend:
             self.model = None
 
 
-class UncuttableError(Exception):
-    """Recurrent states refuse to be cut; sliding windows have lost the tokens before."""
-
-
 class GgufSession(TrunkSession):
     """Sequence 0 holds the trunk; each tail has a sequence that shares the trunk's beginning.
 
@@ -425,8 +422,7 @@ class GgufSession(TrunkSession):
     """
 
     def __init__(self, backend: GgufBackend, uncached: bool = False) -> None:
-        batch_tokens = CARD_BATCH_TOKENS if backend.on_card else BATCH_TOKENS
-        super().__init__(batch_tokens - 1, uncached)
+        super().__init__(backend.batch_tokens - 1, uncached)
         self.backend = backend
         self._context: Any = None
 
@@ -454,8 +450,7 @@ class GgufSession(TrunkSession):
         return [_logprobs(*row) for row in zip(rows, request.reads, strict=True)]
 
     def _cut_cache(self, tokens: int) -> None:
-        if not self._context.cut(0, tokens):
-            raise UncuttableError
+        self._context.cut(0, tokens)
 
     def _extend(self, piece: Tail) -> Logprobs:
         return self._decode([piece], [0])[0]
@@ -463,8 +458,7 @@ class GgufSession(TrunkSession):
     def _score_tails(self, tails: Sequence[Tail]) -> list[Logprobs]:
         sequences = range(1, len(tails) + 1)
         for sequence, tail in zip(sequences, tails, strict=True):
-            if not self._context.branch(sequence, tail.cut):
-                raise UncuttableError
+            self._context.branch(sequence, tail.cut)
         results = self._decode(tails, sequences)
         for sequence in sequences:
             self._context.cut(sequence, 0)
@@ -476,25 +470,21 @@ class GgufSession(TrunkSession):
         for sequence, tail in zip(sequences, tails, strict=True):
             wanted = dict(tail.reads)
             tokens += [BatchToken(sequence, id, i in wanted) for i, id in enumerate(tail.ids)]
-        reads = [read for tail in tails for read in tail.reads]
-        # decode comes first: it evaluates tokens also where nothing is read
-        rows = iter(
-            [_logprobs(*row) for row in zip(self._context.decode(tokens), reads, strict=True)]
-        )
-        return [list(islice(rows, len(tail.reads))) for tail in tails]
+        rows = iter(self._context.decode(tokens))
+        results = []
+        for tail in tails:
+            results.append([_logprobs(next(rows), read) for read in tail.reads])
+        return results
 
     def _make_room(self, tokens: int) -> None:
         """Have a context of so many tokens and one pass of tails; a larger one begins empty."""
-        tokens += self.piece_tokens + 1
+        backend = self.backend
+        tokens += backend.batch_tokens
         if self._context is None or self._context.tokens < tokens:
             self.close()
-            backend = self.backend
-            room = min(
-                max(2 * tokens, MIN_ROOM_TOKENS), backend.context_tokens + self.piece_tokens + 1
-            )
-            sequences = 1 + MAX_TAILS
-            flash = backend.flash_attention
-            self._context = Context(backend, room, sequences, flash, unified=True)
+            most_tokens = backend.context_tokens + backend.batch_tokens
+            room_tokens = min(max(2 * tokens, MIN_ROOM_TOKENS), most_tokens)
+            self._context = Context(backend, room_tokens, 1 + MAX_TAILS, unified=True)
 
 
 def _logprobs(logits: np.ndarray, read: tuple[int, Ids]) -> list[float]:

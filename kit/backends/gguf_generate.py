@@ -32,22 +32,22 @@ def generate(backend: GgufBackend, requests: Sequence[Request]) -> Iterator[Gene
     longest = max(sample.active.tokens for sample in waiting)
     # 2. Give samples one token after the other; those that end free their slots.
     running: dict[int, ActiveSample] = {}  # by slot
-    kept = requests[0].trunk
+    spare = int(requests[0].trunk is not None)  # a sequence that keeps the longest prompt
     with Trunk() as own:
-        trunk = kept or own
+        trunk = requests[0].trunk or own
         context = trunk.state
         if context is None or context.tokens < longest:
             trunk.close()
             trunk.state = None
             tokens = max(longest, min(trunk.room_tokens, limit))
             try:
-                context = open_context(backend, tokens, len(waiting), spare=int(bool(kept)))
+                context = open_context(backend, tokens, len(waiting), spare)
             except KitError as error:
                 yield from _without_largest(backend, waiting, str(error))
                 return
             trunk.callback(context.close)
             trunk.state = context
-        slots = len(context.cached) - int(bool(kept))
+        slots = len(context.cached) - spare
         while waiting or running:
             for slot, logits in next_logits(context, slots, running, waiting):
                 sample = running[slot]
@@ -72,7 +72,7 @@ def _without_largest(
         yield from generate(backend, list(others.values()))
 
 
-def open_context(backend: GgufBackend, tokens: int, samples: int, spare: int = 0) -> Context:
+def open_context(backend: GgufBackend, tokens: int, samples: int, spare: int) -> Context:
     """A context of as many slots as there are samples, `max_num_seqs` and memory allow.
 
     Args:
@@ -85,7 +85,7 @@ def open_context(backend: GgufBackend, tokens: int, samples: int, spare: int = 0
     slots = wanted = min(backend.max_rows, samples)
     while True:
         try:
-            context = Context(backend, tokens, slots + spare, flash_attention=True)
+            context = Context(backend, tokens, slots + spare)
             break
         except KitError:
             if slots == 1:

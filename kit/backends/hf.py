@@ -49,22 +49,20 @@ class HfBackend:
             lean_adapter(self.model)
         watch(self.model, engine.n_threads)
         self.device: torch.device = self.model.device
-        self._graphs: GraphDecoder | None = None
         self.max_rows = engine.rows(on_card=self.device.type == "cuda")
-        self.most_tokens: int | None = (
-            None  # that a batch's cache may hold; set once memory ran out
-        )
+        # that a batch's cache may hold; set once memory ran out
+        self.most_tokens: int | None = None
         text_config = self.model.config.get_text_config()
         trained_tokens = getattr(text_config, "max_position_embeddings", None) or 4096
         self.context_tokens = min(engine.context_tokens or trained_tokens, trained_tokens)
         rope = getattr(text_config, "rope_parameters", None) or {}
-        key = "original_max_position_embeddings"
-        short_tokens = rope.get(key) or getattr(text_config, key, None) or trained_tokens
-        if rope.get("rope_type") == "longrope" and short_tokens < self.context_tokens:
+        if rope.get("rope_type") == "longrope":
             # It rotates all positions of a pass otherwise if one is beyond these: what is cached or
             # side by side would not fit together.
-            self.context_tokens = short_tokens
-            self.notes.append(f"{engine.model}: LongRoPE, at most {short_tokens} tokens here.")
+            short_tokens = rope["original_max_position_embeddings"]
+            if short_tokens < self.context_tokens:
+                self.context_tokens = short_tokens
+                self.notes.append(f"{engine.model}: LongRoPE, at most {short_tokens} tokens here.")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield each request's samples as they finish; prompts without room come first, as errors.
@@ -100,18 +98,15 @@ class HfBackend:
     def close(self) -> None:
         """Drop the weights, so that the next model has their memory."""
         self.model = None
-        self._graphs = None
         release()
 
     def graphs(self) -> GraphDecoder | None:
         """What replays decoding steps; None: each is computed, as always on a CPU."""
         from kit.backends.hf_graphs import GraphDecoder
 
-        if not self.engine.cuda_graphs or self.device.type != "cuda":
-            return None
-        if self._graphs is None or self._graphs.model is not self.model:
-            self._graphs = GraphDecoder(self.model)
-        return self._graphs
+        if self.engine.cuda_graphs and self.device.type == "cuda":
+            return GraphDecoder(self.model)
+        return None
 
     def cache_tokens(self) -> int:
         """Tokens that a batch's cache may hold: the config's budget, or a share of free memory."""

@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicLayer
 
 from kit.core.config import Sampling
 
-ROOM_TOKENS = 64  # free columns that a growing cache gets at a time
+# Free columns that a growing cache gets at a time; also the most steps of one recording, see
+# hf_graphs.
+ROOM_TOKENS = 128
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations
 SMALL_WEIGHT = 1 << 16  # numbers: a matrix up to this size is copied faster than it is turned
 HEAD_TOKENS = 256  # likeliest tokens looked at before the whole vocabulary is sorted
@@ -50,10 +52,8 @@ class GrowingLayer(DynamicLayer):
 
     def show(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make the first columns of the buffers the keys and values, and return them."""
-        keys, values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
-        self.keys = keys
-        self.values = values
-        return keys, values
+        self.keys, self.values = (buffer.narrow(2, 0, columns) for buffer in self.buffers)
+        return self.keys, self.values
 
     def update(
         self,
@@ -181,16 +181,13 @@ def prefill(
     return batch
 
 
-def assemble(
-    parts: Sequence[Part], keep: DecodeBatch | None = None, room_tokens: int = ROOM_TOKENS
-) -> DecodeBatch:
+def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBatch:
     """One batch of the rows of several, in the order given.
 
     Args:
         parts: what to take. Of models without continuous batching: one part only.
         keep: a batch that is used again and stays unchanged. All others are used up layer by layer,
             so that there are never two whole caches at a time.
-        room_tokens: free columns of the new batch.
     """
     batch, rows = parts[0]
     if not isinstance(batch.cache.layers[0], GrowingLayer):
@@ -203,7 +200,6 @@ def assemble(
     cache = DynamicCache()
     for index, old in enumerate(batch.cache.layers):
         layer = GrowingLayer()
-        layer.room_tokens = room_tokens
         layer.reserve(len(lengths), columns, old.keys, old.values)
         begin = 0
         for part in parts:

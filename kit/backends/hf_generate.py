@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +26,6 @@ from kit.backends.base import (
     samples_of,
 )
 from kit.backends.hf_batch import (
-    ROOM_TOKENS,
     DecodeBatch,
     Part,
     assemble,
@@ -34,7 +33,6 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
-from kit.backends.hf_graphs import GRAPH_ROOM_TOKENS
 from kit.core.config import Sampling
 from kit.core.memory import is_out_of_memory
 
@@ -58,28 +56,33 @@ class Scheduler:
         self.proven_tokens = self.budget_tokens  # with which a step succeeded
         self.continuous = supports_continuous_batching(self.model)
         self.graphs = backend.graphs() if self.continuous else None
-        self.room_tokens = GRAPH_ROOM_TOKENS if self.graphs else ROOM_TOKENS
         # Longest prompts first, so that the rows of a batch have similar lengths.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
         self.queue, self.finished = samples_of(ordered, backend.context_tokens, random.Random)
-        # Running, by their place in the batch; None where a row has ended.
-        self.rows: list[ActiveSample | None] = []
+        self.rows: dict[int, ActiveSample] = {}  # running, by their place in the batch
         self.joining: list[ActiveSample] = []  # taken from the queue, not running yet
         self.batch: DecodeBatch | None = None
+        self.trunk: Trunk | None = None
+        if requests and requests[0].trunk:
+            if self.continuous:
+                self.trunk = requests[0].trunk
+            elif UNSHARED not in backend.notes:
+                backend.notes.append(UNSHARED)
         # The prompts evaluated last and their states, for further samples of them.
         self.prompts: list[Ids] = []
         self.prefilled: DecodeBatch | None = None
 
     def run(self) -> Iterator[Generation]:
         """Yield each request's result as it finishes."""
-        try:
-            while self.finished or self.queue or self.rows:
-                while self.finished:
-                    yield self.finished.popleft()
-                self._advance()
-        finally:
-            if self.graphs:
-                self.graphs.drop()
+        while self.finished or self.queue or self.rows:
+            while self.finished:
+                yield self.finished.popleft()
+            self._advance()
+
+    @property
+    def places(self) -> int:
+        """Of the batch; the rows of some have ended."""
+        return len(self.batch.starts) if self.batch else 0
 
     def _advance(self) -> None:
         """Admit waiting rows, then draw one token for every running row."""
@@ -102,9 +105,9 @@ class Scheduler:
         """Copy the cache without empty places if they are many, or if it must be copied anyway."""
         if self.batch is None:
             return
-        empty = self.rows.count(None)
-        over_budget = self.batch.columns * len(self.rows) > self.budget_tokens
-        if self.batch.free_columns == 0 or 4 * empty > len(self.rows) or (empty and over_budget):
+        empty = self.places - len(self.rows)
+        over_budget = self.batch.columns * self.places > self.budget_tokens
+        if self.batch.free_columns == 0 or 4 * empty > self.places or (empty and over_budget):
             self._assemble()
 
     def _admit(self) -> None:
@@ -121,7 +124,7 @@ class Scheduler:
         for group in groups:
             prefilled = self._prefill(group)
             prompt_rows = [self.prompts.index(row.tokens) for row in group]
-            going_on = self._draw(group, prefilled.logits[prompt_rows])
+            going_on = self._draw(dict(enumerate(group)), prefilled.logits[prompt_rows])
             if going_on:
                 parts.append(Part(prefilled, [prompt_rows[index] for index in going_on]))
                 rows += [group[index] for index in going_on]
@@ -133,7 +136,7 @@ class Scheduler:
 
     def _fits(self) -> bool:
         """Whether the first waiting row can join; there is always room for one row."""
-        rows = [row for row in self.rows if row is not None] + self.joining
+        rows = [*self.rows.values(), *self.joining]
         if not self.queue or len(rows) >= self.backend.max_rows:
             return False
         if not rows:
@@ -141,32 +144,31 @@ class Scheduler:
         if self.batch is not None and not self.continuous:
             return False
         longest = max(len(row.tokens) for row in (self.queue[0], *rows))
-        places = max(len(rows) + 1, len(self.rows))
+        places = max(len(rows) + 1, self.places)
         return places * (longest + HEADROOM_TOKENS) <= self.budget_tokens
 
     def _join(self, parts: Sequence[Part], rows: Sequence[ActiveSample]) -> None:
         """Let new rows run: in the places of ended ones if they fit there, else in a new batch."""
-        empty_places = [place for place, row in enumerate(self.rows) if row is None]
+        empty_places = [place for place in range(self.places) if place not in self.rows]
         longest = max((int(part.lengths.max()) for part in parts), default=0)
         if self.batch is None or len(rows) > len(empty_places) or longest > self.batch.columns:
             self._assemble(parts, rows)
             return
-        for place, row in zip(empty_places, rows, strict=False):
-            self.rows[place] = row
+        self.rows.update(zip(empty_places, rows, strict=False))
         for part in parts:
             self.batch.put(empty_places[: len(part.rows)], part)
             del empty_places[: len(part.rows)]
 
     def _assemble(self, parts: Sequence[Part] = (), rows: Sequence[ActiveSample] = ()) -> None:
         """Make a new batch, of the running rows and of new ones, without ended ones."""
-        running = [place for place, row in enumerate(self.rows) if row is not None]
-        self.rows = [*(self.rows[place] for place in running), *rows]
+        running = sorted(self.rows)
+        self.rows = dict(enumerate([*(self.rows[place] for place in running), *rows]))
         parts = list(parts)
         if running and self.batch is not None:
             parts.insert(0, Part(self.batch, running))
         if self.graphs:
             self.graphs.drop()
-        self.batch = assemble(parts, self.prefilled, self.room_tokens) if parts else None
+        self.batch = assemble(parts, self.prefilled) if parts else None
 
     def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
         """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""
@@ -177,11 +179,7 @@ class Scheduler:
         prompts = list(by_prompt)
         if self.prefilled is None or prompts != self.prompts:
             self.prefilled = None
-            trunk = rows[0].active.request.trunk
-            if trunk and not self.continuous and UNSHARED not in self.backend.notes:
-                self.backend.notes.append(UNSHARED)
-            if trunk is None or not self.continuous:
-                trunk = Trunk()
+            trunk = self.trunk or Trunk()
             # Rows that share a trunk come one by one. The last token's logits are needed.
             shared_tokens = common_prefix_len(trunk.ids, prompts[0][:-1])
             self.prefilled = prefill(self.model, prompts, trunk.state, shared_tokens)
@@ -199,48 +197,45 @@ class Scheduler:
         if self.batch is None:
             return
         self._step(self.batch)
-        running = [place for place, row in enumerate(self.rows) if row]
         going_on = self._draw(self.rows, self.batch.logits)
 
         # Past the budget, a row waits again: the one that takes least to evaluate anew.
         if len(going_on) > 1 and self.batch.columns * len(going_on) > self.budget_tokens:
-            rows = {place: row for place, row in enumerate(self.rows) if row and place in going_on}
-            shortest = min(rows, key=lambda place: len(rows[place].tokens))
-            self.queue.appendleft(rows[shortest])
+            shortest = min(going_on, key=lambda place: len(self.rows[place].tokens))
+            self.queue.appendleft(self.rows[shortest])
             going_on.remove(shortest)
-        if not going_on:
-            self.rows = []
-            self._assemble()
-            return
-        leaving = sorted(set(running) - set(going_on))
+        leaving = sorted(self.rows.keys() - going_on)
         for place in leaving:
-            self.rows[place] = None
-        if leaving:
+            del self.rows[place]
+        if not self.rows:
+            self._assemble()
+        elif leaving:
             self.batch.vacate(leaving)
 
     def _step(self, batch: DecodeBatch) -> None:
         """Append every row's last token and compute the logits after it."""
         # A row that has ended takes any token: its place is cheaper to keep than to take out.
-        tokens = [row.ids[-1] if row else 0 for row in self.rows]
+        tokens = [0] * self.places
+        for place, row in self.rows.items():
+            tokens[place] = row.ids[-1]
         if self.graphs is None:
             batch.step(self.model, tokens)
             return
-        most_steps = max(row.left_tokens for row in self.rows if row)
+        most_steps = max(row.active.limit_tokens - len(row.ids) for row in self.rows.values())
         self.graphs.step(batch, tokens, most_steps)
 
-    def _draw(self, rows: Sequence[ActiveSample | None], logits: torch.Tensor) -> list[int]:
+    def _draw(self, rows: Mapping[int, ActiveSample], logits: torch.Tensor) -> list[int]:
         """Draw each row's next token from logits (B, V), and finish the rows that end with it.
 
         Args:
-            rows: None for one that has ended already.
+            rows: by their index among the B.
 
         Returns:
             Indices of the rows that go on.
         """
         by_sampling: dict[Sampling, list[tuple[int, ActiveSample]]] = {}
-        for index, row in enumerate(rows):
-            if row is not None:
-                by_sampling.setdefault(row.active.request.sampling, []).append((index, row))
+        for index, row in sorted(rows.items()):
+            by_sampling.setdefault(row.active.request.sampling, []).append((index, row))
 
         going_on = []
         for sampling, chosen in by_sampling.items():
@@ -263,21 +258,20 @@ class Scheduler:
         request's error.
         """
         # where the memory ran out while new rows joined, they are in both
-        rows = [row for row in dict.fromkeys((*self.rows, *self.joining)) if row is not None]
-        rows = [row for row in rows if row.number not in row.active.done]
-        self.queue.extendleft(reversed(rows))
-        self.rows = []
+        rows = dict.fromkeys((*self.rows.values(), *self.joining))
+        waiting = [row for row in rows if row.number not in row.active.done]
+        self.queue.extendleft(reversed(waiting))
+        self.rows = {}
         self.joining = []
         self._assemble()
         self.prefilled = None
-        trunk = self.queue[0].active.request.trunk
-        if trunk:
-            trunk.ids = ()
-            trunk.state = None
+        if self.trunk:
+            self.trunk.ids = ()
+            self.trunk.state = None
         torch.cuda.empty_cache()
-        if len(rows) > 1:
-            longest = max(len(row.tokens) for row in rows)
-            self.budget_tokens = len(rows) // 2 * (longest + HEADROOM_TOKENS)
+        if len(waiting) > 1:
+            longest = max(len(row.tokens) for row in waiting)
+            self.budget_tokens = len(waiting) // 2 * (longest + HEADROOM_TOKENS)
             note = f"Out of memory: going on with {self.budget_tokens} tokens at a time."
             self.backend.notes.append(note)
             return

@@ -16,7 +16,6 @@ from kit.backends.hf_batch import DecodeBatch, GrowingLayer, few_tokens
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 
-GRAPH_ROOM_TOKENS = 128  # steps that one recording serves at most
 LEAST_STEPS = 16  # recording takes as long as a few computed steps
 
 
@@ -54,7 +53,7 @@ class FixedLayer(DynamicLayer):
 class FixedStep:
     """A batch's step as a graph: recorded once on a card, computed each time on a CPU.
 
-    Serves until the batch gets other buffers. Rows may come and go in between: their starts and
+    Serves until the batch has no free column. Rows may come and go in between: their starts and
     their states change in place.
     """
 
@@ -64,28 +63,22 @@ class FixedStep:
         self.column = torch.tensor([batch.columns], device=batch.starts.device)
         self.ids = torch.zeros_like(batch.starts)
         self.layers: list[GrowingLayer] = batch.cache.layers
-        self.buffer = self.layers[0].buffers[0]
+        self.width = self.layers[0].buffers[0].shape[2]  # columns, the free ones included
         self.cache = DynamicCache()
         self.cache.layers = [FixedLayer(layer, self.column) for layer in self.layers]
         self.logits: Any = None  # (B, V); a replay overwrites them
         self.graph: Any = None
-        self.steps = 0
-
-    def serves(self, batch: DecodeBatch) -> bool:
-        """Whether the batch still has the memory that this step reads and writes."""
-        return self.starts is batch.starts and self.buffer is batch.cache.layers[0].buffers[0]
 
     def run(self, batch: DecodeBatch, tokens: list[int]) -> None:
         """Append one token to every row of the batch and compute the logits after it."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         # The first step is computed, which loads the kernels.
-        if self.graph is None and self.steps and self.ids.is_cuda:
+        if self.graph is None and self.logits is not None and self.ids.is_cuda:
             self.graph = self._record()
         if self.graph is None:
             self._compute()
         else:
             self.graph.replay()
-        self.steps += 1
         batch.columns += 1
         batch.logits = self.logits
         for layer in self.layers:
@@ -114,7 +107,7 @@ class FixedStep:
         return graph
 
     def _compute(self) -> None:
-        columns = torch.arange(self.buffer.shape[2], device=self.ids.device)[None]
+        columns = torch.arange(self.width, device=self.ids.device)[None]
         seen = (columns >= self.starts) & (columns <= self.column)
         with few_tokens(self.ids.numel(), self.ids.device):
             output = self.model(
@@ -130,7 +123,10 @@ class FixedStep:
 
 
 class GraphDecoder:
-    """Steps of one batch after another: replayed where that pays, else computed."""
+    """Steps of one batch after another: replayed where that pays, else computed.
+
+    `drop` comes before a batch is assembled anew.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -138,17 +134,17 @@ class GraphDecoder:
         self.works = can_be_recorded(model)
 
     def drop(self) -> None:
-        """Forget the recording, which holds its batch's cache: before another takes its place."""
+        """Forget the recording, which holds its batch's cache."""
         self.fixed = None
 
     def step(self, batch: DecodeBatch, tokens: list[int], most_steps: int) -> None:
         """As `DecodeBatch.step`; at most so many steps of these rows will follow."""
-        if self.fixed is not None and not self.fixed.serves(batch):
-            self.fixed = None
         free = batch.free_columns or 0
-        if self.fixed is None and self.works and min(free, most_steps) >= LEAST_STEPS:
+        if not free:
+            self.drop()  # the cache moves to a larger place
+        elif self.fixed is None and self.works and min(free, most_steps) >= LEAST_STEPS:
             self.fixed = FixedStep(self.model, batch)
-        if self.fixed is not None and free:
+        if self.fixed is not None:
             try:
                 self.fixed.run(batch, tokens)
                 return
@@ -164,7 +160,6 @@ def can_be_recorded(model: Any) -> bool:
     LLM.int8() looks for outliers in every layer, and a dynamic RoPE at the length.
     """
     takes_any_mask = getattr(model, "_supports_attention_backend", False)
-    quantizer = getattr(model, "hf_quantizer", None)
-    in_8_bits = getattr(getattr(quantizer, "quantization_config", None), "load_in_8bit", False)
+    in_8_bits = getattr(model, "is_loaded_in_8bit", False)
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
     return takes_any_mask and not in_8_bits and "dynamic" not in rope

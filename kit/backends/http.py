@@ -48,7 +48,7 @@ from kit.backends.base import (
 )
 from kit.core.config import ModelConfig, Sampling
 from kit.core.errors import KitError
-from kit.core.fingerprints import file_hash
+from kit.core.fingerprints import adapter_hash
 
 REDIRECT_STATUSES = range(300, 400)
 REFUSED_STATUSES = (400, 413, 422)  # of one request: a retry changes nothing
@@ -167,19 +167,19 @@ class HttpBackend:
         is_folder = folder.is_dir()
         if self.llama:
             # what it was started with: the only one, or the one whose path holds the name
-            paths = {lora["path"]: lora["id"] for lora in self._loras}
-            ids = [paths[path] for path in paths if is_folder or adapter in path]
-            if len(ids) == 1:
-                return {"lora": [{"id": ids[0], "scale": 1.0}]}
+            loras = [lora for lora in self._loras if is_folder or adapter in lora["path"]]
+            if len(loras) == 1:
+                return {"lora": [{"id": loras[0]["id"], "scale": 1.0}]}
+            paths = [lora["path"] for lora in self._loras]
             raise KitError(
-                f"{self.root} serves no adapter {adapter!r}; it has {list(paths) or 'none'}.",
+                f"{self.root} serves no adapter {adapter!r}; it has {paths or 'none'}.",
                 "Start llama-server with --lora FILE (palign.py export RUN --to gguf-lora writes "
                 "it), or set eval.served_adapter to one of these.",
             )
         # vLLM: the name that was given, this one from an earlier session, or the folder's
-        own_name = f"{folder.parent.name}-{_digest(folder)}"
+        own_name = f"{folder.parent.name}-{adapter_hash(folder)[:12]}"
         for name, model in self._served().items():
-            if name in (adapter, own_name) or (is_folder and model.get("root") == str(folder)):
+            if name in (adapter, own_name) or model.get("root") == str(folder):
                 return {"model": name}
         hint = (
             f"Start vLLM with --enable-lora --lora-modules NAME={folder} (and --max-lora-rank) and "
@@ -227,10 +227,11 @@ class HttpBackend:
             for future in as_completed(futures):
                 if future.cancelled():
                     continue
-                failure = failure or future.exception()
-                if failure:  # nothing new is sent; requests in flight still bring their results
+                if future.exception():
+                    # nothing new is sent; requests in flight still bring their results
+                    failure = failure or future.exception()
                     cancel(futures)
-                if not future.exception():
+                else:
                     yield future.result()
         finally:
             cancel(futures)
@@ -474,12 +475,6 @@ class HttpSession:
             f"{backend.root} returns no log-probabilities by token ID.",
             "Judge with llama-server, a vLLM with logprob_token_ids, or backend=hf or gguf.",
         )
-
-
-def _digest(adapter: Path) -> str:
-    """Tells an adapter from one that was trained into the same folder before; "" without one."""
-    weights = adapter / "adapter_model.safetensors"
-    return file_hash(weights)[:12] if weights.exists() else ""
 
 
 def cancel(futures: Sequence[Future]) -> None:
