@@ -127,15 +127,7 @@ def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(model_config)
         adapted = adapted_layers(causal)
-    except (
-        *FILE_ERRORS,
-        AttributeError,
-        ImportError,
-        KitError,
-        LookupError,
-        StopIteration,
-        TypeError,
-    ):
+    except (*FILE_ERRORS, KitError, StopIteration):
         return shape
     head = causal.get_output_embeddings()
     # what bitsandbytes quantizes: fused experts are none of it
@@ -145,9 +137,7 @@ def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     )
     other = sum(weight.numel() for weight in causal.parameters()) - linear
-    adapter = 0
-    for name in adapted:
-        adapter += sum(causal.get_submodule(name).weight.shape)
+    adapter = sum(sum(causal.get_submodule(name).weight.shape) for name in adapted)
     counted = (linear, other, adapter)
     formula = (shape.linear, shape.other, shape.adapter)
     is_dense = all(abs(a - b) <= 0.01 * b for a, b in zip(formula, counted, strict=True))
