@@ -116,9 +116,7 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names, no space cleaned up."""
-        return self.inner.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.inner.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def resolve(name: str) -> Path | str:
