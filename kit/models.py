@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from kit.core.config import ModelConfig, Student, expand
 from kit.core.errors import KitError
@@ -116,9 +116,7 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens by their names, no space cleaned up."""
-        return self.inner.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.inner.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def resolve(name: str) -> Path | str:
@@ -148,8 +146,7 @@ def resolve(name: str) -> Path | str:
         )
     if name and (path / "config.json").is_file():
         return str(path)
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf")
-    if is_hub_id and not path.exists():
+    if is_hub_id(name):
         return name
     gguf_names = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
     raise KitError(
@@ -157,6 +154,12 @@ def resolve(name: str) -> Path | str:
         "requirements.txt), no file, no folder with config.json, no hub id (OWNER/NAME).",
         f"GGUF files there: {gguf_names}.",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name looks like a model's on the hub (OWNER/NAME), and nothing here has it."""
+    looks_like_one = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(".gguf")
+    return bool(looks_like_one) and not expand(name).exists()
 
 
 def gguf_file(name: str) -> Path:
@@ -223,7 +226,6 @@ def cached_copy(gguf: Path, suffix: str, write: Callable[[Path], None]) -> Path:
                 if target.exists():
                     print(f"note: {target} is damaged; making it again", file=sys.stderr)
                 try:
-                    _remove(part)
                     write(part)
                     _remove(target)
                     part.rename(target)
@@ -327,7 +329,7 @@ def load_tokenizer(name: str) -> HfTokenizer:
     with _explained(name):
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     eos_ids = {inner.eos_token_id, *turn_ends(inner)}
-    id_of = {token.content: token_id for token_id, token in inner.added_tokens_decoder.items()}
+    id_of = inner.get_added_vocab()
     eos_ids.update(id_of[name] for name in TURN_ENDS & id_of.keys())
     if MESSAGE_ENDS & id_of.keys():
         eos_ids.discard(id_of.get("<|end|>"))
@@ -444,14 +446,14 @@ def _weights_folder(name: str) -> str:
     folder = hf_folder(name)
     if not Path(folder).is_dir():
         folder = snapshot_download(folder, allow_patterns=FILES, ignore_patterns="consolidated*")
-    _check_weights(Path(folder))
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        _checked_tensors(path)
     return folder
 
 
 def _with_adapter(model: Any, folder: str, name: str) -> Any:
     """The model with a LoRA adapter from a folder put on top, which must change something."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     files = ("adapter_config.json", "adapter_model.safetensors")
     missing = [name for name in files if not Path(folder, name).is_file()]
@@ -465,8 +467,7 @@ def _with_adapter(model: Any, folder: str, name: str) -> Any:
         kind = json.loads(Path(folder, files[0]).read_bytes())["peft_type"]
         if kind != "LORA":
             raise ValueError(f"its type is {kind}, and only LORA is supported")
-        tensors = load_file(Path(folder, files[1]))
-        _check_finite(tensors)
+        tensors = _checked_tensors(Path(folder, files[1]))
         adapted = PeftModel.from_pretrained(model, folder)
         # peft itself only warns of these
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -538,24 +539,20 @@ def check_base(adapter: Path, name: str) -> None:
         )
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse (ValueError) damaged files, and weights that are not finite.
+def _checked_tensors(path: Path) -> dict[str, Any]:
+    """A safetensors file's tensors by name, mapped into memory and not copied.
 
-    The files are read: NaN in a tensor is hidden when it is quantized.
+    All of them are read, because NaN in a tensor is hidden when it is quantized.
+
+    Raises:
+        ValueError: the file is damaged, or one of its tensors holds NaN or infinity.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    _check_finite({name: file.get_tensor(name)})
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); delete it and fetch it again"
-            ) from error
+    from safetensors.torch import load_file
 
-
-def _check_finite(tensors: dict[str, Any]) -> None:
-    """Refuse (ValueError) NaN and infinity in named tensors."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -564,6 +561,7 @@ def _check_finite(tensors: dict[str, Any]) -> None:
         # NaN passes through to both; no copy of the tensor is made
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"{name} holds NaN or infinity")
+    return tensors
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -596,12 +594,11 @@ def turn_ends(tokenizer: Any) -> set[int]:
     Raises:
         KitError: the template fails.
     """
-    template = template_of(tokenizer)
-    if template is None:
+    if template_of(tokenizer) is None:
         return set()
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "palign-mark"}]
     try:
-        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
     except FILE_ERRORS as error:
         raise KitError(f"The chat template fails: {error}", "Repair the template.") from None
     after_turn = text.partition("palign-mark")[2].lstrip()
@@ -678,8 +675,7 @@ def _explained(
             raise KitError(
                 f"{name} does not fit the memory: {error}", "Try dtype=nf4 or a smaller model."
             ) from error
-        is_hub_id = "/" in name and not expand(name).exists()
-        if isinstance(error, OSError) and is_hub_id:
+        if isinstance(error, OSError) and is_hub_id(name):
             raise KitError(
                 f"{name} is not in this machine's model cache and could not be fetched: {error}",
                 f"With a network: hf download {name}. If it is gated, first accept its licence at "

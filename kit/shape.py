@@ -1,7 +1,7 @@
 """A model's sizes, from its config.json, and what its layers keep for a backward pass.
 
-Arithmetic over a dense decoder with grouped attention and a gated MLP. The weights of other blocks
-(mixtures of experts, recurrent layers, towers for images) are counted on a model without memory.
+The weights are counted on a model without memory. What a layer keeps is arithmetic over a dense
+decoder with grouped attention and a gated MLP.
 """
 
 from functools import lru_cache
@@ -32,33 +32,10 @@ class ModelShape(NamedTuple):
     key: int  # width of all key heads, and of all value heads
     vocabulary: int
     context_tokens: int
-    tied: bool  # the head is the embeddings
-    # linear, other and adapter, of a model that is no dense decoder
-    counted: tuple[int, int, int] | None = None
-
-    @property
-    def linear(self) -> int:
-        """Weights of the linear layers but the head: those that are quantized."""
-        if self.counted:
-            return self.counted[0]
-        attention = 2 * self.hidden * (self.query + self.key)
-        return self.layers * (attention + 3 * self.hidden * self.inner)
-
-    @property
-    def other(self) -> int:
-        """All other weights: embeddings, head and norms."""
-        if self.counted:
-            return self.counted[1]
-        matrices = 1 if self.tied else 2
-        return self.hidden * (matrices * self.vocabulary + 2 * self.layers + 1)
-
-    @property
-    def adapter(self) -> int:
-        """Weights of an adapter of rank 1: both sides of every linear layer."""
-        if self.counted:
-            return self.counted[2]
-        attention = 4 * self.hidden + 2 * (self.query + self.key)
-        return self.layers * (attention + 3 * (self.hidden + self.inner))
+    # numbers of weights, which `shape_of` counts
+    linear: int = 0  # of the linear layers but the head: those that are quantized
+    other: int = 0  # all others: embeddings, head, norms, fused experts
+    adapter: int = 0  # of an adapter of rank 1: both sides of every layer that gets one
 
     @property
     def cached(self) -> int:
@@ -98,7 +75,7 @@ def shape_of(name: str) -> ModelShape:
     """A model's shape, from the table above or its config.json.
 
     Raises:
-        KitError: no such model, or its config.json does not say it.
+        KitError: no such model, one that transformers cannot build, or one with nothing to adapt.
     """
     if name in SHAPES:
         return SHAPES[name]
@@ -106,37 +83,22 @@ def shape_of(name: str) -> ModelShape:
 
     try:
         config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
-        return _counted(shape_in(config), config)
-    except (OSError, ValueError, AttributeError) as error:
+        return shape_in(config)._replace(**_weights(config))
+    except (*FILE_ERRORS, StopIteration) as error:
         raise KitError(
-            f"The config of {name} cannot be read: {str(error).splitlines()[0]}",
+            f"{name} cannot be built from its config: {error}",
             "It is read from the hub or the model's folder: offline, set student.model=FOLDER.",
         ) from error
 
 
-def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
-    """The shape with the weights that the model has, where they are not a dense decoder's.
-
-    A model that cannot be built here keeps the arithmetic's.
-    """
+def _weights(model_config: Any) -> dict[str, int]:
+    """The numbers of weights of a model with this config, by their fields of `ModelShape`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    try:
-        with torch.device("meta"):
-            causal = AutoModelForCausalLM.from_config(model_config)
-        adapted = adapted_layers(causal)
-    except (
-        *FILE_ERRORS,
-        AttributeError,
-        ImportError,
-        KitError,
-        LookupError,
-        StopIteration,
-        TypeError,
-    ):
-        return shape
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(model_config)
     head = causal.get_output_embeddings()
     # what bitsandbytes quantizes: fused experts are none of it
     linear = sum(
@@ -145,13 +107,9 @@ def _counted(shape: ModelShape, model_config: Any) -> ModelShape:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     )
     other = sum(weight.numel() for weight in causal.parameters()) - linear
-    adapter = 0
-    for name in adapted:
-        adapter += sum(causal.get_submodule(name).weight.shape)
-    counted = (linear, other, adapter)
-    formula = (shape.linear, shape.other, shape.adapter)
-    is_dense = all(abs(a - b) <= 0.01 * b for a, b in zip(formula, counted, strict=True))
-    return shape if is_dense else shape._replace(counted=counted)
+    adapted = map(causal.get_submodule, adapted_layers(causal))
+    adapter = sum(sum(module.weight.shape) for module in adapted)
+    return {"linear": linear, "other": other, "adapter": adapter}
 
 
 def _largest(text: Any, name: str) -> int:
@@ -164,7 +122,11 @@ def _largest(text: Any, name: str) -> int:
 
 
 def shape_in(model_config: Any) -> ModelShape:
-    """The shape that transformers' config of a model describes; KitError: it has no attention."""
+    """The shape that transformers' config of a model describes, its weights not counted.
+
+    Raises:
+        KitError: it has no attention.
+    """
     text = model_config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
@@ -185,5 +147,4 @@ def shape_in(model_config: Any) -> ModelShape:
         key=key_heads * head_width,
         vocabulary=text.vocab_size,
         context_tokens=getattr(text, "max_position_embeddings", None) or 4096,
-        tied=bool(getattr(text, "tie_word_embeddings", False)),
     )

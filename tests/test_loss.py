@@ -76,7 +76,7 @@ def test_loss_and_every_gradient_equal_the_plain_way_under_accumulation(
     attach(model, logits_bytes)
     total = 0.0
     for i in range(3):  # three micro-batches of one step
-        out = model(input_ids=ids[i : i + 1], labels=labels[i : i + 1], denominator=count)
+        out = model(input_ids=ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count)
         out["loss"].backward()
         total += out["loss"].item()
     got = gradients(model)
@@ -94,7 +94,7 @@ def test_a_frozen_head_still_passes_the_gradient_on() -> None:
     expected = gradients(model)
     model.zero_grad()
     attach(model, 97 * LIVE_BYTES * 2)
-    model(input_ids=ids, labels=labels, denominator=20)["loss"].backward()
+    model(input_ids=ids, labels=labels, num_items_in_batch=20)["loss"].backward()
     got = gradients(model)
     assert "lm_head.weight" not in got
     assert max((got[n] - v).abs().max().item() for n, v in expected.items()) < 1e-5

@@ -195,7 +195,7 @@ def test_prefill_and_training_take_about_what_they_took_on_an_h100() -> None:
 
 
 def test_a_model_that_fits_no_card_has_no_hours() -> None:
-    shape = SHAPES["Qwen/Qwen2.5-7B-Instruct"]._replace(layers=280)
+    shape = SHAPES["Qwen/Qwen2.5-7B-Instruct"]._replace(linear=int(6.5e10))
     by_card = hours.card_hours(resolve({}, "test"), shape)
     assert by_card["3060 12 GB"]["hf"]["total"] is None
 

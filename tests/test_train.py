@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     TrainingArguments,
@@ -47,27 +49,31 @@ from kit.training.sft_data import CUT, Example, collate, end_of_turn, order, pre
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A two-layer Llama with random weights and the packaged model's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
+def save_student(folder: Path, kind: type[PreTrainedConfig], **sizes: Any) -> str:
+    """A two-layer model with random weights and the packaged model's tokenizer; its folder."""
     tokenizer = load_tokenizer("smollm2-135m").inner
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.2,
+        **sizes,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return save_student(folder, LlamaConfig, intermediate_size=64, tie_word_embeddings=True)
 
 
 def settings(out: Path, model: str, **train) -> Config:
@@ -147,25 +153,9 @@ def test_each_of_few_steps_learns(steps: int, tmp_path: Path, tiny: str) -> None
 
 def test_a_mixture_of_experts_trains_with_dropout(tmp_path: Path) -> None:
     """Its experts change with a small step: the gradient check looks at a smaller one."""
-    tokenizer = load_tokenizer("smollm2-135m").inner
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    tokenizer.save_pretrained(tmp_path / "moe")
-    run_stage(settings(tmp_path / "run", str(tmp_path / "moe"), dropout=0.05))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = save_student(tmp_path / "moe", Qwen3MoeConfig, head_dim=8, **experts)
+    run_stage(settings(tmp_path / "run", model, dropout=0.05))
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert saved and all("self_attn" in name for name in saved)
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]

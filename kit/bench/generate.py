@@ -40,10 +40,10 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     # Name: greedy generation from all prompts, up to so many new tokens each; how many it made.
     ways: dict[str, Callable[[int], int]] = {}
     if isinstance(resolve(options.model), Path):
-        ways["gguf-sequential"] = partial(_backend, _open("gguf", options.model, 1), prompts)
-        ways["gguf-parallel"] = partial(_backend, _open("gguf", options.model), prompts)
+        ways["gguf-sequential"] = partial(kit_generate, _open("gguf", options.model, 1), prompts)
+        ways["gguf-parallel"] = partial(kit_generate, _open("gguf", options.model), prompts)
     ways["hf-sequential"] = partial(transformers_generate, hf, prompts)
-    ways["hf-batched"] = partial(_backend, hf, prompts)
+    ways["hf-batched"] = partial(kit_generate, hf, prompts)
     # First calls allocate and build.
     measure(ways, 1, progress, 2)
     # One row per way, and how much faster the parallel ways are.
@@ -100,7 +100,8 @@ def _open(backend: Any, model: str, max_num_seqs: int = MAX_NUM_SEQS) -> Any:
     return open_backend(ModelConfig(backend=backend, model=model, max_num_seqs=max_num_seqs))
 
 
-def _backend(backend: Backend, prompts: Sequence[Prompt], new_tokens: int) -> int:
+def kit_generate(backend: Backend, prompts: Sequence[Prompt], new_tokens: int) -> int:
+    """Greedy generation as this kit does it, all prompts at once; how many tokens it made."""
     sampling = Sampling(temperature=0, max_new_tokens=new_tokens)
     requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]
     return sum(len(generation.completions[0].ids) for generation in backend.generate(requests))

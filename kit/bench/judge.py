@@ -14,11 +14,10 @@ from typing import get_args
 
 from kit import Json
 from kit.backends import open_backend
-from kit.backends.base import Request
 from kit.bench import Timing, measure
-from kit.bench.generate import transformers_generate
+from kit.bench.generate import kit_generate, transformers_generate
 from kit.core import config as configs
-from kit.core.config import Sampling, resolve
+from kit.core.config import resolve
 from kit.core.errors import KitError
 from kit.core.progress import Progress
 from kit.core.records import PrefixRow
@@ -57,9 +56,8 @@ def bench(options: Namespace, progress: Progress) -> Json:
     config = resolve({"student": student, "teacher": teacher}, "the command line")
     backend = open_backend(config.student)
     judge = Judge(config, backend)
-    rows = traces_in_file(config)
     # of one sentence there is nothing to search
-    rows = [row for row in rows if row.sentences_total > 1]
+    rows = [row for row in traces_in_file(config) if row.sentences_total > 1]
     fitting = [row for row in rows if len(judge.request(row, row.trace).ids) <= judge.limit_tokens]
     # A prompt longer than the context cannot be judged.
     if not fitting:
@@ -119,17 +117,14 @@ def _prefill(judge: Judge, row: PrefixRow) -> int:
 
 def _ask(judge: Judge, judged: PrefixRow, new_tokens: int) -> int:
     """The paper's loop over the questions that a search asked; returns the tokens evaluated."""
+    is_hf = judge.config.student.backend == "hf"
+    generate = transformers_generate if is_hf else kit_generate
     tokens = 0
     for verdict in judged.verdicts:
         prefix = judged.trace[: ends(judged.trace)[verdict.sentences - 1]]
         prompt = judge.prompt(judged, prefix)
         tokens += len(prompt)
-        if judge.config.student.backend == "hf":
-            tokens += transformers_generate(judge.backend, [prompt], new_tokens)
-        else:
-            greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
-            [generation] = judge.backend.generate([Request("reference", prompt, greedy)])
-            tokens += len(generation.completions[0].ids)
+        tokens += generate(judge.backend, [prompt], new_tokens)
     return tokens
 
 

@@ -22,6 +22,8 @@ from kit.core.progress import Progress
 # Characters of the paper's released continuations at p10, p50 and p90.
 SHORT, MEDIAN, LONG = 2612, 4791, 9550
 DECILE = 1.2816  # standard deviations between the median and p10 or p90
+ITEMS = 1000
+SLOTS = 32
 CALLS = 20
 ROWS = 8
 VOCABULARY = 49152
@@ -35,7 +37,7 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
         steps, mean of 20 seeds}, repeats}.
     """
     drained = {}
-    for batch_items in (128, 1000):
+    for batch_items in (128, ITEMS):
         drained[batch_items] = fmean(drained_ratio(seed, batch_items) for seed in range(20))
     ways: dict[str, Callable[[], None]] = {
         "step": partial(_steps, _tiny_model()),
@@ -50,24 +52,24 @@ def bench(options: Namespace, progress: Progress) -> dict[str, Any]:
     return {"rows": rows, "drained_ratio": drained, "repeats": options.repeats}
 
 
-def drained_ratio(seed: int, batch_items: int, items: int = 1000, slots: int = 32) -> float:
+def drained_ratio(seed: int, batch_items: int) -> float:
     """Share of the steps that a work list adds to full batches, with the paper's lengths.
 
     A free slot takes the next item of its batch; a batch starts when the one before has ended.
     """
     draw = random.Random(seed)
     lengths = []
-    for _ in range(items):
+    for _ in range(ITEMS):
         deviations = draw.gauss(0, 1) / DECILE
         ratio = LONG / MEDIAN if deviations > 0 else MEDIAN / SHORT
         lengths.append(MEDIAN * ratio**deviations)
     steps = 0.0
-    for start in range(0, items, batch_items):
-        slot_ends = [0.0] * slots
+    for start in range(0, ITEMS, batch_items):
+        slot_ends = [0.0] * SLOTS
         for length in lengths[start : start + batch_items]:
             heapq.heapreplace(slot_ends, slot_ends[0] + length)
         steps += max(slot_ends)
-    return 1 - sum(lengths) / slots / steps
+    return 1 - sum(lengths) / SLOTS / steps
 
 
 def _tiny_model(adapter: bool = False) -> Any:

@@ -8,7 +8,7 @@ their own.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +67,8 @@ def convert(adapter: Path, base: Path, out: Path) -> Path:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, settings["lora_alpha"])
-        for layer in _layers(adapter, reader):
-            writer.add_tensor(f"{layer.name}.lora_a", layer.a)
-            writer.add_tensor(f"{layer.name}.lora_b", layer.b)
+        for name, tensor in _tensors(adapter, reader, architecture):
+            writer.add_tensor(name, tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -80,20 +79,18 @@ def convert(adapter: Path, base: Path, out: Path) -> Path:
     return out
 
 
-class Layer(NamedTuple):
-    """One layer's LoRA as llama.cpp has it: `b @ a` is added to the weight `name`."""
+def _tensors(adapter: Path, reader: Any, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """A PEFT folder's tensors as llama.cpp has them, by name.
 
-    name: str
-    a: np.ndarray  # (rank, in)
-    b: np.ndarray  # (out, rank), rows in the GGUF's order
+    To a weight W it adds the product of W.lora_b (out, rank), rows in the GGUF's order, and
+    W.lora_a (rank, in).
 
-
-def _layers(adapter: Path, reader: Any) -> Iterator[Layer]:
-    """The layers of a PEFT folder; KitError: the base whose GGUF is read has no such layer."""
+    Raises:
+        KitError: the base whose GGUF is read has no such layer.
+    """
     import gguf
     from safetensors.torch import load_file
 
-    architecture = _field(reader, "general.architecture")
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = _field(reader, f"{architecture}.block_count")
     names = gguf.get_tensor_name_map(numbers[architecture], blocks)
@@ -120,7 +117,8 @@ def _layers(adapter: Path, reader: Any) -> Iterator[Layer]:
         if kind in heads:
             rows = b.reshape(heads[kind], 2, -1, b.shape[1])
             b = rows.swapaxes(1, 2).reshape(b.shape)
-        yield Layer(name, a, b)
+        yield f"{name}.lora_a", a
+        yield f"{name}.lora_b", b
 
 
 def _field(reader: Any, key: str) -> Any:

@@ -108,12 +108,13 @@ def check_gradient(
                 weight.copy_(original[name] + NOISE * torch.randn_like(weight))
             compute_gradient()
             in_16_bits = any(weight.dtype in HALVES for weight in model.parameters())
-            step = STEP * read_loss()
+            before = read_loss()
+            step = STEP * before
             if in_16_bits:
-                step = max(BF16_STEP * read_loss(), BF16_LEAST)
+                step = max(BF16_STEP * before, BF16_LEAST)
             slopes = _slopes(weights, step, read_loss)
             # a token that changes its experts makes the loss jump: rarer on a shorter way
-            while not in_16_bits and _wrong(slopes) and step / 10 >= SHORTEST * read_loss():
+            while not in_16_bits and _wrong(slopes) and step / 10 >= SHORTEST * before:
                 step /= 10
                 slopes = _slopes(weights, step, read_loss)
         finally:

@@ -85,6 +85,7 @@ class Speed(NamedTuple):
     replayed: bool = False  # whether CUDA graphs launch the steps instead
     step_seconds: float = 0.0  # beside the card's own work
     row_seconds: float = 0.0  # likewise, per token drawn
+    lora_seconds: float = 0.0  # likewise, per layer with an unmerged adapter
 
     def prefill(self, tokens: float) -> float:
         """Seconds to evaluate so many tokens of a prompt."""
@@ -107,8 +108,8 @@ class Speed(NamedTuple):
         room = FREE_RATIO * (card_limit(self.card.memory_gib) - held)
         return max(0, min(most, int(room / (2 * self.shape.cached * context_tokens))))
 
-    def step(self, rows: int, context_tokens: float, lora_seconds: float = 0.0) -> float:
-        """Seconds of a step that draws a token for every row; per layer an adapter adds some."""
+    def step(self, rows: int, context_tokens: float) -> float:
+        """Seconds of a step that draws a token for every row."""
         shape = self.shape
         head = 2 * shape.hidden * shape.vocabulary
         weights = shape.linear * self.weights[1] + head
@@ -116,14 +117,14 @@ class Speed(NamedTuple):
         bandwidth = BANDWIDTH_RATIO * self.card.bandwidth
         launching = 0.0 if self.replayed else shape.layers * self.layer_seconds
         bound = max(weights / bandwidth, launching, self.prefill(rows))
-        added = shape.layers * lora_seconds + self.step_seconds + rows * self.row_seconds
+        added = shape.layers * self.lora_seconds + self.step_seconds + rows * self.row_seconds
         return bound + cache / bandwidth + added
 
-    def answer(self, prompt: float, tokens: float, most: int, lora_seconds: float = 0.0) -> float:
+    def answer(self, prompt: float, tokens: float, most: int) -> float:
         """Seconds per answer of so many tokens, when as many as fit run side by side."""
         context_tokens = prompt + tokens / 2
         rows = self.rows(context_tokens, most)
-        return self.evaluate(prompt) + tokens * self.step(rows, context_tokens, lora_seconds) / rows
+        return self.evaluate(prompt) + tokens * self.step(rows, context_tokens) / rows
 
 
 def lengths_of(config: Config) -> Lengths:
@@ -173,28 +174,25 @@ def card_hours(config: Config, shape: ModelShape) -> dict[str, Json]:
     for name, card in CARDS.items():
         hours[name] = {}
         for backend, speed in speeds(config, shape, card).items():
-            evaluating = speed
-            lora_seconds = 0.0
-            if backend == "hf":
-                evaluating, lora_seconds = _evaluating(config, speed)
-            hours[name][backend] = _hours(config, speed, evaluating, lora_seconds)
+            evaluating = _evaluating(config, speed) if backend == "hf" else speed
+            hours[name][backend] = _hours(config, speed, evaluating)
     return hours
 
 
-def _evaluating(config: Config, speed: Speed) -> tuple[Speed, float]:
-    """Speed of the hf backend at evaluation, and an unmerged adapter's seconds a layer.
+def _evaluating(config: Config, speed: Speed) -> Speed:
+    """The hf backend with a trained adapter.
 
-    In 16 bits the adapter is merged. Where they do not fit, 4 bits are reckoned.
+    In 16 bits the adapter is merged. Where they do not fit, 4 bits are estimated.
     """
     graphs = config.eval.cuda_graphs
     in_16_bits = _on_hf(speed.shape, speed.card, False, graphs)
     if config.eval.dtype != "nf4" and in_16_bits.rows(PAPER.trace, 1):
-        return in_16_bits, 0.0
+        return in_16_bits
     in_4_bits = _on_hf(speed.shape, speed.card, True, graphs)
-    return in_4_bits, REPLAYED_LORA_SECONDS if graphs else LORA_SECONDS
+    return in_4_bits._replace(lora_seconds=REPLAYED_LORA_SECONDS if graphs else LORA_SECONDS)
 
 
-def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float) -> Json:
+def _hours(config: Config, speed: Speed, evaluating: Speed) -> Json:
     """Hours of each stage and in total."""
     most = config.student.rows(on_card=True)
     lengths = lengths_of(config)
@@ -209,9 +207,10 @@ def _hours(config: Config, speed: Speed, evaluating: Speed, lora_seconds: float)
     if config.teacher.backend in ("file", "reference"):
         teaching = 0
     verdict = speed.evaluate(TAIL_TOKENS) + speed.step(1, lengths.trace)
-    answer = evaluating.answer(QUESTION_TOKENS, lengths.tuned, most, lora_seconds)
+    answer = evaluating.answer(QUESTION_TOKENS, lengths.tuned, most)
     if config.eval.base:
-        answer += evaluating.answer(QUESTION_TOKENS, lengths.base, most)
+        untrained = evaluating._replace(lora_seconds=0.0)
+        answer += untrained.answer(QUESTION_TOKENS, lengths.base, most)
     seconds = {
         "teach": teaching * speed.answer(QUESTION_TOKENS, lengths.trace, most),
         "truncate": problems * (speed.prefill(JUDGED_RATIO * lengths.trace) + VERDICTS * verdict),

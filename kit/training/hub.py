@@ -20,6 +20,7 @@ from kit.core.config import Config, flat
 from kit.core.errors import KitError
 from kit.core.methods import learns, method_of
 from kit.core.run import read_manifest
+from kit.models import is_hub_id
 
 if TYPE_CHECKING:
     from kit.training.export import Export
@@ -40,7 +41,7 @@ def to_hub(job: Export) -> Json:
     from huggingface_hub import DatasetCard, ModelCard
 
     base = job.base or job.config.student.model
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():
+    if not is_hub_id(base):
         raise KitError(
             f"Nobody else can load the base {base!r}.", "Name its hub id: --base OWNER/NAME.", 2
         )

@@ -90,13 +90,15 @@ def attach(causal: Any, logits_bytes: int) -> None:
 
     Args:
         causal: its `forward` is replaced; without labels that is the class's own. It also takes
-            `denominator`, the supervised tokens of the whole optimizer step.
+            `num_items_in_batch`, the supervised tokens of the whole optimizer step.
         logits_bytes: what a slice of the logits may take (it has one row at least).
     """
     head = head_of(causal)
     rows = max(1, logits_bytes // (LIVE_BYTES * head.weight.shape[0]))
 
-    def forward(self: Any, labels: Any = None, denominator: Any = None, **inputs: Any) -> Any:
+    def forward(
+        self: Any, labels: Any = None, num_items_in_batch: Any = None, **inputs: Any
+    ) -> Any:
         """See `attach`."""
         if labels is None:
             return type(self).forward(self, **inputs)
@@ -104,7 +106,7 @@ def attach(causal: Any, logits_bytes: int) -> None:
         targets = labels[:, 1:]
         kept = targets != IGNORED
         losses = head.losses(_states(self, **inputs)[:, :-1][kept], targets[kept], rows)
-        count = kept.sum() if denominator is None else denominator
+        count = kept.sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / count, "losses": losses.detach()}
 
     causal.forward = types.MethodType(forward, causal)

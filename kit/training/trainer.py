@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kit import Json
 from kit.core.card import half_dtype
-from kit.core.config import Config, Train, expand
+from kit.core.config import Config, expand
 from kit.core.errors import KitError
 from kit.core.fingerprints import BASE
 from kit.core.memory import is_out_of_memory, peak_bytes, reset_peak
@@ -49,17 +49,6 @@ CHECKED_TOKENS = 64  # of the target, on which the gradient is checked
 FIRST_SCALE = 2.0**10  # of the loss in fp16; torch's own, 2^16, overflows in the gradient check
 
 
-def lora_config(settings: Train, causal: Any) -> LoraConfig:
-    """An adapter on all linear layers of a causal model's decoder, see `adapted_layers`."""
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=adapted_layers(causal),
-        task_type="CAUSAL_LM",
-    )
-
-
 def make_model(config: Config) -> Any:
     """The student with a fresh adapter, or with that of `train.init`, ready for the `attach`ed
     loss.
@@ -75,8 +64,15 @@ def make_model(config: Config) -> Any:
         # else no gradient crosses the frozen embeddings into a checkpoint
         base.enable_input_require_grads()
     attach(base, settings.logits_bytes)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=adapted_layers(base),
+        task_type="CAUSAL_LM",
+    )
     set_seed(config.seed)  # the adapter's values do not depend on what loading drew
-    model = get_peft_model(base, lora_config(settings, base))
+    model = get_peft_model(base, lora)
     if settings.init == "last" and config.student.adapter:
         _take_weights(model, trained_adapter(expand(config.student.adapter)), config)
     watch(model)
@@ -109,10 +105,9 @@ class AdapterTrainer(Trainer):
         lengths = [len(example.ids) for example in examples]
         rows = [examples[index] for index in order(lengths, run.config)]
         arguments = _arguments(run)
+        # a warm-up begins at a rate of zero: of few steps, one would be lost
         if math.ceil(len(rows) / run.config.train.batch_size) < LEAST_STEPS:
-            arguments.warmup_steps = (
-                0  # it begins at a rate of zero: of few steps, one would be lost
-            )
+            arguments.warmup_steps = 0
         super().__init__(model, arguments, data_collator=collate, train_dataset=rows)
         self.rows = rows
         self.model_accepts_loss_kwargs = True
@@ -140,10 +135,10 @@ class AdapterTrainer(Trainer):
         """The micro-batch's summed loss over the step's supervised tokens; KitError: not finite."""
         examples = inputs.pop("examples")
         self.step_examples += examples
-        loss = model(**inputs, denominator=num_items_in_batch)["loss"]
+        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._not_finite("loss", examples)
-        return loss * self.accelerator.num_processes  # DDP takes the mean of what is to be summed
+        return loss
 
     def _check_gradient(self, model: Any) -> None:
         """Compare the gradient of this very loop with the loss's slope, on the shortest row."""
@@ -152,12 +147,11 @@ class AdapterTrainer(Trainer):
         batch = self._prepare_inputs(collate([example]))
         ids = batch["input_ids"]
         labels = batch["labels"]
-        tokens = (labels != IGNORED).sum()
 
         def backward() -> None:
             """Add the batch's gradient to the weights', as a training step does."""
-            # every process has this row, and the denominator counts the tokens of all of them
-            total = tokens * self.accelerator.num_processes
+            # every process has this row, and the tokens of all of them are counted
+            total = (labels != IGNORED).sum() * self.accelerator.num_processes
             super(AdapterTrainer, self).training_step(model, dict(batch), total)
             if self.accelerator.scaler:
                 for weight in model.parameters():
@@ -166,7 +160,7 @@ class AdapterTrainer(Trainer):
 
         def loss() -> torch.Tensor:
             """The batch's mean loss per supervised token, nothing changed."""
-            return model(input_ids=ids, labels=labels, denominator=tokens)["loss"]
+            return model(input_ids=ids, labels=labels)["loss"]
 
         slopes = check_gradient(model, backward, loss)
         self.step_examples.clear()
@@ -251,32 +245,28 @@ def fit(run: Run, tokenizer: Any, examples: Sequence[Example]) -> Json:
     model = make_model(config)
     trainer = AdapterTrainer(run, model, examples)
     fixed = examples[:FIXED_ROWS]
-    goes_on = config.train.init == "last" and config.student.adapter
-    before = _mean_loss(model, fixed) if goes_on else None
 
     # train, from the last checkpoint where there is one
     checkpoint = _last_checkpoint(run)
     steps = math.ceil(len(trainer.rows) / config.train.batch_size)
-    done = _step(checkpoint) if checkpoint else 0
+    done = 0
     if checkpoint:
+        done = _step(checkpoint)
         run.progress.say(f"train: resuming from step {done} of {steps}")
     with (
         lost_gradient_is_an_error(),
         run.progress.bar("train", steps, "steps", done=done) as trainer.bar,
     ):
-        trainer.step_began = time.perf_counter()
         try:
+            # what training does to the loss of some of its rows
+            before = _mean_loss(model, fixed)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise _out_of_memory(config.train, trainer) from error
+            raise _out_of_memory(trainer) from error
 
-    # what it did to the loss of some of its rows
     after = _mean_loss(model, fixed)
-    if before is None:
-        with model.disable_adapter():  # an untrained adapter adds exactly nothing
-            before = _mean_loss(model, fixed)
     if run.is_main_process:
         save_adapter(model, run.folder / "adapter", student.model)
     trainer.accelerator.free_memory()
@@ -303,9 +293,9 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     write_atomic(folder / BASE, json.dumps({"model": base, **content_of(base)}, indent=1))
 
 
-def _out_of_memory(settings: Train, trainer: AdapterTrainer) -> KitError:
+def _out_of_memory(trainer: AdapterTrainer) -> KitError:
     longest = max(len(example.ids) for example in trainer.rows)
-    changes = {**savers(settings), "max_seq_tokens": longest * 3 // 4}
+    changes = {**savers(trainer.run.config.train), "max_seq_tokens": longest * 3 // 4}
     return KitError(
         f"Training ran out of memory in step {trainer.state.global_step + 1}; its rows have up to "
         f"{longest} tokens, its peak was {peak_bytes() / 2**30:.1f} GiB.",
