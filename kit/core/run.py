@@ -31,7 +31,7 @@ from kit.core.errors import KitError
 from kit.core.fingerprints import adapter_hash, check_trained
 from kit.core.progress import Progress
 from kit.core.records import Row
-from kit.core.stages import STAGE_TABLE, STAGES, STUDENTS_ADAPTER, Stage
+from kit.core.stages import STAGE_TABLE, STAGES, STUDENTS_ADAPTER
 from kit.core.storage import RowFile, as_line, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
@@ -116,10 +116,6 @@ class Run:
             self.progress.warn(f"{line}; moved to {name}.damaged, the row will be regenerated")
         return rows
 
-    def has(self, stage: str) -> bool:
-        """Whether a stage was begun here."""
-        return stage in self.manifest["stages"]
-
     def require(self, stage: str) -> None:
         """Raise KitError unless a stage is done, under this config."""
         entry = self.manifest["stages"].get(stage, {})
@@ -141,7 +137,7 @@ class Run:
 
         Args:
             source: the digest of its input.
-            output: computes the digest of what it has written.
+            output: computes the digest of what it has written, now and when it has finished.
             fingerprints: of the models and adapters that its rows depend on, as those of
                 kit.models; asked again at the end for a model that was fetched meanwhile.
 
@@ -152,6 +148,7 @@ class Run:
         about = STAGE_TABLE[stage]
         entry = self.manifest["stages"].get(stage, {})
         # What the stage depends on now, and what it depended on when its files were written.
+        self._output = output
         self._fingerprints = fingerprints
         keys = {**about.dependencies(flat(self.config)), **fingerprints(), "input": source}
         # A key that an older kit did not know had its default.
@@ -172,7 +169,8 @@ class Run:
                 self.progress.warn(f"{stage}: output missing or modified; regenerating")
         else:
             # Rows made under two configs are never in one file.
-            old_files = self._set_aside(about)
+            names = [name.split("/")[0] for name in (*about.rows, *about.files)]
+            old_files = self.set_aside(map(self.folder.joinpath, names))
             if entry:
                 self.progress.say(f"rerunning {stage}: {changes}")
             elif old_files:
@@ -188,11 +186,10 @@ class Run:
         self.started = time.perf_counter()
         return True
 
-    def finish(self, stage: str, output: str, rows_in: int, rows_out: int, **summary: Any) -> None:
+    def finish(self, stage: str, rows_in: int, rows_out: int, **summary: Any) -> None:
         """Mark a stage done; rejected.jsonl then lists every row that any stage rejected.
 
         Args:
-            output: the digest of what it has written.
             summary: what else the manifest records about it.
         """
         entry = self.manifest["stages"][stage]
@@ -201,7 +198,7 @@ class Run:
         entry.update(
             done=True,
             keys={**self._fingerprints(), **entry["keys"]},
-            output=output,
+            output=self._output(),
             rows_in=rows_in,
             rows_out=rows_out,
             summary=summary,
@@ -232,20 +229,15 @@ class Run:
         if self.is_main_process:
             write_atomic(self.folder / name, text)
 
-    def _set_aside(self, stage: Stage) -> list[Path]:
-        """Move a stage's files to stale/; the paths they had."""
-        paths = [self.folder / name.split("/")[0] for name in (*stage.rows, *stage.files)]
-        existing = [path for path in paths if path.exists()]
-        self.set_aside(existing)
-        return existing
-
-    def set_aside(self, paths: Iterable[Path]) -> None:
-        """Move files and folders of the run to stale/."""
+    def set_aside(self, paths: Iterable[Path]) -> bool:
+        """Move files and folders of the run to stale/. Returns whether there were any."""
         prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        for path in paths if self.is_main_process else ():
+        existing = [path for path in paths if path.exists()]
+        for path in existing if self.is_main_process else ():
             names = (f"stale/{prefix}-{number}-{path.name}" for number in count(1))
             # several times in one second, where stages are quick
             path.rename(next(free for free in map(self.path, names) if not free.exists()))
+        return bool(existing)
 
     def rejected(self) -> Iterator[Json]:
         """Every row that the data or a stage rejected, with the reason."""
@@ -312,20 +304,20 @@ def other_config(stage: str, entry: Json, config: Config) -> str:
     """What of a config is another than a stage was made under, in words; empty: nothing."""
     about = STAGE_TABLE[stage]
     known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-    # Its input and models are not looked at: their content tells, and a model may have moved.
-    content = {
-        key: value
-        for key, value in known.items()
-        if key == "input" or " of " in key or key.endswith(".model")
-    }
-    # keys that only some methods depend on, as the share of step-entropy
-    now = flat(config)
-    own = {key: now[key] for key in known if key in now and key not in content}
+    values = flat(config)
+    now = about.dependencies(values)
+    for key, value in known.items():
+        if key == "input" or " of " in key or key.endswith(".model"):
+            # not looked at: their content tells, and a model may have moved
+            now[key] = value
+        elif key in values:
+            # those that only some methods depend on, as the share of step-entropy
+            now[key] = values[key]
     if config.student.adapter:
         # of a folder that is gone, nothing is known: the recorded content stands
         adapter = adapter_hash(expand(config.student.adapter) / "adapter")
-        content[STUDENTS_ADAPTER] = adapter or content.get(STUDENTS_ADAPTER)
-    return about.changes(known, {**own, **about.dependencies(now), **content})
+        now[STUDENTS_ADAPTER] = adapter or known.get(STUDENTS_ADAPTER)
+    return about.changes(known, now)
 
 
 def stage_entry(folder: Path, stage: str) -> Json:
@@ -368,11 +360,9 @@ def check_format(folder: Path, manifest: Json) -> None:
         f"{folder} was made by palign {manifest.get('palign')} in run format {version}; "
         f"this version reads {FORMAT}."
     )
+    hint = f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys work)."
     if version > FORMAT:
-        raise KitError(message, "Upgrade palign, or choose another out=DIR.")
-    hint = (
-        f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys still work)."
-    )
+        hint = "Upgrade palign, or choose another out=DIR."
     raise KitError(message, hint)
 
 

@@ -60,7 +60,7 @@ def align(run: Run) -> None:
             f"align: {TRAIN} was not what {NAME} gives now; moved to stale/, and written anew"
         )
     write_atomic(path, "".join(lines))
-    run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
+    run.finish("align", len(prefixes), len(train_rows), **tallies(rows))
 
 
 def _prefixes(run: Run) -> list[PrefixRow]:

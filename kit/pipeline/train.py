@@ -27,7 +27,7 @@ def train(run: Run) -> None:
     """
     if run.config.method == "zero-shot":
         if run.begin("train", "zero-shot", lambda: ""):
-            run.finish("train", "", rows_in=0, rows_out=0)
+            run.finish("train", rows_in=0, rows_out=0)
         return
     path = run.folder / "train.jsonl"
     adapter = run.folder / "adapter"
@@ -58,7 +58,6 @@ def train(run: Run) -> None:
     cut = lost.pop(CUT, [])
     run.finish(
         "train",
-        adapter_hash(adapter),
         len(rows),
         len(examples),
         **summary,
