@@ -17,8 +17,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,17 +89,14 @@ class Run:
             versions=versions(),
         )
         # What stages were made under stays, until one begins under this config.
-        self._is_settled = False
         if not before.get("stages"):
             self._settle()
 
     def _settle(self) -> None:
         """From here on, the folder is of this config."""
-        if not self._is_settled:
-            # After the manifest, which shows that the folder is a run's.
-            self.record(name=self.config.name, seed=self.config.seed)
-            self._write("config.yaml", dump(self.config))
-            self._is_settled = True
+        # After the manifest, which shows that the folder is a run's.
+        self.record(name=self.config.name, seed=self.config.seed)
+        self._write("config.yaml", dump(self.config))
 
     def path(self, name: str) -> Path:
         """A file of this run. A folder inside the run's is created; the run's own is not."""
@@ -151,9 +148,7 @@ class Run:
         self._output = output
         self._fingerprints = fingerprints
         keys = {**about.dependencies(flat(self.config)), **fingerprints(), "input": source}
-        # A key that an older kit did not know had its default.
-        known = {**about.dependencies(flat(Config())), **entry.get("keys", keys)}
-        changes = about.changes(known, keys)
+        changes = about.changes(recorded_keys(stage, entry), keys)
         if entry and not changes:
             # The files are of this config: go on, or find that they are complete.
             if not entry["done"]:
@@ -231,12 +226,11 @@ class Run:
 
     def set_aside(self, paths: Iterable[Path]) -> bool:
         """Move files and folders of the run to stale/. Returns whether there were any."""
-        prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         existing = [path for path in paths if path.exists()]
+        # microseconds, since stages may be quick
+        stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         for path in existing if self.is_main_process else ():
-            names = (f"stale/{prefix}-{number}-{path.name}" for number in count(1))
-            # several times in one second, where stages are quick
-            path.rename(next(free for free in map(self.path, names) if not free.exists()))
+            path.rename(self.path(f"stale/{stamp}-{path.name}"))
         return bool(existing)
 
     def rejected(self) -> Iterator[Json]:
@@ -300,10 +294,15 @@ def read_manifest(folder: Path) -> Json:
     return manifest
 
 
+def recorded_keys(stage: str, entry: Json) -> Json:
+    """What a stage was made under; a key that an older kit did not know had its default."""
+    return {**STAGE_TABLE[stage].dependencies(flat(Config())), **entry.get("keys", {})}
+
+
 def other_config(stage: str, entry: Json, config: Config) -> str:
     """What of a config is another than a stage was made under, in words; empty: nothing."""
     about = STAGE_TABLE[stage]
-    known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
+    known = recorded_keys(stage, entry)
     values = flat(config)
     now = about.dependencies(values)
     for key, value in known.items():
@@ -353,7 +352,7 @@ def _is_resolved(config: Path) -> bool:
 
 def check_format(folder: Path, manifest: Json) -> None:
     """Refuse (KitError) a run folder of another format than this version's."""
-    version = manifest.get("format", 0)
+    version = manifest["format"]
     if version == FORMAT:
         return
     message = (
