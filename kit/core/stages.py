@@ -92,9 +92,9 @@ class Stage:
             else:
                 added.append(f"{key} now affects this stage")
         # a section's value that has become a single one, like a calibration: its keys are gone
-        for key in sorted(before.keys() - now.keys()):
-            section = next((name for name in now if key.startswith(f"{name}.")), None)
-            if section and f"{section} changed" not in changes:
+        gone = before.keys() - now.keys()
+        for section in sorted(now):
+            if any(key.startswith(f"{section}.") for key in gone):
                 changes.append(f"{section} changed")
         # Another judge or method brings keys of its own: it is what changed.
         return ", ".join(changes or added)
