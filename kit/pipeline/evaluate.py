@@ -40,7 +40,8 @@ def evaluate(run: Run) -> None:
             the adapter's (kit/training/canary.py).
     """
     config = run.config.eval
-    datasets = problems_of(run).evals
+    loaded = problems_of(run)
+    datasets = loaded.evals
     if not datasets:
         raise KitError(
             "There is nothing to evaluate on.",
@@ -62,7 +63,7 @@ def evaluate(run: Run) -> None:
     # What the answers depend on: the problems, how many answers each gets, model and adapter.
     problems = list(chain.from_iterable(datasets.values()))
     source = " ".join(map(digest, datasets.values()))
-    samples = problems_of(run).samples
+    samples = loaded.samples
 
     def content() -> dict[str, str]:
         return {**model_fingerprints(run.config, "eval", problems), ADAPTER: adapter_hash(adapter)}

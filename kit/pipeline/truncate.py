@@ -67,11 +67,9 @@ def truncate(run: Run) -> None:
     rows, judge = _cut_all(run, method, traces)
 
     # 2. Count what became of them.
-    summary = _summary(rows)
+    summary = _summary(rows, judge)
     if summary["degenerate"]:
         run.progress.warn(summary["degenerate"])
-    if judge:
-        summary.update(notes=judge.backend.notes, threshold=judge.threshold)
     kept = sum(row.rejected is None for row in rows)
     run.finish("truncate", len(traces), kept, **summary)
 
@@ -115,16 +113,16 @@ def _depends_on(config: Config, method: Method, traces: list[PrefixRow]) -> Json
     return {}
 
 
-def _summary(rows: list[PrefixRow]) -> Json:
-    """What the manifest keeps of the rows; the notes and the threshold are a judge's."""
+def _summary(rows: list[PrefixRow], judge: Judge | None) -> Json:
+    """What the manifest keeps of the rows, and of the judge where there was one."""
     cut_rows = [row for row in rows if row.rejected is None]
     summary: Json = {
         "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
         "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
         "degenerate": degenerate(cut_rows),
         "rejected": Counter(row.rejected for row in rows if row.rejected),
-        "notes": [],
-        "threshold": None,
+        "notes": judge.backend.notes if judge else [],
+        "threshold": judge.threshold if judge else None,
     }
     for name in SUMS:
         summary[name] = sum(getattr(row, name) for row in rows)
