@@ -23,11 +23,6 @@ IS_FILE = re.compile(rf"[./~].*|.*\.(?:{'|'.join(FORMATS)})(?:\.gz)?", re.DOTALL
 _OTHERS = re.compile(
     r"\.(?:xlsx?|ods|arrow|feather|zip|tar|tgz|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)(?:\.gz)?$"
 )
-_MARKS = {  # at the beginning of a text: its encoding
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
 _LFS_POINTER = b"version https://git-lfs"
 # What is one object's own list, and no list of rows.
 _LISTS_OF_A_ROW = ("conversations", "messages")
@@ -95,14 +90,13 @@ def _parse(content: bytes, name: str) -> Rows:
 
 
 def _decode(content: bytes) -> str:
-    """The text of a file: UTF-8, or what its first bytes name."""
-    for mark, encoding in _MARKS.items():
-        if content.startswith(mark):
-            return content.removeprefix(mark).decode(encoding)
+    """The text of a file: UTF-8, or UTF-16 where its first bytes say so."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise _DamageError(f"line {line}: broken text, not UTF-8 ({error})") from None
 
 
