@@ -24,7 +24,7 @@ from kit.core.fingerprints import cache_folder
 from kit.core.memory import may_have_card
 from kit.core.methods import method_of
 from kit.core.progress import visible
-from kit.core.run import read_manifest, stage_entry, trained_adapter
+from kit.core.run import read_manifest, recorded_keys, stage_entry, trained_adapter
 from kit.core.stages import STAGE_TABLE, STAGES, check_ids, file_name
 from kit.data import Loaded, load_all
 from kit.grading.opinions import SAME, label_tokens
@@ -178,8 +178,7 @@ def _is_done(config: Config, stage: str) -> bool:
         engine = engine.on_hf
     about = STAGE_TABLE[stage]
     now = {**about.dependencies(flat(config)), **fingerprints(section, engine)}
-    before = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-    return not about.changes(before, now)
+    return not about.changes(recorded_keys(stage, entry), now)
 
 
 def _check_folder(folder: Path) -> None:

@@ -78,12 +78,11 @@ class Sampler(ExitStack):
         or a server, where no row is repeatable bit for bit, gets everything in one. A CPU gets
         batches of the same items after a resume.
         """
-        units = [(item.id, item) for item in items]
         file = RowFile(self.run.path(name), kind)
         repeatable = self.engine.backend != "http" and not limit_bytes()[0]
         batch_items = BATCHES * self.engine.rows() if repeatable else None
         at_once = max(1, self.engine.rows() // self.settings.samples)
-        return work_through(self.run, stage, file, units, batch_items, work, at_once)
+        return work_through(self.run, stage, file, items, batch_items, work, at_once)
 
     def sample(
         self, items: Sequence[Any], turns: Turns | None = None, samples: int | None = None

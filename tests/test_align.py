@@ -60,7 +60,7 @@ def make_run(folder, prefixes=(), **keys):
     if prefixes:
         run.begin("truncate", "input", lambda: "")
         RowFile(run.path("prefixes.jsonl"), PrefixRow).append(*prefixes)
-        run.finish("truncate", "output", len(prefixes), len(prefixes))
+        run.finish("truncate", len(prefixes), len(prefixes))
     return run
 
 
@@ -231,7 +231,7 @@ def test_methods_without_a_cut_read_the_traces(tmp_path, method):
     with make_run(tmp_path, method=method) as run:
         run.begin("teach", "input", lambda: "")
         RowFile(run.path("traces.jsonl"), TraceRow).append(row)
-        run.finish("teach", "output", 1, 1)
+        run.finish("teach", 1, 1)
         align(run)
         (line,) = trained_on(run)
     assert line.output == ("\\boxed{9}" if method == "label-only" else TRACE)

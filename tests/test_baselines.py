@@ -131,13 +131,13 @@ def run_truncate(folder: Path, problems: list[Problem], **keys: Any) -> list[Pre
     """The stage, on the problems' own traces."""
     raw = {"out": str(folder), "student": {"backend": "scripted", "model": "none"}, **keys}
     with Run(configs.resolve(raw, "test"), Progress(quiet=True)) as run:
-        run.begin("teach", "input", lambda: "")
-        rows = []
-        for problem in problems:
-            fields = problem.model_dump(include={"id", "question", "answer", "attempt"})
-            rows.append(TraceRow(**fields, samples=(sample(text=problem.trace),), kept=(0,)))
-        RowFile(run.path("traces.jsonl"), TraceRow).write_all(rows)
-        run.finish("teach", "output", len(rows), len(rows))
+        if run.begin("teach", "input", lambda: ""):
+            rows = []
+            for problem in problems:
+                fields = problem.model_dump(include={"id", "question", "answer", "attempt"})
+                rows.append(TraceRow(**fields, samples=(sample(text=problem.trace),), kept=(0,)))
+            RowFile(run.path("traces.jsonl"), TraceRow).write_all(rows)
+            run.finish("teach", len(rows), len(rows))
         truncate(run)
         return run.rows("prefixes.jsonl", PrefixRow)
 

@@ -47,9 +47,9 @@ def opened(settings, **keys):
 
 def trained(run, template=None, weights="adapter-1"):
     """Give a run a finished training with the prompts of now, or of another template."""
-    run.begin("train", "rows", lambda: "")
+    run.begin("train", "rows", lambda: adapter_hash(run.folder / "adapter"))
     run.path("adapter/adapter_model.safetensors").write_text(weights)
-    run.finish("train", adapter_hash(run.folder / "adapter"), 1, 1)
+    run.finish("train", 1, 1)
     run.record(
         template_hash=template or template_hash(ByteTokenizer(), run.config.prompts, ModelConfig())
     )

@@ -64,13 +64,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "run"
     config = configs.resolve(run_keys(folder), "test")
     with Run(config, QUIET) as run:
-        run.begin("train", "rows", lambda: "weights")
+        run.begin("train", "rows", lambda: adapter_hash(folder / "adapter"))
         write_adapter(folder / "adapter")
         (folder / "train.jsonl").write_text(
             "".join(row.model_dump_json() + "\n" for row in rows(3)), encoding="utf-8"
         )
-        weights = adapter_hash(folder / "adapter")
-        run.finish("train", weights, 3, 3, rows=3, fixed_batch_rows=3, **LOSSES)
+        run.finish("train", 3, 3, rows=3, fixed_batch_rows=3, **LOSSES)
         tokenizer = load_tokenizer("smollm2-135m")
         run.record(template_hash=template_hash(tokenizer, config.prompts, ModelConfig()))
     return folder

@@ -170,7 +170,7 @@ def test_a_stage_whose_weights_were_replaced_is_still_to_do(
             section = {"teach": "teacher", "eval": "eval"}.get(stage, "student")
             content = partial(fingerprints, section, getattr(config, section))
             run.begin(stage, "", str, content)
-            run.finish(stage, "", 0, 0)
+            run.finish(stage, 0, 0)
     assert preflight._todo(config) == []
     (tmp_path / "model" / "model.safetensors").write_bytes(b"others")
     assert preflight._todo(config) == ["truncate", "align", "train", "eval"]

@@ -33,7 +33,6 @@ def trace_row(problem):
 
 
 PROBLEMS = [Problem(id=f"p{i}", question=f"q{i}", answer=str(i)) for i in range(7)]
-UNITS = [(p.id, p) for p in PROBLEMS]
 
 
 def sweep(run, calls, upto=None, size=3):
@@ -50,16 +49,22 @@ def sweep(run, calls, upto=None, size=3):
             yield trace_row(problem)
 
     file = RowFile(run.path("traces.jsonl"), TraceRow)
-    return work_through(run, "teach", file, UNITS, size, work)
+    return work_through(run, "teach", file, PROBLEMS, size, work)
+
+
+def begin(run):
+    """Open the stage of `sweep`, which is known by its rows."""
+    return run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
 
 
 def test_a_done_stage_is_skipped_and_a_changed_key_is_named_and_reruns_it(tmp_path, capsys):
     def stage(**keys):
         with open_run(tmp_path, **keys) as run:
             run.progress.quiet = False
-            work = run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            work = begin(run)
             if work:
-                run.finish("teach", digest(sweep(run, [])), 7, 7)
+                sweep(run, [])
+                run.finish("teach", 7, 7)
             return work, capsys.readouterr().err
 
     assert stage()[0] is True
@@ -110,7 +115,7 @@ def test_a_rerun_says_in_words_that_the_input_changed(tmp_path, capsys):
         with open_run(tmp_path) as run:
             run.progress.quiet = False
             assert run.begin("truncate", source, lambda: "")
-            run.finish("truncate", "", 0, 0)
+            run.finish("truncate", 0, 0)
     printed = capsys.readouterr().err
     assert "rerunning truncate: traces.jsonl changed\n" in printed and "other rows" not in printed
 
@@ -122,7 +127,7 @@ def test_rejected_rows_of_every_stage_are_listed_with_their_reason(tmp_path):
         lost = {"rejected": "no correct trace", "detail": "0 of 1 correct"}
         rows = [trace_row(PROBLEMS[0]), trace_row(PROBLEMS[1]).model_copy(update=lost)]
         RowFile(run.path("traces.jsonl"), TraceRow).append(*rows)
-        run.finish("teach", digest(rows), 2, 1)
+        run.finish("teach", 2, 1)
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert lines == [
         {"stage": "data", "id": "d", "reason": "no answer", "detail": "line 3"},
@@ -137,9 +142,10 @@ def test_what_a_row_depends_on_besides_the_stages_own_keys(tmp_path):
 
     def works(**keys):
         with open_run(tmp_path / "run", prompts={"instruction": f"file:{words}"}, **keys) as run:
-            work = run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            work = begin(run)
             if work:
-                run.finish("teach", digest(sweep(run, [])), 7, 7)
+                sweep(run, [])
+                run.finish("teach", 7, 7)
             return work, run.manifest["stages"]["teach"]["keys"]
 
     assert works()[0]
@@ -155,8 +161,9 @@ def test_what_a_row_depends_on_besides_the_stages_own_keys(tmp_path):
 
 def test_a_deleted_or_edited_stage_file_is_regenerated(tmp_path, capsys):
     with open_run(tmp_path) as run:
-        run.begin("teach", "input", lambda: "")
-        run.finish("teach", digest(sweep(run, [])), 7, 7)
+        begin(run)
+        sweep(run, [])
+        run.finish("teach", 7, 7)
     path = tmp_path / "traces.jsonl"
     for damage in (
         path.unlink,
@@ -164,11 +171,11 @@ def test_a_deleted_or_edited_stage_file_is_regenerated(tmp_path, capsys):
     ):
         damage()
         with open_run(tmp_path) as run:
-            assert run.begin("teach", "input", lambda: digest(run.rows("traces.jsonl", TraceRow)))
+            assert begin(run)
             calls: list[list[str]] = []
             rows = sweep(run, calls)
             assert digest(rows) == run.manifest["stages"]["teach"]["output"]
-            run.finish("teach", digest(rows), 7, 7)
+            run.finish("teach", 7, 7)
         assert "output missing or modified; regenerating" in capsys.readouterr().err
     assert calls == [["p3", "p4", "p5"]], "only the batch with the edited row ran again"
 
@@ -205,7 +212,7 @@ def test_a_newer_format_is_refused_by_version(tmp_path):
 
 def finish(run, stage):
     if run.begin(stage, "input", lambda: "output"):
-        run.finish(stage, "output", 1, 1, made_by=run.config.seed)
+        run.finish(stage, 1, 1, made_by=run.config.seed)
 
 
 def test_what_stands_on_rows_made_anew_is_not_of_the_run_until_its_stage_has_looked(tmp_path):
@@ -296,7 +303,8 @@ def test_a_run_of_the_old_format_is_refused_with_what_to_do(tmp_path):
 def test_a_damaged_manifest_is_reported_with_what_to_do_and_loses_no_row(tmp_path, capsys):
     with open_run(tmp_path) as run:
         run.begin("teach", "input", lambda: "")
-        run.finish("teach", digest(sweep(run, [])), 7, 7)
+        sweep(run, [])
+        run.finish("teach", 7, 7)
     rows = (tmp_path / "traces.jsonl").read_bytes()
     (tmp_path / "manifest.json").write_text('{"stages": ')
     with pytest.raises(KitError, match=r"manifest\.json is no run's .* moved to stale/"):

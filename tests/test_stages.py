@@ -90,7 +90,7 @@ def test_a_model_of_other_content_reruns_a_stage_and_an_unknown_one_does_not(
             run.progress.quiet = False
             assert run.begin("truncate", "rows", lambda: "out", lambda n=named: n) is rerun
             if rerun:
-                run.finish("truncate", "out", 0, 0)
+                run.finish("truncate", 0, 0)
     assert capsys.readouterr().err.count("the weights of student.model changed") == 1
 
 
@@ -128,7 +128,7 @@ def test_two_rows_of_one_name_are_refused(tmp_path):
             run,
             "teach",
             RowFile(run.path("traces.jsonl"), TraceRow),
-            [("a.0", 1), ("a.0", 2)],
+            [PROBLEMS[0].model_copy(update={"id": "a.0"})] * 2,
             3,
             iter,
         )

@@ -100,7 +100,7 @@ def test_traces_of_an_unfinished_or_other_teaching_are_not_cut(tmp_path: Path) -
         RowFile(run.path("traces.jsonl"), TraceRow).append(trace_row())
         with pytest.raises(KitError, match="no finished stage teach"):
             truncate(run)
-        run.finish("teach", "output", 1, 1)
+        run.finish("teach", 1, 1)
         truncate(run)
     other = {**keys, "teacher": {"samples": 2}}
     with (

@@ -57,9 +57,7 @@ def half_dtype(wanted: str = "auto") -> torch.dtype:
     Raises:
         KitError: bf16 is wanted of a card that only emulates it.
     """
-    if not torch.cuda.is_available():
-        return torch.bfloat16
-    if torch.cuda.get_device_capability() >= BF16_CAPABILITY:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= BF16_CAPABILITY:
         return torch.bfloat16
     if wanted == "bf16":
         raise KitError(

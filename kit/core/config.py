@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import sys
 from collections import Counter
@@ -202,10 +201,10 @@ def _read_calibration(raw: Any) -> Any:
         return raw
     if not expand(raw).is_file():
         raise ValueError(f"there is no file {raw}; content-free and none need no file")
-    content = json.loads(expand(raw).read_bytes())
-    if not isinstance(content, dict) or content.keys() != Calibration.model_fields.keys():
-        raise ValueError(f"{raw} is no calibration.json of `judge FILE --validate`")
-    return content
+    try:
+        return Calibration.model_validate_json(expand(raw).read_bytes())
+    except ValidationError:
+        raise ValueError(f"{raw} is no calibration.json of `judge FILE --validate`") from None
 
 
 class Judge(BaseConfig):
@@ -384,13 +383,14 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _later_rounds_learn_something(self) -> Config:
+        if self.rounds == 1:
+            return self
         rule = methods.method_of(self.method)
-        asks_student = rule.continued or rule.is_judged
-        if self.rounds > 1 and not asks_student:
+        if not (rule.continued or rule.is_judged):
             raise ValueError(f"method {self.method} asks the student nothing: set rounds to 1")
-        if self.rounds > 1 and self.student.backend not in ("hf", "scripted"):
+        if self.student.backend not in ("hf", "scripted"):
             raise ValueError("rounds need student.backend hf, which puts the adapter on")
-        if self.rounds > 1 and self.stop_after not in ("train", "eval", "report"):
+        if self.stop_after not in ("train", "eval", "report"):
             raise ValueError(
                 f"rounds need a training, which stop_after={self.stop_after} leaves out"
             )
@@ -400,7 +400,7 @@ class Config(BaseConfig):
         """The config of round 2, 3, ...: a run inside the first one's folder, on the adapter of the
         round before.
         """
-        before = self.folder if number == 2 else self.round(number - 1).folder
+        before = self.folder if number == 2 else self.folder / f"round-{number - 1}"
         rates = dict(enumerate(self.round_learning_rates, 2))
         rate = rates.get(number, self.train.learning_rate)
         changes = {
@@ -561,16 +561,16 @@ def _override(raw: Json, text: str) -> None:
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors in our words."""
-    where = ".".join(map(str, error["loc"]))
-    if error["loc"][-1:] and error["loc"][-1] in SECRETS and error["type"] != "extra_forbidden":
-        return f"{where}: {SECRETS[error['loc'][-1]]}"
+    *parents, key = error["loc"] or ["config"]
+    where = ".".join(map(str, [*parents, key]))
+    if key in SECRETS and error["type"] != "extra_forbidden":
+        return f"{where}: {SECRETS[key]}"
     if error["type"] == "value_error":
         # our own rules name what they are about; a whole section's values would bury it
-        return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}, got {error['input']!r}"
     # Find the section that does not have the key, for the names that it has.
-    *parents, key = error["loc"]
     section: Any = Config()
     for parent in parents:
         section = section[0] if isinstance(parent, int) else getattr(section, parent, None)

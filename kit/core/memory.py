@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import gc
 import re
-import resource
 import shutil
 import sys
 from os.path import exists
@@ -31,7 +30,7 @@ def is_out_of_memory(error: Exception | str) -> bool:
 
 
 def reset_peak() -> None:
-    """Restart the high-water mark. Where the system cannot (not Linux), it stays the process's."""
+    """Restart the high-water mark. Where the system forbids it, it stays the process's."""
     import torch
 
     if torch.cuda.is_available():
@@ -46,11 +45,8 @@ def peak_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        [kibibytes] = re.findall(r"VmHWM:\s+(\d+)", status.read_text())
-        return 1024 * int(kibibytes)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    [kibibytes] = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(kibibytes)
 
 
 def may_have_card() -> bool:

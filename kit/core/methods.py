@@ -28,7 +28,11 @@ class Method:
     cut: str
     target: str  # of a training row
     learns: str  # what the student learns to write, in words
-    continued: bool = False  # whether the student writes on from the prefix
+
+    @property
+    def continued(self) -> bool:
+        """Whether the student writes on from the prefix."""
+        return "{continuation}" in self.target
 
     @property
     def is_judged(self) -> bool:
@@ -48,7 +52,6 @@ METHODS = {
         "judge",
         "{tagged}\n{continuation}",
         "the prefix that the student judged enough, and its own continuation",
-        continued=True,
     ),
     "zero-shot": Method("none", "", "nothing"),
     "label-only": Method("whole", "{boxed}", "the answer alone"),
@@ -62,13 +65,11 @@ METHODS = {
         "judge",
         "{continuation}",
         "only the student's own continuation of the prefix that it judged enough",
-        continued=True,
     ),
     "no-search": Method(
         "ratio",
         "{tagged}\n{continuation}",
         "the whole trace, and the student's own continuation",
-        continued=True,
     ),
     "post-think": Method(
         "post-think", "{concluded}", "only what the teacher writes after its thinking"
@@ -104,14 +105,12 @@ METHODS = {
         "{tagged}\n{continuation}",
         "a fixed share of the trace, on average as long as P-ALIGN's prefixes, and the student's "
         "own continuation",
-        continued=True,
     ),
     # ratio-0.25 keeps this share of the sentences
     "ratio": Method(
         "ratio",
         "{tagged}\n{continuation}",
         "the first {share} of the trace's sentences, and the student's own continuation",
-        continued=True,
     ),
 }
 RATIO = re.compile(r"ratio-(0?\.\d*[1-9]\d*|1(\.0+)?)")

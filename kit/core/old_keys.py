@@ -17,7 +17,8 @@ def upgrade(raw: dict[str, Any]) -> list[str]:
     notes = []
     old = bundled("core/old_keys")
     for name, new in old["keys"].items():
-        section, keys, key = _find(raw, name)
+        section, key = name.split(".")
+        keys = _section(raw, section)
         if key not in keys:
             continue
         value = keys.pop(key)
@@ -27,26 +28,25 @@ def upgrade(raw: dict[str, Any]) -> list[str]:
             keys.setdefault(new, value)
             notes.append(f"{name} is now called {section}.{new}")
     for name, values in old["values"].items():
-        _, keys, key = _find(raw, name)
+        section, key = name.split(".")
+        keys = _section(raw, section)
         value = str(keys.get(key))
         if value in values:
             keys[key] = values[value]
             notes.append(f"{name}={value} is now called {values[value]}")
 
     # The subset of built-in problems, e.g. "1-3 to 60".
-    data = raw.get("data")
-    for key, datasets in data.items() if isinstance(data, dict) else ():
+    for key, datasets in _section(raw, "data").items():
         for dataset in datasets if isinstance(datasets, list) else [datasets]:
             if isinstance(dataset, dict) and _upgrade_subset(dataset):
                 notes.append(f"data.{key}.subset is now called steps and max_number")
     return notes
 
 
-def _find(raw: dict[str, Any], name: str) -> tuple[str, dict[str, Any], str]:
-    """A key's section, the keys that a config has there, and the key itself."""
-    section, key = name.split(".")
-    keys = raw.get(section)
-    return section, keys if isinstance(keys, dict) else {}, key
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """The keys that a config has in a section."""
+    keys = raw.get(name)
+    return keys if isinstance(keys, dict) else {}
 
 
 def _upgrade_subset(dataset: dict[str, Any]) -> bool:

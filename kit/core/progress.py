@@ -143,7 +143,6 @@ def tame_libraries(verbose: bool = False) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Meant for each other's developers, not for users.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -17,8 +17,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from kit.core.errors import KitError
 from kit.core.fingerprints import adapter_hash, check_trained
 from kit.core.progress import Progress
 from kit.core.records import Row
-from kit.core.stages import STAGE_TABLE, STAGES, STUDENTS_ADAPTER, Stage
+from kit.core.stages import STAGE_TABLE, STAGES, STUDENTS_ADAPTER
 from kit.core.storage import RowFile, as_line, write_atomic
 
 FORMAT = 2  # of the run folder; a newer kit refuses older ones by this number
@@ -89,17 +89,14 @@ class Run:
             versions=versions(),
         )
         # What stages were made under stays, until one begins under this config.
-        self._is_settled = False
         if not before.get("stages"):
             self._settle()
 
     def _settle(self) -> None:
         """From here on, the folder is of this config."""
-        if not self._is_settled:
-            # After the manifest, which shows that the folder is a run's.
-            self.record(name=self.config.name, seed=self.config.seed)
-            self._write("config.yaml", dump(self.config))
-            self._is_settled = True
+        # After the manifest, which shows that the folder is a run's.
+        self.record(name=self.config.name, seed=self.config.seed)
+        self._write("config.yaml", dump(self.config))
 
     def path(self, name: str) -> Path:
         """A file of this run. A folder inside the run's is created; the run's own is not."""
@@ -115,10 +112,6 @@ class Run:
         for line in file.damaged:
             self.progress.warn(f"{line}; moved to {name}.damaged, the row will be regenerated")
         return rows
-
-    def has(self, stage: str) -> bool:
-        """Whether a stage was begun here."""
-        return stage in self.manifest["stages"]
 
     def require(self, stage: str) -> None:
         """Raise KitError unless a stage is done, under this config."""
@@ -141,7 +134,7 @@ class Run:
 
         Args:
             source: the digest of its input.
-            output: computes the digest of what it has written.
+            output: computes the digest of what it has written, now and when it has finished.
             fingerprints: of the models and adapters that its rows depend on, as those of
                 kit.models; asked again at the end for a model that was fetched meanwhile.
 
@@ -152,11 +145,10 @@ class Run:
         about = STAGE_TABLE[stage]
         entry = self.manifest["stages"].get(stage, {})
         # What the stage depends on now, and what it depended on when its files were written.
+        self._output = output
         self._fingerprints = fingerprints
         keys = {**about.dependencies(flat(self.config)), **fingerprints(), "input": source}
-        # A key that an older kit did not know had its default.
-        known = {**about.dependencies(flat(Config())), **entry.get("keys", keys)}
-        changes = about.changes(known, keys)
+        changes = about.changes(recorded_keys(stage, entry), keys)
         if entry and not changes:
             # The files are of this config: go on, or find that they are complete.
             if not entry["done"]:
@@ -172,7 +164,8 @@ class Run:
                 self.progress.warn(f"{stage}: output missing or modified; regenerating")
         else:
             # Rows made under two configs are never in one file.
-            old_files = self._set_aside(about)
+            names = [name.split("/")[0] for name in (*about.rows, *about.files)]
+            old_files = self.set_aside(map(self.folder.joinpath, names))
             if entry:
                 self.progress.say(f"rerunning {stage}: {changes}")
             elif old_files:
@@ -188,11 +181,10 @@ class Run:
         self.started = time.perf_counter()
         return True
 
-    def finish(self, stage: str, output: str, rows_in: int, rows_out: int, **summary: Any) -> None:
+    def finish(self, stage: str, rows_in: int, rows_out: int, **summary: Any) -> None:
         """Mark a stage done; rejected.jsonl then lists every row that any stage rejected.
 
         Args:
-            output: the digest of what it has written.
             summary: what else the manifest records about it.
         """
         entry = self.manifest["stages"][stage]
@@ -201,7 +193,7 @@ class Run:
         entry.update(
             done=True,
             keys={**self._fingerprints(), **entry["keys"]},
-            output=output,
+            output=self._output(),
             rows_in=rows_in,
             rows_out=rows_out,
             summary=summary,
@@ -232,20 +224,14 @@ class Run:
         if self.is_main_process:
             write_atomic(self.folder / name, text)
 
-    def _set_aside(self, stage: Stage) -> list[Path]:
-        """Move a stage's files to stale/; the paths they had."""
-        paths = [self.folder / name.split("/")[0] for name in (*stage.rows, *stage.files)]
+    def set_aside(self, paths: Iterable[Path]) -> bool:
+        """Move files and folders of the run to stale/. Returns whether there were any."""
         existing = [path for path in paths if path.exists()]
-        self.set_aside(existing)
-        return existing
-
-    def set_aside(self, paths: Iterable[Path]) -> None:
-        """Move files and folders of the run to stale/."""
-        prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        for path in paths if self.is_main_process else ():
-            names = (f"stale/{prefix}-{number}-{path.name}" for number in count(1))
-            # several times in one second, where stages are quick
-            path.rename(next(free for free in map(self.path, names) if not free.exists()))
+        # microseconds, since stages may be quick
+        stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        for path in existing if self.is_main_process else ():
+            path.rename(self.path(f"stale/{stamp}-{path.name}"))
+        return bool(existing)
 
     def rejected(self) -> Iterator[Json]:
         """Every row that the data or a stage rejected, with the reason."""
@@ -308,24 +294,29 @@ def read_manifest(folder: Path) -> Json:
     return manifest
 
 
+def recorded_keys(stage: str, entry: Json) -> Json:
+    """What a stage was made under; a key that an older kit did not know had its default."""
+    return {**STAGE_TABLE[stage].dependencies(flat(Config())), **entry.get("keys", {})}
+
+
 def other_config(stage: str, entry: Json, config: Config) -> str:
     """What of a config is another than a stage was made under, in words; empty: nothing."""
     about = STAGE_TABLE[stage]
-    known = {**about.dependencies(flat(Config())), **entry.get("keys", {})}
-    # Its input and models are not looked at: their content tells, and a model may have moved.
-    content = {
-        key: value
-        for key, value in known.items()
-        if key == "input" or " of " in key or key.endswith(".model")
-    }
-    # keys that only some methods depend on, as the share of step-entropy
-    now = flat(config)
-    own = {key: now[key] for key in known if key in now and key not in content}
+    known = recorded_keys(stage, entry)
+    values = flat(config)
+    now = about.dependencies(values)
+    for key, value in known.items():
+        if key == "input" or " of " in key or key.endswith(".model"):
+            # not looked at: their content tells, and a model may have moved
+            now[key] = value
+        elif key in values:
+            # those that only some methods depend on, as the share of step-entropy
+            now[key] = values[key]
     if config.student.adapter:
         # of a folder that is gone, nothing is known: the recorded content stands
         adapter = adapter_hash(expand(config.student.adapter) / "adapter")
-        content[STUDENTS_ADAPTER] = adapter or content.get(STUDENTS_ADAPTER)
-    return about.changes(known, {**own, **about.dependencies(now), **content})
+        now[STUDENTS_ADAPTER] = adapter or known.get(STUDENTS_ADAPTER)
+    return about.changes(known, now)
 
 
 def stage_entry(folder: Path, stage: str) -> Json:
@@ -361,18 +352,16 @@ def _is_resolved(config: Path) -> bool:
 
 def check_format(folder: Path, manifest: Json) -> None:
     """Refuse (KitError) a run folder of another format than this version's."""
-    version = manifest.get("format", 0)
+    version = manifest["format"]
     if version == FORMAT:
         return
     message = (
         f"{folder} was made by palign {manifest.get('palign')} in run format {version}; "
         f"this version reads {FORMAT}."
     )
+    hint = f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys work)."
     if version > FORMAT:
-        raise KitError(message, "Upgrade palign, or choose another out=DIR.")
-    hint = (
-        f"Run its config again: palign.py run {folder}/config.yaml out=NEW (old keys still work)."
-    )
+        hint = "Upgrade palign, or choose another out=DIR."
     raise KitError(message, hint)
 
 

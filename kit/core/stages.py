@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kit import Json
 from kit.core.errors import KitError
-from kit.core.records import AlignedRow, EvalRow, Outcome, PrefixRow, TraceRow
+from kit.core.records import AlignedRow, EvalRow, Outcome, PrefixRow, Row, TraceRow
 from kit.core.storage import RowFile, digest
 
 if TYPE_CHECKING:
     from kit.core.run import Run
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Row)
 R = TypeVar("R", bound=Outcome)
 
 STUDENTS_ADAPTER = "adapter of student.model"  # a fingerprint, see kit.models.fingerprints
@@ -92,9 +92,9 @@ class Stage:
             else:
                 added.append(f"{key} now affects this stage")
         # a section's value that has become a single one, like a calibration: its keys are gone
-        for key in sorted(before.keys() - now.keys()):
-            section = next((name for name in now if key.startswith(f"{name}.")), None)
-            if section and f"{section} changed" not in changes:
+        gone = before.keys() - now.keys()
+        for section in sorted(now):
+            if any(key.startswith(f"{section}.") for key in gone):
                 changes.append(f"{section} changed")
         # Another judge or method brings keys of its own: it is what changed.
         return ", ".join(changes or added)
@@ -120,13 +120,7 @@ STAGE_TABLE = {
             "prompts.instruction",
             "prompts.answer_cue",
         ),
-        success_keys=(
-            "align.mode",
-            "align.sampling",
-            "prompts.instruction",
-            "prompts.draft",
-            "seed",
-        ),
+        success_keys=("align.mode", "align.sampling", "prompts.draft", "seed"),
         input="traces.jsonl",
         rows={"prefixes.jsonl": PrefixRow},
     ),
@@ -176,64 +170,63 @@ def work_through(
     run: Run,
     stage: str,
     file: RowFile[R],
-    units: Sequence[tuple[str, Item]],
+    items: Sequence[Item],
     size: int | None,
     work: Callable[[list[Item]], Iterator[R]],
     at_once: int = 1,
 ) -> list[R]:
-    """Make one row for every unit, resuming where the file ends.
+    """Make one row for every item, of the same id, resuming where the file ends.
 
-    Batches are planned from all units, so that a resumed batch has the neighbours it would have
+    Batches are planned from all items, so that a resumed batch has the neighbours it would have
     had: a batch with a missing row runs whole, and rows that are already written stay as they are.
 
     Args:
         file: where each row is appended as soon as it is finished.
-        units: (row id, item) pairs.
-        size: units per batch; None: one batch of all units without a row.
-        work: yields the rows of a batch's items in any order, their ids among the batch's.
-        at_once: units that it works on at a time, for the time left.
+        size: items per batch; None: one batch of all items without a row.
+        work: yields the rows of a batch's items in any order.
+        at_once: items that it works on at a time, for the time left.
 
     Returns:
-        All rows, in the order of `units`.
+        All rows, in the order of `items`.
 
     Raises:
-        KitError: two units have one id.
+        KitError: two items have one id.
     """
-    check_ids(id for id, _ in units)
-    rows = _written_before(run, file, {id for id, _ in units})
-    done = sum(id in rows for id, _ in units)
-    planned = units if size else [unit for unit in units if unit[0] not in rows]
+    ids = [item.id for item in items]
+    check_ids(ids)
+    rows = _written_before(run, file, ids)
+    planned = items if size else [item for item in items if item.id not in rows]
     size = size or max(1, len(planned))
-    with run.progress.bar(stage, len(units), done=done, at_once=at_once) as bar:
+    with run.progress.bar(stage, len(items), done=len(rows), at_once=at_once) as bar:
         for start in range(0, len(planned), size):
-            batch = dict(planned[start : start + size])
+            batch = list(planned[start : start + size])
             # Complete batches are skipped, others run whole.
-            if batch.keys() <= rows.keys():
+            if all(item.id in rows for item in batch):
                 continue
-            for row in work(list(batch.values())):
+            for row in work(batch):
                 if row.id not in rows:
                     file.append(row)
                     rows[row.id] = row
                     bar.advance(row.processed_tokens, row.rejected or "kept")
-    ordered = [rows[id] for id, _ in units]
-    if list(rows) != [row.id for row in ordered]:
+    ordered = [rows[id] for id in ids]
+    if list(rows) != ids:
         # rows that were made again, or finished early, stand at their place; training goes by it
         file.write_all(ordered)
     return ordered
 
 
-def _written_before(run: Run, file: RowFile[R], ids: set[str]) -> dict[str, R]:
+def _written_before(run: Run, file: RowFile[R], ids: list[str]) -> dict[str, R]:
     """What an earlier session wrote, by id; rows of another run's input are set aside."""
     name = file.path.relative_to(run.folder).as_posix()
     rows = {row.id: row for row in run.rows(name, file.kind)}
-    strangers = rows.keys() - ids
+    strangers = rows.keys() - set(ids)
     if strangers:
         run.progress.warn(
             f"{name} had {len(strangers)} rows that are of nothing in its input: {min(strangers)}; "
             "the file was moved to stale/, the others are kept"
         )
         run.set_aside([file.path])
-        rows = {id: row for id, row in rows.items() if id in ids}
+        rows = {id: row for id, row in rows.items() if id not in strangers}
         file.write_all(rows.values())
     return rows
 

@@ -23,11 +23,6 @@ IS_FILE = re.compile(rf"[./~].*|.*\.(?:{'|'.join(FORMATS)})(?:\.gz)?", re.DOTALL
 _OTHERS = re.compile(
     r"\.(?:xlsx?|ods|arrow|feather|zip|tar|tgz|zst|bz2|xz|pkl|npz?|h5|db|sqlite|ya?ml)(?:\.gz)?$"
 )
-_MARKS = {  # at the beginning of a text: its encoding
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
 _LFS_POINTER = b"version https://git-lfs"
 # What is one object's own list, and no list of rows.
 _LISTS_OF_A_ROW = ("conversations", "messages")
@@ -55,14 +50,14 @@ def read_rows(name: str) -> Rows:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         rows = _parse(content, path.name.lower().removesuffix(".gz"))
+        for where, row in rows:
+            if not isinstance(row, dict):
+                raise _DamageError(f"{where}: broken JSON ({type(row).__name__}, not an object)")
     except _DamageError as damage:
         raise KitError(f"{path}, {damage}.", damage.hint) from None
-    except OSError as error:
-        raise KitError(
-            f"{path} cannot be read: {error.strerror or error}.", "Fix the path, or the file."
-        ) from None
-    except (ValueError, EOFError, zlib.error) as error:
-        raise KitError(f"{path} cannot be read ({error}).", "Check the file.") from None
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KitError(f"{path} cannot be read ({reason}).", "Fix the path, or the file.") from None
     if not rows:
         raise KitError(
             f"{path} is empty.", "It should hold objects {key: value, ...}, one per line."
@@ -95,14 +90,13 @@ def _parse(content: bytes, name: str) -> Rows:
 
 
 def _decode(content: bytes) -> str:
-    """The text of a file: UTF-8, or what its first bytes name."""
-    for mark, encoding in _MARKS.items():
-        if content.startswith(mark):
-            return content.removeprefix(mark).decode(encoding)
+    """The text of a file: UTF-8, or UTF-16 where its first bytes say so."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise _DamageError(f"line {line}: broken text, not UTF-8 ({error})") from None
 
 
@@ -137,33 +131,22 @@ def _parse_json(text: str) -> Rows:
     """The rows of one JSON document, or of one object per line."""
     try:
         document = json.loads(text)
-    except RecursionError as error:
-        raise _DamageError(f"line 1: broken JSON ({error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not _is_document(text):
             return _parse_lines(text)
         line = getattr(error, "lineno", 1)
         raise _DamageError(f"line {line}: broken JSON ({error})") from None
     rows = _rows_of(document)
-    places = [("line 1", document)] if rows == [document] else numbered(rows)
-    for where, row in places:
-        _refuse_non_object(where, row)
-    return places
-
-
-def _refuse_non_object(where: str, row: Any) -> None:
-    if not isinstance(row, dict):
-        raise _DamageError(f"{where}: broken JSON ({type(row).__name__}, not an object)")
+    return [("line 1", document)] if rows == [document] else numbered(rows)
 
 
 def _is_document(text: str) -> bool:
     """Whether a text that is no valid JSON was meant as one document, not as one object per line:
     it is a list, or neither of its first lines is an object.
     """
-    if text.lstrip().startswith("["):
-        return True
+    begin = text.lstrip()[:1]
     lines = [line for line in text.split("\n", 20) if line.strip()][:2]
-    return text.lstrip().startswith("{") and not any(map(_is_object, lines))
+    return begin == "[" or (begin == "{" and not any(map(_is_object, lines)))
 
 
 def _is_object(line: str) -> bool:
@@ -181,25 +164,23 @@ def _rows_of(document: Any) -> list[Any]:
         return [document] if document else []
     lists = {}
     for key, value in document.items():
-        is_rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
-        if is_rows and key.lower() not in _LISTS_OF_A_ROW:
+        is_list = isinstance(value, list) and value and key.lower() not in _LISTS_OF_A_ROW
+        if is_list and _are_objects(value):
             lists[key] = value
     if len(document) == len(lists) == 1:
         return next(iter(lists.values()))
     if "data" in lists and not {"question", "problem"}.intersection(map(str.lower, document)):
         return lists["data"]
     values = list(document.values())
-    return values if _are_rows(values) else [document]
-
-
-def _are_rows(values: list[Any]) -> bool:
-    """Whether objects are rows: they share a key, and not a number, as columns in pandas' layout
-    do.
-    """
-    if not all(isinstance(value, dict) for value in values):
-        return False
+    if not _are_objects(values):
+        return [document]
+    # rows share a key, and not a number, as columns in pandas' layout do
     shared = set(values[0]).intersection(*values)
-    return bool(shared) and not all(key.isdigit() for key in shared)
+    return [document] if all(map(str.isdigit, shared)) else values
+
+
+def _are_objects(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _parse_lines(text: str) -> Rows:
@@ -211,7 +192,6 @@ def _parse_lines(text: str) -> Rows:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise _DamageError(f"line {number}: broken JSON ({error})") from None
-        _refuse_non_object(f"line {number}", row)
         rows.append((f"line {number}", row))
     return rows
 

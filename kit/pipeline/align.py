@@ -52,15 +52,15 @@ def align(run: Run) -> None:
         rows = student.write_rows("align", NAME, AlignedRow, prefixes, partial(work, student))
     train_rows = training_rows(run, rows)
     # as LLaMA-Factory reads it: no digest in the lines
-    lines = [as_line(row.model_dump_json()) for row in train_rows]
+    text = "".join(as_line(row.model_dump_json()) for row in train_rows)
     path = run.path(TRAIN)
-    if path.exists() and path.read_bytes() != "".join(lines).encode():
+    if path.exists() and path.read_bytes() != text.encode():
         run.set_aside([path])
         run.progress.warn(
             f"align: {TRAIN} was not what {NAME} gives now; moved to stale/, and written anew"
         )
-    write_atomic(path, "".join(lines))
-    run.finish("align", _output(run), len(prefixes), len(train_rows), **tallies(rows))
+    write_atomic(path, text)
+    run.finish("align", len(prefixes), len(train_rows), **tallies(rows))
 
 
 def _prefixes(run: Run) -> list[PrefixRow]:

@@ -40,7 +40,8 @@ def evaluate(run: Run) -> None:
             the adapter's (kit/training/canary.py).
     """
     config = run.config.eval
-    datasets = problems_of(run).evals
+    loaded = problems_of(run)
+    datasets = loaded.evals
     if not datasets:
         raise KitError(
             "There is nothing to evaluate on.",
@@ -62,11 +63,10 @@ def evaluate(run: Run) -> None:
     # What the answers depend on: the problems, how many answers each gets, model and adapter.
     problems = list(chain.from_iterable(datasets.values()))
     source = " ".join(map(digest, datasets.values()))
-    samples = problems_of(run).samples
+    samples = loaded.samples
 
     def content() -> dict[str, str]:
-        models = model_fingerprints(run.config, "eval", problems)
-        return {**models, ADAPTER: adapter_hash(adapter)}
+        return {**model_fingerprints(run.config, "eval", problems), ADAPTER: adapter_hash(adapter)}
 
     def output() -> str:
         return " ".join(file_digest(run, file, EvalRow) for file in files)
@@ -86,7 +86,7 @@ def evaluate(run: Run) -> None:
                 file = file_name(config.model, which, dataset)
                 work = partial(answers, student, samples[dataset])
                 rows[dataset][which] = student.write_rows("eval", file, EvalRow, asked, work)
-    _finish(run, rows, output())
+    _finish(run, rows)
 
 
 def _on_top(run: Run) -> str:
@@ -126,7 +126,7 @@ def answers(
         )
 
 
-def _finish(run: Run, rows: Rows, output: str) -> None:
+def _finish(run: Run, rows: Rows) -> None:
     """Score every model on every dataset, compare tuned with base, and close the stage."""
     scores = []
     comparisons = []
@@ -143,7 +143,6 @@ def _finish(run: Run, rows: Rows, output: str) -> None:
     lost = tallies(every)["rejected"]
     run.finish(
         "eval",
-        output,
         len(every),
         len(every) - sum(lost.values()),
         scores=scores,

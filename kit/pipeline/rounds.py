@@ -32,21 +32,21 @@ def run_rounds(config: Config, progress: Progress, run_stages: Callable[..., Jso
         progress.say(f"round {number} of {config.rounds}: {later.folder}")
         # a log of its own for each run
         own = replace(progress)
-        with Run(later, own) as run:
-            take_over_traces(run, config.folder)
+        take_over_traces(later, own, config.folder)
         run_stages(later, own, "run")
     # once more, with the curve
     return run_stages(config, progress, "report") if config.rounds > 1 else numbers
 
 
-def take_over_traces(run: Run, source: Path) -> None:
+def take_over_traces(config: Config, progress: Progress, source: Path) -> None:
     """Copy another run's traces, where this run's are others; its stage teach then decides, by keys
     and digests, whether they are what it would have made.
     """
     entry = stage_entry(source, "teach")
-    stages = run.manifest["stages"]
-    if stages.get("teach", {}).get("output") != entry["output"]:
-        # the entry last, so that a kill before it only costs another copy
-        shutil.copyfile(source / NAME, run.path(NAME))
-        stages["teach"] = entry
-        run.record()
+    with Run(config, progress) as run:
+        stages = run.manifest["stages"]
+        if stages.get("teach", {}).get("output") != entry["output"]:
+            # the entry last, so that a kill before it only costs another copy
+            shutil.copyfile(source / NAME, run.path(NAME))
+            stages["teach"] = entry
+            run.record()

@@ -15,7 +15,7 @@ from kit import Json
 from kit.core.config import Config, expand, load, resolve
 from kit.core.errors import KitError, machine_fault
 from kit.core.progress import Progress
-from kit.core.run import Run, stage_entry
+from kit.core.run import stage_entry
 from kit.pipeline.rounds import take_over_traces
 from kit.reporting import compare
 
@@ -57,15 +57,13 @@ def sweep(
                 raise
             error = str(known)
             progress.warn(f"{config.name} failed, the sweep goes on: {error}")
-        accuracy = numbers.get("accuracy_after")
-        if config.method == "zero-shot":
-            accuracy = numbers.get("accuracy_before")
+        side = "before" if config.method == "zero-shot" else "after"
         runs.append(
             {
                 "method": config.method,
                 "seed": config.seed,
                 "folder": str(config.folder),
-                "accuracy": accuracy,
+                "accuracy": numbers.get(f"accuracy_{side}"),
                 "n": numbers.get("n_eval"),
                 "error": error,
             }
@@ -100,10 +98,7 @@ def plan(path: str, overrides: Sequence[str]) -> list[Config]:
     # what is not set stays open, for a preset to set
     raw = base.model_dump(mode="json", exclude_unset=True)
     if base.baseline.matched_run is None and "palign" in methods:
-        raw["baseline"] = {
-            **raw.get("baseline", {}),
-            "matched_run": str(folder / "palign-seed{seed}"),
-        }
+        raw.setdefault("baseline", {})["matched_run"] = str(folder / "palign-seed{seed}")
     configs = []
     for seed, method in product(values.get("seed", [base.seed]), methods):
         name = f"{method}-seed{seed}"
@@ -122,6 +117,5 @@ def _take_over_traces(config: Config, configs: list[Config], progress: Progress)
         with suppress(KitError):
             entry = stage_entry(other.folder, "teach")
         if other.seed == config.seed and entry.get("done") and entry["rows_in"]:
-            with Run(config, progress, "sweep") as run:
-                take_over_traces(run, other.folder)
+            take_over_traces(config, progress, other.folder)
             return

@@ -40,7 +40,7 @@ def teach(run: Run) -> None:
             "teach", NAME, TraceRow, problems, lambda batch: traces(teacher, batch)
         )
     kept = sum(len(row.kept) for row in rows)
-    run.finish("teach", digest(rows), len(problems), kept, **tallies(rows))
+    run.finish("teach", len(problems), kept, **tallies(rows))
 
 
 def traces(teacher: Sampler, problems: list[Problem]) -> Iterator[TraceRow]:

@@ -26,8 +26,8 @@ def train(run: Run) -> None:
             that does not fit.
     """
     if run.config.method == "zero-shot":
-        if run.begin("train", "zero-shot", lambda: ""):
-            run.finish("train", "", rows_in=0, rows_out=0)
+        if run.begin("train", "zero-shot", str):
+            run.finish("train", rows_in=0, rows_out=0)
         return
     path = run.folder / "train.jsonl"
     adapter = run.folder / "adapter"
@@ -58,7 +58,6 @@ def train(run: Run) -> None:
     cut = lost.pop(CUT, [])
     run.finish(
         "train",
-        adapter_hash(adapter),
         len(rows),
         len(examples),
         **summary,

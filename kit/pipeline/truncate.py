@@ -50,14 +50,13 @@ def truncate(run: Run) -> None:
     """The stage: one `PrefixRow` per kept trace."""
     config = run.config
     method = method_of(config.method)
-    rule = method.cut
     traces = []
-    if rule not in ("whole", "none"):
+    if method.cut not in ("whole", "none"):
         # traces.jsonl may have been brought along, without a stage that wrote it
-        if run.has("teach") or not run.path("traces.jsonl").exists():
+        if "teach" in run.manifest["stages"] or not run.path("traces.jsonl").exists():
             run.require("teach")
         traces = whole_traces(run)
-    if rule == "mix-long-short":
+    if method.cut == "mix-long-short":
         traces = list(chain(*map(long_and_short, traces)))
     depends_on = partial(_depends_on, config, method, traces) if traces else dict
     output = partial(file_digest, run, NAME, PrefixRow)
@@ -68,13 +67,11 @@ def truncate(run: Run) -> None:
     rows, judge = _cut_all(run, method, traces)
 
     # 2. Count what became of them.
-    summary = _summary(rows)
+    summary = _summary(rows, judge)
     if summary["degenerate"]:
         run.progress.warn(summary["degenerate"])
-    if judge:
-        summary.update(notes=judge.backend.notes, threshold=judge.threshold)
     kept = sum(row.rejected is None for row in rows)
-    run.finish("truncate", digest(rows), len(traces), kept, **summary)
+    run.finish("truncate", len(traces), kept, **summary)
 
 
 def _cut_all(
@@ -94,10 +91,9 @@ def _cut_all(
         is_served = judge is not None and config.student.backend == "http"
         batch_traces = config.student.rows() if is_served else 1
         file = RowFile(run.path(NAME), PrefixRow)
-        units = [(trace.id, trace) for trace in traces]
         notes = judge.backend.notes if judge and not is_served else []
         work = partial(cut_batch, cut_one, tell=partial(run.progress.tell, notes))
-        return work_through(run, "truncate", file, units, batch_traces, work), judge
+        return work_through(run, "truncate", file, traces, batch_traces, work), judge
 
 
 def _depends_on(config: Config, method: Method, traces: list[PrefixRow]) -> Json:
@@ -117,16 +113,16 @@ def _depends_on(config: Config, method: Method, traces: list[PrefixRow]) -> Json
     return {}
 
 
-def _summary(rows: list[PrefixRow]) -> Json:
-    """What the manifest keeps of the rows; the notes and the threshold are a judge's."""
+def _summary(rows: list[PrefixRow], judge: Judge | None) -> Json:
+    """What the manifest keeps of the rows, and of the judge where there was one."""
     cut_rows = [row for row in rows if row.rejected is None]
     summary: Json = {
         "verdicts": Counter(verdict.label for row in cut_rows for verdict in row.verdicts),
         "median_ratio": median_high(row.ratio for row in cut_rows) if cut_rows else None,
         "degenerate": degenerate(cut_rows),
         "rejected": Counter(row.rejected for row in rows if row.rejected),
-        "notes": [],
-        "threshold": None,
+        "notes": judge.backend.notes if judge else [],
+        "threshold": judge.threshold if judge else None,
     }
     for name in SUMS:
         summary[name] = sum(getattr(row, name) for row in rows)
