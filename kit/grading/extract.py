@@ -78,7 +78,9 @@ _VALUES = re.compile(
     rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
 )
 # A calculation before its result: the answer is 9 * 6 = 54.
-_CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
+_CALCULATION = re.compile(
+    r"(?>(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*)*+"
+)
 # Units that others follow: 3 hours 30 minutes.
 _PART = (
     r"(?:hours?|hrs?|h|minutes?|mins?|feet|foot|ft|yards?|yd|pounds?|lbs?|days?|weeks?|months?|"
@@ -220,13 +222,15 @@ def last_box(text: str) -> str | None:
     if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1] if bare else None
-    contents = [boxes[-1][2]]
-    # from the last box backwards, as long as nothing but separators comes between two
-    for place in range(len(boxes) - 1, 0, -1):
-        between = text[boxes[place - 1][1] : boxes[place][0]]
+    contents: list[str] = []
+    last_end = 0
+    for start, end, content in boxes:
+        # whatever is more than a separator begins a new answer
+        between = text[last_end:start]
         if len(between) > 100 or not _BETWEEN_BOXES.fullmatch(between):
-            break
-        contents.insert(0, boxes[place - 1][2])
+            contents = []
+        contents.append(content)
+        last_end = end
     return ", ".join(dict.fromkeys(contents))
 
 
@@ -345,10 +349,7 @@ def _named(rest: str, verifier: str) -> str | None:
         answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
         plain = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", answer or "")
         return answer if verifier != "choice" or _OPTION.match(plain) else None
-    calculation = _CALCULATION.match(rest)
-    while calculation:
-        rest = rest[calculation.end() :]
-        calculation = _CALCULATION.match(rest)
+    rest = _CALCULATION.sub("", rest, count=1)
     values = _VALUES.match(rest)
     if values is None:
         return None
