@@ -17,7 +17,7 @@ from math import gcd
 from typing import NamedTuple
 
 from kit.core.errors import KitError
-from kit.grading.extract import LONGEST, TAKEN_BACK, find, gold_of, last_box
+from kit.grading.extract import TAKEN_BACK, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
 from kit.grading.opinions import AnswerJudge
@@ -30,6 +30,8 @@ from kit.grading.quantities import (
 )
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
+
+LONGEST = 4000  # characters of an answer that are looked at
 
 # One option letter: (B)  B.  B) 12  option B  B is correct; no first letter of a word.
 _LETTER = re.compile(
