@@ -152,7 +152,7 @@ def read_quantity(text: str, words: bool = False) -> Quantity | None:
         return None
     whole = match[2].replace(",", "")
     fraction = match[3] or ""
-    value = Fraction(f"{match[1]}{whole or 0}.{fraction or 0}") * Fraction(10) ** int(match[4] or 0)
+    value = Fraction(f"{match[1]}{whole or 0}.{fraction or 0}e{match[4] or 0}")
     scale, _, rest = unit.partition(" ")
     if scale in _SCALES:
         value *= 10 ** _SCALES[scale]
@@ -250,7 +250,7 @@ def after_last_equals(text: str) -> str:
     return text if is_several else last.strip()
 
 
-def with_currency(text: str, plain: bool = False) -> str:
+def with_currency(text: str, plain: bool) -> str:
     r"""An amount of money with its currency as a word: `\$18` is `18 \text{dollars}`. All else as
     it is.
 
