@@ -16,8 +16,8 @@ from collections import Counter
 import psutil
 import pytest
 
-from kit.grading.answers import Grader, Item
-from kit.grading.extract import LONGEST, find, last_box
+from kit.grading.answers import LONGEST, Grader, Item
+from kit.grading.extract import find, last_box
 from kit.grading.math_worker import GRACE_SECONDS
 from kit.grading.normalize import normalize
 from kit.grading.quantities import read_quantity

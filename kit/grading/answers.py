@@ -17,7 +17,7 @@ from math import gcd
 from typing import NamedTuple
 
 from kit.core.errors import KitError
-from kit.grading.extract import LONGEST, TAKEN_BACK, find, gold_of, last_box
+from kit.grading.extract import TAKEN_BACK, find, gold_of, last_box
 from kit.grading.math_worker import MathWorker
 from kit.grading.normalize import FONTS, comparable, normalize
 from kit.grading.opinions import AnswerJudge
@@ -30,6 +30,8 @@ from kit.grading.quantities import (
 )
 
 __all__ = ["Grade", "Grader", "Item", "find", "gold_of", "last_box"]
+
+LONGEST = 4000  # characters of an answer that are looked at
 
 # One option letter: (B)  B.  B) 12  option B  B is correct; no first letter of a word.
 _LETTER = re.compile(
@@ -58,7 +60,7 @@ _BASED = re.compile(
     r"\s*(?:\\text\s*\{)?[\s(,]*(?:in\s+)?base\s*(\d+|[a-z]+)[\s)}]*)"
 )
 _BASE_NAMES = {
-    name: number
+    name: str(number)
     for number, name in enumerate("two three four five six seven eight nine ten".split(), 2)
 }
 
@@ -179,9 +181,9 @@ class Grader:
         bases = _bases(right, given)
         if bases is not None:
             return _verdict(bases), "string"
-        return self._worker.compare(
-            _quantity_text(verifier, right), _quantity_text(verifier, given)
-        )
+        if plain:
+            right, given = map(_last_quantity, (right, given))
+        return self._worker.compare(right, given)
 
     def __enter__(self) -> Grader:
         return self
@@ -221,10 +223,10 @@ def _ratios(gold: str, answer: str) -> tuple[str, str]:
     return _RATIO.sub(r"\1/\2", gold), _RATIO.sub(r"\1/\2", answer)
 
 
-def _quantity_text(verifier: str, text: str) -> str:
-    """Grade-school answers: what comes after the last `=`, where that is a number."""
+def _last_quantity(text: str) -> str:
+    """What comes after the last `=`, where that is a number."""
     last = after_last_equals(text)
-    return last if verifier == "number" and read_quantity(last, words=True) else text
+    return last if read_quantity(last, words=True) else text
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[str, str]:
@@ -258,12 +260,17 @@ def _bases(gold: str, answer: str) -> bool | None:
     """Whether numbers with a base agree, which the answer may leave out; None where the gold answer
     has none.
     """
-    right = _BASED.fullmatch(gold)
-    given = _BASED.fullmatch(answer)
-    if right and given:
-        bases = [match[2] or match[3] for match in (right, given)]
-        bases = [str(_BASE_NAMES.get(base, base)) for base in bases]
-        return right[1] == given[1] and bases[0] == bases[1]
-    if right:
-        return right[1] == re.sub(r"^[a-zA-Z]\s*=\s*", "", answer)
-    return False if given else None
+    right = _based(gold)
+    given = _based(answer)
+    if right and not given:
+        return right[0] == re.sub(r"^[a-zA-Z]\s*=\s*", "", answer)
+    return right == given if given else None
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """The digits and the base of a number with its base."""
+    match = _BASED.fullmatch(text)
+    if match is None:
+        return None
+    base = match[2] or match[3]
+    return match[1], _BASE_NAMES.get(base, base)

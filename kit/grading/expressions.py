@@ -12,8 +12,7 @@ digits or more.
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy
@@ -48,6 +47,7 @@ _HUGE_FACTORIAL = re.compile(r"\d{5,}\W*!|\d\s*!\s*!|\^\s*\{?\d+\}?\W*!")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\\text\{degrees\}")
 _INTERVALS = ("()", "(]", "[)", "[]")
+_COMMAS = (",", ";")
 _BUILDER = re.compile(r"\\\{\s*([a-zA-Z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}", re.DOTALL)
 _SYNTAX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
@@ -58,8 +58,7 @@ class UnreadableError(ValueError):
     """The text is no answer that can be read as a whole."""
 
 
-@dataclass(frozen=True)
-class Scalar:
+class Scalar(NamedTuple):
     """One expression, with what was written where it is a plain number."""
 
     expression: Any  # a sympy expression
@@ -67,32 +66,28 @@ class Scalar:
     written: Quantity | None = None
 
 
-@dataclass(frozen=True)
-class Labelled:
+class Labelled(NamedTuple):
     """`x = 5`, `f(x) = x + 1`: a value and its name."""
 
     label: str
     value: Any
 
 
-@dataclass(frozen=True)
-class Relation:
+class Relation(NamedTuple):
     """`difference = 0` or `difference < 0`, where no single variable can be solved for."""
 
     operator: str  # = or < or <=
     difference: Any
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """A set of real numbers; `variable` is what an inequality speaks of, None for an interval."""
 
     numbers: sympy.Set
     variable: str | None = None
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Several answers. `kind`: `,` a list, `{}` a set, `()` `[]` `(]` `[)` in order, matrix."""
 
     kind: str
@@ -125,7 +120,7 @@ def read(text: str) -> Any:
 
     # several answers
     is_set = _SET.search(text)
-    separators = (",", ";") if is_set else (",", ";", "\\and", "\\or")
+    separators = _COMMAS if is_set else (*_COMMAS, "\\and", "\\or")
     if len(_split(text, separators)) > 1:
         return _group(",", text, separators)
     return _read_range(text) if is_set else _read_one(text)
@@ -135,14 +130,14 @@ def _read_one(text: str) -> Any:
     """An answer without separators outside brackets, and no range."""
     # one pair of brackets around several answers, or around an equation
     inner, kind = _brackets(text)
-    if kind == "{}" or (kind and len(_split(inner, (",", ";"))) > 1):
-        return _group(kind, inner, (",", ";"))
+    if kind == "{}" or (kind and len(_split(inner, _COMMAS)) > 1):
+        return _group(kind, inner, _COMMAS)
     equation = inner if kind == "()" else text
     sides = [side.strip() for side in _split(equation, ("=", "\\approx"))]
     if len(sides) > 1:
         return _read_equation(equation, sides)
     if "\\pm" in text or "\\mp" in text:
-        return _group(",", _both_signs(text), (",",))
+        return read(_both_signs(text))
     return _read_scalar(text)
 
 
@@ -292,11 +287,9 @@ def _named(label: str, value: Any) -> Any:
 
 def _check_chain(values: list[Scalar], is_rounded: bool) -> None:
     """Every part of `1/3 = 2/6 \\approx 0.33` must be the same number, or near it if rounded."""
-    first = values[0].expression
+    first = values[0]
     for value in values[1:]:
-        if _equal(values[0], value):
-            continue
-        if not is_rounded or not _is_near(value, first):
+        if not _equal(first, value) and not (is_rounded and _is_near(value, first.expression)):
             raise UnreadableError("its parts differ")
 
 
@@ -322,7 +315,7 @@ def _read_range(text: str) -> Any:
     if named:
         value = read(named[2])
         if isinstance(value, Group) and value.kind in _INTERVALS:
-            value = Range(_interval(value))
+            value = _interval(value)
         return Labelled(named[1].casefold(), value)
     # \\{x | 1 < x\\}
     builder = _BUILDER.fullmatch(text)
@@ -331,7 +324,7 @@ def _read_range(text: str) -> Any:
         # {x | y > 1} is no set of x
         if not isinstance(numbers, Range) or numbers.variable not in (None, builder[1]):
             raise UnreadableError(text)
-        return replace(numbers, variable=None)
+        return numbers._replace(variable=None)
     if "\\pm" in text and "\\neq" in text:
         text = _both_signs(text).replace(",", "\\and ")
     for name, combine in (("\\or", sympy.Union), ("\\and", sympy.Intersection)):
@@ -362,11 +355,11 @@ def _combined(ranges: list[Any], combine: Any) -> Range:
     return Range(combine(*[part.numbers for part in ranges]), *variables)
 
 
-def _interval(group: Group) -> sympy.Set:
+def _interval(group: Group) -> Range:
     if len(group.items) != 2 or not all(isinstance(item, Scalar) for item in group.items):
         raise UnreadableError(group.kind)
     start, end = (item.expression for item in group.items)
-    return sympy.Interval(start, end, group.kind[0] == "(", group.kind[1] == ")")
+    return Range(sympy.Interval(start, end, group.kind[0] == "(", group.kind[1] == ")"))
 
 
 def _equal(gold: Any, answer: Any) -> bool:
@@ -398,7 +391,7 @@ def _alike(value: Any, other: Any) -> Any:
         if value == Group("{}", ()):
             return Range(sympy.S.EmptySet)
         if value.kind in _INTERVALS and len(value.items) == 2:
-            return Range(_interval(value))
+            return _interval(value)
         items = [_alike(item, other) for item in value.items]
         sets = [item.numbers for item in items if isinstance(item, Range)]
         if value.kind == "," and len(sets) == len(items):
@@ -414,21 +407,22 @@ def _equal_labelled(gold: Any, answer: Any) -> bool:
             return _equal(gold.value, answer.value)
         # x + y = 7 and y + x = 7
         with suppress(UnreadableError, AttributeError, ValueError):
-            relations = [
-                Relation("=", _parse(side.label) - side.value.expression) for side in (gold, answer)
-            ]
-            return _equal(*relations)
+            return _equal(_relation(gold), _relation(answer))
         return False
     named, other = (gold, answer) if isinstance(gold, Labelled) else (answer, gold)
     # x + y = 7 may be a line, which 7 is not
     if named is gold and "+" in named.label and isinstance(other, Scalar):
         return False
     if isinstance(other, Relation) and isinstance(named.value, Scalar):
-        difference = _parse(named.label) - named.value.expression
-        return _equal(Relation("=", difference), other)
+        return _equal(_relation(named), other)
     if isinstance(other, Range) and other.variable and isinstance(named.value, Range):
         return other.variable == named.label and _equal(named.value, Range(other.numbers))
     return _equal(named.value, other)
+
+
+def _relation(equation: Labelled) -> Relation:
+    """`x + y = 7` without a name set aside."""
+    return Relation("=", _parse(equation.label) - equation.value.expression)
 
 
 def _equal_scalars(gold: Scalar, answer: Scalar) -> bool:
@@ -530,7 +524,7 @@ def _equal_groups(gold: Group, answer: Group) -> bool:
     unordered = kinds <= {",", "{}"}
     # a list may say an answer twice, where the other says it once
     if unordered and len(gold.items) != len(answer.items):
-        gold, answer = (replace(group, items=_distinct(group.items)) for group in (gold, answer))
+        gold, answer = (group._replace(items=_distinct(group.items)) for group in (gold, answer))
     named = [_names(group) for group in (gold, answer)]
     # `x = 1, y = 2` is the tuple (1, 2)
     is_tuple = kinds == {",", "()"} and max(named) == len(gold.items)

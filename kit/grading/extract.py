@@ -18,7 +18,6 @@ from kit.grading.normalize import FONTS
 from kit.prompts import END
 
 END_TAGS = (END, "<End_of_Draft>")  # the second: in the paper's released outputs
-LONGEST = 4000  # characters of an answer that are looked at
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
@@ -37,8 +36,8 @@ _HEADING = re.compile(r"[^\W\d_]{2,}|\d+[.)]\s+[^\W\d]")
 
 # A sentence about the answer.
 _CUE = re.compile(
-    r"(?:\b(?:answers?|ans(?!\s*=))\b|答案|故选|应选|"
-    r"选项?(?=\s*[A-J]\b))(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,5}))",
+    r"(?:\b(?:answers?|ans(?!\s*=))\b|答案|选项?(?=\s*[A-J]\b))"
+    r"(?=([^\n]{0,200}(?:\n[^\n]{0,200}){0,5}))",
     re.IGNORECASE,
 )
 _CHOICE_CUE = re.compile(r"\b(?:choice|option)\b(?=([^\n]{0,200}))", re.IGNORECASE)
@@ -78,7 +77,9 @@ _VALUES = re.compile(
     rf"{_ONE}(?:\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*{_ONE})*", re.DOTALL | re.IGNORECASE
 )
 # A calculation before its result: the answer is 9 * 6 = 54.
-_CALCULATION = re.compile(r"(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*")
+_CALCULATION = re.compile(
+    r"(?>(?:[-+*/×÷().,$€£\d\s\u2212]|\\(?:times|cdot|div)\b)*\d[\s)$]*=\s*)*+"
+)
 # Units that others follow: 3 hours 30 minutes.
 _PART = (
     r"(?:hours?|hrs?|h|minutes?|mins?|feet|foot|ft|yards?|yd|pounds?|lbs?|days?|weeks?|months?|"
@@ -164,7 +165,7 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     """The final answer as written in a text, and its place.
 
     Returns:
-        (answer, boxed | tag | hashes | phrase | bare), or (None, none | oversized).
+        (answer, boxed | tag | hashes | phrase | bare), or (None, none).
     """
     for tag in END_TAGS:
         text = text.rpartition(tag)[2]
@@ -175,7 +176,7 @@ def find(text: str, verifier: str = "math") -> tuple[str | None, str]:
     text = text.replace("<|begin_of_box|>", "<answer>").replace("<|end_of_box|>", "</answer>")
     for place, answer in _candidates(text, verifier):
         if answer:
-            return (answer, place) if len(answer) <= LONGEST else (None, "oversized")
+            return answer, place
     return None, "none"
 
 
@@ -220,13 +221,15 @@ def last_box(text: str) -> str | None:
     if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1] if bare else None
-    contents = [boxes[-1][2]]
-    # from the last box backwards, as long as nothing but separators comes between two
-    for place in range(len(boxes) - 1, 0, -1):
-        between = text[boxes[place - 1][1] : boxes[place][0]]
+    contents: list[str] = []
+    last_end = 0
+    for start, end, content in boxes:
+        # whatever is more than a separator begins a new answer
+        between = text[last_end:start]
         if len(between) > 100 or not _BETWEEN_BOXES.fullmatch(between):
-            break
-        contents.insert(0, boxes[place - 1][2])
+            contents = []
+        contents.append(content)
+        last_end = end
     return ", ".join(dict.fromkeys(contents))
 
 
@@ -297,12 +300,12 @@ def _in_phrase(text: str, verifier: str) -> str | None:
     if verifier == "choice":
         cues += [*_CHOICE_CUE.finditer(text), *_IS_CORRECT.finditer(text)][-1000:]
     denied = set()
-    for cue in sorted(cues, key=lambda match: match.start(), reverse=True):
+    for cue in sorted(cues, key=re.Match.start, reverse=True):
         before = text[max(0, cue.start() - 200) : cue.start()]
         if _SUPPOSED.search(before) or (cue[0] == "answer" and _OF_ANOTHER.search(before)):
             continue
         if cue.re is _IS_CORRECT:
-            if _is_aside(before, verifier):
+            if _is_aside(before):
                 continue
             return cue[1]
         answer = _named(cue[1], verifier)
@@ -315,10 +318,10 @@ def _in_phrase(text: str, verifier: str) -> str | None:
     return _called_the_answer(text) if verifier == "choice" else None
 
 
-def _is_aside(before: str, verifier: str) -> bool:
+def _is_aside(before: str) -> bool:
     """Whether "B is correct" is said beside an answer: the answer is C, although B is correct."""
     sentence = _SENTENCE_END.split(before)[-1]
-    answers = [_named(cue[1], verifier) for cue in _CUE.finditer(sentence)]
+    answers = [_named(cue[1], "choice") for cue in _CUE.finditer(sentence)]
     return any(answers) and _ALTHOUGH.search(sentence) is not None
 
 
@@ -345,10 +348,7 @@ def _named(rest: str, verifier: str) -> str | None:
         answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip() or None
         plain = re.sub(rf"\\{FONTS}(?![a-zA-Z])", "", answer or "")
         return answer if verifier != "choice" or _OPTION.match(plain) else None
-    calculation = _CALCULATION.match(rest)
-    while calculation:
-        rest = rest[calculation.end() :]
-        calculation = _CALCULATION.match(rest)
+    rest = _CALCULATION.sub("", rest, count=1)
     values = _VALUES.match(rest)
     if values is None:
         return None

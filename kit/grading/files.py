@@ -5,7 +5,6 @@ Beside the kit's own verdicts stand those of the paper's grader (published.py), 
 numbers can be reproduced. Labels are only compared with, never used.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +14,8 @@ from kit.core.bundled import bundled
 from kit.core.errors import KitError
 from kit.core.records import EvalRow, Sample
 from kit.core.table import keys_of, lookup, read_rows
-from kit.grading.answers import Grade, Grader, Item
-from kit.grading.outputs import Keys, OutputRow, first_value, read_output_row
+from kit.grading.answers import Grader, Item
+from kit.grading.outputs import Keys, OutputRow, read_gold, read_output_row
 from kit.grading.scores import score
 
 
@@ -29,13 +28,6 @@ class Source(NamedTuple):
     # the key that both files share; OUTPUT_KEY=GOLD_KEY where the names differ
     on: str | None = None
     bare: bool = False  # the outputs are extracted answers
-
-
-class _Graded(NamedTuple):
-    where: str
-    row: OutputRow
-    grades: list[Grade]
-    published: list[bool]
 
 
 def grade_file(source: Source | Path, verifier: str = "math") -> Json:
@@ -54,26 +46,44 @@ def grade_file(source: Source | Path, verifier: str = "math") -> Json:
     """
     if isinstance(source, Path):
         source = Source(source)
-    graded = []
     rows: list[EvalRow] = []
+    differ = []
+    agreed = []  # of each label, whether our verdict is the same
+    published_agreed = []  # and that of the paper's grader
     with Grader() as grader:
         for where, row in _read(source):
             items = [Item(row.gold, output, row.verifier or verifier) for output in row.outputs]
             grades = grader.grade(items, source.bare)
-            published = _published(grader, items, source.bare)
-            graded.append(_Graded(where, row, grades, published))
+            # the paper's grader reads whole outputs
+            if source.bare:
+                items = [item._replace(output=f"\\boxed{{{item.output}}}") for item in items]
+            published = grader.as_published(items)
             samples = tuple(Sample(text="", verdict=grade.verdict) for grade in grades)
             fields = {"id": str(len(rows)), "question": "", "answer": row.gold}
             rows.append(EvalRow(**fields, samples=samples, published=tuple(published)))
+            # beside the file's own labels
+            for number, label in enumerate(row.labels):
+                if label is None:
+                    continue
+                grade = grades[number]
+                is_agreed = label == (grade.verdict == "correct")
+                agreed.append(is_agreed)
+                published_agreed.append(label == published[number])
+                if not is_agreed:
+                    line = int(where.split()[-1])
+                    about = {"line": line, "sample": number, "label": label, "gold": row.gold}
+                    differ.append({**about, **grade._asdict()})
     scores = asdict(score(rows))
-    labels = _labels(graded)
     result = {
         "file": str(source.path),
         "problems": scores["n"],
         **{name: scores[name] for name in _FIGURES},
-        "agreement": labels.agreement,
-        "as_published": {**(scores["as_published"] or {}), "agreement": labels.published},
-        "differ": labels.differ,
+        "agreement": _agreement(agreed),
+        "as_published": {
+            **(scores["as_published"] or {}),
+            "agreement": _agreement(published_agreed),
+        },
+        "differ": differ,
     }
     # extracted answers, graded as whole outputs
     if set(scores["verdicts"]) == {"unparsed"}:
@@ -110,52 +120,18 @@ def _read(source: Source) -> list[tuple[str, OutputRow]]:
 def _read_golds(source: Source) -> dict[str, str]:
     """The gold answers of another file by the shared key."""
     key = (source.on or "").split("=")[-1]
-    names = [source.keys.answer] if source.keys.answer else bundled("grading/outputs")[-1]["answer"]
     golds: dict[str, str] = {}
     for where, row in read_rows(str(source.gold)):
-        answer = first_value(row, names)
-        if lookup(row, key) is None or answer is None:
+        answer = read_gold(row, source.keys)
+        if lookup(row, key) is None or not answer:
             message = f"{source.gold}, {where}: no {key or 'shared key'} or no answer."
             raise KitError(message, f"Name them by --on and --answer. Its keys: {keys_of(row)}.", 2)
         shared = str(lookup(row, key))
-        if golds.setdefault(shared, str(answer)) != str(answer):
+        if golds.setdefault(shared, answer) != answer:
             message = f"{source.gold}, {where}: a second, other answer for {key} {shared!r}."
             raise KitError(message, "Keep one of the two rows.", 2)
     return golds
 
 
-def _published(grader: Grader, items: Sequence[Item], bare: bool) -> list[bool]:
-    """The paper's verdicts on mathematics; on letters and words our own would differ in nothing."""
-    if bare:
-        items = [item._replace(output=f"\\boxed{{{item.output}}}") for item in items]
-    return grader.as_published(items)
-
-
-class _Labels(NamedTuple):
-    """The file's own labels beside the verdicts."""
-
-    agreement: dict[str, int] | None  # of our verdicts; None: the file has no labels
-    published: dict[str, int] | None  # of the paper's grader
-    differ: list[Json]  # each output whose label is not our verdict
-
-
-def _labels(graded: list[_Graded]) -> _Labels:
-    ours = {"agree": 0, "of": 0}
-    theirs = {"agree": 0, "of": 0}
-    differ = []
-    for where, row, grades, published in graded:
-        for number, label in enumerate(row.labels):
-            if label is None:
-                continue
-            grade = grades[number]
-            is_correct = grade.verdict == "correct"
-            for counts, verdict in ((ours, is_correct), (theirs, published[number])):
-                counts["agree"] += label == verdict
-                counts["of"] += 1
-            if label != is_correct:
-                line = int(where.split()[-1])
-                about = {"line": line, "sample": number, "label": label, "gold": row.gold}
-                differ.append({**about, **grade._asdict()})
-    if not ours["of"]:
-        return _Labels(None, None, [])
-    return _Labels(ours, theirs, differ)
+def _agreement(agreed: list[bool]) -> dict[str, int] | None:
+    return {"agree": sum(agreed), "of": len(agreed)} if agreed else None

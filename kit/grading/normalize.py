@@ -23,59 +23,29 @@ _WRAPPER = re.compile(
     r"(?:\\(?:mathbf|boldsymbol|bm|mathrm|textbf|underline|boxed|fbox|large|Large|LARGE|huge|Huge)\s*)?\{"
 )
 _PLAIN = re.compile(r"[-+]?(?:\\?\$)?\d[\d.,]*")
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
-    "upsilon phi chi psi omega"
-).split()
-# Greek letters that are units: 5 μm, 3 Ω.
-_UNIT_LETTERS = re.compile(r"(?:[μµ](?=[a-zA-Z])|Ω)")
+# How characters of a kind are written in LaTeX.
+_OPENINGS = {"<super": "^{", "<sub": "_{", "<fraction": "\\frac{"}
 # Thousands written with spaces: 1\,000\,000  1 000 000
 _SPACED_NUMBER = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~|\s)\s*\d{3})+(?![\d.,])")
 
 
-@functools.cache
-def _marked_characters() -> dict[str, tuple[str, str]]:
-    """Raised and lowered characters and fractions of one character: (super | sub | fraction, the
-    plain characters).
-    """
-    marked = {}
-    # blocks: Latin-1, modifier letters, phonetic extensions, super- and subscripts, number forms
-    for start, end in ((0xB2, 0xBF), (0x2B0, 0x2E5), (0x1D2C, 0x1DC0), (0x2070, 0x2190)):
-        for character in map(chr, range(start, end)):
-            kind, _, codes = unicodedata.decomposition(character).partition("> ")
-            plain = "".join(chr(int(code, 16)) for code in codes.split())
-            is_fraction = kind == "<fraction" and len(plain) > 2
-            if is_fraction or (kind in ("<super", "<sub") and character not in "ªº"):
-                marked[character] = kind[1:], plain.replace("\u2212", "-")
-    return marked
-
-
 def _in_latex(text: str) -> str:
-    r"""Raised and lowered characters, fractions of one character and Greek letters as LaTeX: x²³ is
-    x^{23}.
-    """
-    if text.isascii():
-        return text
-    marked = _marked_characters()
+    """Raised and lowered characters and fractions of one character as LaTeX: x²³ is x^{23}."""
     parts = []
-    for kind, run in groupby(text, key=lambda character: marked.get(character, ("", ""))[0]):
+    for kind, run in groupby(text, _kind):
         characters = "".join(run)
-        plain = "".join(marked[character][1] for character in characters) if kind else characters
-        if kind == "fraction":
-            plain = "\\frac{" + plain.replace("\u2044", "}{") + "}"
-        parts.append({"super": f"^{{{plain}}}", "sub": f"_{{{plain}}}"}.get(kind, plain))
-    return re.sub("[Α-Ωα-ωϑϕ]", _greek, "".join(parts))
+        opening = _OPENINGS.get(kind)
+        if opening:
+            plain = unicodedata.normalize("NFKD", characters).replace("\u2212", "-")
+            characters = opening + plain.replace("\u2044", "}{") + "}"
+        parts.append(characters)
+    return "".join(parts)
 
 
-def _greek(letter: re.Match[str]) -> str:
-    if _UNIT_LETTERS.match(letter.string, letter.start()):
-        return letter[0]
-    # GREEK SMALL LETTER THETA, GREEK PHI SYMBOL
-    words = unicodedata.name(letter[0]).lower().replace("lamda", "lambda").split()
-    name = next((word for word in words if word in _GREEK), None)
-    if name is None:
-        return letter[0]
-    return f"\\{name.title() if 'capital' in words else name} "
+def _kind(character: str) -> str:
+    """<super, <sub or <fraction for a raised or lowered character and a fraction; else another."""
+    # degrees and ordinals, and a fraction without its denominator
+    return "" if character in "ªº⅟" else unicodedata.decomposition(character).partition(">")[0]
 
 
 @functools.cache
@@ -89,8 +59,9 @@ def _rules() -> tuple[dict[int, str], list[tuple[re.Pattern[str], Replacement]]]
         characters[code] = chr(code - 0xFEE0)
     rules: list[tuple[re.Pattern[str], Replacement]] = []
     for pattern, replacement in loaded["rules"]:
-        made = _without_commas if replacement == "COMMAS" else replacement
-        rules.append((re.compile(pattern.replace("FONT", FONTS)), made))
+        if replacement == "COMMAS":
+            replacement = _without_commas
+        rules.append((re.compile(pattern.replace("FONT", FONTS)), replacement))
     return characters, rules
 
 
@@ -114,7 +85,7 @@ def _unwrapped(text: str) -> str:
         is_set = opening[0] == "{" and not re.fullmatch(
             r"[(\[].*[)\]]|(?!.*\\[lr]?(?:mid|vert))[^,|:∣]*", inner
         )
-        if depth or text[place:].strip() or is_set or "\\choose" in inner:
+        if depth or place < len(text) or is_set or "\\choose" in inner:
             break
         text = inner
     return text

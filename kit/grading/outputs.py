@@ -34,20 +34,20 @@ class OutputRow(NamedTuple):
     verifier: str | None
 
 
-def read_output_row(row: Json, keys: Keys, gold: str | None = None) -> OutputRow:
+def read_output_row(row: Json, keys: Keys, gold: str | None) -> OutputRow:
     """The gold answer, outputs and labels of a row.
 
     Args:
         keys: what the caller names.
-        gold: the answer from another file.
+        gold: the answer from another file; None: the row's own.
 
     Raises:
         ValueError: no answer or no outputs, with the keys there are; as many labels as outputs are
             needed.
     """
     paths = _paths(row, keys)
-    answer = _gold(row, paths["answer"]) if gold is None else gold
-    texts = _flat(first_value(row, paths["outputs"]))
+    answer = read_gold(row, keys) if gold is None else gold
+    texts = _flat(_first_value(row, paths["outputs"]))
     has_outputs = any(_has(row, path) for path in paths["outputs"])
     if not has_outputs or not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"no outputs that are text; its keys are {keys_of(row)}")
@@ -55,8 +55,8 @@ def read_output_row(row: Json, keys: Keys, gold: str | None = None) -> OutputRow
         raise ValueError(f"no answer; its keys are {keys_of(row)}")
 
     # one label for each output, or none at all
-    labels = list(map(_verdict, _flat(first_value(row, paths["labels"]))))
-    if not any(label is not None for label in labels):
+    labels = list(map(_verdict, _flat(_first_value(row, paths["labels"]))))
+    if not _is_there(labels):
         labels = [None] * len(texts)
     if len(labels) != len(texts):
         raise ValueError(f"it has {len(texts)} outputs and {len(labels)} labels")
@@ -82,9 +82,9 @@ def _is_there(value: Any) -> bool:
     return any(item is not None for item in _flat(value))
 
 
-def _gold(row: Json, paths: list[str]) -> str:
+def read_gold(row: Json, keys: Keys) -> str:
     """The gold answer as text; of several choices the one that `gold_index` names; "" for none."""
-    value = first_value(row, paths)
+    value = _first_value(row, _paths(row, keys)["answer"])
     if isinstance(value, list):
         index = lookup(row, "doc.gold_index")
         index = index[0] if isinstance(index, list) and index else index
@@ -93,7 +93,7 @@ def _gold(row: Json, paths: list[str]) -> str:
     return "" if value is None or isinstance(value, dict) else str(value)
 
 
-def first_value(row: Json, paths: list[str]) -> Any:
+def _first_value(row: Json, paths: list[str]) -> Any:
     """The first value that there is."""
     for path in paths:
         value = lookup(row, path)

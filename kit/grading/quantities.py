@@ -6,6 +6,7 @@ unit counts only where both sides have one that is known, and they differ.
 """
 
 import re
+from collections import defaultdict
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -91,8 +92,8 @@ _FACTORS = set(
     "crore".split()
 )
 # Words that make it another one, or no answer.
-_NOT_UNITS = {"quarter"} | set(
-    "a an and or if is not no nor to plus minus over mod more less fewer below "
+_NOT_UNITS = set(
+    "quarter a an and or if is not no nor to plus minus over mod more less fewer below "
     "least most than between except but else when where with without maybe about squared cubed "
     "incorrect wrong base remainder choose factorial sqrt pi "
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arg det log ln exp lim gcd lcm "
@@ -107,7 +108,7 @@ _OPERATION = re.compile(
     r"(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|million|billion|trillion)"
     r"ths?\b"
 )
-_FUNCTIONS = ("sin", "cos", "tan", "sqrt", "log", "ln", "exp", "arc", "alpha", "beta", "theta")
+_FUNCTIONS = re.compile("sin|cos|tan|sqrt|log|ln|exp|arc|alpha|beta|theta")
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.(\d*))?"
     r"(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?(?!\d))?(.*)",
@@ -151,7 +152,7 @@ def read_quantity(text: str, words: bool = False) -> Quantity | None:
         return None
     whole = match[2].replace(",", "")
     fraction = match[3] or ""
-    value = Fraction(f"{match[1]}{whole or 0}.{fraction or 0}") * Fraction(10) ** int(match[4] or 0)
+    value = Fraction(f"{match[1]}{whole or 0}.{fraction or 0}e{match[4] or 0}")
     scale, _, rest = unit.partition(" ")
     if scale in _SCALES:
         value *= 10 ** _SCALES[scale]
@@ -193,7 +194,7 @@ def _is_apart(text: str, names: list[str], words: bool) -> bool:
     """Whether what follows a number are words, and no factors of a product."""
     is_set_off = words or text[:1] in (" ", "-", "(") or not names[0].isascii()
     # 5apples, but not 5sinhx
-    is_long = len(names[0]) > 4 and not names[0].startswith(_FUNCTIONS)
+    is_long = len(names[0]) > 4 and not _FUNCTIONS.match(names[0])
     return (is_set_off or is_long) and any(_is_word(name, words) for name in names)
 
 
@@ -220,8 +221,10 @@ def _makes_another(names: list[str]) -> bool:
         return True
     if _NOT_UNITS.intersection(names) or _OPERATION.match(" ".join(names)):
         return True
-    scales = [name for name in names if name.removesuffix("s") in _SCALES]
-    return bool(scales) and not (scales == names[:1] and scales[0] in _SCALES)
+    # 5 million dollars, but not 5 millions, nor 5 dollars million
+    if names[0] in _SCALES:
+        names = names[1:]
+    return any(name.removesuffix("s") in _SCALES for name in names)
 
 
 def _is_word(name: str, any_letters: bool) -> bool:
@@ -247,7 +250,7 @@ def after_last_equals(text: str) -> str:
     return text if is_several else last.strip()
 
 
-def with_currency(text: str, plain: bool = False) -> str:
+def with_currency(text: str, plain: bool) -> str:
     r"""An amount of money with its currency as a word: `\$18` is `18 \text{dollars}`. All else as
     it is.
 
@@ -275,7 +278,7 @@ def different_units(first: str, second: str) -> bool:
 
 def _factors(unit: str) -> dict[str, int] | None:
     """The exponent of each known unit: {"km": 1, "h": -1}; None where one is not known."""
-    factors: dict[str, int] = {}
+    factors: dict[str, int] = defaultdict(int)
     sign = 1
     power = 1
     for name, exponent in re.findall(r"([^\W\d_]+|/)(?:\s*\^\s*(\d))?", unit):
@@ -290,6 +293,6 @@ def _factors(unit: str) -> dict[str, int] | None:
             return None
         for number, part in enumerate(known.split("/")):
             side = -sign if number else sign
-            factors[part] = factors.get(part, 0) + side * int(exponent or power)
+            factors[part] += side * int(exponent or power)
         sign = power = 1
     return factors

@@ -147,18 +147,19 @@ def _pass_at(rows: Sequence[EvalRow]) -> dict[str, float]:
 
 def _judge_agreement(rows: Sequence[EvalRow]) -> dict[str, int] | None:
     """How often a judge model's verdict is that of exact match, of those that it decided."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        for sample in row.samples if row.verifier == "judge" else ():
+    judged = [row for row in rows if row.verifier == "judge"]
+    if not judged:
+        return None
+    counts = {"agree": 0, "of": 0, "undecided": 0}
+    for row in judged:
+        for sample in row.samples:
             if sample.verdict == "undecided":
                 counts["undecided"] += 1
             elif sample.answer:
                 is_same = same_words(gold_of(row.answer), sample.answer)
                 counts["agree"] += is_same == (sample.verdict == "correct")
                 counts["of"] += 1
-    if not any(row.verifier == "judge" for row in rows):
-        return None
-    return {name: counts[name] for name in ("agree", "of", "undecided")}
+    return counts
 
 
 def _as_published(rows: Sequence[EvalRow]) -> Json | None:

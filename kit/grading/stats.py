@@ -128,23 +128,18 @@ def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
     differences = np.subtract(b, a, dtype=float)
     better = int(np.sum(differences > 0))
     worse = int(np.sum(differences < 0))
+    method = "paired permutation test"
     if np.isin([a, b], (0.0, 1.0)).all():
         method = "McNemar's exact test"
         p_value = sign_test(better, worse)
+    elif len(a) == 1:
+        p_value = 1.0  # one problem's sign says nothing
     else:
-        method = "paired permutation test"
-        # one problem's sign says nothing
-        p_value = (
-            1.0
-            if len(a) == 1
-            else stats.permutation_test(
-                (b, a),
-                lambda x, y, axis: (x - y).mean(axis=axis),
-                permutation_type="samples",
-                n_resamples=9999,
-                rng=np.random.default_rng(0),
-            ).pvalue
+        rng = np.random.default_rng(0)
+        flips = stats.permutation_test(
+            (differences,), np.mean, permutation_type="samples", n_resamples=9999, rng=rng
         )
+        p_value = float(flips.pvalue)
 
     # Agresti and Min add half a problem to each of the four cells of the table.
     count = len(differences) + 2
@@ -160,7 +155,7 @@ def compare(a: Sequence[float], b: Sequence[float]) -> PairedTest | None:
         ci_low=round(max(mean - half, -1.0), 4),
         ci_high=round(min(mean + half, 1.0), 4),
         min_detectable_difference=round(min(detectable, 1.0), 4),
-        p_value=float(p_value),
+        p_value=p_value,
         method=method,
     )
 
