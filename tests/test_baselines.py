@@ -107,6 +107,8 @@ def test_post_think_keeps_the_attempt_exactly_or_says_why_not(grader: Grader) ->
     # thinking that speaks of the tag
     speaking = whole(f"<think>I close with </think> at last. {WANDERING}</think>\n\n{attempt}")
     assert baselines.post_think(grader, speaking).prefix == attempt
+    empty = baselines.post_think(grader, whole("", attempt=attempt))
+    assert (empty.prefix, empty.ratio, empty.rejected) == (attempt, 0.0, None)
     assert baselines.post_think(grader, whole(WANDERING)).rejected == "no attempt"
     wrong = baselines.post_think(grader, whole(WANDERING, attempt="So \\boxed{55}."))
     assert wrong.rejected == "wrong attempt" and "55" in str(wrong.detail)

@@ -110,6 +110,30 @@ def test_cores_that_the_machine_does_not_list_are_no_error(
     assert threads._free_cores() == pytest.approx(0.9)
 
 
+def test_a_mac_counts_cores_and_memory_and_grades_without_a_memory_limit() -> None:
+    """macOS has no affinity, no /proc, and refuses a limit of memory; imitated on this system."""
+    program = """
+import os, pathlib, resource
+del os.sched_getaffinity
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: not str(path).startswith("/proc") and exists(path)
+setrlimit = resource.setrlimit
+def refuse(number, limits):
+    if number == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    setrlimit(number, limits)
+resource.setrlimit = refuse
+
+from kit.core import memory, threads
+from kit.grading import math_worker
+assert threads.cores() >= 1 and threads.Threads().now() >= 1 and threads._free_cores() >= 0
+assert memory.peak_bytes() > 0
+math_worker._prepare(1 << 30)
+assert math_worker._compare("1/2", "0.5") == ("correct", "math")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_real_neighbours_on_every_core_leave_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command = [sys.executable, "-c", "while True: pass"]

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,19 @@ def watch(model: Any, fixed: int | None = None) -> None:
 
 def cores() -> int:
     """Cores that this process may use: by its affinity, and by its container's limit."""
-    count = len(os.sched_getaffinity(0))
+    count = len(_own_cores())
     # Two numbers, microseconds of computing in a period of so many; or max, which is no limit.
     with contextlib.suppress(OSError, ValueError):
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         count = min(count, math.ceil(quota / period))
     return count
+
+
+def _own_cores() -> Collection[int]:
+    """The numbers of the cores that the system lets this process use; on macOS, of all."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
 
 
 def _threads_of_environment() -> int:
@@ -86,6 +94,6 @@ def _free_cores() -> float:
     """Cores that were idle, or computed for this process, since the last call in this thread."""
     used = psutil.cpu_percent(percpu=True)
     # in some containers the list is shorter than the cores' numbers
-    own = [used[core] for core in os.sched_getaffinity(0) if core < len(used)] or used
+    own = [used[core] for core in _own_cores() if core < len(used)] or used
     idle = sum(100 - percent for percent in own)
     return (idle + _PROCESS.cpu_percent()) / 100

@@ -7,6 +7,7 @@ caller's signals are never touched: any thread may grade, and Ctrl-C leaves no p
 against accidents of computation, no sandbox: nothing here runs an answer's code.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -123,7 +124,8 @@ def _prepare(memory_bytes: int) -> None:
 
     expressions.same("\\frac{x}{2} + 1", "\\sqrt{x}")
     published.accepts("1", "2")
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    with contextlib.suppress(ValueError):  # macOS refuses a limit of memory
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # the parent's kill and the kernel's timer end it even inside C code
     for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):

@@ -149,10 +149,11 @@ def keep(row: PrefixRow, sentences: int, **fields: Any) -> PrefixRow:
     Args:
         fields: those that a judge fills; without `samples`, the row has none.
     """
+    # an empty trace has no sentences, and may have an attempt to keep
     update = {
         "sentences": sentences,
-        "ratio": sentences / row.sentences_total,
-        "end": ends(row.trace)[sentences - 1],
+        "ratio": sentences / max(1, row.sentences_total),
+        "end": [0, *ends(row.trace)][sentences],
         "samples": (),
         **fields,
     }
