@@ -255,7 +255,8 @@ def test_a_picture_of_differences_reaches_to_all_but_very_wide_intervals() -> No
     assert report.reach([difference(-0.9, 0.05, 0.95)]) == 1
     narrow = [difference(-0.1, 0.0, 0.1), difference(-0.3, -0.2, -0.1), difference(0.2, 0.3, 0.4)]
     assert report.reach(narrow) == 0.4
-    assert report.reach([*narrow, difference(-0.9, 0.05, 0.95)]) == 0.4
+    assert report.reach([*narrow, difference(-0.55, -0.2, 0.15)]) == 0.6
+    assert report.reach([*narrow, difference(-0.9, 0.05, 0.95)]) == 0.6
     assert report.reach([*narrow, difference(0.4, 0.7, 1.0)]) == 1
 
 

@@ -133,14 +133,14 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 def reach(pairs: Sequence[Json]) -> float:
     """How far a picture of paired differences goes to both sides of 0, in round numbers.
 
-    One very wide interval would squeeze all others, so no end counts for more than the median width
-    beyond its difference.
+    One very wide interval would squeeze all others, so no end counts for more than twice the median
+    width beyond its difference.
     """
-    width = median_low(pair["ci_high"] - pair["ci_low"] for pair in pairs)
+    most = 2 * median_low(pair["ci_high"] - pair["ci_low"] for pair in pairs)
     needs = [0.05]
     for pair in pairs:
         end = max(pair["ci_high"], -pair["ci_low"])
-        needs.append(min(end, abs(pair["difference"]) + width))
+        needs.append(min(end, abs(pair["difference"]) + most))
     return ticks(0, max(needs))[-1]
 
 
