@@ -75,7 +75,7 @@ def parser() -> ArgumentParser:
             if metavar:
                 more.update(metavar=metavar, help=meaning)
             if metavar in PATHS:
-                more["type"] = _path
+                more.setdefault("type", _path)
             added.add_argument(name, **more)
 
         for flag, meaning in SHARED_OPTIONS.items():
@@ -135,7 +135,8 @@ def _grade_options(option: Option) -> None:
 
 
 def _judge_options(option: Option) -> None:
-    option("teacher.path", "FILE", "rows with a question, an answer and a trace")
+    # as written: ./NAME is a file, and NAME may be a dataset of the hub
+    option("teacher.path", "FILE", "rows with a question, an answer and a trace", type=str)
     option("--config", "CONFIG", "take everything else from this config")
     option("--interactive", action="store_true", help="walk through a trace interactively")
     option(
@@ -327,7 +328,7 @@ def _judge(args: Namespace) -> int:
     overrides = ["teacher.backend=file"]
     for key, value in vars(args).items():
         if "." in key and value is not None:
-            overrides.append(f"{key}={json.dumps(str(value), ensure_ascii=False)}")
+            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     args.overrides = overrides
     config = _config(args)
     if args.interactive:

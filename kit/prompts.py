@@ -83,6 +83,7 @@ class PrefixEncoder:
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         self.encode_whole = encode
+        self.is_exact = True  # until stretches of a text give other ids
         self.longest = ""
         self.ids: list[int] = []
         self.splits: list[tuple[int, int]] = []  # (characters, ids) before each split of `longest`
@@ -95,12 +96,12 @@ class PrefixEncoder:
                 if rest[0] == self.ids[tokens]:
                     return self.ids[:tokens] + rest
         ids = self.encode_whole(text)
-        if len(text) > len(self.longest):
+        if self.is_exact and len(text) > len(self.longest):
             self._remember(text, ids)
         return ids
 
     def _remember(self, text: str, ids: list[int]) -> None:
-        """Keep a text, and where it can be cut into stretches that give its ids."""
+        """Cut a text into stretches, and keep it if they give its ids."""
         splits = []
         joined: list[int] = []
         begin = 0
@@ -110,9 +111,11 @@ class PrefixEncoder:
                 begin = match.start()
                 splits.append((begin, len(joined)))
         joined += self.encode_whole(text[begin:])
-        self.longest = text
-        self.ids = ids
-        self.splits = splits if joined == ids else []
+        self.is_exact = joined == ids
+        if self.is_exact:
+            self.longest = text
+            self.ids = ids
+            self.splits = splits
 
 
 def render(

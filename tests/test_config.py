@@ -165,3 +165,20 @@ def test_a_config_that_an_editor_saved_as_utf_16_is_read(tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_bytes("name: märchen".encode("utf-16"))
     assert configs.load(path).name == "märchen"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"thresholds": {"verbal": NaN}}', "finite number|Field required"),
+        ("[1, 2]", "valid dictionary"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_calibration_file_that_is_none_says_why(
+    content: str, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(content)
+    with pytest.raises(KitError, match=rf"is no calibration.json of .*: .*({reason})"):
+        configs.load(None, [f"judge.calibration={path}"])

@@ -186,3 +186,9 @@ def test_a_prompt_is_shown_as_the_model_sees_it(config: Config) -> None:
         assert result["text"].startswith("<|im_start|>")
     assert "Ann has 3 pens." in shown["judge"]["text"] and "So it is" not in shown["judge"]["text"]
     assert "Ann has" not in shown["solve"]["text"]
+
+
+def test_a_file_to_judge_is_named_as_it_was_typed() -> None:
+    """./x is a file; x may be a dataset of the hub."""
+    arguments = palign.parser().parse_args(["judge", "./nothing"])
+    assert vars(arguments)["teacher.path"] == "./nothing"

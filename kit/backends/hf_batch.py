@@ -19,9 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kit.core.config import Sampling
 
-# Free columns that a growing cache gets at a time; also the most steps of one recording, see
-# hf_graphs.
-ROOM_TOKENS = 128
+ROOM_TOKENS = 64  # free columns that a growing cache gets at a time
 CHUNK_TOKENS = 4096  # tokens of one prefill pass: bounds its activations
 SMALL_WEIGHT = 1 << 16  # numbers: a matrix up to this size is copied faster than it is turned
 HEAD_TOKENS = 256  # likeliest tokens looked at before the whole vocabulary is sorted
@@ -181,13 +179,16 @@ def prefill(
     return batch
 
 
-def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBatch:
+def assemble(
+    parts: Sequence[Part], keep: DecodeBatch | None = None, room_tokens: int = ROOM_TOKENS
+) -> DecodeBatch:
     """One batch of the rows of several, in the order given.
 
     Args:
         parts: what to take. Of models without continuous batching: one part only.
         keep: a batch that is used again and stays unchanged. All others are used up layer by layer,
             so that there are never two whole caches at a time.
+        room_tokens: free columns of the new batch.
     """
     batch, rows = parts[0]
     if not isinstance(batch.cache.layers[0], GrowingLayer):
@@ -200,6 +201,7 @@ def assemble(parts: Sequence[Part], keep: DecodeBatch | None = None) -> DecodeBa
     cache = DynamicCache()
     for index, old in enumerate(batch.cache.layers):
         layer = GrowingLayer()
+        layer.room_tokens = room_tokens
         layer.reserve(len(lengths), columns, old.keys, old.values)
         begin = 0
         for part in parts:

@@ -26,6 +26,7 @@ from kit.backends.base import (
     samples_of,
 )
 from kit.backends.hf_batch import (
+    ROOM_TOKENS,
     DecodeBatch,
     Part,
     assemble,
@@ -33,6 +34,7 @@ from kit.backends.hf_batch import (
     prefill,
     supports_continuous_batching,
 )
+from kit.backends.hf_graphs import GRAPH_ROOM_TOKENS
 from kit.core.config import Sampling
 from kit.core.memory import is_out_of_memory
 
@@ -56,6 +58,7 @@ class Scheduler:
         self.proven_tokens = self.budget_tokens  # with which a step succeeded
         self.continuous = supports_continuous_batching(self.model)
         self.graphs = backend.graphs() if self.continuous else None
+        self.room_tokens = GRAPH_ROOM_TOKENS if self.graphs else ROOM_TOKENS
         # Longest prompts first, so that the rows of a batch have similar lengths.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
         self.queue, self.finished = samples_of(ordered, backend.context_tokens, random.Random)
@@ -168,7 +171,7 @@ class Scheduler:
             parts.insert(0, Part(self.batch, running))
         if self.graphs:
             self.graphs.drop()
-        self.batch = assemble(parts, self.prefilled) if parts else None
+        self.batch = assemble(parts, self.prefilled, self.room_tokens) if parts else None
 
     def _prefill(self, rows: Sequence[ActiveSample]) -> DecodeBatch:
         """Evaluate rows' tokens, each distinct prompt once; the last prompts' states are reused."""

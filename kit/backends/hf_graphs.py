@@ -16,6 +16,7 @@ from kit.backends.hf_batch import DecodeBatch, GrowingLayer, few_tokens
 from kit.core.errors import KitError
 from kit.core.memory import is_out_of_memory
 
+GRAPH_ROOM_TOKENS = 128  # steps that one recording serves at most
 LEAST_STEPS = 16  # recording takes as long as a few computed steps
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections import Counter
@@ -202,9 +203,12 @@ def _read_calibration(raw: Any) -> Any:
     if not expand(raw).is_file():
         raise ValueError(f"there is no file {raw}; content-free and none need no file")
     try:
-        return Calibration.model_validate_json(expand(raw).read_bytes())
-    except ValidationError:
-        raise ValueError(f"{raw} is no calibration.json of `judge FILE --validate`") from None
+        return Calibration.model_validate(json.loads(expand(raw).read_bytes()))
+    except ValueError as error:  # pydantic's is one
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ValueError(
+            f"{raw} is no calibration.json of `judge FILE --validate`: {reason}"
+        ) from None
 
 
 class Judge(BaseConfig):
