@@ -85,8 +85,9 @@ def shape_of(name: str) -> ModelShape:
         config = AutoConfig.from_pretrained(hf_folder(name), trust_remote_code=False)
         return shape_in(config)._replace(**_weights(config))
     except (*FILE_ERRORS, StopIteration) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise KitError(
-            f"{name} cannot be built from its config: {error}",
+            f"The config of {name} cannot be used: {reason:.300}",
             "It is read from the hub or the model's folder: offline, set student.model=FOLDER.",
         ) from error
 
@@ -98,7 +99,8 @@ def _weights(model_config: Any) -> dict[str, int]:
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(model_config)
+        # whatever type its file has, which is not computed with
+        causal = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     head = causal.get_output_embeddings()
     # what bitsandbytes quantizes: fused experts are none of it
     linear = sum(

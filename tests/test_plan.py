@@ -84,6 +84,28 @@ def test_a_row_of_the_table_is_what_the_models_config_says(tmp_path: Path) -> No
         assert shape_of(str(folder)) == SHAPES[name]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_weights_are_counted_whatever_type_their_file_has(
+    dtype: str,
+    tmp_path: Path,
+    tiny: str,  # noqa: F811
+) -> None:
+    config = json.loads(Path(tiny, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    assert shape_of(str(tmp_path)) == shape_of(tiny)
+
+
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(tmp_path: Path) -> None:
+    from transformers import Qwen2VLConfig
+
+    Qwen2VLConfig().save_pretrained(tmp_path)
+    with pytest.raises(KitError, match="cannot be used: Unrecognized configuration") as refused:
+        shape_of(str(tmp_path))
+    assert (
+        "\n" not in str(refused.value).split("cannot be used")[0] and len(str(refused.value)) < 700
+    )
+
+
 @pytest.mark.parametrize(
     ("tokens", "gib"), [(7168, 9.8), (12288, 12.6), (16384, 14.9), (32768, 24.1)]
 )
