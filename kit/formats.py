@@ -138,14 +138,18 @@ def _choice(row: Json, keys: Keys, answer: str, verifier: str) -> str | None:
     by_index = {str(index): letter for index, letter in enumerate(options)}.get(answer)
     if verifier != "choice":
         return by_index if options and is_number else answer
-    by_text = None
-    # MMLU: 2 among options that are text is an index, whatever they say
-    if not (is_number and any(isinstance(option, str) for option in options.values())):
-        by_text = next((letter for letter in options if str(options[letter]) == answer), None)
+    by_text = _equal_option(options, answer, is_number)
     if by_index and by_text and by_index != by_text:
         return None
     named = by_text or by_index or letters(answer)
     return named if not options or options.keys() >= set(named) else None
+
+
+def _equal_option(options: Json, answer: str, is_number: bool) -> str | None:
+    # MMLU: 2 among options that are text is an index, whatever they say
+    if is_number and any(isinstance(option, str) for option in options.values()):
+        return None
+    return next((letter for letter, option in options.items() if str(option) == answer), None)
 
 
 def _question_options(row: Json, keys: Keys) -> tuple[Json, dict[str, str]]:

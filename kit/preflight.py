@@ -125,16 +125,7 @@ def _checks(
         yield "teacher", partial(_open_tokenizer, config.teacher, notes)
     if todo and config.student.adapter:
         yield "student.adapter", partial(_check_adapter, config.student)
-
-    # what the method asks of the student before its training, and of another run
-    method = method_of(config.method)
-    if "truncate" in todo and method.cut == "fixed-prefix-matched":
-        yield "baseline", partial(matched_ratio, config)
-    if "truncate" in todo and method.is_judged:
-        yield "student", partial(_check_labels, config, notes)
-    elif "align" in todo and method.continued:
-        yield "student", partial(_open_tokenizer, config.student, notes)
-
+    yield from _student_checks(config, todo, notes)
     if "train" in todo:
         from kit.training.plan import accumulation_steps
 
@@ -145,6 +136,17 @@ def _checks(
             yield "train.max_seq_tokens", partial(_check_memory, config, warnings)
     if "eval" in todo:
         yield "eval", partial(_check_eval, config, todo, notes)
+
+
+def _student_checks(config: Config, todo: list[str], notes: list[str]) -> Iterator[Check]:
+    """What the method asks of the student before its training, and of another run."""
+    method = method_of(config.method)
+    if "truncate" in todo and method.cut == "fixed-prefix-matched":
+        yield "baseline", partial(matched_ratio, config)
+    if "truncate" in todo and method.is_judged:
+        yield "student", partial(_check_labels, config, notes)
+    elif "align" in todo and method.continued:
+        yield "student", partial(_open_tokenizer, config.student, notes)
 
 
 def stages_of(config: Config, command: str) -> list[str]:

@@ -96,6 +96,21 @@ def test_only_what_is_new_is_encoded() -> None:
         assert sum(map(len, seen)) < 2 * SPLIT_CHARACTERS
 
 
+def test_stretches_of_other_ids_are_tried_once() -> None:
+    seen: list[str] = []
+
+    def counting(text: str) -> list[int]:
+        seen.append(text)
+        return with_a_space_in_front(text)
+
+    encoder = PrefixEncoder(counting)
+    encoder.encode("So it is one more step. " * 100)
+    seen.clear()
+    longer = "So it is one more step. " * 200
+    encoder.encode(longer)
+    assert seen == [longer]
+
+
 @pytest.fixture(scope="module")
 def tokenizers() -> list[Any]:
     packaged = GgufTokenizer(load(gguf_file("smollm2-135m"), vocab_only=True))

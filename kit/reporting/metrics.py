@@ -241,13 +241,8 @@ def _funnel(files: Files) -> Json:
     for name, entry in files.manifest["stages"].items():
         stages.append({"name": name, **{key: entry.get(key) for key in STAGE_KEYS}})
     kept = [row for row in files.aligned if not row.rejected]
-    continued = [row for row in kept if row.continuation]
-    shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
     # where nothing was cut, the traces are whole
     prefixes = files.prefixes or [row for trace in files.traces for row in trace.whole(ends)]
-    # align may lengthen a prefix beyond the cut: what was learned from, as a share of the trace
-    whole = {row.id: row.trace for row in prefixes if row.kept_text is None}
-    used = [len(row.prefix) / len(whole[row.id]) for row in kept if whole.get(row.id)]
     return {
         "stages": stages,
         "rejections": _rejections(files),
@@ -258,15 +253,25 @@ def _funnel(files: Files) -> Json:
             "ratio": len(kept) / len(prefixes) if prefixes and files.aligned else None,
             "paper": PAPER_RETENTION,
         },
-        "lengths": {
-            "prefix_characters": percentiles([len(row.prefix) for row in kept]),
-            "continuation_characters": percentiles([len(row.continuation) for row in continued]),
-            "prefix_share": percentiles(shares),
-            "used_share": percentiles(used),
-        },
+        "lengths": _lengths(kept, prefixes),
         "lengthened": sum(row.lengthened > 0 for row in kept),
         "samples": {"teach": _tally(files.traces), "align": _tally(files.aligned)},
         "answer_in_prefix": sum(row.answer_in_prefix for row in kept),
+    }
+
+
+def _lengths(kept: Sequence[AlignedRow], prefixes: Sequence[PrefixRow]) -> Json:
+    """Percentiles of what the kept rows have of prefix, continuation and trace."""
+    continued = [row for row in kept if row.continuation]
+    shares = [len(row.prefix) / len(row.prefix + row.continuation) for row in continued]
+    # align may lengthen a prefix beyond the cut: what was learned from, as a share of the trace
+    whole = {row.id: row.trace for row in prefixes if row.kept_text is None}
+    used = [len(row.prefix) / len(whole[row.id]) for row in kept if whole.get(row.id)]
+    return {
+        "prefix_characters": percentiles([len(row.prefix) for row in kept]),
+        "continuation_characters": percentiles([len(row.continuation) for row in continued]),
+        "prefix_share": percentiles(shares),
+        "used_share": percentiles(used),
     }
 
 
